@@ -1,0 +1,313 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""Walks over guest memory: gathering pages, taking dirty marks, and the demo guest's load.
+
+All of it runs without the GIL. Guest memory is written by others while we read it; nothing here
+compares or encodes it in place. `gather` copies pages to private memory, and all that follows
+works on that copy.
+"""
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcpy, memset
+
+cdef extern from "unistd.h" nogil:
+    ssize_t pread(int, void*, size_t, long)
+
+cdef extern from "time.h" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int, timespec*)
+    int nanosleep(const timespec*, timespec*)
+
+cdef extern from *:
+    """
+    #define xm_load(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+    #define xm_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+    #define xm_mark(p) __atomic_store_n((p), (uint8_t)1, __ATOMIC_RELEASE)
+    #define xm_take(p) __atomic_exchange_n((p), (uint64_t)0, __ATOMIC_SEQ_CST)
+    #define xm_ctz(x) __builtin_ctzll(x)
+    """
+    uint64_t xm_load(uint64_t*) nogil
+    void xm_store(uint64_t*, uint64_t) nogil
+    void xm_mark(uint8_t*) nogil
+    uint64_t xm_take(uint64_t*) nogil
+    int xm_ctz(uint64_t) nogil
+
+
+# ---------------------------------------------------------------- gathering
+
+cdef inline uint64_t next_set(const uint64_t* words, uint64_t page, uint64_t end) noexcept nogil:
+    """The first page at or after `page` whose bit is set, or `end`."""
+    cdef uint64_t word
+    while page < end:
+        word = words[page >> 6] >> (page & 63)
+        if word:
+            page += xm_ctz(word)
+            return page if page < end else end
+        page = (page | 63) + 1
+    return end
+
+
+cdef inline uint64_t run_end(const uint64_t* words, uint64_t page, uint64_t limit) noexcept nogil:
+    """The first page after `page` whose bit is clear, at most `limit`."""
+    while page < limit and (words[page >> 6] >> (page & 63)) & 1:
+        page += 1
+    return page
+
+
+def next_dirty(const uint8_t[::1] bitmap not None, uint64_t page, uint64_t end):
+    """The first page from `page` on whose bit is set, or `end`."""
+    if <uint64_t>bitmap.shape[0] * 8 < end or bitmap.shape[0] % 8:
+        raise ValueError("the bitmap is too short")
+    return next_set(<const uint64_t*>&bitmap[0], page, end)
+
+
+def gather(
+    const uint8_t[::1] memory, int fd, uint64_t size, const uint8_t[::1] bitmap not None,
+    uint64_t first, uint64_t end, Py_ssize_t page_size,
+    uint8_t[::1] snapshot not None, uint64_t[::1] numbers not None,
+):
+    """Copies the dirty pages from `first` to `end` into `snapshot`, as many as fit.
+
+    memory   -- the guest's memory, or None where it is read from `fd` with pread(2)
+    size     -- bytes of the guest: what its last page has too much reads as zeros
+    bitmap   -- a bit per page, in whole 8-byte words
+    snapshot -- private memory for len(numbers) pages
+    numbers  -- takes the page numbers
+
+    Returns (pages copied, the page to go on from). Raises OSError where reading fails.
+    """
+    cdef uint64_t page = first, stop, offset
+    cdef Py_ssize_t count = 0, most = numbers.shape[0], want, got
+    cdef ssize_t n = 0
+    cdef uint8_t* at
+    cdef int error = 0
+    if <uint64_t>bitmap.shape[0] * 8 < end or bitmap.shape[0] % 8:
+        raise ValueError("the bitmap is too short")
+    if snapshot.shape[0] < most * page_size or (memory is not None and <uint64_t>memory.shape[0] < size):
+        raise ValueError("the snapshot or the memory is too short")
+    cdef const uint8_t* source = NULL
+    if memory is not None and size:
+        source = &memory[0]
+    cdef const uint64_t* words = <const uint64_t*>&bitmap[0]
+    with nogil:
+        while count < most:
+            page = next_set(words, page, end)
+            if page >= end:
+                break
+            stop = page + <uint64_t>(most - count)
+            stop = run_end(words, page, stop if stop < end else end)
+            offset = page * page_size
+            want = <Py_ssize_t>(stop - page) * page_size
+            at = &snapshot[count * page_size]
+            got = 0
+            if source != NULL:
+                if offset < size:
+                    got = want if size - offset >= <uint64_t>want else <Py_ssize_t>(size - offset)
+                    memcpy(at, source + offset, got)
+            else:
+                while got < want and offset + got < size:
+                    n = pread(fd, at + got, want - got, <long>(offset + got))
+                    if n > 0:
+                        got += n
+                    elif n == 0:
+                        break
+                    elif errno != EINTR:
+                        error = errno
+                        break
+                if error:
+                    break
+                if size < offset + got:
+                    got = <Py_ssize_t>(size - offset)
+            if got < want:
+                memset(at + got, 0, want - got)
+            while page < stop:
+                numbers[count] = page
+                count += 1
+                page += 1
+    if error:
+        import os
+        raise OSError(error, os.strerror(error))
+    return count, page
+
+
+def mark_chunks(const uint8_t[::1] bitmap not None, uint64_t pages, uint64_t chunk_pages,
+                uint8_t[::1] stale not None):
+    """Sets a byte in `stale` for each chunk of `chunk_pages` pages that has a dirty page."""
+    cdef uint64_t page = 0
+    if <uint64_t>bitmap.shape[0] * 8 < pages or bitmap.shape[0] % 8:
+        raise ValueError("the bitmap is too short")
+    if <uint64_t>stale.shape[0] * chunk_pages < pages:
+        raise ValueError("the chunk table is too short")
+    cdef const uint64_t* words = <const uint64_t*>&bitmap[0]
+    with nogil:
+        while True:
+            page = next_set(words, page, pages)
+            if page >= pages:
+                break
+            stale[page // chunk_pages] = 1
+            page = (page // chunk_pages + 1) * chunk_pages
+
+
+# ---------------------------------------------------------------- dirty marks
+
+def take_marks(uint8_t[::1] marks not None, uint8_t[::1] bitmap not None):
+    """Moves the guest's dirty marks (a byte per page) into a bitmap and clears them.
+
+    The guest sets a mark after it has written; we clear marks with an atomic exchange before
+    anyone copies the page. So a write that this copy misses leaves its mark for the next one.
+    """
+    cdef Py_ssize_t i, k, count = marks.shape[0]
+    cdef uint64_t word
+    cdef uint8_t* at = &marks[0]
+    if count % 8 or bitmap.shape[0] * 8 < count:
+        raise ValueError("the marks are not whole words, or the bitmap is too short")
+    with nogil:
+        for i in range(0, count, 8):
+            if (<uint64_t*>(at + i))[0] == 0:
+                continue
+            word = xm_take(<uint64_t*>(at + i))
+            for k in range(8):
+                if (<uint8_t*>&word)[k]:
+                    bitmap[i >> 3] |= <uint8_t>(1 << k)
+
+
+def put_back_marks(uint8_t[::1] marks not None, const uint8_t[::1] bitmap not None):
+    """Sets the marks of all pages in the bitmap again: nothing taken is forgotten."""
+    cdef Py_ssize_t i, count = marks.shape[0]
+    if bitmap.shape[0] * 8 < count:
+        raise ValueError("the bitmap is too short")
+    with nogil:
+        for i in range(count):
+            if (bitmap[i >> 3] >> (i & 7)) & 1:
+                xm_mark(&marks[i])
+
+
+def set_marks(uint8_t[::1] marks not None, uint64_t first, uint64_t count):
+    """Marks pages dirty, after they were written."""
+    cdef uint64_t i
+    if first + count > <uint64_t>marks.shape[0]:
+        raise ValueError("pages outside the guest")
+    for i in range(first, first + count):
+        xm_mark(&marks[i])
+
+
+# ---------------------------------------------------------------- the demo guest
+
+cdef enum:
+    BURST = 1024                # increments between two looks at the command word
+
+# The words of the demo guest's control block (migrate/guests/demo.py says what they mean).
+cdef enum:
+    COMMAND = 0
+    STATE = 1
+    SWEEP = 2
+    INDEX = 3
+
+cdef uint64_t RUN = 1
+
+
+cdef inline double clock() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + t.tv_nsec * 1e-9
+
+
+def run_load(
+    uint64_t[::1] control not None, uint8_t[::1] marks not None, uint8_t[::1] memory not None,
+    uint64_t hot, uint64_t stride, uint64_t page_size, double rate,
+):
+    """The seed's load generator: for ever, in order, adds one to each byte at a multiple of
+    `stride` below `hot`, marking its page after the write. Returns when the command word is no
+    longer RUN, with the place it stopped at in SWEEP and INDEX.
+
+    rate -- increments per second, 0 for full speed
+    """
+    cdef uint64_t* words = &control[0]
+    cdef uint64_t sweep = words[SWEEP], index = words[INDEX], points = (hot + stride - 1) // stride
+    cdef uint64_t burst = BURST, n, offset, done = 0
+    cdef double began = clock(), wait
+    cdef timespec pause
+    if hot == 0 or stride == 0 or hot > <uint64_t>memory.shape[0] or index >= points:
+        raise ValueError("the load does not fit the memory")
+    if (hot - 1) // page_size >= <uint64_t>marks.shape[0]:
+        raise ValueError("there are fewer marks than pages")
+    if rate and rate < BURST * 100:
+        burst = <uint64_t>(rate / 100) + 1
+    with nogil:
+        while xm_load(&words[COMMAND]) == RUN:
+            for n in range(burst):
+                offset = index * stride
+                memory[offset] += 1
+                xm_mark(&marks[offset // page_size])
+                index += 1
+                if index == points:
+                    index = 0
+                    sweep += 1
+            xm_store(&words[SWEEP], sweep)
+            xm_store(&words[INDEX], index)
+            if rate:
+                done += burst
+                wait = began + done / rate - clock()
+                if wait > 0:
+                    wait = wait if wait < 0.05 else 0.05
+                    pause.tv_sec = 0
+                    pause.tv_nsec = <long>(wait * 1e9)
+                    nanosleep(&pause, NULL)
+                elif wait < -1:         # we were stopped: do not try to make up for it
+                    began, done = clock(), 0
+
+
+cdef inline uint64_t pattern(uint64_t i) noexcept nogil:
+    """A fixed pseudo-random word for each position (the finaliser of splitmix64)."""
+    i = (i + 1) * 0x9E3779B97F4A7C15u
+    i = (i ^ (i >> 30)) * 0xBF58476D1CE4E5B9u
+    i = (i ^ (i >> 27)) * 0x94D049BB133111EBu
+    return i ^ (i >> 31)
+
+
+def fill(uint8_t[::1] memory not None, uint64_t hot, uint64_t stride, bint random):
+    """The demo guest's first content: zeros or a fixed pattern, with zeros where it will count."""
+    cdef uint64_t i, word, size = memory.shape[0]
+    with nogil:
+        if random:
+            for i in range(size // 8):
+                word = pattern(i)
+                memcpy(&memory[i * 8], &word, 8)
+            i = 0
+            while i < hot:
+                memory[i] = 0
+                i += stride
+
+
+def first_wrong(
+    const uint8_t[::1] memory not None, uint64_t hot, uint64_t stride, bint random,
+    uint64_t sweep, uint64_t index,
+):
+    """Checks every byte of a paused demo guest; the offset of the first wrong one, or -1.
+
+    A byte that the load touches must equal the number of times it was incremented (modulo 256):
+    `sweep`, or one more below `index`. All other bytes are as `fill` made them. So a page that is
+    stale, torn or misplaced shows.
+    """
+    cdef uint64_t i, k, word, size = memory.shape[0], offset, points = (hot + stride - 1) // stride
+    cdef uint8_t want
+    cdef uint8_t[8] bytes_
+    cdef Py_ssize_t wrong = -1
+    with nogil:
+        i = 0
+        while i < size and wrong < 0:
+            word = pattern(i // 8) if random and i // 8 < size // 8 else 0
+            memcpy(bytes_, &word, 8)
+            for k in range(8 if size - i >= 8 else size - i):
+                offset = i + k
+                want = bytes_[k]
+                if offset < hot and offset % stride == 0:
+                    want = <uint8_t>(sweep + (1 if offset // stride < index else 0))
+                if memory[offset] != want:
+                    wrong = offset
+                    break
+            i += 8
+    return wrong

@@ -1,0 +1,65 @@
+"""What can go wrong with the bytes, split by who did wrong.
+
+    ProtoError
+    ├── LocalError         we did: a message that is not ours to send now, a value past its limit
+    │   └── CacheSizeError a cache size that breaks the rule (also a ValueError)
+    └── RemoteError        the peer did: it carries the code to send back before hanging up
+        ├── FrameError     the framing is broken: nothing after this byte can be understood
+        ├── MessageError   a message that does not parse, breaks a limit or comes at the wrong time
+        ├── CapabilityError what one side demands the other does not know
+        └── DecodeError    page data that cannot be applied
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ErrorCode(IntEnum):
+    """The reason an ERROR frame carries (proto/README.md, "ERROR")."""
+
+    PROTOCOL = 1
+    CAPABILITY = 2
+    NO_PLACE = 3
+    LIMIT = 4
+    CANCELLED = 5
+    MISMATCH = 6
+    NOT_CONVERGED = 7
+    NOT_STARTED = 8
+    INTERNAL = 9
+
+
+class ProtoError(Exception):
+    """Any fault in the protocol, ours or the peer's."""
+
+
+class LocalError(ProtoError):
+    """We tried what the protocol forbids; nothing was sent."""
+
+
+class CacheSizeError(LocalError, ValueError):
+    """A cache size that is not a power of two, or smaller than a page."""
+
+
+class RemoteError(ProtoError):
+    """The peer sent what the protocol forbids; `code` says what to answer."""
+
+    code = ErrorCode.PROTOCOL
+
+
+class FrameError(RemoteError):
+    """The framing is broken: wrong magic, length past its limit, or a check that does not match."""
+
+
+class MessageError(RemoteError):
+    """A message that does not parse, breaks a limit, or is out of order."""
+
+
+class CapabilityError(RemoteError):
+    """A required capability that one side does not have."""
+
+    code = ErrorCode.CAPABILITY
+
+
+class DecodeError(RemoteError):
+    """Page data that cannot be applied; the page named in the message is as it was."""
