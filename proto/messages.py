@@ -1,0 +1,220 @@
+"""The typed bodies of frames. All but PAGES are MessagePack maps with exactly these fields.
+
+Each field is bounded here, where it is declared, and checked while it is read: a message that
+parses is a message within its limits. `pack` and `unpack` mirror each other.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+
+from proto.errors import ErrorCode, MessageError
+
+PROTOCOL_VERSION = 1
+MAX_PAGES = 1 << 32
+MIN_PAGE_SIZE = 1 << 10
+MAX_PAGE_SIZE = 1 << 14
+MAX_STATE = 1 << 20
+MAX_CAPABILITIES = 64
+DIGEST_BYTES = 16
+DIGEST_CHUNK = 1 << 16
+BATCH_BYTES = (1 << 20) + (1 << 15)
+MAX_BODY = 2 << 20
+MAX_CONTROL = 64 << 10
+MAX_SECONDS = 1e9
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9-]*$")]
+Text = Annotated[str, msgspec.Meta(max_length=1000)]
+Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_CAPABILITIES)]
+
+
+class MessageType(IntEnum):
+    """The type byte of a frame. The numbers are the wire's and never change their meaning."""
+
+    HELLO = 1
+    GUEST = 2
+    ACCEPT = 3
+    CACHE_SIZE = 4
+    PAGES = 5
+    ROUND = 6
+    ROUND_ACK = 7
+    COMPLETE = 8
+    READY = 9
+    GO = 10
+    RUNNING = 11
+    PING = 12
+    PONG = 13
+    ERROR = 14
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Hello(_Message):
+    """Who speaks: first from the source, then the destination's answer (see capabilities).
+
+    required -- capabilities without which the sender will not go on
+    optional -- capabilities it can use; the answer names those that will be used
+    """
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    required: Names
+    optional: Names
+    max_body: Annotated[int, msgspec.Meta(ge=MAX_CONTROL, le=1 << 30)] = MAX_BODY
+    max_pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = MAX_PAGES
+
+
+class GuestInfo(_Message):
+    """What will come: `size` bytes in pages of `page_size`, of a kind that needs a place."""
+
+    kind: Name
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES * MIN_PAGE_SIZE)]
+    page_size: Annotated[int, msgspec.Meta(ge=MIN_PAGE_SIZE, le=MAX_PAGE_SIZE)]
+    description: Text = ""
+
+    @property
+    def pages(self) -> int:
+        return -(-self.size // self.page_size)
+
+
+class Accept(_Message):
+    """The destination has a place for this guest."""
+
+
+class CacheSize(_Message):
+    """From the source: the size in force. From the destination: the size its operator asks for."""
+
+    size: Count
+
+
+class Round(_Message):
+    """The end of a round. `pages` and `transferred` are the source's counts for this round."""
+
+    number: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
+    pages: Count
+    transferred: Count
+    last: bool = False
+
+
+class RoundAck(_Message):
+    """All batches of a round are applied. The times are what they cost the destination.
+
+    apply_seconds  -- decoding into memory
+    settle_seconds -- digests of chunks that this round left alone, and writing back
+    stale_chunks   -- chunks that still have no digest
+    settled_chunks -- chunks digested in `settle_seconds`
+    """
+
+    number: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
+    apply_seconds: Seconds
+    settle_seconds: Seconds
+    stale_chunks: Count
+    settled_chunks: Count
+
+
+class Complete(_Message):
+    """After the last round: the digest of the whole memory and the guest's opaque state."""
+
+    digest: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+    state: Annotated[bytes, msgspec.Meta(max_length=MAX_STATE)]
+
+
+class Ready(_Message):
+    """The destination has verified the digest and can start the guest; it must not yet."""
+
+    verify_seconds: Seconds
+
+
+class Go(_Message):
+    """The guest is the destination's. The source never runs it again by itself."""
+
+
+class Running(_Message):
+    """The guest runs at the destination."""
+
+
+class Ping(_Message):
+    token: Count
+
+
+class Pong(_Message):
+    token: Count
+
+
+class Error(_Message):
+    """Why the sender hangs up."""
+
+    code: ErrorCode
+    reason: Text
+
+
+class Pages:
+    """A batch as it came: its body is read by the kernel, not here (proto/README.md, "PAGES")."""
+
+    __slots__ = ("body",)
+
+    def __init__(self, body: memoryview | bytes | bytearray) -> None:
+        self.body = body
+
+
+Message = (
+    Hello | GuestInfo | Accept | CacheSize | Pages | Round | RoundAck | Complete | Ready | Go
+    | Running | Ping | Pong | Error
+)  # fmt: skip
+
+_TYPES: dict[MessageType, type[_Message]] = {
+    MessageType.HELLO: Hello,
+    MessageType.GUEST: GuestInfo,
+    MessageType.ACCEPT: Accept,
+    MessageType.CACHE_SIZE: CacheSize,
+    MessageType.ROUND: Round,
+    MessageType.ROUND_ACK: RoundAck,
+    MessageType.COMPLETE: Complete,
+    MessageType.READY: Ready,
+    MessageType.GO: Go,
+    MessageType.RUNNING: Running,
+    MessageType.PING: Ping,
+    MessageType.PONG: Pong,
+    MessageType.ERROR: Error,
+}
+TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
+    Pages: MessageType.PAGES
+}
+BODY_LIMITS: dict[MessageType, int] = {
+    **dict.fromkeys(MessageType, MAX_CONTROL),
+    MessageType.PAGES: MAX_BODY,
+    MessageType.COMPLETE: MAX_STATE + 1024,
+}
+_DECODERS = {kind: msgspec.msgpack.Decoder(cls) for kind, cls in _TYPES.items()}
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def pack(message: Message, headroom: int = 0) -> bytearray:
+    """The body of a message, after `headroom` free bytes for the frame header."""
+    body = bytearray(headroom)
+    body += message.body if isinstance(message, Pages) else _ENCODER.encode(message)
+    return body
+
+
+def unpack(kind: MessageType, body: memoryview | bytes) -> Message:
+    """The message of a body. Raises MessageError, saying which field breaks which rule."""
+    if kind is MessageType.PAGES:
+        return Pages(body)
+    try:
+        message = _DECODERS[kind].decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageError(f"{kind.name}: {error}") from None
+    if isinstance(message, GuestInfo):
+        if message.page_size & (message.page_size - 1):
+            raise MessageError(f"GUEST: a page of {message.page_size} bytes is no power of two")
+        if message.pages > MAX_PAGES:
+            raise MessageError(f"GUEST: {message.pages} pages are over {MAX_PAGES}")
+    return message  # type: ignore[return-value]
+
+

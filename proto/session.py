@@ -1,0 +1,116 @@
+"""The protocol as a table: in which state who may send what, and where that leads.
+
+    START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
+    STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way
+    STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
+    (-- from the source, == from the destination; PING and PONG at any time after OPEN;
+     ERROR at any time before DONE leads to FAILED)
+
+Both sides hold the same table and feed it what they send and what they receive. It knows nothing
+of the bytes: frames.py cuts them, messages.py types them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from proto.errors import FrameError, LocalError, MessageError
+from proto.frames import HEADER_BYTES, Frame, FrameReader, seal
+from proto.messages import TYPE_OF, Message, MessageType, pack, unpack
+
+M = MessageType
+
+
+class Role(Enum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+    @property
+    def peer(self) -> Role:
+        return Role.DESTINATION if self is Role.SOURCE else Role.SOURCE
+
+
+class State(Enum):
+    START = auto()
+    GREETED = auto()
+    OPEN = auto()
+    DESCRIBED = auto()
+    STREAM = auto()
+    COMPLETED = auto()
+    PREPARED = auto()
+    COMMITTED = auto()
+    DONE = auto()
+    FAILED = auto()
+
+
+S, D = Role.SOURCE, Role.DESTINATION
+
+TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
+    State.START: {(S, M.HELLO): State.GREETED},
+    State.GREETED: {(D, M.HELLO): State.OPEN},
+    State.OPEN: {(S, M.GUEST): State.DESCRIBED},
+    State.DESCRIBED: {(D, M.ACCEPT): State.STREAM},
+    State.STREAM: {
+        (S, M.PAGES): State.STREAM,
+        (S, M.ROUND): State.STREAM,
+        (D, M.ROUND_ACK): State.STREAM,
+        (S, M.CACHE_SIZE): State.STREAM,
+        (D, M.CACHE_SIZE): State.STREAM,
+        (S, M.COMPLETE): State.COMPLETED,
+    },
+    # A wish for another cache size may cross with COMPLETE: it is legal and has no effect.
+    State.COMPLETED: {(D, M.READY): State.PREPARED, (D, M.CACHE_SIZE): State.COMPLETED},
+    State.PREPARED: {(S, M.GO): State.COMMITTED},
+    State.COMMITTED: {(D, M.RUNNING): State.DONE},
+    State.DONE: {},
+    State.FAILED: {},
+}
+for _state, _moves in TABLE.items():
+    for _role in Role:
+        if _state is not State.START and _state is not State.FAILED:
+            _moves[_role, M.PING] = _moves[_role, M.PONG] = _state
+        if _state not in (State.DONE, State.FAILED):
+            _moves[_role, M.ERROR] = State.FAILED
+
+
+class Session:
+    """One side of one connection: bytes in, messages out, and the other way round."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.state = State.START
+        self.reader = FrameReader()
+
+    def send(self, message: Message) -> bytearray:
+        """The frame of a message. Raises LocalError where it is not ours to send now."""
+        return self.send_sealed(TYPE_OF[type(message)], pack(message, HEADER_BYTES))
+
+    def send_sealed(self, kind: MessageType, frame: bytearray) -> bytearray:
+        """As `send`, for a body that stands already behind room for its header."""
+        following = TABLE[self.state].get((self.role, kind))
+        if following is None:
+            raise LocalError(f"{kind.name} cannot be sent in state {self.state.name}")
+        sealed = seal(frame, kind)
+        self.state = following
+        return sealed
+
+    def next_frame(self) -> Frame | None:
+        """The next whole frame that came, if there is one. Raises RemoteError."""
+        frame = self.reader.next_frame()
+        if frame is None:
+            return None
+        following = TABLE[self.state].get((self.role.peer, frame.type))
+        if following is None:
+            raise MessageError(
+                f"the {self.role.peer.value} sent {frame.type.name} in state {self.state.name}"
+            )
+        self.state = following
+        return frame
+
+    def end(self) -> None:
+        """The peer closed the connection. Raises FrameError if that cut a frame in two."""
+        if self.reader.partial:
+            raise FrameError(f"the connection ended inside a frame ({self.reader.partial} bytes)")
+
+
+__all__ = ["TABLE", "Role", "Session", "State", "unpack"]
