@@ -56,7 +56,7 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all messages."""
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """Who speaks: first from the source, then the destination's answer (see capabilities).
 
     required -- capabilities without which the sender will not go on
@@ -70,7 +70,7 @@ class Hello(_Message):
     max_pages: Annotated[int, msgspec.Meta(ge=1, le=1 << 62)] = MAX_PAGES
 
 
-class GuestInfo(_Message):
+class GuestInfo(_Message, frozen=True):
     """What will come: `size` bytes in pages of `page_size`, of a kind that needs a place."""
 
     kind: Name
@@ -83,17 +83,17 @@ class GuestInfo(_Message):
         return -(-self.size // self.page_size)
 
 
-class Accept(_Message):
+class Accept(_Message, frozen=True):
     """The destination has a place for this guest."""
 
 
-class CacheSize(_Message):
+class CacheSize(_Message, frozen=True):
     """From the source: the size in force. From the destination: the size its operator asks for."""
 
     size: Count
 
 
-class Round(_Message):
+class Round(_Message, frozen=True):
     """The end of a round. `pages` and `transferred` are the source's counts for this round."""
 
     number: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
@@ -102,7 +102,7 @@ class Round(_Message):
     last: bool = False
 
 
-class RoundAck(_Message):
+class RoundAck(_Message, frozen=True):
     """All batches of a round are applied. The times are what they cost the destination.
 
     apply_seconds  -- decoding into memory
@@ -118,36 +118,36 @@ class RoundAck(_Message):
     settled_chunks: Count
 
 
-class Complete(_Message):
+class Complete(_Message, frozen=True):
     """After the last round: the digest of the whole memory and the guest's opaque state."""
 
     digest: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
     state: Annotated[bytes, msgspec.Meta(max_length=MAX_STATE)]
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True):
     """The destination has verified the digest and can start the guest; it must not yet."""
 
     verify_seconds: Seconds
 
 
-class Go(_Message):
+class Go(_Message, frozen=True):
     """The guest is the destination's. The source never runs it again by itself."""
 
 
-class Running(_Message):
+class Running(_Message, frozen=True):
     """The guest runs at the destination."""
 
 
-class Ping(_Message):
+class Ping(_Message, frozen=True):
     token: Count
 
 
-class Pong(_Message):
+class Pong(_Message, frozen=True):
     token: Count
 
 
-class Error(_Message):
+class Error(_Message, frozen=True):
     """Why the sender hangs up."""
 
     code: ErrorCode
