@@ -793,7 +793,6 @@ cdef class PageEncoder:
                 self.unchanged += 1
             else:
                 self.put_zero(page)
-                self.note_hash(page, content)
             return
         if self.cache is not None and known:
             if zero:
@@ -890,7 +889,6 @@ cdef class PageEncoder:
                 if self.room - self.used < self.page_size + 2 * RECORD_ROOM:
                     break
                 self.put_zero(page)
-                self.note_hash(page, ZERO_PAGE)
             else:
                 page = first + count
         return page - first

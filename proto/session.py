@@ -58,8 +58,13 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
         (D, M.CACHE_SIZE): State.STREAM,
         (S, M.COMPLETE): State.COMPLETED,
     },
-    # A wish for another cache size may cross with COMPLETE: it is legal and has no effect.
-    State.COMPLETED: {(D, M.READY): State.PREPARED, (D, M.CACHE_SIZE): State.COMPLETED},
+    # COMPLETE follows the last ROUND at once, while the destination still digests: its ack, and
+    # a wish for another cache size, may cross with it.
+    State.COMPLETED: {
+        (D, M.READY): State.PREPARED,
+        (D, M.ROUND_ACK): State.COMPLETED,
+        (D, M.CACHE_SIZE): State.COMPLETED,
+    },
     State.PREPARED: {(S, M.GO): State.COMMITTED},
     State.COMMITTED: {(D, M.RUNNING): State.DONE},
     State.DONE: {},
@@ -83,16 +88,22 @@ class Session:
 
     def send(self, message: Message) -> bytearray:
         """The frame of a message. Raises LocalError where it is not ours to send now."""
-        return self.send_sealed(TYPE_OF[type(message)], pack(message, HEADER_BYTES))
+        kind = TYPE_OF[type(message)]
+        following = self._after(kind)
+        frame = seal(pack(message, HEADER_BYTES), kind)
+        self.state = following
+        return frame
 
     def send_sealed(self, kind: MessageType, frame: bytearray) -> bytearray:
-        """As `send`, for a body that stands already behind room for its header."""
+        """As `send`, for a frame that was sealed already (in a worker thread, say)."""
+        self.state = self._after(kind)
+        return frame
+
+    def _after(self, kind: MessageType) -> State:
         following = TABLE[self.state].get((self.role, kind))
         if following is None:
             raise LocalError(f"{kind.name} cannot be sent in state {self.state.name}")
-        sealed = seal(frame, kind)
-        self.state = following
-        return sealed
+        return following
 
     def next_frame(self) -> Frame | None:
         """The next whole frame that came, if there is one. Raises RemoteError."""

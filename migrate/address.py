@@ -1,0 +1,42 @@
+"""Where to connect or listen: tcp:HOST:PORT, unix:PATH, and for listeners a bare PORT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from migrate.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Address:
+    """`path` is set for a unix socket, else `host` (empty: all interfaces) and `port`."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp:{host}:{self.port}"
+
+
+def parse_address(text: str, *, listen: bool = False) -> Address:
+    """Reads an address. Raises UsageError naming the forms that are understood."""
+    forms = "[HOST:]PORT or unix:PATH" if listen else "tcp:HOST:PORT or unix:PATH"
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:").removeprefix("//")
+        if not path:
+            raise UsageError(f"address {text!r} names no path: write {forms}")
+        return Address(path=path)
+    rest = text
+    if text.startswith("tcp:"):
+        rest = text.removeprefix("tcp:").removeprefix("//")
+    elif not listen:
+        raise UsageError(f"address {text!r} is not understood: write {forms}")
+    host, _, port = rest.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not port.isdecimal() or int(port) > 65535 or (not listen and (not host or port == "0")):
+        raise UsageError(f"address {text!r} is not understood: write {forms}")
+    return Address(host=host, port=int(port))

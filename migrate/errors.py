@@ -1,0 +1,75 @@
+"""What can go wrong outside the bytes. Each class carries the exit code of the programs.
+
+    MigrationError             1  failed; the source's guest is as it was
+    ├── UsageError             2  what the user asked for cannot be
+    ├── ConnectError           3  cannot connect or listen: trying again may help
+    ├── PeerError              4  the other side refused or broke the protocol, or its reason
+    │   └── PeerLost           1  the connection broke or fell silent
+    ├── MismatchError          6  the memories differ at the end
+    ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
+    ├── CancelledByPeer        8  somebody cancelled at the other side
+    └── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
+"""
+
+from __future__ import annotations
+
+from proto import ErrorCode
+
+
+class MigrationError(Exception):
+    """A migration that failed, with one sentence for the user."""
+
+    exit_code = 1
+    code = ErrorCode.INTERNAL
+
+
+class UsageError(MigrationError):
+    """A parameter, address or guest that cannot be used."""
+
+    exit_code = 2
+
+
+class ConnectError(MigrationError):
+    """The connection could not be made."""
+
+    exit_code = 3
+
+
+class PeerError(MigrationError):
+    """The peer said why it gave up, or broke the protocol."""
+
+    exit_code = 4
+    code = ErrorCode.PROTOCOL
+
+
+class PeerLost(PeerError):  # noqa: N818 - a state of the peer, not a kind of exception
+    """The connection ended or fell silent without a word."""
+
+    exit_code = 1
+
+
+class MismatchError(MigrationError):
+    """The digests of the two memories differ."""
+
+    exit_code = 6
+    code = ErrorCode.MISMATCH
+
+
+class NotConvergedError(MigrationError):
+    """The policy gave up: see migrate.rounds."""
+
+    exit_code = 7
+    code = ErrorCode.NOT_CONVERGED
+
+
+class CancelledByPeer(MigrationError):  # noqa: N818
+    """The other side's operator cancelled."""
+
+    exit_code = 8
+    code = ErrorCode.CANCELLED
+
+
+class HandOverUnknown(MigrationError):  # noqa: N818
+    """After GO nobody but the destination may run the guest, and it has not answered."""
+
+    exit_code = 9

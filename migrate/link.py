@@ -1,0 +1,349 @@
+"""The connection: the only file that sees a transport.
+
+What it guarantees: `send` returns when the frame is queued and the queue is below its bound; a
+frame is private memory that nobody changes after it was given here (a transport keeps a reference
+to what it is given). `receive` gives frames in order; reading stops while RECEIVE_AHEAD frames
+wait. A peer that says nothing for `peer_timeout` seconds is lost; both sides send PINGs, so a
+living peer never is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import time
+from collections import deque
+from typing import Any, cast
+
+from migrate.address import Address
+from migrate.errors import ConnectError, PeerLost
+from proto import ProtoError
+from proto.frames import Frame
+from proto.messages import Message, MessageType, Ping, Pong, unpack
+from proto.session import Role, Session, State
+
+# Both loops get explicit limits: uvloop's own high-water mark is 64 KiB with a low one of 16
+# bytes, a bubble per frame on any real round-trip time.
+SEND_HIGH = 4 << 20
+SEND_LOW = 1 << 20
+RECEIVE_AHEAD = 3
+SOCKET_TIMEOUT = 30.0
+
+
+class RateLimit:
+    """Spreads bytes evenly: `rate` bytes per second, 0 for no limit; may change at any time."""
+
+    BURST_SECONDS = 0.02
+
+    def __init__(self, rate: int = 0) -> None:
+        self.rate = rate
+        self._free_at = 0.0
+
+    async def take(self, count: int) -> None:
+        """Returns when `count` bytes may go."""
+        if not self.rate:
+            return
+        now = time.monotonic()
+        start = max(self._free_at, now - self.BURST_SECONDS)
+        self._free_at = start + count / self.rate
+        if self._free_at > now:
+            await asyncio.sleep(self._free_at - now)
+
+
+class Link(asyncio.BufferedProtocol):
+    """One connection to the peer, speaking frames."""
+
+    def __init__(self, role: Role, peer_timeout: float = SOCKET_TIMEOUT) -> None:
+        self.session = Session(role)
+        self.limit = RateLimit()
+        self.peer_timeout = peer_timeout
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.peer_name = ""
+        self._transport: asyncio.Transport | None = None
+        self._frames: deque[Frame] = deque()
+        self._fault: Exception | None = None
+        self._news = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._closed = asyncio.Event()
+        self._reading = True
+        self._heard_at = time.monotonic()
+        self._tokens = itertools.count(1)
+        self._pings: dict[int, asyncio.Future[float]] = {}
+        self._heart: asyncio.Task[None] | None = None
+
+    # -- what the transport calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=SEND_HIGH, low=SEND_LOW)
+        sock = transport.get_extra_info("socket")
+        self.peer_name = str(transport.get_extra_info("peername") or "a local process")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            with contextlib.suppress(OSError, AttributeError):
+                sock.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.peer_timeout * 1000)
+                )
+        self._heart = asyncio.get_running_loop().create_task(self._beat())
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.session.reader.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.session.reader.received(nbytes)
+        self.received_bytes += nbytes
+        self._heard_at = time.monotonic()
+        self._parse()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        fault: Exception = PeerLost(f"the connection to {self.peer_name} broke: {exc}")
+        if exc is None:
+            fault = PeerLost(f"{self.peer_name} closed the connection")
+            with contextlib.suppress(ProtoError):
+                self._parse()
+        self._fail(fault)
+        self._closed.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    # -- frames
+
+    def _parse(self) -> None:
+        """Cuts frames as long as there is room to keep them."""
+        try:
+            while len(self._frames) < RECEIVE_AHEAD and self._fault is None:
+                frame = self.session.next_frame()
+                if frame is None:
+                    break
+                if frame.type in (MessageType.PING, MessageType.PONG):
+                    self._ping_pong(frame)
+                    continue
+                self._frames.append(frame)
+                self._news.set()
+        except ProtoError as error:
+            self._fail(error)
+        self._throttle()
+
+    def _throttle(self) -> None:
+        full = len(self._frames) >= RECEIVE_AHEAD
+        if self._transport is None or self._transport.is_closing() or full != self._reading:
+            return
+        self._reading = not full
+        if full:
+            self._transport.pause_reading()
+        else:
+            self._heard_at = time.monotonic()
+            self._transport.resume_reading()
+
+    def _fail(self, fault: Exception) -> None:
+        if self._fault is None:
+            self._fault = fault
+        self._news.set()
+        self._writable.set()
+        for waiter in self._pings.values():
+            if not waiter.done():
+                waiter.cancel()
+
+    async def receive(self) -> Frame:
+        """The next frame; release it when its body is no longer needed.
+
+        Raises PeerLost where the connection ended, RemoteError where the peer broke the protocol.
+        """
+        while not self._frames:
+            if self._fault is not None:
+                raise self._fault
+            self._news.clear()
+            await self._news.wait()
+        frame = self._frames.popleft()
+        self._parse()
+        return frame
+
+    async def receive_message(self) -> Message:
+        """The next message that is no batch of pages, read and released."""
+        frame = await self.receive()
+        try:
+            body = bytes(frame.body) if frame.type is MessageType.PAGES else frame.body
+            return unpack(frame.type, body)
+        finally:
+            frame.release()
+
+    async def send(self, message: Message) -> None:
+        """Sends a message now, past the rate limit: it is small."""
+        await self._write(self.session.send(message))
+
+    async def send_batch(self, frame: bytearray) -> None:
+        """Sends a sealed PAGES frame, at the pace of the rate limit."""
+        await self.limit.take(len(frame))
+        await self._write(self.session.send_sealed(MessageType.PAGES, frame))
+
+    async def _write(self, frame: bytearray) -> None:
+        self._write_now(frame)
+        await self._writable.wait()
+        if self._fault is not None and isinstance(self._fault, PeerLost):
+            raise self._fault
+
+    def _write_now(self, frame: bytearray) -> None:
+        if self._transport is None or self._transport.is_closing():
+            raise self._fault or PeerLost("the connection is closed")
+        self.sent_bytes += len(frame)
+        self._transport.write(frame)
+
+    # -- liveness
+
+    async def _beat(self) -> None:
+        interval = self.peer_timeout / 4
+        while self._fault is None:
+            await asyncio.sleep(interval)
+            if not self._reading:
+                continue
+            silence = time.monotonic() - self._heard_at
+            if silence > self.peer_timeout:
+                self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.0f} s"))
+                self.abort()
+                return
+            if self.session.state not in (State.START, State.GREETED, State.FAILED):
+                with contextlib.suppress(ProtoError, PeerLost):
+                    self._write_now(self.session.send(Ping(next(self._tokens))))
+
+    def _ping_pong(self, frame: Frame) -> None:
+        message = unpack(frame.type, frame.body)
+        frame.release()
+        if isinstance(message, Ping):
+            with contextlib.suppress(ProtoError, PeerLost):
+                self._write_now(self.session.send(Pong(message.token)))
+        elif isinstance(message, Pong):
+            waiter = self._pings.pop(message.token, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(time.monotonic())
+
+    async def round_trip(self) -> float:
+        """Seconds from a PING to its PONG."""
+        token = next(self._tokens)
+        waiter = asyncio.get_running_loop().create_future()
+        self._pings[token] = waiter
+        began = time.monotonic()
+        await self.send(Ping(token))
+        try:
+            return await waiter - began
+        except asyncio.CancelledError:
+            if self._fault is not None:
+                raise self._fault from None
+            raise
+
+    # -- the end
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def close(self) -> None:
+        """Sends what is queued (for a second at most) and closes."""
+        if self._heart is not None:
+            self._heart.cancel()
+        if self._transport is None:
+            return
+        self._transport.close()
+        try:
+            async with asyncio.timeout(1):
+                await self._closed.wait()
+        except TimeoutError:
+            self._transport.abort()
+
+
+async def connect(
+    address: Address, *, timeout: float = 10.0, peer_timeout: float = SOCKET_TIMEOUT
+) -> Link:
+    """Connects as the source. A refused connection is tried again until `timeout` seconds."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+
+    def make() -> Link:
+        return Link(Role.SOURCE, peer_timeout)
+
+    while True:
+        try:
+            async with asyncio.timeout_at(end):
+                if address.path:
+                    _, link = await loop.create_unix_connection(make, address.path)
+                else:
+                    _, link = await loop.create_connection(make, address.host, address.port)
+                return link
+        except TimeoutError:
+            raise ConnectError(f"no answer from {address} within {timeout:g} s") from None
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            if loop.time() + 0.2 > end:
+                raise ConnectError(
+                    f"cannot connect to {address}: {_why(error)}: is migrate-dst listening there?"
+                ) from None
+            await asyncio.sleep(0.1)
+        except OSError as error:
+            raise ConnectError(f"cannot connect to {address}: {_why(error)}") from None
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+
+
+class Listener:
+    """Waits for one source. `addresses` says where, with the real port."""
+
+    def __init__(self, server: asyncio.Server, links: asyncio.Queue[Link], path: str) -> None:
+        self._server = server
+        self._links = links
+        self._path = path
+
+    @property
+    def address(self) -> Address:
+        if self._path:
+            return Address(path=self._path)
+        name = self._server.sockets[0].getsockname()
+        return Address(host=name[0], port=name[1])
+
+    async def accept(self) -> Link:
+        """The first source that connects."""
+        return await self._links.get()
+
+    async def close(self) -> None:
+        self._server.close()
+        while not self._links.empty():
+            self._links.get_nowait().abort()
+        if self._path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+
+async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> Listener:
+    """Listens as a destination. Raises ConnectError where the address is not to be had."""
+    loop = asyncio.get_running_loop()
+    links: asyncio.Queue[Link] = asyncio.Queue()
+
+    class Incoming(Link):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            links.put_nowait(self)
+
+    def make() -> Link:
+        return Incoming(Role.DESTINATION, peer_timeout)
+
+    try:
+        if address.path:
+            server: Any = await loop.create_unix_server(make, address.path, backlog=1)
+        else:
+            server = await loop.create_server(
+                make, address.host or None, address.port, backlog=1, reuse_address=True
+            )
+    except OSError as error:
+        raise ConnectError(f"cannot listen on {address}: {_why(error)}") from None
+    return Listener(server, links, address.path)

@@ -1,0 +1,52 @@
+"""Sizes and times as people write them: 64m, 1g, 300ms."""
+
+from __future__ import annotations
+
+import re
+
+from migrate.errors import UsageError
+
+_SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", re.IGNORECASE)
+_MILLISECONDS = {"ms": 1.0, "s": 1e3, "m": 60e3, "h": 3600e3}
+
+
+def parse_size(text: str, what: str) -> int:
+    """Bytes of `64m`, `256M`, `1g` or `4096`; the suffixes k, m, g, t are powers of 1024."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{what}: {text!r} is not a size: write bytes, or 64k, 64m, 1g, 2t")
+    value = int(found[1]) << _SHIFT[found[2].lower()]
+    if value >= 1 << 62:
+        raise UsageError(f"{what}: {text!r} is larger than any memory")
+    return value
+
+
+def parse_cache_size(text: str, page_size: int = 1) -> int:
+    """A cache size: a power of two and at least a page; the error names the rule."""
+    size = parse_size(text, "cache size")
+    if size < page_size or size & (size - 1):
+        hint = f" (did you mean {size}m?)" if text.strip().isdigit() and size < 1 << 16 else ""
+        raise UsageError(
+            f"cache size: {text!r} is not a power of two of at least one page "
+            f"({page_size} bytes): write 64m, 256m, 1g{hint}"
+        )
+    return size
+
+
+def parse_milliseconds(text: str, what: str, bare: str = "ms") -> float:
+    """Milliseconds of `300`, `300ms`, `1.5s`, `2m`; `bare` is the unit of a bare number."""
+    found = _TIME.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{what}: {text!r} is not a time: write 300ms, 1.5s or 2m")
+    return float(found[1]) * _MILLISECONDS[found[2].lower() or bare]
+
+
+def format_size(size: float) -> str:
+    """A size for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
