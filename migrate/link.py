@@ -236,7 +236,8 @@ class Link(asyncio.BufferedProtocol):
         began = time.monotonic()
         await self.send(Ping(token))
         try:
-            return await waiter - began
+            answered: float = await waiter
+            return answered - began
         except asyncio.CancelledError:
             if self._fault is not None:
                 raise self._fault from None
@@ -332,17 +333,22 @@ async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> L
     class Incoming(Link):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            links.put_nowait(self)
+            if links.empty():
+                links.put_nowait(self)
+            else:
+                self.abort()    # one source at a time; the one before is not served yet
 
     def make() -> Link:
         return Incoming(Role.DESTINATION, peer_timeout)
 
     try:
         if address.path:
-            server: Any = await loop.create_unix_server(make, address.path, backlog=1)
+            server: Any = await loop.create_unix_server(make, address.path, backlog=16)
         else:
+            # A free port is picked once: on all IPv4 interfaces, not one number per family.
+            host = address.host or (None if address.port else "0.0.0.0")
             server = await loop.create_server(
-                make, address.host or None, address.port, backlog=1, reuse_address=True
+                make, host, address.port, backlog=16, reuse_address=True
             )
     except OSError as error:
         raise ConnectError(f"cannot listen on {address}: {_why(error)}") from None

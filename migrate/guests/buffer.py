@@ -1,0 +1,185 @@
+"""Memory of a Python program: any writable buffer, a NumPy array among them."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from migrate._memory import set_marks
+from migrate.digest import ChunkDigests
+from migrate.errors import MigrationError, UsageError
+from migrate.guests.guest import Guest, Place
+from migrate.memory import Memory
+from migrate.tracking import DirtyTracker, MarkTracker
+from proto.kernel import PageEncoder
+from proto.messages import GuestInfo
+
+PAUSE_PATIENCE = 10.0
+
+
+class GuestMoved(Exception):  # noqa: N818 - news, not a fault
+    """The buffer has moved away: whoever still wants to write must do so at the destination."""
+
+
+class Gate:
+    """Lets writers in and out, one pause at a time; closed for good once the guest has moved."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._closed = False
+        self._moved = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._changed:
+            while self._closed and not self._moved:
+                self._changed.wait()
+            if self._moved:
+                raise GuestMoved("the guest runs at the destination now")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def close(self, timeout: float) -> bool:
+        """Keeps writers out and waits for those inside; False where they stay."""
+        with self._changed:
+            self._closed = True
+            return self._changed.wait_for(lambda: self._inside == 0, timeout)
+
+    def open(self) -> None:
+        with self._changed:
+            self._closed = False
+            self._changed.notify_all()
+
+    def move(self) -> None:
+        with self._changed:
+            self._moved = True
+            self._changed.notify_all()
+
+
+class BufferGuest(Guest):
+    """Moves `buffer` (writable, contiguous) while this program's threads go on writing to it.
+
+    Writers do `with guest.writing(): array[i] += 1`. In the last round they wait at the door for
+    some milliseconds; after the hand-over the door raises GuestMoved. Programs with a way of their
+    own to stop give `pause` and `resume` (coroutine functions) instead. `state` (bytes, at most
+    1 MiB) is asked for when all is still, and given to the destination.
+
+    marks -- False: changes are found by scanning. True: the program calls `mark` after each write.
+    """
+
+    kind = "buffer"
+
+    def __init__(
+        self,
+        buffer: Any,
+        *,
+        pause: Callable[[], Awaitable[None]] | None = None,
+        resume: Callable[[], Awaitable[None]] | None = None,
+        state: Callable[[], bytes] = bytes,
+        marks: bool = False,
+        page_size: int = 4096,
+    ) -> None:
+        try:
+            view = memoryview(buffer).cast("B")
+        except TypeError as error:
+            raise UsageError(f"the buffer cannot be moved: {error}") from None
+        if not len(view):
+            raise UsageError("the buffer is empty, there is nothing to move")
+        if (pause is None) != (resume is None):
+            raise UsageError("pause and resume go together")
+        self.marks = marks
+        self.memory = Memory(len(view), view)
+        self._page_size = page_size
+        pages = -(-len(view) // page_size)
+        self._marks = bytearray(-(-pages // 8) * 8 if marks else 0)
+        self._gate = Gate()
+        self._pause = pause
+        self._resume = resume
+        self._state = state
+
+    def writing(self) -> Any:
+        """A context in which this thread may write. Raises GuestMoved after the hand-over."""
+        return self._gate.writing()
+
+    def mark(self, offset: int, length: int) -> None:
+        """Says that `length` bytes from `offset` were written; call it after the write."""
+        if length > 0:
+            first = offset // self._page_size
+            last = (offset + length - 1) // self._page_size
+            set_marks(self._marks, first, last - first + 1)
+
+    def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
+        if not self.marks:
+            return super().track(encoder, digests)
+        if encoder.page_size != self._page_size:
+            raise UsageError(f"this guest marks pages of {self._page_size} bytes")
+        return MarkTracker(memoryview(self._marks), encoder.pages)
+
+    async def pause(self) -> None:
+        if self._pause is not None:
+            await self._pause()
+        elif not await asyncio.to_thread(self._gate.close, PAUSE_PATIENCE):
+            raise MigrationError(
+                f"a writer stayed inside guest.writing() for {PAUSE_PATIENCE:g} s: keep it short"
+            )
+
+    async def resume(self) -> None:
+        if self._resume is not None:
+            await self._resume()
+        else:
+            self._gate.open()
+
+    def state(self) -> bytes:
+        return self._state()
+
+    async def give_up(self) -> None:
+        """Nothing outlives this process that could run the guest."""
+
+    async def release(self) -> None:
+        self._gate.move()
+
+
+class BufferPlace(Place):
+    """Anonymous memory of this program, or a buffer it provides (`into`)."""
+
+    def __init__(self, info: GuestInfo, into: Any = None) -> None:
+        padded = info.pages * info.page_size
+        self.state = b""
+        self._into: memoryview | None = None
+        if into is not None:
+            self._into = memoryview(into).cast("B")
+            if len(self._into) != info.size:
+                raise UsageError(
+                    f"the guest has {info.size} bytes, the buffer for it {len(self._into)}"
+                )
+        try:
+            self._map = mmap.mmap(-1, padded)
+        except (OSError, ValueError, OverflowError) as error:
+            raise UsageError(f"no memory for a guest of {info.size} bytes: {error}") from None
+        self.memory = memoryview(self._map)
+        self.reads = Memory(info.size, self.memory)
+        self.size = info.size
+
+    @property
+    def received(self) -> memoryview:
+        """The guest's bytes, exactly `size` of them."""
+        return self.memory[: self.size] if self._into is None else self._into
+
+    async def start(self, state: bytes) -> str:
+        self.state = state
+        if self._into is not None:
+            self._into[:] = self.memory[: self.size]
+        return f"{self.size} bytes are here"
+
+    async def discard(self) -> None:
+        pass

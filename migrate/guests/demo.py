@@ -1,0 +1,356 @@
+"""The demo guest: the seed's load generator, as a process of its own.
+
+Its memory is a memfd that the process, the source and the destination share:
+
+    control block (4096 bytes) | dirty marks, a byte per page | guest memory
+
+    word  control block (64-bit, native order)
+    0     command: 1 run, 2 pause, 3 end
+    1     state: 0 starting, 1 running, 2 paused
+    2, 3  place: sweeps done, index of the next increment
+    4     owner: 0 ours; 1 given up to a destination, will not run here again; 2 not ours yet
+    5..   magic, size, hot, stride, rate (float bits), fill, page size, marks offset, memory offset
+
+Whoever pauses it holds a lock (flock) on the memfd. The kernel drops that lock when its holder
+dies, however it dies; a paused guest that can take the lock goes on if it is ours, stays paused if
+it was given up, and ends if it never became ours. So a killed source never leaves a stopped guest
+behind, a killed destination never a second one, and no two sources move the same guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from migrate._memory import first_wrong
+from migrate.digest import ChunkDigests
+from migrate.errors import MigrationError, UsageError
+from migrate.guests.guest import Guest, Place
+from migrate.memory import Memory
+from migrate.quantities import format_size, parse_size
+from migrate.tracking import DirtyTracker, MarkTracker
+from proto.kernel import PageEncoder
+from proto.messages import GuestInfo
+
+MAGIC = 0x58424D44454D4F31
+CONTROL_BYTES = 4096
+COMMAND, STATE, SWEEP, INDEX, OWNER = range(5)
+OURS, GIVEN_UP, NOT_YET_OURS = 0, 1, 2
+SHAPE = 5
+RUN, PAUSE, END = 1, 2, 3
+STARTING, RUNNING, PAUSED = 0, 1, 2
+STATE_FORMAT = struct.Struct(">4sQQdQQQ")
+STATE_MAGIC = b"demo"
+MEMORY_ALIGN = 2 << 20
+PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class DemoShape:
+    """What a demo guest is: `size` bytes, of which those at multiples of `stride` below `hot` are
+    counted up, `rate` per second (0: full speed). `random` fills the rest with a fixed pattern.
+    """
+
+    size: int
+    hot: int
+    stride: int
+    rate: float = 0.0
+    random: bool = False
+    page_size: int = 4096
+
+    @property
+    def marks(self) -> int:
+        return (-(-self.size // self.page_size) + 7) // 8 * 8
+
+    @property
+    def memory_offset(self) -> int:
+        return -(-(CONTROL_BYTES + self.marks) // MEMORY_ALIGN) * MEMORY_ALIGN
+
+    @property
+    def padded(self) -> int:
+        return -(-self.size // self.page_size) * self.page_size
+
+    @property
+    def total(self) -> int:
+        return self.memory_offset + self.padded
+
+
+def parse_demo(spec: str, page_size: int) -> DemoShape:
+    """Reads `[SIZE][,hot=SIZE][,stride=BYTES][,rate=N][,fill=zero|random]`."""
+    values: dict[str, str] = {}
+    for position, item in enumerate(spec.split(",")) if spec else ():
+        name, equals, value = item.partition("=")
+        if not equals and position == 0:
+            name, value = "size", item
+        if name not in ("size", "hot", "stride", "rate", "fill") or not value or name in values:
+            raise UsageError(
+                f"guest demo: {item!r} is not understood: write demo[:SIZE][,hot=SIZE]"
+                "[,stride=BYTES][,rate=N][,fill=zero|random]"
+            )
+        values[name] = value
+    size = parse_size(values.get("size", "16m"), "guest demo: size")
+    hot = parse_size(values.get("hot", str(size)), "guest demo: hot")
+    stride = parse_size(values.get("stride", "1024"), "guest demo: stride")
+    fill = values.get("fill", "zero")
+    rate = values.get("rate", "0")
+    if not rate.isdecimal():
+        raise UsageError(f"guest demo: rate {rate!r} is not a number of writes per second")
+    if fill not in ("zero", "random"):
+        raise UsageError(f"guest demo: fill {fill!r} is neither zero nor random")
+    if not 0 < hot <= size or stride == 0:
+        raise UsageError(
+            f"guest demo: hot={hot} and stride={stride} do not fit a guest of {size} bytes: "
+            "hot must be 1 byte to the whole size, stride at least 1"
+        )
+    return DemoShape(size, hot, stride, float(rate), fill == "random", page_size)
+
+
+class DemoProcess:
+    """A handle on a demo guest: its process id and its shared memory."""
+
+    def __init__(self, fd: int, pid: int) -> None:
+        self.fd = fd
+        self.pid = pid
+        size = os.fstat(fd).st_size
+        self._map = mmap.mmap(fd, size)
+        whole = memoryview(self._map)
+        self.words = whole[:CONTROL_BYTES].cast("Q")
+        if self.words[SHAPE] != MAGIC:
+            raise UsageError(f"process {pid} is not a demo guest")
+        rate = struct.unpack("d", struct.pack("Q", self.words[SHAPE + 4]))[0]
+        self.shape = DemoShape(
+            self.words[SHAPE + 1], self.words[SHAPE + 2], self.words[SHAPE + 3], rate,
+            bool(self.words[SHAPE + 5]), self.words[SHAPE + 6],
+        )  # fmt: skip
+        start = self.shape.memory_offset
+        self.marks = whole[CONTROL_BYTES : CONTROL_BYTES + self.shape.marks]
+        self.memory = whole[start : start + self.shape.padded]
+
+    @classmethod
+    def create(cls, shape: DemoShape, *, paused: bool) -> DemoProcess:
+        """Starts a demo guest: running, or waiting for its memory (`paused`)."""
+        available = _available_memory()
+        if shape.total > available:
+            raise UsageError(
+                f"a demo guest of {format_size(shape.size)} does not fit the "
+                f"{format_size(available)} of free memory here"
+            )
+        fd = os.memfd_create("xbmigrate-demo")
+        try:
+            os.ftruncate(fd, shape.total)
+            with mmap.mmap(fd, CONTROL_BYTES) as control, memoryview(control).cast("Q") as words:
+                words[SHAPE] = MAGIC
+                words[SHAPE + 1 : SHAPE + 4] = _words(shape.size, shape.hot, shape.stride)
+                words[SHAPE + 4] = struct.unpack("Q", struct.pack("d", shape.rate))[0]
+                words[SHAPE + 5] = int(shape.random)
+                words[SHAPE + 6] = shape.page_size
+                words[COMMAND] = PAUSE if paused else RUN
+                words[OWNER] = NOT_YET_OURS if paused else OURS
+            fresh = [] if paused else ["--fill"]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "migrate.guests.demo_process", str(fd), *fresh],
+                pass_fds=[fd], start_new_session=True, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            process.returncode = 0  # it outlives us on purpose: nobody here waits for it
+            handle = cls(fd, process.pid)
+            if paused:
+                handle.lock()
+        except BaseException:
+            os.close(fd)
+            raise
+        return handle
+
+    @classmethod
+    def attach(cls, pid: int) -> DemoProcess:
+        """A handle on a demo guest that is there already."""
+        base = f"/proc/{pid}/fd"
+        try:
+            for name in os.listdir(base):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"{base}/{name}").startswith("/memfd:xbmigrate-demo"):
+                        return cls(os.open(f"{base}/{name}", os.O_RDWR), pid)
+        except OSError as error:
+            raise UsageError(f"no demo guest in process {pid}: {error.strerror}") from None
+        raise UsageError(f"no demo guest in process {pid}: it is another program")
+
+    def lock(self) -> None:
+        """Takes the right to pause. Raises UsageError where another program has it."""
+        own = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR)
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(own)
+            raise UsageError(
+                f"the demo guest in process {self.pid} is being moved by another program"
+            ) from None
+        os.close(self.fd)
+        self.fd = own
+
+    def state(self) -> int:
+        return int(self.words[STATE])
+
+    async def command(self, command: int, state: int) -> None:
+        """Gives a command and waits until the guest is in that state."""
+        self.words[COMMAND] = command
+        loop = asyncio.get_running_loop()
+        end = loop.time() + PATIENCE
+        pause = 0.0002
+        while self.words[STATE] != state:
+            if loop.time() > end or not self.alive():
+                raise MigrationError(f"the demo guest (process {self.pid}) does not answer")
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.01)
+
+    def alive(self) -> bool:
+        try:
+            with open(f"/proc/{self.pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    def place(self) -> tuple[int, int]:
+        """(sweeps, index): how far it has counted."""
+        return self.words[SWEEP], self.words[INDEX]
+
+    def first_wrong(self) -> int:
+        """Checks every byte of the paused guest; the offset of the first wrong one, or -1."""
+        shape = self.shape
+        memory = self.memory[: shape.size]
+        return first_wrong(memory, shape.hot, shape.stride, shape.random, *self.place())
+
+    def close(self) -> None:
+        """Lets go of the handle; the guest goes on."""
+        for view in (self.words, self.marks, self.memory):
+            view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        os.close(self.fd)
+
+
+def _words(*values: int) -> memoryview:
+    return memoryview(struct.pack(f"{len(values)}Q", *values)).cast("Q")
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo") as info:
+        for line in info:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+class DemoGuest(Guest):
+    """A demo guest at the source: started here, or attached to with `demo:pid=N`."""
+
+    kind = "demo"
+    marks = True
+
+    def __init__(self, process: DemoProcess) -> None:
+        process.lock()
+        self.process = process
+        self.description = f"demo guest, process {process.pid}"
+        self.memory = Memory(process.shape.size, process.memory)
+
+    @classmethod
+    def open(cls, spec: str, page_size: int) -> DemoGuest:
+        if spec.startswith("pid="):
+            pid = spec.removeprefix("pid=")
+            if not pid.isdecimal():
+                raise UsageError(f"guest demo: {spec!r} does not name a process: write pid=1234")
+            process = DemoProcess.attach(int(pid))
+            if process.shape.page_size != page_size:
+                raise UsageError(
+                    f"the demo guest in process {pid} has pages of {process.shape.page_size} "
+                    f"bytes: give --page-size {process.shape.page_size}"
+                )
+            return cls(process)
+        return cls(DemoProcess.create(parse_demo(spec, page_size), paused=False))
+
+    async def started(self) -> None:
+        """Waits until the guest has filled its memory and counts."""
+        await self.process.command(RUN, RUNNING)
+
+    def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
+        return MarkTracker(self.process.marks, encoder.pages)
+
+    async def pause(self) -> None:
+        await self.process.command(PAUSE, PAUSED)
+
+    async def resume(self) -> None:
+        await self.process.command(RUN, RUNNING)
+
+    def state(self) -> bytes:
+        shape = self.process.shape
+        sweep, index = self.process.place()
+        return STATE_FORMAT.pack(
+            STATE_MAGIC, shape.hot, shape.stride, shape.rate, shape.random, sweep, index
+        )
+
+    async def give_up(self) -> None:
+        self.process.words[OWNER] = GIVEN_UP
+
+    async def take_back(self) -> None:
+        self.process.words[OWNER] = OURS
+
+    async def release(self) -> None:
+        self.process.words[COMMAND] = END
+
+    async def close(self) -> None:
+        self.process.close()
+
+
+class DemoPlace(Place):
+    """Where a demo guest lands: a process that waits for its memory and its state.
+
+    The process is there before the first page, so that starting it costs the pause nothing.
+    """
+
+    def __init__(self, info: GuestInfo) -> None:
+        # What it counts comes with its state, when the memory is whole.
+        shape = DemoShape(info.size, 1, 1, page_size=info.page_size)
+        self.process = DemoProcess.create(shape, paused=True)
+        self.memory = self.process.memory
+        self.reads = Memory(info.size, self.process.memory)
+
+    async def prepare(self, state: bytes) -> None:
+        words = self.process.words
+        try:
+            magic, hot, stride, rate, random, sweep, index = STATE_FORMAT.unpack(state)
+        except struct.error:
+            magic = b""
+        size = self.process.shape.size
+        if (
+            magic != STATE_MAGIC
+            or not 0 < hot <= size
+            or not 0 < stride <= 1 << 62
+            or not 0 <= rate < 1e18
+            or random > 1
+            or index >= -(-hot // stride)
+        ):
+            raise MigrationError("the state of the demo guest makes no sense")
+        words[SHAPE + 2 : SHAPE + 4] = _words(hot, stride)
+        words[SHAPE + 4] = struct.unpack("Q", struct.pack("d", rate))[0]
+        words[SHAPE + 5] = random
+        words[SWEEP], words[INDEX] = sweep, index
+
+    async def start(self, state: bytes) -> str:
+        self.process.words[OWNER] = OURS
+        await self.process.command(RUN, RUNNING)
+        sweep, index = self.process.place()
+        pid = self.process.pid
+        self.process.close()
+        return f"demo guest runs in process {pid}, from sweep {sweep}, index {index} on"
+
+    async def discard(self) -> None:
+        self.process.words[COMMAND] = END
+        self.process.close()
+
+

@@ -1,0 +1,271 @@
+"""A memory file or block device that other processes map and write, and the file it lands in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import mmap
+import os
+import secrets
+import signal
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from migrate.errors import MigrationError, UsageError
+from migrate.guests.guest import Guest, Place
+from migrate.memory import Memory
+from migrate.quantities import format_size
+from proto.messages import MAX_PAGES, GuestInfo
+
+STOP_PATIENCE = 5.0
+COMMAND_PATIENCE = 60.0
+
+
+class FileGuest(Guest):
+    """`file:PATH`. Its writer is stopped by `pids` (SIGSTOP) or by commands; with neither, nobody
+    stops it, and the digest at the end tells whether it wrote during the last round.
+    """
+
+    kind = "file"
+
+    def __init__(
+        self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = ""
+    ) -> None:
+        if bool(pause_cmd) != bool(resume_cmd):
+            raise UsageError(
+                "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
+                "to go on where the migration fails"
+            )
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+            mode = os.fstat(self._fd).st_mode
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise UsageError(f"guest file {path}: {error.strerror}") from None
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError(f"guest file {path}: it is neither a file nor a block device")
+        if size == 0:
+            raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+        self.path = path
+        self.description = os.path.basename(path)[:200]
+        self.memory = Memory(size, fd=self._fd)
+        self.pids = tuple(pids)
+        self.pause_cmd = pause_cmd
+        self.resume_cmd = resume_cmd
+        self._guard: asyncio.subprocess.Process | None = None
+        self._paused = False
+        self._given_up = False
+        for pid in self.pids:
+            if not Path(f"/proc/{pid}").exists():
+                raise UsageError(f"--pid {pid}: there is no such process")
+            if pid == os.getpid():
+                raise UsageError(f"--pid {pid}: that is migrate-src itself")
+
+    @property
+    def stoppable(self) -> bool:
+        return bool(self.pids or self.pause_cmd)
+
+    async def started(self) -> None:
+        """Starts the guard: it must be there before anything is stopped."""
+        if not self.stoppable:
+            return
+        command = ["--resume-cmd", self.resume_cmd] if self.resume_cmd else []
+        self._guard = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "migrate.guests.guard", *command, *map(str, self.pids),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        await self._guard_answers()
+
+    async def _tell_guard(self, letter: bytes) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.write(letter)
+            await self._guard_answers()
+
+    async def _guard_answers(self) -> None:
+        assert self._guard is not None
+        assert self._guard.stdout is not None
+        async with asyncio.timeout(STOP_PATIENCE):
+            if await self._guard.stdout.read(1) != b"k":
+                raise MigrationError("the guard process of the guest has died: nothing was stopped")
+
+    async def pause(self) -> None:
+        await self._tell_guard(b"p")
+        self._paused = True
+        for pid in self.pids:
+            try:
+                os.kill(pid, signal.SIGSTOP)
+            except OSError as error:
+                raise MigrationError(f"cannot stop process {pid}: {error.strerror}") from None
+        for pid in self.pids:
+            await self._stopped(pid)
+        if self.pause_cmd:
+            await run_command(self.pause_cmd, "--pause-cmd")
+
+    async def _stopped(self, pid: int) -> None:
+        """Waits until every thread of the process has stopped."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + STOP_PATIENCE
+        while True:
+            states = set()
+            with contextlib.suppress(OSError):
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with open(f"/proc/{pid}/task/{task}/stat") as line:
+                        states.add(line.read().rpartition(")")[2].split()[0])
+            if states <= set("TtZX"):
+                return
+            if loop.time() > end:
+                raise MigrationError(f"process {pid} does not stop")
+            await asyncio.sleep(0.0005)
+
+    async def resume(self) -> None:
+        if not self._paused or self._given_up:
+            return
+        self._paused = False
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        if self.resume_cmd:
+            await run_command(self.resume_cmd, "--resume-cmd")
+        await self._tell_guard(b"r")
+
+    async def give_up(self) -> None:
+        await self._tell_guard(b"g")
+        self._given_up = True
+
+    async def take_back(self) -> None:
+        self._given_up = False
+        await self._tell_guard(b"p")
+
+    async def release(self) -> None:
+        """The writer stays stopped: it would write to a copy that is no longer the guest."""
+
+    async def close(self) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_PATIENCE):
+                    await self._guard.wait()
+        os.close(self._fd)
+
+
+async def run_command(command: str, what: str, **environment: str) -> None:
+    """Runs a user's command. Raises MigrationError where it fails."""
+    process = await asyncio.create_subprocess_shell(command, env={**os.environ, **environment})
+    try:
+        async with asyncio.timeout(COMMAND_PATIENCE):
+            status = await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise MigrationError(f"{what} {command!r} did not end in {COMMAND_PATIENCE:g} s") from None
+    if status != 0:
+        raise MigrationError(f"{what} {command!r} failed with status {status}")
+
+
+class FilePlace(Place):
+    """`--output PATH`: appears under its name when it is complete, or not at all.
+
+    Until then it has no name (O_TMPFILE) where the file system can do that, so that not even
+    kill -9 leaves it behind; else a hidden name beside the target. Pages that were never written
+    stay holes.
+    """
+
+    def __init__(self, info: GuestInfo, path: str, on_complete: str, overwrite: bool) -> None:
+        self.path = path
+        self.on_complete = on_complete
+        self._size = info.size
+        self._page_size = info.page_size
+        self._directory = os.path.dirname(os.path.abspath(path))
+        self._temporary = ""
+        self._overwrite = overwrite
+        if info.pages > MAX_PAGES:
+            raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
+        check_output(path, overwrite)
+        try:
+            self._fd = self._open()
+            padded = info.pages * info.page_size
+            os.ftruncate(self._fd, padded)
+            self._map = mmap.mmap(self._fd, padded)
+        except OSError as error:
+            raise UsageError(f"--output {path}: {error.strerror}") from None
+        self.memory = memoryview(self._map)
+        self.reads = Memory(info.size, fd=self._fd)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                raise
+        self._temporary = self._hidden_name()
+        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def _hidden_name(self) -> str:
+        name = f".{os.path.basename(self.path)}.{secrets.token_hex(4)}.xbmigrate"
+        return os.path.join(self._directory, name)
+
+    def make_room(self, first: int, count: int) -> None:
+        # A full disk must be an error here, not a SIGBUS when the mapping is written.
+        try:
+            os.posix_fallocate(self._fd, first * self._page_size, count * self._page_size)
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    async def prepare(self, state: bytes) -> None:
+        try:
+            os.ftruncate(self._fd, self._size)
+            os.fsync(self._fd)
+            if not self._temporary:
+                name = self._hidden_name()
+                os.link(f"/proc/self/fd/{self._fd}", name, follow_symlinks=True)
+                self._temporary = name
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+
+    async def start(self, state: bytes) -> str:
+        try:
+            if self._overwrite:
+                os.rename(self._temporary, self.path)
+            else:
+                os.link(self._temporary, self.path)
+                os.unlink(self._temporary)
+            self._temporary = ""
+            directory = os.open(self._directory, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+        self._close()
+        return f"{self.path} is complete, {format_size(self._size)}"
+
+    def _close(self) -> None:
+        with contextlib.suppress(BufferError):
+            self.memory.release()
+            self._map.close()
+        os.close(self._fd)
+
+    async def discard(self) -> None:
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+        self._close()
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """Raises UsageError where `path` cannot become the output."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(directory):
+        raise UsageError(f"--output {path}: there is no directory {directory}")
+    if not os.access(directory, os.W_OK):
+        raise UsageError(f"--output {path}: no permission to write in {directory}")
+    if os.path.lexists(path):
+        if not overwrite:
+            raise UsageError(f"--output {path}: it exists: remove it or give --overwrite")
+        if not os.path.isfile(path):
+            raise UsageError(f"--output {path}: it is no plain file, and cannot be replaced")

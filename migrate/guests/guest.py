@@ -1,0 +1,92 @@
+"""What a guest is to the source, and what a place for one is to the destination.
+
+    source                                destination
+    Guest.memory  --pages-->              Place.memory
+    Guest.pause, state  --COMPLETE-->     Place.verify-ed by the digest
+    Guest.give_up  --GO-->                Place.start(state)
+    Guest.release                         (the guest runs here)
+    Guest.resume on any failure           Place.discard on any failure
+
+A guest that is paused and whose program dies must run again by itself, unless it was given up:
+each kind arranges that with somebody who outlives us (see demo.py, guard.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from migrate.digest import ChunkDigests
+from migrate.memory import Memory
+from migrate.tracking import DirtyTracker, ScanTracker
+from proto.kernel import PageEncoder
+
+
+class Guest(ABC):
+    """A running guest whose memory can be read while it writes."""
+
+    kind: str
+    memory: Memory
+    marks = False
+    """Whether it marks what it writes; else the source scans, and hashes what it sends."""
+    description = ""
+
+    def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
+        """Starts tracking for one migration."""
+        return ScanTracker(self.memory, encoder, digests)
+
+    @abstractmethod
+    async def pause(self) -> None:
+        """Stops the guest; when this returns it writes no more. Raises MigrationError."""
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """Lets a paused guest go on here. Does nothing where it runs."""
+
+    def state(self) -> bytes:
+        """What the guest needs beside its memory to go on elsewhere; it is paused."""
+        return b""
+
+    @abstractmethod
+    async def give_up(self) -> None:
+        """From here on nothing here may run the guest, whatever dies. Comes before GO."""
+
+    async def take_back(self) -> None:
+        """The destination said it will never run it: it is ours again (still paused)."""
+
+    @abstractmethod
+    async def release(self) -> None:
+        """It runs at the destination: free what it used here."""
+
+    async def close(self) -> None:
+        """The migration is over; the guest stays as it is."""
+
+
+class Place(ABC):
+    """Where the destination puts a guest."""
+
+    memory: memoryview
+    """Writable, whole pages, zeros at first."""
+    reads: Memory
+    """The same bytes as they are hashed."""
+
+    def make_room(self, first: int, count: int) -> None:
+        """Pages will be written for the first time. Raises MigrationError where they do not fit."""
+
+    def sync(self) -> None:
+        """Brings what was written to where it is safe; called as rounds end."""
+
+    @abstractmethod
+    async def start(self, state: bytes) -> str:
+        """The guest is ours: let it run. Returns a sentence for the user.
+
+        Raises MigrationError where it cannot; then it did not run and never will.
+        """
+
+    async def prepare(self, state: bytes) -> None:
+        """Everything that can fail before the guest is ours, so that `start` cannot."""
+
+    @abstractmethod
+    async def discard(self) -> None:
+        """The guest does not come: leave nothing behind."""
+
+

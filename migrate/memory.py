@@ -1,0 +1,76 @@
+"""Guest memory as the source reads it: a buffer in this process, or a file read with pread(2).
+
+Files are read, not mapped: a mapping would fill the holes of a sparse tmpfs file as we look at
+them, and a file that shrinks would kill the reader with SIGBUS. Reading costs half the bandwidth
+of a mapping (10 against 19 GB/s, measured on an EPYC with the file in /dev/shm).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from migrate._memory import gather
+
+
+class Memory:
+    """`size` bytes, in `view` or behind `fd`; reads past the end give zeros."""
+
+    def __init__(self, size: int, view: memoryview | None = None, fd: int = -1) -> None:
+        self.size = size
+        self.view = view
+        self.fd = fd
+
+    def read(self, offset: int, into: memoryview) -> int:
+        """Copies bytes from `offset` on; how many there were (fewer only at the end)."""
+        want = min(len(into), self.size - offset)
+        if self.view is not None:
+            into[:want] = self.view[offset : offset + want]
+            return want
+        done = 0
+        while done < want:
+            count = os.preadv(self.fd, [into[done:want]], offset + done)
+            if count == 0:
+                break
+            done += count
+        into[done:want] = bytes(want - done)
+        return want
+
+    def gather(
+        self, bits: bytearray, first: int, end: int, page_size: int, snapshot: memoryview,
+        numbers: memoryview,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Copies dirty pages: see migrate._memory.gather."""
+        return gather(
+            self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers
+        )
+
+    def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
+        """(first page, pages, data) for all of the guest; `data` is False for holes."""
+        return self.extents_from(0, page_size)
+
+    def extents_from(self, page: int, page_size: int) -> Iterator[tuple[int, int, bool]]:
+        """As `extents`, from a page on."""
+        pages = -(-self.size // page_size)
+        while page < pages:
+            start, end = self._data_after(page * page_size)
+            first, last = start // page_size, min(-(-end // page_size), pages)
+            first = max(first, page)
+            if first > page:
+                yield page, first - page, False
+            if last > first:
+                yield first, last - first, True
+            page = max(last, first)
+
+    def _data_after(self, offset: int) -> tuple[int, int]:
+        """The next stretch of data at or after `offset`; at the end, (size, size)."""
+        if self.view is not None:
+            return offset, self.size
+        try:
+            start = os.lseek(self.fd, offset, os.SEEK_DATA)
+            return min(start, self.size), min(os.lseek(self.fd, start, os.SEEK_HOLE), self.size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return self.size, self.size
+            return offset, self.size

@@ -1,0 +1,189 @@
+"""When to go on, when to stop the guest and copy the rest, and when to give up.
+
+                 predicted downtime <= downtime-limit
+    CONTINUE ------------------------------------------> STOP_AND_COPY
+        |   max-rounds, timeout, or no progress for a while
+        +----------------------------------------------> ABORT, saying why and which knob to turn
+
+The prediction counts deltas. QEMU takes every pending page for 4096 bytes, and its measured
+bandwidth falls as deltas get better, so it can predict a minute where the truth is 0.2 s. Here it
+is the work that the pause will hold, in the units that recent rounds have measured: seconds of
+encoding and of applying per page (CPU seconds: in the pause the guest leaves its core to us),
+bytes on the wire per page, seconds per digest chunk, the scan, and round trips.
+
+Nothing here knows clocks, sockets or guests: numbers in, a verdict out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+STALL_MARGIN = 0.04
+STALL_ROUNDS = 8
+# Of each new measurement, this much goes into the running mean.
+WEIGHT = 0.5
+# Rounds of fewer pages say little about the cost of a page.
+TELLING_PAGES = 64
+# The pause itself: stopping the guest, and the messages of the hand-over, beside round trips.
+FIXED_SECONDS = 0.004
+ROUND_TRIPS = 3
+DIGEST_SECONDS = 1e-5
+
+
+class Verdict(Enum):
+    CONTINUE = auto()
+    STOP_AND_COPY = auto()
+    ABORT = auto()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one round cost."""
+
+    pages: int
+    wire_bytes: int
+    wall_seconds: float
+    encode_seconds: float
+    apply_seconds: float
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is left to move, if the guest were stopped now."""
+
+    pages: int
+    stale_chunks: int
+    scan_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """downtime_limit and timeout in seconds, max_bandwidth in bytes/s; 0 means none."""
+
+    downtime_limit: float = 0.3
+    max_bandwidth: int = 0
+    max_rounds: int = 0
+    timeout: float = 0.0
+    stall_timeout: float = 30.0
+
+
+class DowntimeModel:
+    """Learns what a page costs, and predicts the pause."""
+
+    def __init__(self) -> None:
+        self.round_trip = 0.0
+        self.encode_per_page = 0.0
+        self.apply_per_page = 0.0
+        self.bytes_per_page = 0.0
+        self.bandwidth = 0.0
+        self.source_digest = DIGEST_SECONDS
+        self.peer_digest = DIGEST_SECONDS
+        self._rounds = 0
+
+    def learn(self, measured: Measured) -> None:
+        """Takes in a round. The first one moves all pages raw: what follows replaces it."""
+        if measured.pages == 0:
+            return
+        if measured.wire_bytes > 1 << 20 and measured.wall_seconds > 0:
+            self.bandwidth = max(
+                self.bandwidth * 0.9, measured.wire_bytes / measured.wall_seconds
+            )
+        if self._rounds >= 2 and measured.pages < TELLING_PAGES:
+            return
+        weight = WEIGHT if self._rounds >= 2 else 1.0
+        pages = measured.pages
+        self.encode_per_page += weight * (measured.encode_seconds / pages - self.encode_per_page)
+        self.apply_per_page += weight * (measured.apply_seconds / pages - self.apply_per_page)
+        self.bytes_per_page += weight * (measured.wire_bytes / pages - self.bytes_per_page)
+        self._rounds += 1
+
+    def learn_digest(self, chunks: int, seconds: float, *, peer: bool) -> None:
+        if chunks < 16:
+            return
+        if peer:
+            self.peer_digest = seconds / chunks
+        else:
+            self.source_digest = seconds / chunks
+
+    def predict(self, pending: Pending, limits: Limits) -> float:
+        """Seconds of downtime if the guest were stopped now."""
+        bandwidth = self.bandwidth
+        if limits.max_bandwidth:
+            bandwidth = min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
+        wire = pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
+        work = max(
+            wire, pending.pages * self.encode_per_page, pending.pages * self.apply_per_page
+        )
+        digests = pending.stale_chunks * max(self.source_digest, self.peer_digest)
+        return (
+            FIXED_SECONDS + ROUND_TRIPS * self.round_trip + pending.scan_seconds + work + digests
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    verdict: Verdict
+    expected_downtime: float
+    reason: str = ""
+
+
+class Policy:
+    """Looks at the numbers after each round; the source obeys."""
+
+    def __init__(self, limits: Limits, model: DowntimeModel) -> None:
+        self.limits = limits
+        self.model = model
+        self._best = float("inf")
+        self._best_at = 0.0
+        self._best_round = 0
+
+    def decide(self, round_number: int, elapsed: float, pending: Pending) -> Decision:
+        """`round_number` rounds are done, `elapsed` seconds after the start."""
+        expected = self.model.predict(pending, self.limits)
+        limits = self.limits
+        if expected <= limits.downtime_limit:
+            return Decision(Verdict.STOP_AND_COPY, expected)
+        if expected < self._best * (1 - STALL_MARGIN):
+            self._best, self._best_at, self._best_round = expected, elapsed, round_number
+        reason = ""
+        if limits.max_rounds and round_number >= limits.max_rounds:
+            reason = f"it did not converge in {round_number} rounds (--max-rounds)"
+        elif limits.timeout and elapsed >= limits.timeout:
+            reason = f"it did not converge in {elapsed:.0f} s (--timeout)"
+        elif (
+            limits.stall_timeout
+            and elapsed - self._best_at >= limits.stall_timeout
+            and round_number - self._best_round >= STALL_ROUNDS
+        ):
+            reason = (
+                f"no progress for {elapsed - self._best_at:.0f} s and "
+                f"{round_number - self._best_round} rounds"
+            )
+        if reason:
+            return Decision(Verdict.ABORT, expected, f"{reason}: {self.advice(pending, expected)}")
+        return Decision(Verdict.CONTINUE, expected)
+
+    def advice(self, pending: Pending, expected: float) -> str:
+        """What keeps it from converging, and which knob to turn."""
+        model, limits = self.model, self.limits
+        text = (
+            f"the guest would be stopped for {expected * 1e3:.0f} ms, the limit is "
+            f"{limits.downtime_limit * 1e3:.0f} ms"
+        )
+        bandwidth = limits.max_bandwidth or model.bandwidth
+        wire = pending.pages * model.bytes_per_page / bandwidth if bandwidth else 0
+        if pending.scan_seconds > limits.downtime_limit / 2:
+            return (
+                f"{text}; finding what changed takes {pending.scan_seconds * 1e3:.0f} ms of that: "
+                "raise --downtime-limit"
+            )
+        if wire > expected / 2 and model.bytes_per_page > 1024:
+            return (
+                f"{text}; {pending.pages} pages are written again in each round and cost "
+                f"{model.bytes_per_page:.0f} bytes each: use xbzrle with a larger --cache-size, or "
+                "raise --max-bandwidth or --downtime-limit"
+            )
+        if wire > expected / 2:
+            return f"{text}; raise --max-bandwidth or --downtime-limit"
+        return f"{text}; it is bound by this machine's speed: raise --downtime-limit"

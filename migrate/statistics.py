@@ -1,0 +1,163 @@
+"""The numbers of one migration, and the two ways they are printed.
+
+`info_migrate` has the seed's lines, in its order and with its meaning; what QEMU has added since
+comes after them. `query_migrate` has QEMU's QMP names. QEMU's own numbers are not always what
+their names say (counters that are never reset, deltas without their headers, skipped pages
+counted as sent); here each is what its name says:
+
+    transferred   every byte given to the socket, framing and control messages included
+    duplicate     pages sent as zero; normal: pages sent whole; xbzrle pages: pages sent as deltas
+    skipped       pages that were dirty but equal to what the peer has: they cost nothing
+    cache miss    a page sent before whose old content was not in the cache
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A snapshot. Times in seconds, sizes in bytes, counts in pages."""
+
+    status: str = "none"
+    capabilities: dict[str, bool] = field(default_factory=dict)
+    error: str = ""
+    total_time: float = 0.0
+    setup_time: float = 0.0
+    downtime: float | None = None
+    expected_downtime: float | None = None
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    duplicate: int = 0
+    normal: int = 0
+    skipped: int = 0
+    page_size: int = 4096
+    dirty_sync_count: int = 0
+    dirty_pages_rate: float = 0.0
+    pages_per_second: float = 0.0
+    mbps: float = 0.0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    cache_size: int = 0
+    xbzrle_bytes: int = 0
+    xbzrle_pages: int = 0
+    cache_hits: int = 0
+    cache_miss: int = 0
+    overflow: int = 0
+    evictions: int = 0
+
+    @property
+    def cache_miss_rate(self) -> float:
+        looked_up = self.cache_hits + self.cache_miss
+        return self.cache_miss / looked_up if looked_up else 0.0
+
+    @property
+    def encoding_rate(self) -> float:
+        """Page bytes per delta byte."""
+        return self.xbzrle_pages * self.page_size / self.xbzrle_bytes if self.xbzrle_bytes else 0.0
+
+    @property
+    def xbzrle(self) -> bool:
+        return self.capabilities.get("xbzrle", False)
+
+    def with_(self, **changes: Any) -> Statistics:
+        return replace(self, **changes)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def info_migrate(s: Statistics) -> str:
+    """The seed's `info migrate`, then QEMU's later lines."""
+    switches = " ".join(f"{name}: {'on' if on else 'off'}" for name, on in s.capabilities.items())
+    lines = [
+        f"capabilities: {switches}",
+        f"Migration status: {s.status}" + (f" ({s.error})" if s.error else ""),
+        f"transferred ram: {s.transferred // KIB} kbytes",
+        f"remaining ram: {s.remaining // KIB} kbytes",
+        f"total ram: {s.total // KIB} kbytes",
+        f"total time: {_milliseconds(s.total_time)} milliseconds",
+        f"duplicate: {s.duplicate} pages",
+        f"normal: {s.normal} pages",
+        f"normal bytes: {s.normal * s.page_size // KIB} kbytes",
+    ]
+    if s.xbzrle:
+        lines += [
+            f"cache size: {s.cache_size} bytes",
+            f"xbzrle transferred: {s.xbzrle_bytes // KIB} kbytes",
+            f"xbzrle pages: {s.xbzrle_pages} pages",
+            f"xbzrle cache miss: {s.cache_miss}",
+            f"xbzrle overflow : {s.overflow}",
+        ]
+    if s.downtime is not None:
+        lines.append(f"downtime: {_milliseconds(s.downtime)} milliseconds")
+    if s.expected_downtime is not None:
+        lines.append(f"expected downtime: {_milliseconds(s.expected_downtime)} milliseconds")
+    lines += [
+        f"setup: {_milliseconds(s.setup_time)} milliseconds",
+        f"throughput: {s.mbps:.2f} mbps",
+        f"skipped: {s.skipped} pages",
+        f"dirty sync count: {s.dirty_sync_count}",
+        f"page size: {s.page_size // KIB} kbytes",
+        f"pages-per-second: {s.pages_per_second:.0f}",
+        f"dirty pages rate: {s.dirty_pages_rate:.0f} pages",
+        f"precopy ram: {s.precopy_bytes // KIB} kbytes",
+        f"downtime ram: {s.downtime_bytes // KIB} kbytes",
+    ]
+    if s.xbzrle:
+        lines += [
+            f"xbzrle cache miss rate: {s.cache_miss_rate:.2f}",
+            f"xbzrle encoding rate: {s.encoding_rate:.2f}",
+            f"xbzrle cache evictions: {s.evictions}",
+        ]
+    return "\n".join(lines)
+
+
+def query_migrate(s: Statistics) -> dict[str, Any]:
+    """One object with the field names of QMP's query-migrate (MigrationInfo)."""
+    if s.status == "none":
+        return {}
+    result: dict[str, Any] = {
+        "status": s.status,
+        "total-time": _milliseconds(s.total_time),
+        "setup-time": _milliseconds(s.setup_time),
+    }
+    if s.downtime is not None:
+        result["downtime"] = _milliseconds(s.downtime)
+    if s.expected_downtime is not None:
+        result["expected-downtime"] = _milliseconds(s.expected_downtime)
+    result["ram"] = {
+        "transferred": s.transferred,
+        "remaining": s.remaining,
+        "total": s.total,
+        "duplicate": s.duplicate,
+        "skipped": s.skipped,
+        "normal": s.normal,
+        "normal-bytes": s.normal * s.page_size,
+        "dirty-pages-rate": round(s.dirty_pages_rate),
+        "mbps": round(s.mbps, 3),
+        "dirty-sync-count": s.dirty_sync_count,
+        "page-size": s.page_size,
+        "pages-per-second": round(s.pages_per_second),
+        "precopy-bytes": s.precopy_bytes,
+        "downtime-bytes": s.downtime_bytes,
+    }
+    if s.xbzrle:
+        result["xbzrle-cache"] = {
+            "cache-size": s.cache_size,
+            "bytes": s.xbzrle_bytes,
+            "pages": s.xbzrle_pages,
+            "cache-miss": s.cache_miss,
+            "cache-miss-rate": round(s.cache_miss_rate, 6),
+            "encoding-rate": round(s.encoding_rate, 3),
+            "overflow": s.overflow,
+        }
+    if s.error:
+        result["error-desc"] = s.error
+    return result

@@ -1,0 +1,107 @@
+"""Which pages were written: from the guest's own marks, or by comparing with what was sent.
+
+A dirty bit is never lost. Taking the dirty set clears it; whoever takes it sends it or puts it
+back. Marks are exact and cost nothing. Scanning needs no help from the writer and sees every
+write, through whatever mapping: it compares with the page cache byte for byte where the page is
+cached, else by a keyed 128-bit hash (a change is missed with probability 2^-64), at memory speed.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+
+from migrate._memory import put_back_marks, take_marks
+from migrate.digest import ChunkDigests
+from migrate.memory import Memory
+from proto.kernel import PageEncoder
+from proto.messages import DIGEST_CHUNK
+from proto.pageset import PageSet
+
+SCAN_BYTES = 1 << 20
+
+
+class DirtyTracker(ABC):
+    """The dirty set of one guest during one migration."""
+
+    take_seconds = 0.0
+    """What the last `take` cost; the one in the pause will cost as much."""
+
+    @abstractmethod
+    def take(self) -> PageSet:
+        """The pages written since they were last taken (scanning: that differ from the peer's)."""
+
+    @abstractmethod
+    def put_back(self, dirty: PageSet) -> None:
+        """Undoes a `take`: these pages were not sent after all."""
+
+
+class MarkTracker(DirtyTracker):
+    """For guests that mark: a byte per page, in whole words, set after the page is written."""
+
+    def __init__(self, marks: memoryview, pages: int) -> None:
+        self._marks = marks
+        self._pages = pages
+
+    def take(self) -> PageSet:
+        began = time.perf_counter()
+        dirty = PageSet(self._pages)
+        take_marks(self._marks, dirty.bits)
+        self.take_seconds = time.perf_counter() - began
+        return dirty
+
+    def put_back(self, dirty: PageSet) -> None:
+        put_back_marks(self._marks, dirty.bits)
+
+
+class ScanTracker(DirtyTracker):
+    """For all others: compares memory with what the encoder knows the peer to hold.
+
+    It also keeps the chunk digests: a chunk in which no page differs is hashed from the very copy
+    that was compared. A digest taken from live memory at another moment could be of a content
+    that was there for a moment only and never sent.
+    """
+
+    def __init__(self, memory: Memory, encoder: PageEncoder, digests: ChunkDigests) -> None:
+        self._memory = memory
+        self._encoder = encoder
+        self._digests = digests
+        self._buffer = memoryview(bytearray(SCAN_BYTES))
+
+    def take(self) -> PageSet:
+        began = time.perf_counter()
+        dirty = PageSet(self._encoder.pages)
+        page_size = self._encoder.page_size
+        step = SCAN_BYTES // page_size
+        for first, count, data in self._memory.extents(page_size):
+            if not data:
+                self._encoder.scan_zeros(first, count, dirty.bits)
+                continue
+            page, end = first, first + count
+            while page < end:
+                # whole digest chunks, so that the copy can serve for both
+                stop = min(page - page % step + step, end)
+                self._scan(page, stop - page, dirty)
+                page = stop
+        self._digests.touch(dirty)
+        self.take_seconds = time.perf_counter() - began
+        return dirty
+
+    def _scan(self, first: int, count: int, dirty: PageSet) -> None:
+        page_size = self._encoder.page_size
+        buffer = self._buffer[: count * page_size]
+        got = self._memory.read(first * page_size, buffer)
+        if got < len(buffer):
+            buffer[got:] = bytes(len(buffer) - got)
+        if self._encoder.scan(first, count, buffer, dirty.bits) == count:
+            return
+        pages = self._digests.chunk_pages
+        for chunk in range(-(-first // pages), (first + count) // pages):
+            if self._digests.stale[chunk] and not any(
+                page in dirty for page in range(chunk * pages, (chunk + 1) * pages)
+            ):
+                at = (chunk * pages - first) * page_size
+                self._digests.settle_chunk(chunk, buffer[at : at + DIGEST_CHUNK])
+
+    def put_back(self, dirty: PageSet) -> None:
+        """Nothing to do: what was not sent still differs, and the next scan finds it."""
