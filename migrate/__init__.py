@@ -1,0 +1,43 @@
+"""Live memory migration over TCP with XBZRLE deltas: the programs and the library.
+
+A Python program moves a buffer with `send` and takes one with `receive`:
+
+    guest = migrate.BufferGuest(array)                      # threads write: with guest.writing(): ...
+    await migrate.send(guest, "tcp:host:4444")
+
+    received = await migrate.receive("4444")                # at the other end
+    array = numpy.frombuffer(received.memory, dtype=...)
+"""
+
+from __future__ import annotations
+
+import os as _os
+
+import proto as _proto
+
+if getattr(_proto, "__wire_name__", None) != "xbmigrate":
+    raise ImportError(
+        f"the package 'proto' in {_os.path.dirname(_proto.__file__ or '?')} is not xbmigrate's: "
+        "another distribution (proto-plus has one of that name) was installed over it or stands "
+        "before it on sys.path; install xbmigrate in an environment of its own "
+        "(pipx install xbmigrate, or a virtual environment)"
+    )
+
+from migrate.errors import MigrationError
+from migrate.guests.buffer import BufferGuest, GuestMoved
+from migrate.library import Received, receive, send
+from migrate.rounds import Limits
+from migrate.source import Parameters
+from migrate.statistics import Statistics
+
+__all__ = [
+    "BufferGuest",
+    "GuestMoved",
+    "Limits",
+    "MigrationError",
+    "Parameters",
+    "Received",
+    "Statistics",
+    "receive",
+    "send",
+]

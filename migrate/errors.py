@@ -8,6 +8,7 @@
     ├── MismatchError          6  the memories differ at the end
     ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
     ├── CancelledByPeer        8  somebody cancelled at the other side
+    ├── NotStartedError        1  the destination could not start the guest: it runs here again
     └── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
 """
 
@@ -67,6 +68,12 @@ class CancelledByPeer(MigrationError):  # noqa: N818
 
     exit_code = 8
     code = ErrorCode.CANCELLED
+
+
+class NotStartedError(MigrationError):
+    """The destination could not start the guest, and promises that it never will."""
+
+    code = ErrorCode.NOT_STARTED
 
 
 class HandOverUnknown(MigrationError):  # noqa: N818

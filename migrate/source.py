@@ -29,6 +29,7 @@ from migrate.errors import (
     MigrationError,
     MismatchError,
     NotConvergedError,
+    NotStartedError,
     PeerError,
     PeerLost,
 )
@@ -71,7 +72,7 @@ REASONS: dict[ErrorCode, type[MigrationError]] = {
     ErrorCode.CANCELLED: CancelledByPeer,
     ErrorCode.MISMATCH: MismatchError,
     ErrorCode.INTERNAL: MigrationError,
-    ErrorCode.NOT_STARTED: MigrationError,
+    ErrorCode.NOT_STARTED: NotStartedError,
 }
 
 
@@ -201,15 +202,17 @@ class Source:
             message = await self.link.receive_message()
             if isinstance(message, CacheSize):
                 self.set_cache_size(message.size)
-            elif isinstance(message, Error):
+            elif isinstance(message, Error) and not self.committed:
                 raise peer_error(message)
             else:
                 await self._inbox.put(message)
-                if isinstance(message, Running):
+                if isinstance(message, Running | Error):
                     return
 
     async def _expect(self, kind: type[T]) -> T:
         message = await self._inbox.get()
+        if isinstance(message, Error):
+            raise peer_error(message)
         if not isinstance(message, kind):
             raise PeerError(f"{type(message).__name__} came where {kind.__name__} was due")
         return message
@@ -460,7 +463,9 @@ class Source:
             async with asyncio.timeout(HAND_OVER_SECONDS):
                 await self.link.send(Go())
                 await self._expect(Running)
-        except MigrationError:
+        except NotStartedError:
+            await self.guest.take_back()
+            self.committed = False
             raise
         except TimeoutError:
             raise HandOverUnknown(

@@ -96,12 +96,13 @@ class ScanTracker(DirtyTracker):
         if self._encoder.scan(first, count, buffer, dirty.bits) == count:
             return
         pages = self._digests.chunk_pages
+        base = first & ~7
+        differs = int.from_bytes(dirty.bits[base >> 3 : (first + count + 7) >> 3], "little")
         for chunk in range(-(-first // pages), (first + count) // pages):
-            if self._digests.stale[chunk] and not any(
-                page in dirty for page in range(chunk * pages, (chunk + 1) * pages)
-            ):
-                at = (chunk * pages - first) * page_size
-                self._digests.settle_chunk(chunk, buffer[at : at + DIGEST_CHUNK])
+            at = chunk * pages
+            if self._digests.stale[chunk] and not differs >> (at - base) & ((1 << pages) - 1):
+                offset = (at - first) * page_size
+                self._digests.settle_chunk(chunk, buffer[offset : offset + DIGEST_CHUNK])
 
     def put_back(self, dirty: PageSet) -> None:
         """Nothing to do: what was not sent still differs, and the next scan finds it."""

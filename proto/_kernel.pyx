@@ -673,7 +673,7 @@ cdef class PageEncoder:
             raise ValueError("the cache has pages of another size")
         if key is not None and len(key) != page_size:
             raise ValueError(f"the hash key must be as long as a page, {page_size} bytes")
-        if pages == 0 or room < HEAD + page_size + RECORD_ROOM:
+        if pages == 0 or room < page_size + 2 * RECORD_ROOM:
             raise ValueError("no pages, or no room for one")
         self.pages = pages
         self.page_size = page_size
@@ -895,6 +895,8 @@ cdef class PageEncoder:
 
     def take(self, Py_ssize_t headroom=0):
         """The body of the batch, after `headroom` free bytes for a frame header; opens the next."""
+        if headroom < 0:
+            raise ValueError(f"a headroom of {headroom} bytes")
         self.flush_zeros()
         body = PyByteArray_FromStringAndSize(NULL, headroom + self.used)
         memcpy(PyByteArray_AS_STRING(body) + headroom, self.out, self.used)
@@ -1122,16 +1124,19 @@ cdef class PageDecoder:
         Runs of pages that it will write for the first time are appended to the list `fresh` as
         (first, count), so that the caller can make room for them.
 
-        Raises DecodeError, naming the page and the byte.
+        Raises DecodeError, naming the page and the byte; `fresh` is as it was then.
         """
         cdef Py_ssize_t where = 0, fault
         cdef uint64_t page = 0
+        cdef list runs = None if fresh is None else []
         if body.shape[0] <= HEAD:
             raise DecodeError(f"a batch of {body.shape[0]} bytes holds no record")
-        fault = self.check_body(&body[0], body.shape[0], &where, &page, fresh)
+        fault = self.check_body(&body[0], body.shape[0], &where, &page, runs)
         if fault:
             raise DecodeError(f"page {page}, byte {where} of the batch: {FAULTS[fault]}")
-        return (body[0] << 24) | (body[1] << 16) | (body[2] << 8) | body[3]
+        if runs:
+            fresh += runs
+        return (<uint32_t>body[0] << 24) | (body[1] << 16) | (body[2] << 8) | body[3]
 
     def apply(self, const uint8_t[::1] body not None, uint8_t[::1] memory not None):
         """Writes a batch into the guest's memory; how many pages it held.

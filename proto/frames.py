@@ -95,14 +95,19 @@ class FrameReader:
 
     @property
     def partial(self) -> int:
-        """Bytes of a frame that is not whole yet."""
+        """Bytes that came and are in no frame that was given yet."""
         return self._end - self._start
 
     def get_buffer(self) -> memoryview:
-        """Where the next bytes go; never empty."""
+        """Where the next bytes go; never empty.
+
+        Raises LocalError where an arena is full of frames that `next_frame` was not asked for.
+        """
         if self._start == self._end and not self._arena.lent:
             self._start = self._end = 0
         if ARENA_BYTES - self._end < LEAST_READ or ARENA_BYTES - self._start < MAX_BODY + 64:
+            if self.partial == ARENA_BYTES:
+                raise LocalError("more came than an arena holds: take the frames that are whole")
             self._move()
         return self._arena.buffer[self._end :]
 

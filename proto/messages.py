@@ -28,7 +28,7 @@ MAX_SECONDS = 1e9
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9-]*$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9-]*\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_CAPABILITIES)]
 

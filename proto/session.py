@@ -3,8 +3,8 @@
     START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
     STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
-    (-- from the source, == from the destination; PING and PONG at any time after OPEN;
-     ERROR at any time before DONE leads to FAILED)
+    (-- from the source, == from the destination; PING and PONG in any state but START
+     and FAILED; ERROR at any time before DONE leads to FAILED)
 
 Both sides hold the same table and feed it what they send and what they receive. It knows nothing
 of the bytes: frames.py cuts them, messages.py types them.

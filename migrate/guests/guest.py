@@ -34,6 +34,9 @@ class Guest(ABC):
         """Starts tracking for one migration."""
         return ScanTracker(self.memory, encoder, digests)
 
+    async def started(self) -> None:
+        """Waits until the guest runs and can be paused."""
+
     @abstractmethod
     async def pause(self) -> None:
         """Stops the guest; when this returns it writes no more. Raises MigrationError."""

@@ -1,0 +1,84 @@
+"""The two calls a Python program needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from migrate import link
+from migrate.address import Address, parse_address
+from migrate.destination import Destination, NoPlaceError
+from migrate.guests.buffer import BufferPlace
+from migrate.guests.guest import Guest
+from migrate.quantities import format_size
+from migrate.source import Observer, Parameters, Source
+from migrate.statistics import Statistics
+from proto.messages import GuestInfo
+
+
+@dataclass(frozen=True)
+class Received:
+    """A guest that arrived: `memory` is writable and exactly as long as the guest."""
+
+    memory: memoryview
+    state: bytes
+    info: GuestInfo
+
+
+async def send(
+    guest: Guest,
+    address: str,
+    parameters: Parameters | None = None,
+    *,
+    observer: Observer | None = None,
+    connect_timeout: float = 10.0,
+) -> Statistics:
+    """Moves a guest to `tcp:HOST:PORT` or `unix:PATH` while it runs; returns the statistics.
+
+    Raises MigrationError: the guest runs on here then, unless it is a HandOverUnknown.
+    """
+    peer = await link.connect(parse_address(address), timeout=connect_timeout)
+    await guest.started()
+    return await Source(guest, peer, parameters, observer).run()
+
+
+async def receive(
+    address: str,
+    *,
+    into: Any = None,
+    max_size: int = 1 << 40,
+    listening: Callable[[Address], None] | None = None,
+) -> Received:
+    """Receives one guest at `[HOST:]PORT` or `unix:PATH`; returns when it is ours and verified.
+
+    into      -- a writable buffer of exactly the guest's size; else new memory is made
+    max_size  -- a larger guest is refused (bytes)
+    listening -- told the address, with the real port where 0 was asked for
+
+    Raises MigrationError; then nothing was received.
+    """
+    place: BufferPlace | None = None
+
+    def placer(info: GuestInfo) -> BufferPlace:
+        nonlocal place
+        if info.kind == "demo":
+            raise NoPlaceError("a demo guest needs migrate-dst: here is a Python program")
+        if info.size > max_size:
+            raise NoPlaceError(
+                f"a guest of {format_size(info.size)} is over the limit of {format_size(max_size)}"
+            )
+        place = BufferPlace(info, into)
+        return place
+
+    listener = await link.listen(parse_address(address, listen=True))
+    try:
+        if listening is not None:
+            listening(listener.address)
+        peer = await listener.accept()
+    finally:
+        await listener.close()
+    arrival = await Destination(peer, placer).run()
+    assert place is not None
+    assert arrival.info is not None
+    return Received(place.received, place.state, arrival.info)
