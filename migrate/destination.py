@@ -308,4 +308,5 @@ class Destination:
         self.arrival.status = "completed"
         with contextlib.suppress(PeerLost):
             await self.link.send(Running())
+        place.close()
         self._observer("running", self.arrival)

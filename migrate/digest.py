@@ -10,6 +10,7 @@ pays only for what the last round touched, not for the size of the guest. 64 KiB
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ class ChunkDigests:
         self.stale = bytearray(b"\1") * self.chunks if stale is None else stale
         self._known_zero = known_zero
         self._digests = bytearray(self.chunks * DIGEST_BYTES)
-        self._buffer = memoryview(bytearray(DIGEST_CHUNK))
+        self._buffer = memoryview(mmap.mmap(-1, DIGEST_CHUNK))
         self._zero = xxhash.xxh3_128_digest(bytes(DIGEST_CHUNK))
         self.seconds = 0.0
         self.hashed = 0

@@ -8,6 +8,7 @@ cached, else by a keyed 128-bit hash (a change is missed with probability 2^-64)
 
 from __future__ import annotations
 
+import mmap
 import time
 from abc import ABC, abstractmethod
 
@@ -66,7 +67,7 @@ class ScanTracker(DirtyTracker):
         self._memory = memory
         self._encoder = encoder
         self._digests = digests
-        self._buffer = memoryview(bytearray(SCAN_BYTES))
+        self._buffer = memoryview(mmap.mmap(-1, SCAN_BYTES))
 
     def take(self) -> PageSet:
         began = time.perf_counter()

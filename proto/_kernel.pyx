@@ -45,6 +45,26 @@ cdef extern from *:
     #define xb_failed(p) ((p) == MAP_FAILED)
     #define xb_ctz(x) __builtin_ctzll(x)
 
+    /* The first 64-byte block at or after `i` in which the pages differ, or the first position
+       that is not a whole block. One body; the compiler makes a variant per instruction set and
+       the loader picks one. */
+    #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+    __attribute__((target_clones("avx512f", "avx2", "default")))
+    #endif
+    static Py_ssize_t xb_skip_equal(const uint8_t *a, const uint8_t *b, Py_ssize_t i, Py_ssize_t n)
+    {
+        for (; i + 64 <= n; i += 64) {
+            uint64_t x[8], y[8], d = 0;
+            memcpy(x, a + i, 64);
+            memcpy(y, b + i, 64);
+            for (int k = 0; k < 8; k++)
+                d |= x[k] ^ y[k];
+            if (d)
+                break;
+        }
+        return i;
+    }
+
     /* The sum of a keyed universal hash (NH, 64-bit words, 128-bit sum): two pages that differ
        collide with probability 2^-64 over the choice of the key. */
     static void xb_nh(const uint8_t *data, const uint8_t *key, size_t words, uint8_t *out)
@@ -65,6 +85,7 @@ cdef extern from *:
     """
     void* mremap(void*, size_t, size_t, int) nogil
     bint xb_failed(void*) nogil
+    Py_ssize_t xb_skip_equal(const uint8_t*, const uint8_t*, Py_ssize_t, Py_ssize_t) nogil
     int xb_ctz(uint64_t) nogil
     void xb_nh(const uint8_t*, const uint8_t*, size_t, uint8_t*) nogil
 
@@ -124,10 +145,13 @@ cdef inline Py_ssize_t end_of_equal(
 ) noexcept nogil:
     """The first position at or after `i` where the pages differ, or `size`."""
     cdef uint64_t diff
-    while i + 64 <= size:
-        if memcmp(old + i, new + i, 64) != 0:
-            break
-        i += 64
+    cdef Py_ssize_t stop = i + 64 if i + 64 < size else size
+    while i + 8 <= stop:                # most runs inside a change are short
+        diff = load(old + i) ^ load(new + i)
+        if diff:
+            return i + (xb_ctz(diff) >> 3)
+        i += 8
+    i = xb_skip_equal(old, new, i, size)
     while i + 8 <= size:
         diff = load(old + i) ^ load(new + i)
         if diff:

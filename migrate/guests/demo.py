@@ -345,9 +345,12 @@ class DemoPlace(Place):
         self.process.words[OWNER] = OURS
         await self.process.command(RUN, RUNNING)
         sweep, index = self.process.place()
-        pid = self.process.pid
+        return (
+            f"demo guest runs in process {self.process.pid}, from sweep {sweep}, index {index} on"
+        )
+
+    def close(self) -> None:
         self.process.close()
-        return f"demo guest runs in process {pid}, from sweep {sweep}, index {index} on"
 
     async def discard(self) -> None:
         self.process.words[COMMAND] = END

@@ -241,10 +241,9 @@ class FilePlace(Place):
             os.close(directory)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
-        self._close()
         return f"{self.path} is complete, {format_size(self._size)}"
 
-    def _close(self) -> None:
+    def close(self) -> None:
         with contextlib.suppress(BufferError):
             self.memory.release()
             self._map.close()
@@ -254,7 +253,7 @@ class FilePlace(Place):
         if self._temporary:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
-        self._close()
+        self.close()
 
 
 def check_output(path: str, overwrite: bool) -> None:

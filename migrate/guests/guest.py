@@ -88,6 +88,12 @@ class Place(ABC):
     async def prepare(self, state: bytes) -> None:
         """Everything that can fail before the guest is ours, so that `start` cannot."""
 
+    def close(self) -> None:
+        """The guest runs and the source knows it: lets go of what was only needed to receive it.
+
+        Not part of `start`, since unmapping a large memory would lengthen the pause.
+        """
+
     @abstractmethod
     async def discard(self) -> None:
         """The guest does not come: leave nothing behind."""
