@@ -12,6 +12,8 @@ A Python program moves a buffer with `send` and takes one with `receive`:
 from __future__ import annotations
 
 import os as _os
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 import proto as _proto
 
@@ -23,12 +25,26 @@ if getattr(_proto, "__wire_name__", None) != "xbmigrate":
         "(pipx install xbmigrate, or a virtual environment)"
     )
 
-from migrate.errors import MigrationError
-from migrate.guests.buffer import BufferGuest, GuestMoved
-from migrate.library import Received, receive, send
-from migrate.rounds import Limits
-from migrate.source import Parameters
-from migrate.statistics import Statistics
+if _TYPE_CHECKING:
+    from migrate.errors import MigrationError
+    from migrate.guests.buffer import BufferGuest, GuestMoved
+    from migrate.library import Received, receive, send
+    from migrate.rounds import Limits
+    from migrate.source import Parameters
+    from migrate.statistics import Statistics
+
+# Imported when first asked for: the programs and the guests' own processes start faster.
+_HOMES = {
+    "BufferGuest": "migrate.guests.buffer",
+    "GuestMoved": "migrate.guests.buffer",
+    "Limits": "migrate.rounds",
+    "MigrationError": "migrate.errors",
+    "Parameters": "migrate.source",
+    "Received": "migrate.library",
+    "Statistics": "migrate.statistics",
+    "receive": "migrate.library",
+    "send": "migrate.library",
+}
 
 __all__ = [
     "BufferGuest",
@@ -41,3 +57,11 @@ __all__ = [
     "receive",
     "send",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'migrate' has no attribute {name!r}")
+    value: object = getattr(_import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

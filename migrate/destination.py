@@ -175,6 +175,7 @@ class Destination:
             return not decoder.ever_written(first, count)
 
         digests = ChunkDigests(place.reads, info.page_size, known_zero, decoder.stale)
+        await place.ready()
         await self.link.send(Accept())
         self.arrival.status = "active"
         self._observer("accepted", self.arrival)

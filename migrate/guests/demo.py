@@ -320,6 +320,9 @@ class DemoPlace(Place):
         self.memory = self.process.memory
         self.reads = Memory(info.size, self.process.memory)
 
+    async def ready(self) -> None:
+        await self.process.command(PAUSE, PAUSED)
+
     async def prepare(self, state: bytes) -> None:
         words = self.process.words
         try:

@@ -72,6 +72,9 @@ class Place(ABC):
     reads: Memory
     """The same bytes as they are hashed."""
 
+    async def ready(self) -> None:
+        """Waits until the place can take a guest; the source is told to begin after that."""
+
     def make_room(self, first: int, count: int) -> None:
         """Pages will be written for the first time. Raises MigrationError where they do not fit."""
 
