@@ -1,0 +1,33 @@
+# Everything runs in .venv, which is made when it is first needed.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test headline lint build clean
+
+demo: build
+	$(BIN)/python -m tests.demo
+
+test: build
+	$(BIN)/pytest -q
+
+headline: build
+	$(BIN)/python -m tests.headline
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint proto/*.pyx migrate/*.pyx
+	$(BIN)/mypy
+
+build: .venv/built
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/built: .venv/bin/python pyproject.toml setup.py proto/_kernel.pyx migrate/_memory.pyx
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info proto/*.so proto/*.c migrate/*.so migrate/*.c

@@ -1,0 +1,97 @@
+"""Starts the two programs as a user would, for the demo, the headline and the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from migrate.guests.demo import GIVEN_UP, PAUSE, PAUSED, RUN, RUNNING, DemoProcess
+
+BIN = Path(sys.executable).parent
+
+
+class Program:
+    """A running migrate-src or migrate-dst; `out` and `err` are whole once it has ended."""
+
+    def __init__(self, name: str, *arguments: str, show: bool = False) -> None:
+        self.process = subprocess.Popen(
+            [str(BIN / name), *arguments],
+            stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.out = self.err = ""
+
+    def wait(self, timeout: float = 60) -> int:
+        out, err = self.process.communicate(timeout=timeout)
+        self.out += out
+        self.err += err or ""
+        return self.process.returncode
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def read_line(self, pattern: str) -> re.Match[str]:
+        """Reads standard error up to a line that matches."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.err += line
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"no line matches {pattern!r}: {self.err}")
+
+
+def destination(*arguments: str, listen: str = "127.0.0.1:0") -> tuple[Program, str]:
+    """A migrate-dst and the address it listens on."""
+    program = Program("migrate-dst", "--listen", listen, *arguments)
+    return program, program.read_line(r"listening on (\S+)")[1]
+
+
+def guest_pid(text: str) -> int:
+    """The demo guest's process, from what a program printed."""
+    found = re.search(r"process (\d+)", text)
+    assert found, text
+    return int(found[1])
+
+
+def look_at(pid: int, seconds: float = 0.0) -> tuple[int, int, int]:
+    """Lets a demo guest run for a while, checks every byte: (sweep before, after, first wrong)."""
+
+    async def look() -> tuple[int, int, int]:
+        process = DemoProcess.attach(pid)
+        process.lock()
+        before = process.place()[0]
+        await asyncio.sleep(seconds)
+        await process.command(PAUSE, PAUSED)
+        after = process.place()[0]
+        wrong = process.first_wrong()
+        await process.command(RUN, RUNNING)
+        process.close()
+        return before, after, wrong
+
+    return asyncio.run(look())
+
+
+def ended_or_given_up(pid: int) -> bool:
+    """Whether a demo guest can no longer run here."""
+    try:
+        process = DemoProcess.attach(pid)
+    except Exception:  # it is gone
+        return True
+    return bool(process.words[4] == GIVEN_UP)
+
+
+def end_guest(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    while os.path.exists(f"/proc/{pid}"):
+        with open(f"/proc/{pid}/stat") as stat:
+            if " Z " in stat.read():
+                return
+        time.sleep(0.01)
