@@ -103,6 +103,12 @@ class FileGuest(Guest):
             await self._stopped(pid)
         if self.pause_cmd:
             await run_command(self.pause_cmd, "--pause-cmd")
+        size = os.lseek(self._fd, 0, os.SEEK_END)
+        if size != self.memory.size:
+            raise MigrationError(
+                f"guest file {self.path}: it had {self.memory.size} bytes at the start and has "
+                f"{size} now: a guest must keep its size while it moves"
+            )
 
     async def _stopped(self, pid: int) -> None:
         """Waits until every thread of the process has stopped."""
@@ -223,7 +229,12 @@ class FilePlace(Place):
             os.fsync(self._fd)
             if not self._temporary:
                 name = self._hidden_name()
-                os.link(f"/proc/self/fd/{self._fd}", name, follow_symlinks=True)
+                # A directory must be given for linkat(2) to be used, which follows the link.
+                own = os.open("/proc/self/fd", os.O_RDONLY)
+                try:
+                    os.link(str(self._fd), name, src_dir_fd=own, follow_symlinks=True)
+                finally:
+                    os.close(own)
                 self._temporary = name
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None

@@ -1,0 +1,538 @@
+"""The whole: real processes, real memory, and what holds when one of them dies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from proto.frames import FrameReader
+from proto.messages import MessageType, Round, unpack
+from tests.programs import (
+    Program,
+    destination,
+    end_guest,
+    ended_or_given_up,
+    guest_pid,
+    look_at,
+)
+
+SMALL = "demo:32m,hot=8m,stride=1024,fill=random"
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
+    yield path
+    shutil.rmtree(path)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def process_state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def assert_guest_is_right(pid: int) -> None:
+    before, after, wrong = look_at(pid, 0.2)
+    assert wrong == -1
+    assert after > before
+
+
+# ---------------------------------------------------------------- what must work
+
+
+def test_the_demo_guest_goes_on_at_the_destination() -> None:
+    receiver, address = destination()
+    source = Program("migrate-src", "--json", "--guest", SMALL, address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    there, here = guest_pid(receiver.out), guest_pid(source.err)
+    try:
+        assert_guest_is_right(there)
+        assert ended_or_given_up(here)
+    finally:
+        end_guest(there)
+    result = json.loads(source.out)
+    assert result["status"] == "completed"
+    assert result["ram"]["remaining"] == 0
+    assert result["ram"]["transferred"] > 32 << 20
+    assert result["ram"]["normal"] + result["ram"]["duplicate"] >= 8192
+    assert result["xbzrle-cache"]["pages"] > 0
+
+
+def test_the_seeds_load_generator_in_a_shared_file(shm: Path) -> None:
+    """A C program that knows nothing of us writes on until it is stopped; the copies are equal."""
+    binary, memory, output = shm / "load", shm / "memory", shm / "output"
+    subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).parent / "seed_load.c"], check=True)
+    with subprocess.Popen([binary, memory], stdout=subprocess.DEVNULL) as writer:
+        try:
+            while not memory.exists() or memory.stat().st_size == 0:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            receiver, address = destination("--output", str(output))
+            source = Program(
+                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), address
+            )
+            assert source.wait() == 0, source.err
+            assert receiver.wait() == 0, receiver.err
+            assert process_state(writer.pid) == "T"  # it runs there, and only there
+            assert sha256(memory) == sha256(output)
+            assert len(set(output.read_bytes()[::1024])) <= 2  # one sweep, cut at one place
+            assert "xbzrle pages: 0 " not in source.out
+        finally:
+            writer.kill()
+
+
+def test_an_lmdb_database_with_a_live_writer(shm: Path) -> None:
+    lmdb = pytest.importorskip("lmdb", reason="lmdb is in the dev extra")
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.lmdb_writer", shm / "db"],
+        stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent,
+    ) as writer:  # fmt: skip
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"busy\n"
+            (shm / "copy").mkdir()
+            data, copy = shm / "db" / "data.mdb", shm / "copy" / "data.mdb"
+            receiver, address = destination("--output", str(copy))
+            source = Program(
+                "migrate-src", "--guest", f"file:{data}", "--pid", str(writer.pid), address
+            )
+            assert source.wait() == 0, source.err
+            assert receiver.wait() == 0, receiver.err
+            assert sha256(data) == sha256(copy)
+        finally:
+            writer.kill()
+    with lmdb.open(str(shm / "copy"), readonly=True, lock=False) as environment:
+        with environment.begin() as transaction:
+            entries = dict(transaction.cursor())
+    turn = int(entries.pop(b"turn"))
+    assert len(entries) == 5000
+    for key, value in entries.items():
+        number = int(key)
+        written = max(t for t in (turn - back for back in range(250)) if number // 20 == t % 250)
+        assert value == b"%06d:%012d" % (number, written) * 20
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65536 + 5, 1_000_003, 3 << 20])
+@pytest.mark.parametrize("content", ["zero", "random"])
+def test_file_sizes(shm: Path, size: int, content: str) -> None:
+    memory, output = shm / "memory", shm / "output"
+    memory.write_bytes(bytes(size) if content == "zero" else random.Random(size).randbytes(size))
+    receiver, address = destination("--output", str(output), "--json")
+    source = Program("migrate-src", "--json", "--guest", f"file:{memory}", address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    assert output.read_bytes() == memory.read_bytes()
+    result = json.loads(source.out)
+    pages = -(-size // 4096)
+    assert result["ram"]["duplicate" if content == "zero" else "normal"] == pages
+    if content == "zero":
+        assert result["ram"]["transferred"] < 1500
+        assert output.stat().st_blocks == 0
+
+
+def test_a_huge_sparse_file_takes_seconds(shm: Path) -> None:
+    memory, output = shm / "memory", shm / "output"
+    with memory.open("wb") as file:
+        file.truncate(64 << 30)
+        file.seek(5 << 30)
+        file.write(b"here")
+    receiver, address = destination("--output", str(output))
+    source = Program("migrate-src", "--json", "--guest", f"file:{memory}", address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    assert output.stat().st_size == 64 << 30
+    assert output.stat().st_blocks * 512 <= 65536
+    assert memory.stat().st_blocks * 512 <= 65536
+    with output.open("rb") as file:
+        file.seek(5 << 30)
+        assert file.read(5) == b"here\0"
+    assert json.loads(source.out)["ram"]["transferred"] < 20000
+
+
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [
+        (["--cache-size", "4k"], []),
+        (["--cache-size", "1m"], []),
+        (["--cache-size", "256m"], []),
+        (["--page-size", "1k"], []),
+        (["--page-size", "16k"], []),
+        (["--capability", "xbzrle=off"], []),
+        ([], ["--capability", "xbzrle=off"]),
+        ([], ["--cache-size", "8m"]),
+    ],
+)
+def test_parameters(options: list[str], there: list[str]) -> None:
+    """Whatever is chosen, the memory is right and the statistics say what was used."""
+    receiver, address = destination(*there)
+    guest = "demo:8m,hot=4m,rate=300000,fill=random"
+    source = Program("migrate-src", "--json", "--guest", guest, *options, address)
+    try:
+        assert source.wait() == 0, source.err
+        assert receiver.wait() == 0, receiver.err
+        assert_guest_is_right(guest_pid(receiver.out))
+    finally:
+        end_guest(guest_pid(receiver.out or source.err))
+    result = json.loads(source.out)
+    off = "xbzrle=off" in options + there
+    assert ("xbzrle-cache" not in result) == off
+    if there and off:
+        assert "the destination has no xbzrle" in source.err
+    if "8m" in there:
+        assert result["xbzrle-cache"]["cache-size"] in (8 << 20, 64 << 20)
+
+
+def test_a_unix_socket(shm: Path) -> None:
+    path = shm / "socket"
+    receiver, address = destination(listen=f"unix:{path}")
+    assert address == f"unix:{path}"
+    source = Program("migrate-src", "--guest", "demo:1m", address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0
+    end_guest(guest_pid(receiver.out))
+    assert not path.exists()
+
+
+def test_on_complete_runs_when_the_guest_is_ours(shm: Path) -> None:
+    (shm / "memory").write_bytes(b"x" * 5000)
+    receiver, address = destination(
+        "--output", str(shm / "out"), "--on-complete", f"cp $MIGRATE_OUTPUT {shm}/copied"
+    )
+    assert Program("migrate-src", "--guest", f"file:{shm}/memory", address).wait() == 0
+    assert receiver.wait() == 0
+    assert (shm / "copied").read_bytes() == b"x" * 5000
+
+
+# ---------------------------------------------------------------- what must be refused
+
+
+def test_a_file_guest_without_a_place_is_refused_before_any_page(shm: Path) -> None:
+    (shm / "memory").write_bytes(bytes(1 << 20))
+    receiver, address = destination()
+    source = Program("migrate-src", "--guest", f"file:{shm}/memory", address)
+    assert source.wait() == 4
+    assert "nowhere to land: start migrate-dst with --output PATH" in source.err
+    receiver.kill()
+    receiver.wait()
+
+
+def test_a_destination_goes_on_listening_after_garbage() -> None:
+    receiver, address = destination()
+    host, port = address.removeprefix("tcp:").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        connection.settimeout(5)
+        assert connection.recv(1 << 16)[:4] == b"XBM1"  # the reason, as an ERROR frame
+    receiver.read_line("refused .*not an xbmigrate stream")
+    source = Program("migrate-src", "--guest", "demo:1m", address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0
+    end_guest(guest_pid(receiver.out))
+
+
+def test_a_writer_that_nobody_stops_cannot_pass_unnoticed(shm: Path) -> None:
+    """Either it did not write in the last round, or the digests differ: never a silent mixture."""
+    memory = shm / "memory"
+    memory.write_bytes(bytes(4 << 20))
+    stop = threading.Event()
+
+    def write() -> None:
+        with memory.open("r+b") as file:
+            value = 0
+            while not stop.is_set():
+                for offset in range(0, 4 << 20, 4096):
+                    value += 1
+                    os.pwrite(file.fileno(), value.to_bytes(8, "little"), offset)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    receiver, address = destination("--output", str(shm / "out"))
+    source = Program("migrate-src", "--guest", f"file:{memory}", address)
+    status = source.wait()
+    stop.set()
+    thread.join()
+    receiver.kill(signal.SIGTERM)
+    receiver.wait()
+    assert status == 6
+    assert "the memories differ" in source.err
+    assert not (shm / "out").exists()
+
+
+def test_it_says_why_it_does_not_converge() -> None:
+    receiver, address = destination()
+    source = Program(
+        "migrate-src", "--guest", SMALL, "--capability", "xbzrle=off", "--max-bandwidth", "16m",
+        "--max-rounds", "3", address,
+    )  # fmt: skip
+    assert source.wait() == 7
+    assert "did not converge in 3 rounds" in source.err
+    assert "larger --cache-size" in source.err
+    assert receiver.wait() == 1 or receiver.process.returncode in (4, 7)
+    pid = guest_pid(source.err)
+    assert_guest_is_right(pid)
+    end_guest(pid)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_cancelling_leaves_the_guest_running_and_a_second_attempt_succeeds(
+    number: int, status: int
+) -> None:
+    receiver, address = destination()
+    source = Program(
+        "migrate-src", "--guest", SMALL, "--max-bandwidth", "16m", "--progress", "plain", address
+    )
+    source.read_line("round 1")
+    time.sleep(0.3)
+    source.kill(number)
+    assert source.wait() == status
+    assert receiver.wait() == 8
+    assert "cancelled at the source" in receiver.err
+    pid = guest_pid(source.err)
+    assert_guest_is_right(pid)
+    again(pid)
+
+
+def again(pid: int) -> None:
+    """Moves the demo guest that is in process `pid`, and checks it at the destination."""
+    receiver, address = destination()
+    source = Program("migrate-src", "--guest", f"demo:pid={pid}", address)
+    try:
+        assert source.wait() == 0, source.err
+        assert receiver.wait() == 0, receiver.err
+        assert_guest_is_right(guest_pid(receiver.out))
+    finally:
+        end_guest(guest_pid(receiver.out) if receiver.out else pid)
+
+
+# ---------------------------------------------------------------- killed at the worst moment
+
+
+class Tap:
+    """Stands between the two programs, and does something the moment a certain frame passes."""
+
+    def __init__(self, address: str, when: Callable[[MessageType, bytes], bool]) -> None:
+        host, port = address.removeprefix("tcp:").split(":")
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self._there = (host, int(port))
+        self._when = when
+        self.act: Callable[[], None] = lambda: None
+        self.acted = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        near, _ = self._server.accept()
+        self._server.close()
+        far = socket.create_connection(self._there)
+        pumps = [
+            threading.Thread(target=self._pump, args=pair, daemon=True)
+            for pair in ((near, far), (far, near))
+        ]
+        for pump in pumps:
+            pump.start()
+        for pump in pumps:
+            pump.join()
+        near.close()
+        far.close()
+
+    def _pump(self, come: socket.socket, go: socket.socket) -> None:
+        reader = FrameReader()
+        try:
+            while data := come.recv(1 << 16):
+                reader.feed(data)
+                while (frame := reader.next_frame()) is not None:
+                    hit = not self.acted.is_set() and self._when(frame.type, bytes(frame.body))
+                    frame.release()
+                    if hit:
+                        self.acted.set()
+                        self.act()
+                go.sendall(data)
+        except OSError:
+            pass
+        for end in (come, go):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def is_last_round(kind: MessageType, body: bytes) -> bool:
+    if kind is not MessageType.ROUND:
+        return False
+    message = unpack(kind, body)
+    assert isinstance(message, Round)
+    return message.last
+
+
+def of_kind(kind: MessageType) -> Callable[[MessageType, bytes], bool]:
+    return lambda seen, body: seen is kind
+
+
+MOMENTS = {
+    **{
+        kind.name: of_kind(kind)
+        for kind in (
+            MessageType.HELLO, MessageType.GUEST, MessageType.ACCEPT, MessageType.CACHE_SIZE,
+            MessageType.PAGES, MessageType.ROUND, MessageType.ROUND_ACK, MessageType.COMPLETE,
+            MessageType.READY,
+        )
+    },
+    "LAST_ROUND": is_last_round,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("victim", ["source", "destination", "connection"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_before_the_commit(victim: str, moment: str) -> None:
+    """The guest runs on at the source, nothing runs at the destination, and the next try is right.
+
+    READY is the last moment: the tap acts before it passes the message on.
+    """
+    receiver, address = destination()
+    tap = Tap(address, MOMENTS[moment])
+    source = Program("migrate-src", "--guest", "demo:8m,hot=2m,fill=random", tap.address)
+    pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
+
+    def act() -> None:
+        if victim == "source":
+            source.kill()
+        elif victim == "destination":
+            receiver.kill()
+        else:
+            raise OSError("cut")
+
+    tap.act = act
+    status = source.wait()
+    assert tap.acted.is_set()
+    if victim == "connection" and moment in ("HELLO", "GUEST", "ACCEPT"):
+        receiver.kill()  # it refused a broken visitor and listens on
+    received = receiver.wait()
+    assert status != 0
+    assert received != 0
+    assert_guest_is_right(pid)
+    again(pid)
+
+
+@pytest.mark.parametrize("victim", ["source", "destination", "connection"])
+def test_never_two_owners_after_the_commit(victim: str) -> None:
+    """When GO is on its way the source may be paused for ever, but it never runs again."""
+    receiver, address = destination()
+    tap = Tap(address, of_kind(MessageType.GO))
+    source = Program("migrate-src", "--guest", "demo:8m,hot=2m,fill=random", tap.address)
+    pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
+
+    def act() -> None:
+        if victim == "source":
+            source.kill()
+        elif victim == "destination":
+            receiver.kill()
+        else:
+            raise OSError("cut")
+
+    tap.act = act
+    status = source.wait()
+    receiver.wait()
+    try:
+        assert status != 0
+        if victim != "source":
+            assert status == 9
+            assert "look there first" in source.err
+        time.sleep(0.3)
+        assert ended_or_given_up(pid)
+    finally:
+        end_guest(pid)
+        if receiver.out:
+            end_guest(guest_pid(receiver.out))
+
+
+def test_a_destination_that_cannot_start_the_guest_gives_it_back(shm: Path) -> None:
+    """The output's name is taken between READY and GO: the writer goes on at the source."""
+    memory, output = shm / "memory", shm / "output"
+    memory.write_bytes(os.urandom(1 << 20))
+    with subprocess.Popen(["sleep", "100"]) as writer:
+        try:
+            receiver, address = destination("--output", str(output))
+            tap = Tap(address, of_kind(MessageType.GO))
+            tap.act = lambda: output.write_text("mine")  # type: ignore[assignment,return-value]
+            source = Program(
+                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), tap.address
+            )
+            assert source.wait() == 1, source.err
+            assert "File exists" in source.err
+            assert receiver.wait() == 1
+            assert output.read_text() == "mine"
+            assert process_state(writer.pid) == "S"
+            assert sorted(os.listdir(shm)) == ["memory", "output"]
+        finally:
+            writer.kill()
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+def test_a_stopped_writer_goes_on_when_one_side_is_killed(shm: Path, victim: str) -> None:
+    """The writer is under SIGSTOP in the last round: nobody may forget it there."""
+    memory = shm / "memory"
+    memory.write_bytes(os.urandom(4 << 20))
+    with subprocess.Popen(["sleep", "100"]) as writer:
+        try:
+            receiver, address = destination("--output", str(shm / "output"))
+            tap = Tap(address, MOMENTS["COMPLETE"])
+            source = Program(
+                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), tap.address
+            )
+
+            def act() -> None:
+                assert process_state(writer.pid) == "T"
+                (source if victim == "source" else receiver).kill()
+
+            tap.act = act
+            assert source.wait() != 0
+            receiver.wait()
+            for _ in range(200):
+                if process_state(writer.pid) == "S":
+                    break
+                time.sleep(0.02)
+            assert process_state(writer.pid) == "S"
+            assert not (shm / "output").exists()
+        finally:
+            writer.kill()
+
+
+def test_killed_at_random_moments() -> None:
+    """One guest, many deaths: it is right after each of them, and arrives in the end."""
+    chance = random.Random(4444)
+    receiver, address = destination()
+    source = Program("migrate-src", "--guest", SMALL, "--max-bandwidth", "32m", address)
+    pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
+    for turn in range(6):
+        time.sleep(chance.uniform(0, 1.2))
+        (source if turn % 2 else receiver).kill()
+        status, received = source.wait(), receiver.wait()
+        if status == 0 and received == 0:
+            break  # it was quicker than we
+        assert_guest_is_right(pid)
+        receiver, address = destination()
+        source = Program(
+            "migrate-src", "--guest", f"demo:pid={pid}", "--max-bandwidth", "32m", address
+        )
+    source.wait()
+    receiver.wait()
+    assert_guest_is_right(guest_pid(receiver.out))
+    end_guest(guest_pid(receiver.out))

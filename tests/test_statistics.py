@@ -1,0 +1,124 @@
+"""The two ways the numbers are printed: the seed's labels in its order, and QMP's names."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrate.statistics import Statistics, info_migrate, query_migrate
+
+SEED = [
+    ("capabilities", "xbzrle: on"),
+    ("Migration status", "completed"),
+    ("transferred ram", "1234 kbytes"),
+    ("remaining ram", "8 kbytes"),
+    ("total ram", "65536 kbytes"),
+    ("total time", "2500 milliseconds"),
+    ("duplicate", "11 pages"),
+    ("normal", "22 pages"),
+    ("normal bytes", "88 kbytes"),
+    ("cache size", "67108864 bytes"),
+    ("xbzrle transferred", "20 kbytes"),
+    ("xbzrle pages", "80 pages"),
+    ("xbzrle cache miss", "5"),
+    ("xbzrle overflow ", "3"),
+]
+FULL = Statistics(
+    status="completed", capabilities={"xbzrle": True}, total_time=2.5, setup_time=0.01,
+    downtime=0.0423, expected_downtime=0.2, transferred=1234 * 1024, remaining=8192,
+    total=64 << 20, duplicate=11, normal=22, skipped=4, dirty_sync_count=7, cache_size=64 << 20,
+    xbzrle_bytes=20 * 1024, xbzrle_pages=80, cache_hits=15, cache_miss=5, overflow=3, evictions=2,
+    mbps=123.456, pages_per_second=99.6, dirty_pages_rate=12.5, precopy_bytes=1000,
+    downtime_bytes=2048,
+)  # fmt: skip
+
+
+def labels(s: Statistics) -> list[tuple[str, str]]:
+    return [tuple(line.split(": ", 1)) for line in info_migrate(s).splitlines()]
+
+
+def test_the_seeds_lines_come_first_in_its_order():
+    assert labels(FULL)[: len(SEED)] == SEED
+
+
+def test_without_xbzrle_its_lines_are_away_and_the_others_stay():
+    off = FULL.with_(capabilities={"xbzrle": False})
+    assert labels(off)[:9] == [("capabilities", "xbzrle: off"), *SEED[1:9]]
+    assert "cache" not in info_migrate(off)
+    assert "xbzrle-cache" not in query_migrate(off)
+
+
+def test_downtime_is_told_when_there_was_one():
+    assert ("downtime", "42 milliseconds") in labels(FULL)
+    before = FULL.with_(downtime=None, expected_downtime=None)
+    assert not [label for label, _ in labels(before) if "downtime" in label and "ram" not in label]
+    assert not {"downtime", "expected-downtime"} & set(query_migrate(before))
+
+
+def test_a_failure_says_why():
+    failed = FULL.with_(status="failed", error="the memories differ")
+    assert ("Migration status", "failed (the memories differ)") in labels(failed)
+    assert query_migrate(failed)["error-desc"] == "the memories differ"
+
+
+def test_json_has_the_names_of_query_migrate():
+    result = query_migrate(FULL)
+    assert list(result) == [
+        "status", "total-time", "setup-time", "downtime", "expected-downtime", "ram",
+        "xbzrle-cache",
+    ]  # fmt: skip
+    assert result["total-time"] == 2500
+    assert result["downtime"] == 42
+    assert result["ram"] == {
+        "transferred": 1234 * 1024, "remaining": 8192, "total": 64 << 20, "duplicate": 11,
+        "skipped": 4, "normal": 22, "normal-bytes": 22 * 4096, "dirty-pages-rate": 12,
+        "mbps": 123.456, "dirty-sync-count": 7, "page-size": 4096, "pages-per-second": 100,
+        "precopy-bytes": 1000, "downtime-bytes": 2048,
+    }  # fmt: skip
+    assert result["xbzrle-cache"] == {
+        "cache-size": 64 << 20, "bytes": 20 * 1024, "pages": 80, "cache-miss": 5,
+        "cache-miss-rate": 0.25, "encoding-rate": 16.0, "overflow": 3,
+    }  # fmt: skip
+
+
+def test_before_a_migration_there_is_nothing_to_tell():
+    assert query_migrate(Statistics()) == {}
+    assert labels(Statistics())[1] == ("Migration status", "none")
+
+
+def test_rates_of_nothing_are_zero():
+    assert Statistics().cache_miss_rate == 0.0
+    assert Statistics().encoding_rate == 0.0
+
+
+def test_a_snapshot_stays_as_it_is():
+    assert FULL.with_(normal=1).normal == 1
+    assert FULL.normal == 22
+    with pytest.raises(AttributeError):
+        FULL.normal = 5
+
+
+counts = st.integers(0, 1 << 62)
+reals = st.floats(0, 1e15)
+
+
+@given(
+    st.builds(
+        Statistics, status=st.just("active"), capabilities=st.just({"xbzrle": True}),
+        total_time=reals, setup_time=reals, downtime=st.none() | reals,
+        expected_downtime=st.none() | reals, transferred=counts, normal=counts,
+        dirty_pages_rate=reals, pages_per_second=reals, mbps=reals, xbzrle_bytes=counts,
+        xbzrle_pages=counts, cache_hits=counts, cache_miss=counts,
+    )
+)  # fmt: skip
+def test_whatever_was_counted_both_prints_are_whole_numbers_or_finite(s):
+    def no_constant(name: str) -> None:
+        raise AssertionError(name)
+
+    text = json.dumps(query_migrate(s), allow_nan=False)
+    assert json.loads(text, parse_constant=no_constant) == query_migrate(s)
+    assert math.isfinite(query_migrate(s)["xbzrle-cache"]["encoding-rate"])
+    assert [label for label, _ in labels(s)][: len(SEED)] == [label for label, _ in SEED]
+    assert not {"nan", "inf"} & set(info_migrate(s).split())
