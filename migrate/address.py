@@ -37,6 +37,7 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
         raise UsageError(f"address {text!r} is not understood: write {forms}")
     host, _, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not port.isdecimal() or int(port) > 65535 or (not listen and (not host or port == "0")):
+    number = int(port) if port.isdecimal() and len(port) <= 5 else -1
+    if not 0 <= number <= 65535 or (not listen and (not host or number == 0)):
         raise UsageError(f"address {text!r} is not understood: write {forms}")
-    return Address(host=host, port=int(port))
+    return Address(host=host, port=number)

@@ -52,7 +52,7 @@ class ChunkDigests:
         """How many chunks would be stale if these pages were written."""
         both = bytearray(self.stale)
         mark_chunks(dirty.bits, dirty.pages, self.chunk_pages, both)
-        return sum(both)
+        return self.chunks - both.count(0)
 
     def settle(self, but: PageSet | None = None) -> int:
         """Hashes all stale chunks, except those with a page in `but`; how many it hashed."""
@@ -93,6 +93,16 @@ class ChunkDigests:
         self.seconds += time.perf_counter() - began
         self.hashed += hashed
         return hashed
+
+    def settle_zeros(self, first: int, end: int) -> None:
+        """Settles the stale chunks of pages `first` to `end` that the peer holds as zeros."""
+        pages = self.chunk_pages
+        chunk, stop = first // pages, -(-end // pages)
+        chunk = self.stale.find(1, chunk, stop)
+        while chunk >= 0:
+            if self._known_zero(chunk * pages, pages):
+                self.settle_chunk(chunk)
+            chunk = self.stale.find(1, chunk + 1, stop)
 
     def settle_chunk(self, chunk: int, content: memoryview | None = None) -> None:
         """Hashes one chunk, from memory or from a `content` that equals it."""

@@ -131,6 +131,7 @@ class Source:
         self._unsent: PageSet | None = None
         self._tracker: DirtyTracker | None = None
         self._round = 0
+        self._peer_stale = 0
         self._paused_at: float | None = None
         link.limit.rate = self.parameters.limits.max_bandwidth
 
@@ -307,7 +308,9 @@ class Source:
                 remaining=min(len(dirty) * encoder.page_size, self.guest.memory.size),
             )
             scan = 0.0 if self.guest.marks else self._tracker.take_seconds
-            pending = Pending(len(dirty), digests.stale_with(dirty), scan)
+            pending = Pending(
+                len(dirty), max(digests.stale_with(dirty), self._peer_stale), scan
+            )
             decision = self._policy.decide(
                 self._round, time.monotonic() - self._began, pending
             )
@@ -356,6 +359,7 @@ class Source:
         if ack.number != self._round:
             raise PeerError(f"round {ack.number} was confirmed while {self._round} was due")
         self._unsent = None
+        self._peer_stale = ack.stale_chunks
         self._model.learn_digest(ack.settled_chunks, ack.settle_seconds, peer=True)
         wall = max(time.monotonic() - began - ack.settle_seconds, 1e-9)
         self.statistics = self.statistics.with_(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from migrate._memory import put_back_marks, take_marks
 from migrate.digest import ChunkDigests
@@ -72,21 +73,35 @@ class ScanTracker(DirtyTracker):
     def take(self) -> PageSet:
         began = time.perf_counter()
         dirty = PageSet(self._encoder.pages)
-        page_size = self._encoder.page_size
-        step = SCAN_BYTES // page_size
-        for first, count, data in self._memory.extents(page_size):
+        step = SCAN_BYTES // self._encoder.page_size
+        for page, end, data in self._stretches():
             if not data:
-                self._encoder.scan_zeros(first, count, dirty.bits)
-                continue
-            page, end = first, first + count
-            while page < end:
-                # whole digest chunks, so that the copy can serve for both
+                self._encoder.scan_zeros(page, end - page, dirty.bits)
+                self._digests.settle_zeros(page, end)
+            while data and page < end:
                 stop = min(page - page % step + step, end)
                 self._scan(page, stop - page, dirty)
                 page = stop
         self._digests.touch(dirty)
         self.take_seconds = time.perf_counter() - began
         return dirty
+
+    def _stretches(self) -> Iterator[tuple[int, int, bool]]:
+        """(page, end, data) for all of the guest, in whole digest chunks: one copy serves both."""
+        chunk = self._digests.chunk_pages
+        done = 0
+        for first, count, data in self._memory.extents(self._encoder.page_size):
+            end = first + count
+            if data:
+                first -= first % chunk
+                end = min(-(-end // chunk) * chunk, self._encoder.pages)
+                if first > done:
+                    yield done, first, False
+                if end > done:
+                    yield max(first, done), end, True
+                    done = end
+        if done < self._encoder.pages:
+            yield done, self._encoder.pages, False
 
     def _scan(self, first: int, count: int, dirty: PageSet) -> None:
         page_size = self._encoder.page_size
@@ -99,7 +114,7 @@ class ScanTracker(DirtyTracker):
         pages = self._digests.chunk_pages
         base = first & ~7
         differs = int.from_bytes(dirty.bits[base >> 3 : (first + count + 7) >> 3], "little")
-        for chunk in range(-(-first // pages), (first + count) // pages):
+        for chunk in range(first // pages, -(-(first + count) // pages)):
             at = chunk * pages
             if self._digests.stale[chunk] and not differs >> (at - base) & ((1 << pages) - 1):
                 offset = (at - first) * page_size

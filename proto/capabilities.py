@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proto.errors import CapabilityError, LocalError
-from proto.messages import PROTOCOL_VERSION, Hello
+from proto.messages import BATCH_BYTES, PROTOCOL_VERSION, Hello
 
 REQUIRED = frozenset({"digest-xxh3"})
 OPTIONAL = frozenset({"xbzrle"})
@@ -69,6 +69,11 @@ def agree(ours: Hello, theirs: Hello) -> Agreement:
         raise CapabilityError(f"the destination lacks capability {name!r}, which is required")
     for name in sorted(used - wanted):
         raise CapabilityError(f"the destination wants capability {name!r}, which was not offered")
+    if theirs.max_body < BATCH_BYTES:
+        raise CapabilityError(
+            f"the destination takes batches of {theirs.max_body} bytes: those here have up to "
+            f"{BATCH_BYTES}"
+        )
     return Agreement(used, wanted - used)
 
 

@@ -1,7 +1,7 @@
 """Addresses: the forms that are understood, on each side, and that they print as they are read."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.address import Address, parse_address
@@ -53,6 +53,7 @@ def test_where_nobody_can_listen(text):
         parse_address(text, listen=True)
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.builds(
@@ -68,6 +69,7 @@ def test_an_address_prints_as_it_is_read(address):
     assert parse_address(str(address), listen=True) == address
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.booleans())
 def test_any_text_is_an_address_or_a_user_error(text, listen):
     try:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.errors import UsageError
@@ -45,6 +45,7 @@ def test_a_number_too_long_for_int_is_a_user_error(text):
         parse_milliseconds(text, "x")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_any_text_is_a_size_or_a_user_error(text):
     try:
@@ -53,6 +54,7 @@ def test_any_text_is_a_size_or_a_user_error(text):
         assert str(error).startswith("--size: ")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="0123456789.mshMSH ", max_size=8))
 def test_any_text_is_a_time_or_a_user_error(text):
     try:

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.rounds import (
@@ -216,6 +216,7 @@ rounds = st.lists(st.builds(Measured, counts, st.integers(0, 1 << 44), times, ti
 limits = st.builds(Limits, max_bandwidth=st.integers(0, 1 << 40))
 
 
+@settings(deadline=None)
 @given(rounds, limits, counts, counts, counts, times)
 def test_prediction_is_finite_and_grows_with_what_is_left(
     learnt, limits, pages, more, chunks, scan
@@ -229,6 +230,7 @@ def test_prediction_is_finite_and_grows_with_what_is_left(
     assert less <= model.predict(Pending(pages, chunks + more, scan), limits)
 
 
+@settings(deadline=None)
 @given(rounds, st.builds(Pending, counts, counts, times), st.integers(1, 100), times)
 def test_whatever_was_measured_a_decision_reads_well(learnt, pending, number, elapsed):
     decision = Policy(Limits(max_rounds=1), model_of(*learnt)).decide(number, elapsed, pending)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.statistics import Statistics, info_migrate, query_migrate
@@ -104,6 +104,7 @@ counts = st.integers(0, 1 << 62)
 reals = st.floats(0, 1e15)
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         Statistics, status=st.just("active"), capabilities=st.just({"xbzrle": True}),

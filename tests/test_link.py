@@ -1,0 +1,509 @@
+"""The connection: order, back-pressure both ways, a peer that dies, falls silent or talks rubbish."""
+
+import asyncio
+import contextlib
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from migrate import link
+from migrate.address import Address
+from migrate.errors import ConnectError, PeerLost
+from migrate.link import RECEIVE_AHEAD, SEND_HIGH, Link, RateLimit
+from proto import LocalError, RemoteError, capabilities
+from proto.frames import HEADER_BYTES, seal
+from proto.messages import (
+    Accept,
+    CacheSize,
+    Error,
+    ErrorCode,
+    GuestInfo,
+    Hello,
+    MessageType,
+    Pages,
+    Ping,
+    Pong,
+    Round,
+    pack,
+)
+
+LOCAL = Address("127.0.0.1", 0)
+MIB = 1 << 20
+
+
+@contextlib.asynccontextmanager
+async def pair(address=LOCAL, **options):
+    """A source's and a destination's link, joined; no test may hang."""
+    async with asyncio.timeout(30):
+        listener = await link.listen(address, **options)
+        source = await link.connect(listener.address, timeout=10, **options)
+        destination = await listener.accept()
+        try:
+            yield source, destination
+        finally:
+            source.abort()
+            await source.close()
+            await destination.close()
+            await listener.close()
+
+
+async def greet(source: Link, destination: Link) -> None:
+    """Brings both sides to where pages may be sent."""
+    hello = capabilities.offer(frozenset({"xbzrle"}))
+    await source.send(hello)
+    assert await destination.receive_message() == hello
+    answer, _ = capabilities.answer(hello, frozenset({"xbzrle"}))
+    await destination.send(answer)
+    assert await source.receive_message() == answer
+    await source.send(GuestInfo("demo", 64 * MIB, 4096))
+    assert isinstance(await destination.receive_message(), GuestInfo)
+    await destination.send(Accept())
+    assert await source.receive_message() == Accept()
+
+
+def batch(content: bytes) -> bytearray:
+    return seal(bytearray(HEADER_BYTES) + content, MessageType.PAGES)
+
+
+@contextlib.asynccontextmanager
+async def raw_peer():
+    """A link of a source to a bare server: what the test writes is what the link hears."""
+    came: asyncio.Queue = asyncio.Queue()
+
+    async def serve(reader, writer):
+        await came.put((reader, writer))
+
+    async with asyncio.timeout(30):
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        address = Address(*server.sockets[0].getsockname()[:2])
+        source = await link.connect(address, peer_timeout=20)
+        reader, writer = await came.get()
+        try:
+            yield source, reader, writer
+        finally:
+            source.abort()
+            await source.close()
+            writer.transport.abort()
+            server.close()
+
+
+async def until(condition) -> None:
+    """Waits for what must come true; the timeout of the pair ends it where it does not."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+# ---------------------------------------------------------------- frames
+
+
+@pytest.mark.asyncio
+async def test_messages_and_batches_arrive_whole_and_in_order(tmp_path):
+    for address in (LOCAL, Address(path=str(tmp_path / "socket"))):
+        async with pair(address) as (source, destination):
+            await greet(source, destination)
+            sizes = [0, 1, 100, MIB, 70_000, 2 * MIB, 3] * 4
+
+            async def send(source=source, sizes=sizes):
+                for number, size in enumerate(sizes, 1):
+                    await source.send_batch(batch(bytes([number]) * size))
+                    await source.send(Round(number, size, 0))
+
+            sender = asyncio.create_task(send())
+            for number, size in enumerate(sizes, 1):
+                frame = await destination.receive()
+                assert frame.type is MessageType.PAGES
+                assert frame.body == bytes([number]) * size
+                frame.release()
+                assert await destination.receive_message() == Round(number, size, 0)
+            await sender
+            assert source.sent_bytes == destination.received_bytes
+            assert destination.sent_bytes == source.received_bytes
+
+
+@pytest.mark.asyncio
+async def test_a_message_out_of_turn_is_ours_to_see_before_it_is_sent():
+    async with pair() as (source, _):
+        with pytest.raises(LocalError, match="PAGES cannot be sent in state START"):
+            await source.send(Pages(b""))
+        assert source.sent_bytes == 0
+
+
+@pytest.mark.asyncio
+async def test_bytes_arrive_as_they_were_when_they_were_given():
+    """Live memory changes while its frame waits in a queue: what a frame holds is a private copy.
+
+    A transport keeps a reference to what it is given. The receiver reads nothing until all source
+    buffers have been overwritten, so that most frames are still queued in this process by then.
+    """
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        memory = [memoryview(bytearray(bytes([n]) * MIB)) for n in range(1, 41)]
+
+        async def send():
+            for page in memory:
+                message = Pages(page)
+                await source.send(message)
+                page[:] = b"\xee" * MIB  # the guest writes on, right after
+
+        sender = asyncio.create_task(send())
+        await until(lambda: source._transport.get_write_buffer_size() > MIB)
+        for n in range(1, 41):
+            frame = await destination.receive()
+            assert bytes(frame.body) == bytes([n]) * MIB
+            frame.release()
+        await sender
+
+
+@pytest.mark.asyncio
+async def test_an_encoded_batch_is_no_window_on_the_snapshot_it_came_from():
+    from array import array
+
+    from proto.kernel import PageEncoder
+    from proto.pageset import PageSet
+
+    pages = 256
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        encoder = PageEncoder(pages, 4096)
+        snapshot = memoryview(bytearray(pages * 4096))
+        numbers = memoryview(array("Q", range(pages)))
+        everything = PageSet.full(pages).bits
+        sent = []
+
+        async def send():
+            for number in range(1, 17):
+                snapshot[:] = bytes([number, 7]) * (pages * 2048)
+                encoder.begin_round(number)
+                assert encoder.feed(numbers, pages, snapshot, everything) == pages
+                frame = seal(encoder.take(HEADER_BYTES), MessageType.PAGES)
+                sent.append(bytes(frame[HEADER_BYTES:]))
+                await source.send_batch(frame)
+                snapshot[:] = b"\xee" * len(snapshot)
+
+        sender = asyncio.create_task(send())
+        await until(lambda: source._transport.get_write_buffer_size() > MIB)
+        for number in range(16):
+            frame = await destination.receive()
+            assert bytes(frame.body) == sent[number]
+            frame.release()
+        await sender
+
+
+# ---------------------------------------------------------------- back-pressure
+
+
+@pytest.mark.asyncio
+async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
+    async with pair(Address(path=str(tmp_path / "socket"))) as (source, destination):
+        await greet(source, destination)
+        count, largest, sent = 64, 0, 0
+
+        async def send():
+            nonlocal largest, sent
+            for number in range(count):
+                await source.send_batch(batch(bytes([number]) * MIB))
+                largest = max(largest, source._transport.get_write_buffer_size())
+                sent += 1
+
+        sender = asyncio.create_task(send())
+        await until(lambda: source._transport.get_write_buffer_size() > SEND_HIGH)
+        await asyncio.sleep(0.1)
+        assert not sender.done()
+        assert source._transport.get_write_buffer_size() <= SEND_HIGH + MIB + HEADER_BYTES
+        assert len(destination._frames) == RECEIVE_AHEAD
+        assert sent <= count // 2, "more was sent than queues and socket may hold"
+        for number in range(count):
+            frame = await destination.receive()
+            assert bytes(frame.body[:1]) == bytes([number])
+            assert len(destination._frames) <= RECEIVE_AHEAD
+            frame.release()
+        await sender
+        assert largest <= SEND_HIGH + MIB + HEADER_BYTES
+
+
+@pytest.mark.asyncio
+async def test_a_sender_that_waits_hears_that_the_peer_is_gone():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+
+        async def send():
+            while True:
+                await source.send_batch(batch(bytes(MIB)))
+
+        sender = asyncio.create_task(send())
+        await until(lambda: source._transport.get_write_buffer_size() > SEND_HIGH)
+        destination.abort()
+        with pytest.raises(PeerLost):
+            await sender
+        with pytest.raises(PeerLost):
+            await source.send(CacheSize(4096))
+
+
+@pytest.mark.asyncio
+async def test_small_messages_pass_the_rate_limit_and_batches_keep_to_it(monkeypatch):
+    """Time is passed in: ten batches at 1 MiB/s go out evenly, whatever this machine does."""
+    now, asked = 1000.0, []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        assert seconds > 0
+        now += seconds
+        asked.append(seconds)
+
+    monkeypatch.setattr(link, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(link, "asyncio", SimpleNamespace(sleep=sleep))
+    limit = RateLimit(MIB)
+    went = []
+    for _ in range(10):
+        await limit.take(MIB // 4)
+        went.append(now - 1000.0)
+    assert went[-1] == pytest.approx(10 / 4, abs=2 * RateLimit.BURST_SECONDS)
+    gaps = [b - a for a, b in zip(went, went[1:], strict=False)]
+    assert gaps == pytest.approx([0.25] * 9)
+
+    now += 3600  # an idle hour earns no more than a short burst
+    began = now
+    for _ in range(4):
+        await limit.take(MIB // 4)
+    assert now - began >= 1 - RateLimit.BURST_SECONDS - 1e-6
+
+    limit.rate = 4 * MIB
+    began = now
+    for _ in range(4):
+        await limit.take(MIB)
+    assert now - began == pytest.approx(1, abs=2 * RateLimit.BURST_SECONDS)
+
+    limit.rate = 0
+    asked.clear()
+    await limit.take(1 << 40)
+    assert asked == []
+
+
+@pytest.mark.asyncio
+async def test_a_limited_link_still_delivers_everything():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        source.limit.rate = 20 * MIB
+        began = asyncio.get_running_loop().time()
+
+        async def send():
+            for number in range(8):
+                await source.send_batch(batch(bytes([number]) * (MIB // 2)))
+
+        sender = asyncio.create_task(send())
+        for number in range(8):
+            frame = await destination.receive()
+            assert frame.body == bytes([number]) * (MIB // 2)
+            frame.release()
+        await sender
+        # 4 MiB at 20 MiB/s cannot take less than 0.2 s, whatever the machine; half is generous
+        assert asyncio.get_running_loop().time() - began > 0.1
+
+
+# ---------------------------------------------------------------- a peer that fails
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cut", [1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 3])
+async def test_a_peer_that_closes_inside_a_frame_is_lost(cut):
+    async with raw_peer() as (source, _, writer):
+        await source.send(capabilities.offer(frozenset()))
+        writer.write(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:cut])
+        writer.close()
+        with pytest.raises(PeerLost, match="closed the connection"):
+            await source.receive()
+        with pytest.raises(PeerLost):
+            await source.receive()
+
+
+@pytest.mark.asyncio
+async def test_what_came_before_the_peer_closed_is_still_given():
+    """The last word of a peer is often the reason why it hangs up."""
+    async with raw_peer() as (source, _, writer):
+        await source.send(capabilities.offer(frozenset()))
+        hello, error = Hello(1, ("digest-xxh3",), ()), Error(ErrorCode.NO_PLACE, "no place here")
+        for message, kind in ((hello, MessageType.HELLO), (error, MessageType.ERROR)):
+            writer.write(seal(pack(message, HEADER_BYTES), kind))
+        writer.close()
+        await until(lambda: source._fault is not None)
+        assert await source.receive_message() == hello
+        assert await source.receive_message() == error
+        with pytest.raises(PeerLost):
+            await source.receive()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(100),
+        b"\xff" * (20 * MIB),
+        bytes(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:-1]) + b"\0",
+        bytes(seal(pack(Accept(), HEADER_BYTES), MessageType.ACCEPT)),
+    ],
+    ids=["ssh", "http", "zeros", "flood", "flipped", "out-of-turn"],
+)  # fmt: skip
+async def test_garbage_from_the_peer_is_a_remote_error(garbage):
+    faults = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+    async with raw_peer() as (source, _, writer):
+        await source.send(capabilities.offer(frozenset()))
+        writer.write(garbage)
+        await until(lambda: source._fault is not None)
+        await asyncio.sleep(0.05)  # more of it comes before anybody looks
+        for _ in range(2):
+            with pytest.raises(RemoteError):
+                await source.receive()
+    assert faults == [], "the loop was left with an exception of ours"
+
+
+@pytest.mark.asyncio
+async def test_a_silent_peer_is_lost():
+    async with asyncio.timeout(30):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = Address(*server.getsockname()[:2])
+            source = await link.connect(address, peer_timeout=0.2)
+            with pytest.raises(PeerLost, match="has said nothing"):
+                await source.receive()
+            with pytest.raises(PeerLost):
+                await source.send(capabilities.offer(frozenset()))
+            await source.close()
+
+
+@pytest.mark.asyncio
+async def test_a_living_peer_with_nothing_to_say_is_not_lost():
+    """Both sides ping. Two peer timeouts pass; were there no pings, both links would have ended."""
+    async with pair(peer_timeout=1.0) as (source, destination):
+        await greet(source, destination)
+        before = source.received_bytes
+        await asyncio.sleep(2.0)
+        assert source.received_bytes > before
+        await source.send(CacheSize(4096))
+        assert await destination.receive_message() == CacheSize(4096)
+
+
+@pytest.mark.asyncio
+async def test_silence_of_a_peer_that_we_do_not_read_does_not_count():
+    """While the destination is busy with what came, it does not read, and cannot hear pings."""
+    async with pair(peer_timeout=0.4) as (source, destination):
+        await greet(source, destination)
+        source.peer_timeout = 30
+        for _ in range(RECEIVE_AHEAD + 2):
+            await source.send_batch(batch(b"x" * 1000))
+        await until(lambda: not destination._reading)
+        await asyncio.sleep(1.0)
+        for _ in range(RECEIVE_AHEAD + 2):
+            (await destination.receive()).release()
+
+
+@pytest.mark.asyncio
+async def test_a_round_trip_is_measured_by_ping_and_pong():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        assert 0 < await source.round_trip() < 30
+        assert 0 < await destination.round_trip() < 30
+
+
+@pytest.mark.asyncio
+async def test_a_round_trip_ends_where_the_peer_dies():
+    async with raw_peer() as (source, reader, writer):
+        await source.send(capabilities.offer(frozenset()))
+        hello = Hello(1, ("digest-xxh3",), ())
+        writer.write(seal(pack(hello, HEADER_BYTES), MessageType.HELLO))
+        assert await source.receive_message() == hello
+        trip = asyncio.create_task(source.round_trip())
+        ping = seal(pack(Ping(1), HEADER_BYTES), MessageType.PING)
+        await reader.readuntil(bytes(ping[:5]))
+        # an answer to something that was not asked is no answer
+        writer.write(seal(pack(Pong(99), HEADER_BYTES), MessageType.PONG))
+        writer.close()
+        with pytest.raises(PeerLost):
+            await trip
+
+
+# ---------------------------------------------------------------- connecting and listening
+
+
+@pytest.mark.asyncio
+async def test_port_0_picks_a_free_port_and_says_which():
+    listener = await link.listen(LOCAL)
+    assert listener.address.host == "127.0.0.1"
+    assert listener.address.port > 0
+    await listener.close()
+    anywhere = await link.listen(Address("", 0))
+    assert anywhere.address.port > 0
+    await anywhere.close()
+
+
+@pytest.mark.asyncio
+async def test_a_unix_socket_is_there_while_somebody_listens(tmp_path):
+    path = tmp_path / "socket"
+    async with pair(Address(path=str(path))) as (source, destination):
+        assert path.is_socket()
+        await greet(source, destination)
+    assert not path.exists()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    address = Address("127.0.0.1", port) if kind == "tcp" else Address(path=str(tmp_path / "no"))
+    async with asyncio.timeout(20):
+        with pytest.raises(ConnectError, match="is migrate-dst listening there") as error:
+            await link.connect(address, timeout=0.3)
+    assert str(address) in str(error.value)
+
+
+@pytest.mark.asyncio
+async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
+    address = Address(path=str(tmp_path / "socket"))
+    async with asyncio.timeout(20):
+        connecting = asyncio.create_task(link.connect(address, timeout=15))
+        await asyncio.sleep(0.15)
+        listener = await link.listen(address)
+        source = await connecting
+        destination = await listener.accept()
+        for end in (source, destination, listener):
+            await end.close()
+
+
+@pytest.mark.asyncio
+async def test_a_host_that_does_not_exist_is_an_error_at_once():
+    async with asyncio.timeout(20):
+        with pytest.raises(ConnectError, match=r"cannot connect to tcp:nowhere\.invalid:1"):
+            await link.connect(Address("nowhere.invalid", 1), timeout=15)
+
+
+@pytest.mark.asyncio
+async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
+    listener = await link.listen(LOCAL)
+    with pytest.raises(ConnectError, match="cannot listen on"):
+        await link.listen(listener.address)
+    await listener.close()
+    with pytest.raises(ConnectError, match="cannot listen on"):
+        await link.listen(Address(path=str(tmp_path / "no" / "socket")))
+
+
+@pytest.mark.asyncio
+async def test_one_source_at_a_time_waits_the_next_is_turned_away():
+    async with asyncio.timeout(20):
+        listener = await link.listen(LOCAL)
+        first = await link.connect(listener.address)
+        await until(lambda: not listener._links.empty())
+        second = await link.connect(listener.address)
+        with pytest.raises(PeerLost):
+            await second.receive()
+        destination = await listener.accept()
+        await greet(first, destination)
+        for end in (first, second, destination, listener):
+            await end.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("seconds", [30.0, 1e9, 1e15])
+async def test_any_peer_timeout_a_user_may_write_can_be_set(seconds):
+    async with pair(peer_timeout=seconds) as (source, destination):
+        await greet(source, destination)

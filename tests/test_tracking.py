@@ -1,0 +1,301 @@
+"""No dirty page is ever lost: by marks under a running writer, and by scanning."""
+
+import hashlib
+import random
+import threading
+from array import array
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from migrate._memory import run_load, set_marks
+from migrate.digest import ChunkDigests
+from migrate.memory import Memory
+from migrate.tracking import MarkTracker, ScanTracker
+from proto.messages import DIGEST_CHUNK
+from proto.pageset import PageSet
+from tests.kernels import kernel  # noqa: F401
+
+# ruff: noqa: F811
+
+PAGE = 4096
+RUN, END = 1, 3
+
+
+# ---------------------------------------------------------------- marks
+
+
+def marks_for(pages: int) -> bytearray:
+    return bytearray(-(-pages // 8) * 8)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.data())
+def test_marks_are_the_truth_and_are_taken_once(pages, data):
+    written = data.draw(st.sets(st.integers(0, pages - 1)))
+    marks = marks_for(pages)
+    tracker = MarkTracker(memoryview(marks), pages)
+    for page in written:
+        set_marks(marks, page, 1)
+    assert set(tracker.take()) == written
+    assert len(tracker.take()) == 0
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.data())
+def test_what_is_put_back_is_taken_again_with_what_came_since(pages, data):
+    some = st.sets(st.integers(0, pages - 1))
+    first, second = data.draw(some), data.draw(some)
+    marks = marks_for(pages)
+    tracker = MarkTracker(memoryview(marks), pages)
+    for page in first:
+        set_marks(marks, page, 1)
+    taken = tracker.take()
+    for page in second:
+        set_marks(marks, page, 1)
+    tracker.put_back(taken)
+    assert set(tracker.take()) == first | second
+
+
+def test_a_mark_outside_the_guest_is_refused():
+    with pytest.raises(ValueError, match="outside"):
+        set_marks(marks_for(8), 7, 2)
+
+
+def test_a_copy_kept_by_marks_follows_a_running_writer():
+    """The whole promise: copy what is dirty after taking the marks, and nothing is missed.
+
+    The writer is the demo guest's load at full speed, in a thread without the interpreter's lock;
+    half of the takes are put back, as a source does whose round failed.
+    """
+    pages, stride = 256, 1024
+    memory = memoryview(bytearray(pages * PAGE))
+    marks = marks_for(pages)
+    control = array("Q", [RUN, 0, 0, 0, 0])
+    writer = threading.Thread(
+        target=run_load, args=(control, marks, memory, len(memory), stride, PAGE, 0.0)
+    )
+    tracker = MarkTracker(memoryview(marks), pages)
+    copy = bytearray(len(memory))
+    chance = random.Random(5)
+
+    def follow() -> None:
+        dirty = tracker.take()
+        if chance.random() < 0.5:
+            tracker.put_back(dirty)
+            return
+        for page in dirty:
+            copy[page * PAGE : (page + 1) * PAGE] = memory[page * PAGE : (page + 1) * PAGE]
+
+    writer.start()
+    try:
+        for _ in range(300):
+            follow()
+    finally:
+        control[0] = END
+        writer.join()
+    assert control[2] > 0, "the writer has not been through the memory once"
+    for page in tracker.take():
+        copy[page * PAGE : (page + 1) * PAGE] = memory[page * PAGE : (page + 1) * PAGE]
+    assert copy == memory
+
+
+# ---------------------------------------------------------------- scanning
+
+
+class Peer:
+    """A guest without marks, an encoder that moves it, and what the peer has been sent."""
+
+    def __init__(self, kernel, memory: Memory, content: bytearray, *, cache: int, page=PAGE):
+        self.page = page
+        self.pages = -(-memory.size // page)
+        self.encoder = kernel.PageEncoder(
+            self.pages, page, kernel.PageCache(cache, page) if cache else None,
+            hashlib.shake_128(b"key").digest(page),
+        )  # fmt: skip
+        self.decoder = kernel.PageDecoder(self.pages, page, DIGEST_CHUNK // page)
+        self.digests = ChunkDigests(memory, page, self.encoder.known_zero)
+        self.tracker = ScanTracker(memory, self.encoder, self.digests)
+        self.memory = memory
+        self.content = content
+        self.there = bytearray(self.pages * page)
+        self.round = 0
+
+    def send(self, dirty: PageSet) -> None:
+        self.round += 1
+        self.encoder.begin_round(self.round)
+        snapshot = memoryview(bytearray(self.pages * self.page))
+        numbers = memoryview(array("Q", bytes(8 * self.pages)))
+        count, _ = self.memory.gather(
+            dirty.bits, 0, self.pages, self.page, snapshot, numbers
+        )
+        done = 0
+        while done < count or self.encoder.pending:
+            done += self.encoder.feed(numbers, count, snapshot, dirty.bits, done)
+            if self.encoder.pending:
+                body = bytes(self.encoder.take())
+                self.decoder.check(body)
+                self.decoder.apply(body, self.there)
+
+    def differing(self) -> set[int]:
+        whole = bytes(self.content).ljust(len(self.there), b"\0")
+        return {
+            n for n in range(self.pages)
+            if whole[n * self.page : (n + 1) * self.page]
+            != self.there[n * self.page : (n + 1) * self.page]
+        }  # fmt: skip
+
+
+def peer_of(kernel, size: int, *, cache: int = 0, page: int = PAGE, fill=None) -> Peer:
+    content = bytearray(random.Random(3).randbytes(size) if fill is None else fill)
+    peer = Peer(kernel, Memory(size, memoryview(content)), content, cache=cache, page=page)
+    peer.send(PageSet.full(peer.pages))
+    assert peer.differing() == set()
+    return peer
+
+
+@pytest.mark.parametrize("cache", [0, 16 * PAGE, 1 << 20], ids=["none", "small", "all"])
+def test_a_scan_finds_exactly_what_changed(kernel, cache):
+    peer = peer_of(kernel, 100 * PAGE + 100, cache=cache)
+    chance = random.Random(9)
+    assert len(peer.tracker.take()) == 0
+    for _ in range(6):
+        for _ in range(chance.randrange(12)):
+            at = chance.randrange(len(peer.content))
+            peer.content[at] ^= chance.randrange(1, 256)
+        changed = peer.differing()
+        dirty = peer.tracker.take()
+        assert set(dirty) == changed
+        peer.send(dirty)
+        assert peer.differing() == set()
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20], ids=["hash", "cache"])
+def test_a_byte_flipped_and_flipped_back_is_no_change(kernel, cache):
+    peer = peer_of(kernel, 20 * PAGE, cache=cache)
+    peer.content[7 * PAGE + 5] ^= 1
+    assert set(peer.tracker.take()) == {7}
+    peer.content[7 * PAGE + 5] ^= 1
+    assert set(peer.tracker.take()) == set()
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20], ids=["hash", "cache"])
+def test_a_byte_flipped_back_after_it_was_sent_is_a_change(kernel, cache):
+    """ABA: the peer has B. A tracker that remembers A from the first look would miss it."""
+    peer = peer_of(kernel, 20 * PAGE, cache=cache)
+    for _ in range(3):
+        peer.content[7 * PAGE + 5] ^= 1
+        dirty = peer.tracker.take()
+        assert set(dirty) == {7}
+        peer.send(dirty)
+        assert peer.differing() == set()
+
+
+def test_a_change_between_the_scan_and_the_copy_is_found_later(kernel):
+    """What counts is what was sent: the page is copied after the scan, with newer bytes."""
+    peer = peer_of(kernel, 20 * PAGE)
+    peer.content[0] ^= 1
+    dirty = peer.tracker.take()
+    peer.content[1] ^= 1  # page 0 again, before it is copied
+    peer.content[5 * PAGE] ^= 1  # a page that this round does not send
+    peer.send(dirty)
+    assert set(peer.tracker.take()) == {5}
+
+
+def test_what_was_not_sent_is_found_again(kernel):
+    peer = peer_of(kernel, 20 * PAGE)
+    peer.content[3 * PAGE] ^= 1
+    dirty = peer.tracker.take()
+    peer.tracker.put_back(dirty)
+    assert set(peer.tracker.take()) == {3}
+
+
+def test_to_and_from_zero(kernel):
+    peer = peer_of(kernel, 4 * PAGE, fill=bytes(4 * PAGE))
+    peer.content[PAGE] = 1
+    assert set(peer.tracker.take()) == {1}
+    peer.send(PageSet(4, [1]))
+    peer.content[PAGE] = 0
+    assert set(peer.tracker.take()) == {1}
+    peer.send(PageSet(4, [1]))
+    assert set(peer.tracker.take()) == set()
+
+
+def test_a_file_with_holes_is_scanned_like_a_buffer(kernel, tmp_path):
+    path = tmp_path / "guest"
+    size = 600 * PAGE + 50
+    with path.open("wb+") as file:
+        file.truncate(size)
+        file.seek(300 * PAGE)
+        file.write(b"d" * PAGE * 20)
+        file.flush()
+        content = bytearray(size)
+        content[300 * PAGE : 320 * PAGE] = b"d" * PAGE * 20
+        peer = Peer(kernel, Memory(size, fd=file.fileno()), content, cache=0)
+        peer.send(PageSet.full(peer.pages))
+        assert set(peer.tracker.take()) == set()
+        for at in (0, 305 * PAGE, size - 1):
+            file.seek(at)
+            file.write(b"!")
+            content[at] = ord("!")
+        file.flush()
+        dirty = peer.tracker.take()
+        assert set(dirty) == {0, 305, 600}
+        peer.send(dirty)
+        assert peer.differing() == set()
+        assert peer.digests.digest() == naive(content)
+
+
+def naive(content: bytearray) -> bytes:
+    chunks = (content[at : at + DIGEST_CHUNK] for at in range(0, len(content), DIGEST_CHUNK))
+    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(bytes(c)) for c in chunks))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([1024, 4096, 16384]), st.integers(1, 5 * DIGEST_CHUNK), st.data())
+def test_digests_taken_while_scanning_are_of_the_content(page, size, data):
+    from proto import _kernel
+
+    peer = peer_of(_kernel, size, page=page)
+    for _ in range(2):
+        for at in data.draw(st.lists(st.integers(0, size - 1), max_size=6)):
+            peer.content[at] ^= 0x55
+        dirty = peer.tracker.take()
+        touched = {n * page // DIGEST_CHUNK for n in dirty}
+        whole = size // DIGEST_CHUNK
+        fresh = {n for n in range(whole) if not peer.digests.stale[n]}
+        # every whole chunk that is as the peer has it was hashed on the way, no other one
+        assert fresh == set(range(whole)) - touched
+        peer.send(dirty)
+    assert peer.digests.digest() == naive(peer.content)
+
+
+def test_a_digest_is_never_of_bytes_that_were_there_for_a_moment_only():
+    """A writer flips bytes and back all the time; each settled digest must be of what was sent."""
+    from proto import _kernel
+
+    peer = peer_of(_kernel, 32 * DIGEST_CHUNK, page=PAGE)
+    stop = threading.Event()
+
+    def flicker() -> None:
+        at = 0
+        while not stop.is_set():
+            peer.content[at] ^= 1
+            peer.content[at] ^= 1
+            at = (at + 7919) % len(peer.content)
+
+    writer = threading.Thread(target=flicker)
+    writer.start()
+    try:
+        for _ in range(40):
+            peer.send(peer.tracker.take())
+    finally:
+        stop.set()
+        writer.join()
+    # all is still, as in the pause: what remains is sent, and what is settled must be right
+    last = peer.tracker.take()
+    assert set(last) == peer.differing()
+    peer.send(last)
+    assert peer.digests.digest() == naive(peer.content) == naive(peer.there)
