@@ -60,12 +60,17 @@ class _Arena:
     def __init__(self) -> None:
         # Page-aligned, which copies to and from it like best.
         self.buffer = memoryview(mmap.mmap(-1, ARENA_BYTES))
-        self.lent = 0
+        # One entry per frame that is not released: a list, since other threads release frames too,
+        # and append and pop are atomic where += and -= need not be.
+        self.lent: list[None] = []
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame. `body` is valid until `release`, which gives its memory back to the reader."""
+    """One frame. `body` is valid until `release`, which gives its memory back to the reader.
+
+    Any thread may release it, once.
+    """
 
     type: MessageType
     channel: int
@@ -78,7 +83,7 @@ class Frame:
 
     def release(self) -> None:
         self.body.release()
-        self._arena.lent -= 1
+        self._arena.lent.pop()
 
 
 class FrameReader:
@@ -160,5 +165,5 @@ class FrameReader:
         if _check(view[4:12], body) != check:
             raise FrameError(f"{kind.name}: the check of its {length} bytes does not match")
         self._start += HEADER_BYTES + length
-        self._arena.lent += 1
+        self._arena.lent.append(None)
         return Frame(kind, channel, body, self._arena)

@@ -216,5 +216,3 @@ def unpack(kind: MessageType, body: memoryview | bytes) -> Message:
         if message.pages > MAX_PAGES:
             raise MessageError(f"GUEST: {message.pages} pages are over {MAX_PAGES}")
     return message  # type: ignore[return-value]
-
-

@@ -88,10 +88,18 @@ async def raw_peer():
             server.close()
 
 
-async def until(condition) -> None:
-    """Waits for what must come true; the timeout of the pair ends it where it does not."""
+async def until(condition, busy: asyncio.Task | None = None) -> None:
+    """Waits for what must come true, while a task that brings it about goes on."""
     while not condition():
+        if busy is not None and busy.done():
+            await busy
+            raise AssertionError("it came to its end, and what it should bring about did not happen")
         await asyncio.sleep(0.005)
+
+
+def blocked(source: Link) -> bool:
+    """Whether the queue is so full that the sender waits."""
+    return not source._writable.is_set()
 
 
 # ---------------------------------------------------------------- frames
@@ -147,7 +155,7 @@ async def test_bytes_arrive_as_they_were_when_they_were_given():
                 page[:] = b"\xee" * MIB  # the guest writes on, right after
 
         sender = asyncio.create_task(send())
-        await until(lambda: source._transport.get_write_buffer_size() > MIB)
+        await until(lambda: blocked(source), sender)
         for n in range(1, 41):
             frame = await destination.receive()
             assert bytes(frame.body) == bytes([n]) * MIB
@@ -162,7 +170,7 @@ async def test_an_encoded_batch_is_no_window_on_the_snapshot_it_came_from():
     from proto.kernel import PageEncoder
     from proto.pageset import PageSet
 
-    pages = 256
+    pages = 200
     async with pair() as (source, destination):
         await greet(source, destination)
         encoder = PageEncoder(pages, 4096)
@@ -172,7 +180,7 @@ async def test_an_encoded_batch_is_no_window_on_the_snapshot_it_came_from():
         sent = []
 
         async def send():
-            for number in range(1, 17):
+            for number in range(1, 41):
                 snapshot[:] = bytes([number, 7]) * (pages * 2048)
                 encoder.begin_round(number)
                 assert encoder.feed(numbers, pages, snapshot, everything) == pages
@@ -182,8 +190,8 @@ async def test_an_encoded_batch_is_no_window_on_the_snapshot_it_came_from():
                 snapshot[:] = b"\xee" * len(snapshot)
 
         sender = asyncio.create_task(send())
-        await until(lambda: source._transport.get_write_buffer_size() > MIB)
-        for number in range(16):
+        await until(lambda: blocked(source), sender)
+        for number in range(40):
             frame = await destination.receive()
             assert bytes(frame.body) == sent[number]
             frame.release()
@@ -207,7 +215,8 @@ async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
                 sent += 1
 
         sender = asyncio.create_task(send())
-        await until(lambda: source._transport.get_write_buffer_size() > SEND_HIGH)
+        await until(lambda: blocked(source), sender)
+        await until(lambda: len(destination._frames) == RECEIVE_AHEAD, sender)
         await asyncio.sleep(0.1)
         assert not sender.done()
         assert source._transport.get_write_buffer_size() <= SEND_HIGH + MIB + HEADER_BYTES
@@ -232,7 +241,7 @@ async def test_a_sender_that_waits_hears_that_the_peer_is_gone():
                 await source.send_batch(batch(bytes(MIB)))
 
         sender = asyncio.create_task(send())
-        await until(lambda: source._transport.get_write_buffer_size() > SEND_HIGH)
+        await until(lambda: blocked(source), sender)
         destination.abort()
         with pytest.raises(PeerLost):
             await sender
@@ -307,8 +316,9 @@ async def test_a_limited_link_still_delivers_everything():
 @pytest.mark.asyncio
 @pytest.mark.parametrize("cut", [1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 3])
 async def test_a_peer_that_closes_inside_a_frame_is_lost(cut):
-    async with raw_peer() as (source, _, writer):
+    async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
+        await reader.readexactly(source.sent_bytes)
         writer.write(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:cut])
         writer.close()
         with pytest.raises(PeerLost, match="closed the connection"):
@@ -320,8 +330,9 @@ async def test_a_peer_that_closes_inside_a_frame_is_lost(cut):
 @pytest.mark.asyncio
 async def test_what_came_before_the_peer_closed_is_still_given():
     """The last word of a peer is often the reason why it hangs up."""
-    async with raw_peer() as (source, _, writer):
+    async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
+        await reader.readexactly(source.sent_bytes)
         hello, error = Hello(1, ("digest-xxh3",), ()), Error(ErrorCode.NO_PLACE, "no place here")
         for message, kind in ((hello, MessageType.HELLO), (error, MessageType.ERROR)):
             writer.write(seal(pack(message, HEADER_BYTES), kind))

@@ -1,0 +1,355 @@
+"""Cutting frames out of a stream: any split, hostile headers, and bodies that stay valid."""
+
+import struct
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import xxhash
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from proto.errors import ErrorCode, FrameError, LocalError
+from proto.frames import ARENA_BYTES, ARENAS_KEPT, HEADER_BYTES, MAGIC, FrameReader, seal
+from proto.messages import BODY_LIMITS, MAX_BODY, MessageType
+
+M = MessageType
+
+
+def framed(kind, body=b""):
+    return bytes(seal(bytearray(HEADER_BYTES) + body, kind))
+
+
+def header(kind=M.PING, flags=0, channel=0, length=0, body=b""):
+    """A header with anything in it, and the right check."""
+    middle = struct.pack(">BBHI", kind, flags, channel, length)
+    check = xxhash.xxh3_64_intdigest(body, int.from_bytes(middle, "big")) & 0xFFFFFFFF
+    return MAGIC + middle + struct.pack(">I", check)
+
+
+def frames_of(reader):
+    """All whole frames, as (type, body), each released."""
+    found = []
+    while (frame := reader.next_frame()) is not None:
+        assert frame.wire_bytes == HEADER_BYTES + len(frame.body)
+        found.append((frame.type, bytes(frame.body)))
+        frame.release()
+    return found
+
+
+def arenas(reader):
+    return 1 + len(reader._kept)
+
+
+SOME = [(M.PING, b"\x81"), (M.PAGES, bytes(range(256)) * 40), (M.GO, b""), (M.ERROR, b"xyz")]
+STREAM = b"".join(framed(*frame) for frame in SOME)
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_a_header_is_sixteen_bytes():
+    assert HEADER_BYTES == 16
+    assert framed(M.GO, b"ab") == header(M.GO, length=2, body=b"ab") + b"ab"
+
+
+def test_whole():
+    reader = FrameReader()
+    reader.feed(STREAM)
+    assert frames_of(reader) == SOME
+    assert reader.partial == 0
+
+
+def test_byte_by_byte():
+    """A frame is there with its last byte, not before it."""
+    reader, found, ends, at = FrameReader(), [], [], 0
+    for at, byte in enumerate(STREAM, 1):
+        reader.feed(bytes([byte]))
+        new = frames_of(reader)
+        ends += [at] * len(new)
+        found += new
+    assert found == SOME
+    sizes = [HEADER_BYTES + len(body) for _, body in SOME]
+    assert ends == [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("spare", [1, 4, 15, 16, 17])
+def test_with_bytes_to_spare(spare):
+    more = framed(M.PONG, b"rest")
+    reader = FrameReader()
+    reader.feed(STREAM + more[:spare])
+    assert frames_of(reader) == SOME
+    assert reader.partial == spare
+    reader.feed(more[spare:])
+    assert frames_of(reader) == [(M.PONG, b"rest")]
+    assert reader.partial == 0
+
+
+bodies = st.tuples(st.sampled_from(list(M)), st.binary(max_size=300))
+
+
+@given(st.lists(bodies, max_size=8), st.data())
+def test_arbitrary_splits(frames, data):
+    stream = b"".join(framed(*frame) for frame in frames)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
+    reader, found = FrameReader(), []
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        reader.feed(stream[start:end])
+        found += frames_of(reader)
+    assert found == frames
+    assert reader.partial == 0
+
+
+def test_the_largest_body_by_small_reads():
+    body = bytes(range(251)) * (MAX_BODY // 251 + 1)
+    stream = framed(M.PING, b"first") + framed(M.PAGES, body[:MAX_BODY]) + framed(M.GO)
+    reader, found, at = FrameReader(), [], 0
+    while at < len(stream):
+        buffer = reader.get_buffer()
+        count = min(len(buffer), 65537, len(stream) - at)
+        buffer[:count] = stream[at : at + count]
+        reader.received(count)
+        at += count
+        found += frames_of(reader)
+    assert found == [(M.PING, b"first"), (M.PAGES, body[:MAX_BODY]), (M.GO, b"")]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(data, match):
+    reader = FrameReader()
+    reader.feed(data)
+    with pytest.raises(FrameError, match=match) as info:
+        reader.next_frame()
+    assert info.value.code is ErrorCode.PROTOCOL
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_wrong_magic_at_its_first_wrong_byte(at):
+    reader = FrameReader()
+    reader.feed(MAGIC[:at])
+    assert reader.next_frame() is None
+    reader.feed(bytes([MAGIC[at] ^ 1]))
+    with pytest.raises(FrameError, match="not an xbmigrate stream"):
+        reader.next_frame()
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-OpenSSH", b"\x16\x03\x01"])
+def test_another_protocol(data):
+    refused(data, "not an xbmigrate stream")
+
+
+@pytest.mark.parametrize("kind", [0, max(M) + 1, 128, 255])
+def test_unknown_type(kind):
+    refused(header(kind), f"unknown frame type {kind}$")
+
+
+@pytest.mark.parametrize("field", [{"flags": 1}, {"flags": 255}, {"channel": 1}, {"channel": 256}])
+def test_flags_and_channels_are_not_in_use(field):
+    refused(header(M.PING, **field), "PING: flags .* are not in use")
+
+
+@pytest.mark.parametrize("kind", M)
+def test_a_length_over_the_limit_is_refused_from_the_header_alone(kind):
+    limit = BODY_LIMITS[kind]
+    for length in (limit + 1, 0xFFFFFFFF):
+        refused(header(kind, length=length), f"{kind.name}: {length} bytes are over {limit}")
+    reader = FrameReader()
+    reader.feed(header(kind, length=limit))
+    assert reader.next_frame() is None
+
+
+@pytest.mark.parametrize("kind", M)
+def test_a_body_at_the_limit_passes_and_one_past_it_is_not_sent(kind):
+    limit = BODY_LIMITS[kind]
+    reader = FrameReader()
+    reader.feed(framed(kind, bytes(limit)))
+    assert frames_of(reader) == [(kind, bytes(limit))]
+    with pytest.raises(LocalError, match=f"{kind.name}: a body of {limit + 1} bytes"):
+        seal(bytearray(HEADER_BYTES + limit + 1), kind)
+
+
+def test_an_incomplete_header_is_not_judged():
+    """Its check may still come; only the magic can be wrong by then."""
+    reader = FrameReader()
+    reader.feed(header(255, flags=1)[:15])
+    assert reader.next_frame() is None
+
+
+@pytest.mark.parametrize("bit", range(8 * (HEADER_BYTES + 3)))
+def test_any_bit_that_flips_is_found(bit):
+    """Nothing of a damaged frame is given out. A longer length only waits for more."""
+    data = bytearray(framed(M.PING, b"abc"))
+    data[bit // 8] ^= 1 << bit % 8
+    reader = FrameReader()
+    reader.feed(bytes(data))
+    try:
+        assert reader.next_frame() is None
+    except FrameError:
+        return
+    assert int.from_bytes(data[8:12], "big") > 3
+    reader.feed(bytes(BODY_LIMITS[M.PING]))
+    with pytest.raises(FrameError, match="check"):
+        reader.next_frame()
+
+
+def test_the_check_covers_what_stands_in_the_header():
+    """The same body under another type has another check."""
+    as_ping, as_pong = framed(M.PING, b"abc"), framed(M.PONG, b"abc")
+    assert as_ping[12:16] != as_pong[12:16]
+    refused(as_pong[:12] + as_ping[12:], "PONG: the check of its 3 bytes does not match")
+
+
+def test_a_frame_before_the_fault_still_comes():
+    reader = FrameReader()
+    reader.feed(STREAM + b"junk")
+    found = [reader.next_frame().type for _ in SOME]
+    assert found == [kind for kind, _ in SOME]
+    with pytest.raises(FrameError):
+        reader.next_frame()
+
+
+# Bytes that get further than noise: frames, or headers, with some of them replaced.
+@st.composite
+def nearly_frames(draw):
+    data = bytearray()
+    for _ in range(draw(st.integers(1, 3))):
+        body = draw(st.binary(max_size=40))
+        if draw(st.booleans()):
+            data += framed(draw(st.sampled_from(list(M))), body)
+        else:
+            length = draw(st.one_of(st.integers(0, 50), st.integers(0, 0xFFFFFFFF)))
+            data += header(draw(st.integers(0, 16)), length=length, body=body) + body
+    for _ in range(draw(st.integers(0, 3))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+@settings(max_examples=300)
+@given(st.one_of(st.binary(max_size=200), nearly_frames()), st.integers(1, 64))
+@example(b"", 1)
+def test_arbitrary_bytes_are_frames_a_fault_or_the_want_of_more(data, step):
+    reader = FrameReader()
+    for at in range(0, len(data), step):
+        reader.feed(data[at : at + step])
+        try:
+            frames_of(reader)
+        except FrameError:
+            break
+    assert arenas(reader) == 1
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_many_frames_do_not_take_more_arenas():
+    reader = FrameReader()
+    frame = framed(M.PAGES, bytes(1_000_003))
+    for _ in range(40):
+        reader.feed(frame)
+        [(kind, body)] = frames_of(reader)
+        assert (kind, len(body)) == (M.PAGES, 1_000_003)
+    assert arenas(reader) <= 2
+
+
+def test_kept_frames_are_not_overwritten():
+    """Frames kept while ten times an arena goes by; each of the others is released at once."""
+    reader, kept = FrameReader(), []
+    for number in range(48):
+        body = bytes([number]) * 900_000
+        reader.feed(framed(M.PAGES, body))
+        frame = reader.next_frame()
+        assert frame.body == body
+        if number % 6 == 0:
+            kept.append((frame, body))
+        else:
+            frame.release()
+    for frame, body in kept:
+        assert frame.body == body
+        frame.release()
+    assert arenas(reader) <= ARENAS_KEPT + 1
+
+
+def test_arenas_are_used_again_when_their_frames_are_released():
+    """A window of four frames, as a worker that lags behind the wire keeps them."""
+    reader, window, seen = FrameReader(), deque(), {}
+    for number in range(60):
+        body = bytes([number]) * 900_000
+        reader.feed(framed(M.PAGES, body))
+        window.append((reader.next_frame(), body))
+        seen[id(reader._arena)] = reader._arena
+        if len(window) > 4:
+            frame, expected = window.popleft()
+            assert frame.body == expected
+            frame.release()
+    assert 2 <= len(seen) <= ARENAS_KEPT + 1
+
+
+def test_frames_may_be_released_by_another_thread():
+    reader = FrameReader()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(300):
+            reader.feed(framed(M.PING) * 10)
+            while (frame := reader.next_frame()) is not None:
+                pool.submit(frame.release)
+    assert not reader._arena.lent
+    assert all(not arena.lent for arena in reader._kept)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1_500_000), st.integers(0, 5)), max_size=30))
+def test_any_order_of_releases(plan):
+    """Each frame is released after some more have come, and is whole until then."""
+    reader, kept = FrameReader(), []
+    for number, (size, patience) in enumerate(plan):
+        body = number.to_bytes(4, "big") * (size // 4)
+        reader.feed(framed(M.PAGES, body))
+        kept.append((number + patience, reader.next_frame(), body))
+        for due in [entry for entry in kept if entry[0] <= number]:
+            assert due[1].body == due[2]
+            due[1].release()
+            kept.remove(due)
+    for _, frame, body in kept:
+        assert frame.body == body
+
+
+def test_a_partial_frame_moves_along_while_others_are_kept():
+    reader = FrameReader()
+    body = bytes(range(256)) * 4000
+    stream = framed(M.PAGES, body) * 12
+    kept = []
+    for at in range(0, len(stream), 300_000):
+        reader.feed(stream[at : at + 300_000])
+        while (frame := reader.next_frame()) is not None:
+            kept.append(frame)
+    assert len(kept) == 12
+    assert all(frame.body == body for frame in kept)
+
+
+def test_a_released_body_cannot_be_read():
+    reader = FrameReader()
+    reader.feed(framed(M.PING, b"abc"))
+    frame = reader.next_frame()
+    frame.release()
+    with pytest.raises(ValueError, match="released"):
+        bytes(frame.body)
+
+
+def test_there_is_always_room_for_the_rest_of_a_frame():
+    reader = FrameReader()
+    for size in (1, 100_000, MAX_BODY, 3, MAX_BODY - 1, MAX_BODY):
+        frame = framed(M.PAGES, bytes(size))
+        reader.feed(frame[:-1])
+        assert reader.next_frame() is None
+        assert len(reader.get_buffer()) > 0
+        reader.feed(frame[-1:])
+        assert frames_of(reader) == [(M.PAGES, bytes(size))]
+
+
+def test_more_than_an_arena_of_untaken_frames_is_our_own_fault():
+    """Without this, whoever feeds and never asks would wait for ever."""
+    reader = FrameReader()
+    with pytest.raises(LocalError, match="take the frames that are whole"):
+        reader.feed(framed(M.PAGES, bytes(100_000)) * (ARENA_BYTES // 100_000 + 1))
+    assert reader.next_frame() is not None

@@ -1,0 +1,140 @@
+"""The library, on both loops and without processes: buffers that move while threads write."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy
+import pytest
+
+import migrate
+from migrate import link
+from migrate.address import parse_address
+from migrate.destination import Destination
+from migrate.guests.buffer import BufferPlace
+from migrate.source import Source
+from proto.messages import CacheSize
+
+
+async def move(
+    guest: migrate.BufferGuest, parameters: migrate.Parameters | None = None, into: Any = None
+) -> tuple[migrate.Statistics, migrate.Received]:
+    address = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as group:
+        receiver = group.create_task(
+            migrate.receive("127.0.0.1:0", into=into, listening=address.set_result)
+        )
+        statistics = await migrate.send(guest, str(await address), parameters)
+    return statistics, receiver.result()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("cache_size", [4096, 1 << 20, 64 << 20])
+async def test_an_array_moves_while_threads_update_it(marks: bool, cache_size: int) -> None:
+    array = numpy.zeros(500_001, dtype="u8")
+    guest = migrate.BufferGuest(array, marks=marks, state=lambda: b"as it was")
+    moved = threading.Event()
+
+    def work() -> None:
+        random = numpy.random.default_rng(1)
+        try:
+            while True:
+                with guest.writing():
+                    index = int(random.integers(100_000))
+                    array[index] += 1
+                    if marks:
+                        guest.mark(index * 8, 8)
+        except migrate.GuestMoved:
+            moved.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        statistics, received = await move(guest, migrate.Parameters(cache_size=cache_size))
+    finally:
+        if not moved.wait(0.1):
+            guest._gate.move()
+        thread.join()
+    assert numpy.array_equal(numpy.frombuffer(received.memory, dtype="u8"), array)
+    assert received.state == b"as it was"
+    assert statistics.status == "completed"
+    assert statistics.remaining == 0
+
+
+@pytest.mark.asyncio
+async def test_a_buffer_of_our_own_receives_it() -> None:
+    here = bytearray(b"0123456789" * 1000)
+    there = bytearray(len(here))
+    _, received = await move(migrate.BufferGuest(here), into=there)
+    assert there == here
+    assert received.memory.obj is there
+
+
+@pytest.mark.asyncio
+async def test_the_cache_is_resized_fifty_times_while_it_moves() -> None:
+    """By the source's user and by the destination's: the memory stays equal."""
+    array = numpy.random.default_rng(2).integers(0, 256, 24 << 20, dtype="u1")
+    guest = migrate.BufferGuest(array)
+    listener = await link.listen(parse_address("127.0.0.1:0", listen=True))
+    near = await link.connect(parse_address(str(listener.address)))
+    far = await listener.accept()
+    place: list[BufferPlace] = []
+
+    def placer(info: Any) -> BufferPlace:
+        place.append(BufferPlace(info))
+        return place[0]
+
+    sizes = [4096 << (turn * 7 % 14) for turn in range(50)]
+    seen: set[int] = set()
+
+    def observe(event: str, statistics: migrate.Statistics) -> None:
+        seen.add(statistics.cache_size)
+        if sizes:
+            source.set_cache_size(sizes.pop())
+            array[::5000] += 1
+
+    limits = migrate.Limits(downtime_limit=0.1, max_bandwidth=400 << 20)
+    source = Source(guest, near, migrate.Parameters(limits=limits), observe)
+    destination = Destination(far, placer)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(destination.run())
+        running = group.create_task(source.run())
+        while not destination.arrival.rounds and not running.done():
+            await asyncio.sleep(0.005)
+        if not running.done() and not source.committed:
+            await far.send(CacheSize(8 << 20))
+    await listener.close()
+    assert bytes(place[0].received) == array.tobytes()
+    assert len(seen) > 3
+
+
+@pytest.mark.asyncio
+async def test_one_side_cancelled_leaves_the_buffer_open_to_its_writers() -> None:
+    array = numpy.random.default_rng(3).integers(0, 256, 8 << 20, dtype="u1")
+    guest = migrate.BufferGuest(array)
+    slow = migrate.Parameters(limits=migrate.Limits(max_bandwidth=4 << 20))
+    address = asyncio.get_running_loop().create_future()
+    receiver = asyncio.create_task(
+        migrate.receive("127.0.0.1:0", listening=address.set_result)
+    )
+    sender = asyncio.create_task(migrate.send(guest, str(await address), slow))
+    await asyncio.sleep(0.3)
+    receiver.cancel()
+    with pytest.raises(migrate.MigrationError, match="cancelled at the destination"):
+        await sender
+    with pytest.raises(asyncio.CancelledError):
+        await receiver
+    with guest.writing():
+        array[0] += 1
+    _, received = await move(guest)
+    assert bytes(received.memory) == array.tobytes()
+
+
+@pytest.mark.asyncio
+async def test_a_buffer_of_another_size_is_refused_before_any_page() -> None:
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await move(migrate.BufferGuest(bytearray(10000)), into=bytearray(9999))
+    assert raised.group_contains(migrate.MigrationError, match="10000 bytes, the buffer for it 9999")
