@@ -2,7 +2,7 @@
 
 A Python program moves a buffer with `send` and takes one with `receive`:
 
-    guest = migrate.BufferGuest(array)                      # threads write: with guest.writing(): ...
+    guest = migrate.BufferGuest(array)                      # write in: with guest.writing()
     await migrate.send(guest, "tcp:host:4444")
 
     received = await migrate.receive("4444")                # at the other end

@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: cdivision=True, initializedcheck=False
 """Walks over guest memory: gathering pages, taking dirty marks, and the demo guest's load.
 
 All of it runs without the GIL. Guest memory is written by others while we read it; nothing here
@@ -86,8 +87,10 @@ def gather(
     cdef int error = 0
     if <uint64_t>bitmap.shape[0] * 8 < end or bitmap.shape[0] % 8:
         raise ValueError("the bitmap is too short")
-    if snapshot.shape[0] < most * page_size or (memory is not None and <uint64_t>memory.shape[0] < size):
-        raise ValueError("the snapshot or the memory is too short")
+    if snapshot.shape[0] < most * page_size:
+        raise ValueError("the snapshot is too short")
+    if memory is not None and <uint64_t>memory.shape[0] < size:
+        raise ValueError("the memory is too short")
     cdef const uint8_t* source = NULL
     if memory is not None and size:
         source = &memory[0]
@@ -227,7 +230,7 @@ def run_load(
     """
     cdef uint64_t* words = &control[0]
     cdef uint64_t sweep = words[SWEEP], index = words[INDEX], points = (hot + stride - 1) // stride
-    cdef uint64_t burst = BURST, n, offset, done = 0
+    cdef uint64_t burst = BURST, offset, done = 0
     cdef double began = clock(), wait
     cdef timespec pause
     if hot == 0 or stride == 0 or hot > <uint64_t>memory.shape[0] or index >= points:
@@ -238,7 +241,7 @@ def run_load(
         burst = <uint64_t>(rate / 100) + 1
     with nogil:
         while xm_load(&words[COMMAND]) == RUN:
-            for n in range(burst):
+            for _ in range(burst):
                 offset = index * stride
                 memory[offset] += 1
                 xm_mark(&marks[offset // page_size])
@@ -292,7 +295,7 @@ def first_wrong(
     `sweep`, or one more below `index`. All other bytes are as `fill` made them. So a page that is
     stale, torn or misplaced shows.
     """
-    cdef uint64_t i, k, word, size = memory.shape[0], offset, points = (hot + stride - 1) // stride
+    cdef uint64_t i, k, word, size = memory.shape[0], offset
     cdef uint8_t want
     cdef uint8_t[8] bytes_
     cdef Py_ssize_t wrong = -1

@@ -193,9 +193,7 @@ class Destination:
 
     # -- rounds
 
-    async def _rounds(
-        self, decoder: PageDecoder, digests: ChunkDigests, place: Place
-    ) -> Complete:
+    async def _rounds(self, decoder: PageDecoder, digests: ChunkDigests, place: Place) -> Complete:
         """Applies batches until COMPLETE comes."""
         loop = asyncio.get_running_loop()
         busy: asyncio.Future[None] | None = None
@@ -245,6 +243,8 @@ class Destination:
             for first, count in fresh:
                 place.make_room(first, count)
             decoder.apply(frame.body, place.memory)
+            if decoder.delta and not self.arrival.capabilities["xbzrle"]:
+                raise PeerError("a delta came, though xbzrle was not agreed on")
         finally:
             frame.release()
         self._apply_seconds += time.thread_time() - began
@@ -264,7 +264,13 @@ class Destination:
         )
         seconds = time.perf_counter() - began
         await self.link.send(
-            RoundAck(message.number, apply_seconds, seconds, len(decoder.stale) - decoder.stale.count(0), settled)
+            RoundAck(
+                message.number,
+                apply_seconds,
+                seconds,
+                len(decoder.stale) - decoder.stale.count(0),
+                settled,
+            )
         )
         self._observer("round", arrival)
 

@@ -1,15 +1,15 @@
 """What can go wrong outside the bytes. Each class carries the exit code of the programs.
 
-    MigrationError             1  failed; the source's guest is as it was
-    ├── UsageError             2  what the user asked for cannot be
-    ├── ConnectError           3  cannot connect or listen: trying again may help
-    ├── PeerError              4  the other side refused or broke the protocol, or its reason
-    │   └── PeerLost           1  the connection broke or fell silent
-    ├── MismatchError          6  the memories differ at the end
-    ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
-    ├── CancelledByPeer        8  somebody cancelled at the other side
-    ├── NotStartedError        1  the destination could not start the guest: it runs here again
-    └── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
+MigrationError             1  failed; the source's guest is as it was
+├── UsageError             2  what the user asked for cannot be
+├── ConnectError           3  cannot connect or listen: trying again may help
+├── PeerError              4  the other side refused or broke the protocol, or its reason
+│   └── PeerLost           1  the connection broke or fell silent
+├── MismatchError          6  the memories differ at the end
+├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
+├── CancelledByPeer        8  somebody cancelled at the other side
+├── NotStartedError        1  the destination could not start the guest: it runs here again
+└── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
 """
 
 from __future__ import annotations

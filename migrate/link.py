@@ -31,6 +31,8 @@ SEND_HIGH = 4 << 20
 SEND_LOW = 1 << 20
 RECEIVE_AHEAD = 3
 SOCKET_TIMEOUT = 30.0
+# TCP_USER_TIMEOUT is an int of milliseconds: 24 days
+MAX_USER_TIMEOUT = (1 << 31) - 1
 
 
 class RateLimit:
@@ -87,8 +89,9 @@ class Link(asyncio.BufferedProtocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             with contextlib.suppress(OSError, AttributeError):
                 sock.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.peer_timeout * 1000)
-                )
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT,
+                    int(min(self.peer_timeout * 1000, MAX_USER_TIMEOUT)),
+                )  # fmt: skip
         self._heart = asyncio.get_running_loop().create_task(self._beat())
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -137,7 +140,8 @@ class Link(asyncio.BufferedProtocol):
         self._throttle()
 
     def _throttle(self) -> None:
-        full = len(self._frames) >= RECEIVE_AHEAD
+        # After a fault nobody takes what still comes: reading on would fill the reader's arena.
+        full = len(self._frames) >= RECEIVE_AHEAD or self._fault is not None
         if self._transport is None or self._transport.is_closing() or full != self._reading:
             return
         self._reading = not full
@@ -336,7 +340,7 @@ async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> L
             if links.empty():
                 links.put_nowait(self)
             else:
-                self.abort()    # one source at a time; the one before is not served yet
+                self.abort()  # one source at a time; the one before is not served yet
 
     def make() -> Link:
         return Incoming(Role.DESTINATION, peer_timeout)

@@ -42,9 +42,7 @@ class Memory:
         numbers: memoryview,
     ) -> tuple[int, int]:  # fmt: skip
         """Copies dirty pages: see migrate._memory.gather."""
-        return gather(
-            self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers
-        )
+        return gather(self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers)
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
         """(first page, pages, data) for all of the guest; `data` is False for holes."""

@@ -86,9 +86,7 @@ class DowntimeModel:
         if measured.pages == 0:
             return
         if measured.wire_bytes > 1 << 20 and measured.wall_seconds > 0:
-            self.bandwidth = max(
-                self.bandwidth * 0.9, measured.wire_bytes / measured.wall_seconds
-            )
+            self.bandwidth = max(self.bandwidth * 0.9, measured.wire_bytes / measured.wall_seconds)
         if self._rounds >= 2 and measured.pages < TELLING_PAGES:
             return
         weight = WEIGHT if self._rounds >= 2 else 1.0
@@ -112,13 +110,9 @@ class DowntimeModel:
         if limits.max_bandwidth:
             bandwidth = min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
         wire = pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
-        work = max(
-            wire, pending.pages * self.encode_per_page, pending.pages * self.apply_per_page
-        )
+        work = max(wire, pending.pages * self.encode_per_page, pending.pages * self.apply_per_page)
         digests = pending.stale_chunks * max(self.source_digest, self.peer_digest)
-        return (
-            FIXED_SECONDS + ROUND_TRIPS * self.round_trip + pending.scan_seconds + work + digests
-        )
+        return FIXED_SECONDS + ROUND_TRIPS * self.round_trip + pending.scan_seconds + work + digests
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from proto.frames import HEADER_BYTES, seal
 from proto.kernel import PageCache, PageEncoder
 from proto.messages import (
     BATCH_BYTES,
+    MAX_STATE,
     Accept,
     CacheSize,
     Complete,
@@ -92,8 +93,9 @@ Observer = Callable[[str, Statistics], None]
 
 
 def peer_error(message: Error) -> MigrationError:
-    """The exception for the reason a peer gave."""
-    return REASONS.get(message.code, PeerError)(f"the other side gave up: {message.reason}")
+    """The exception for the reason a peer gave; its text is made safe to print."""
+    reason = "".join(c if c.isprintable() else "?" for c in message.reason)
+    return REASONS.get(message.code, PeerError)(f"the other side gave up: {reason}")
 
 
 class Source:
@@ -109,9 +111,7 @@ class Source:
         self.guest = guest
         self.link = link
         self.parameters = parameters or Parameters()
-        self.statistics = Statistics(
-            total=guest.memory.size, page_size=self.parameters.page_size
-        )
+        self.statistics = Statistics(total=guest.memory.size, page_size=self.parameters.page_size)
         self.committed = False
         self._observer = observer or (lambda _event, _statistics: None)
         self._worker = ThreadPoolExecutor(1, "encode")
@@ -247,7 +247,13 @@ class Source:
             try:
                 hello = caps.offer(caps.switched_on(parameters.capabilities))
                 await self.link.send(hello)
-                agreement = caps.agree(hello, await self._expect(Hello))
+                answer = await self._expect(Hello)
+                agreement = caps.agree(hello, answer)
+                if self._pages > answer.max_pages:
+                    raise MigrationError(
+                        f"the guest has {self._pages} pages, the destination takes no more than "
+                        f"{answer.max_pages}: use a larger --page-size"
+                    )
                 for name in sorted(agreement.dropped):
                     self._notice(f"the destination has no {name}: it is not used")
                 memory = self.guest.memory
@@ -308,12 +314,8 @@ class Source:
                 remaining=min(len(dirty) * encoder.page_size, self.guest.memory.size),
             )
             scan = 0.0 if self.guest.marks else self._tracker.take_seconds
-            pending = Pending(
-                len(dirty), max(digests.stale_with(dirty), self._peer_stale), scan
-            )
-            decision = self._policy.decide(
-                self._round, time.monotonic() - self._began, pending
-            )
+            pending = Pending(len(dirty), max(digests.stale_with(dirty), self._peer_stale), scan)
+            decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
             self._update()
             self._observer("round", self.statistics)
@@ -442,7 +444,12 @@ class Source:
         async with asyncio.timeout(HAND_OVER_SECONDS):
             try:
                 digest = await loop.run_in_executor(self._worker, digests.digest)
-                await self.link.send(Complete(digest, self.guest.state()))
+                state = self.guest.state()
+                if len(state) > MAX_STATE:
+                    raise MigrationError(
+                        f"the guest's state has {len(state)} bytes, no more than {MAX_STATE} travel"
+                    )
+                await self.link.send(Complete(digest, state))
                 await self._expect(RoundAck)
                 await self._expect(Ready)
             except TimeoutError:

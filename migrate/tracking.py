@@ -74,11 +74,13 @@ class ScanTracker(DirtyTracker):
         began = time.perf_counter()
         dirty = PageSet(self._encoder.pages)
         step = SCAN_BYTES // self._encoder.page_size
-        for page, end, data in self._stretches():
+        for first, end, data in self._stretches():
             if not data:
-                self._encoder.scan_zeros(page, end - page, dirty.bits)
-                self._digests.settle_zeros(page, end)
-            while data and page < end:
+                self._encoder.scan_zeros(first, end - first, dirty.bits)
+                self._digests.settle_zeros(first, end)
+                continue
+            page = first
+            while page < end:
                 stop = min(page - page % step + step, end)
                 self._scan(page, stop - page, dirty)
                 page = stop
@@ -91,14 +93,13 @@ class ScanTracker(DirtyTracker):
         chunk = self._digests.chunk_pages
         done = 0
         for first, count, data in self._memory.extents(self._encoder.page_size):
-            end = first + count
             if data:
-                first -= first % chunk
-                end = min(-(-end // chunk) * chunk, self._encoder.pages)
-                if first > done:
-                    yield done, first, False
-                if end > done:
-                    yield max(first, done), end, True
+                start = max(first - first % chunk, done)
+                end = min(-(-(first + count) // chunk) * chunk, self._encoder.pages)
+                if start > done:
+                    yield done, start, False
+                if end > start:
+                    yield start, end, True
                     done = end
         if done < self._encoder.pages:
             yield done, self._encoder.pages, False

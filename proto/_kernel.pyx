@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: cdivision=True, initializedcheck=False
 """The hot path: XBZRLE codec, page cache, and the batch walkers, without the GIL.
 
 Every class and function here has a readable twin of the same name in proto/_twin.py, which says
@@ -477,7 +478,9 @@ cdef class PageCache:
         self.spare[self.spares] = slot
         self.spares += 1
 
-    cdef uint32_t victim(self, uint32_t now, const uint8_t* todo, uint64_t todo_pages) noexcept nogil:
+    cdef uint32_t victim(
+        self, uint32_t now, const uint8_t* todo, uint64_t todo_pages
+    ) noexcept nogil:
         """A slot that may be evicted, or NO_SLOT: then the newcomer is refused.
 
         Refusing is what resists cyclic scans: of a working set larger than the cache, as many
@@ -695,6 +698,8 @@ cdef class PageEncoder:
             raise ValueError(f"a page of {page_size} bytes: a power of two from 1024 to 16384")
         if cache is not None and cache.page_size != page_size:
             raise ValueError("the cache has pages of another size")
+        if cache is not None and len(cache):
+            raise ValueError("the cache holds pages of another migration")
         if key is not None and len(key) != page_size:
             raise ValueError(f"the hash key must be as long as a page, {page_size} bytes")
         if pages == 0 or room < page_size + 2 * RECORD_ROOM:
@@ -1008,7 +1013,7 @@ cdef Py_ssize_t read_record(
     const uint8_t* at, Py_ssize_t left, Py_ssize_t page_size, uint64_t pages, uint64_t next_page,
     Record* record,
 ) noexcept nogil:
-    """One record: how many bytes it takes, or a Fault. Nothing is believed before it is compared."""
+    """One record: how many bytes it takes, or a Fault. All is compared before it is believed."""
     cdef Py_ssize_t i = 1, step
     cdef uint64_t value = 0
     if left < 1:

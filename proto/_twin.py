@@ -331,6 +331,8 @@ class PageEncoder:
             raise ValueError(f"a page of {page_size} bytes: a power of two from 1024 to 16384")
         if cache is not None and cache.page_size != page_size:
             raise ValueError("the cache has pages of another size")
+        if cache is not None and len(cache):
+            raise ValueError("the cache holds pages of another migration")
         if key is not None and len(key) != page_size:
             raise ValueError(f"the hash key must be as long as a page, {page_size} bytes")
         if pages == 0 or room < page_size + 2 * RECORD_ROOM:

@@ -1,13 +1,13 @@
 """What can go wrong with the bytes, split by who did wrong.
 
-    ProtoError
-    ├── LocalError         we did: a message that is not ours to send now, a value past its limit
-    │   └── CacheSizeError a cache size that breaks the rule (also a ValueError)
-    └── RemoteError        the peer did: it carries the code to send back before hanging up
-        ├── FrameError     the framing is broken: nothing after this byte can be understood
-        ├── MessageError   a message that does not parse, breaks a limit or comes at the wrong time
-        ├── CapabilityError what one side demands the other does not know
-        └── DecodeError    page data that cannot be applied
+ProtoError
+├── LocalError         we did: a message that is not ours to send now, a value past its limit
+│   └── CacheSizeError a cache size that breaks the rule (also a ValueError)
+└── RemoteError        the peer did: it carries the code to send back before hanging up
+    ├── FrameError     the framing is broken: nothing after this byte can be understood
+    ├── MessageError   a message that does not parse, breaks a limit or comes at the wrong time
+    ├── CapabilityError what one side demands the other does not know
+    └── DecodeError    page data that cannot be applied
 """
 
 from __future__ import annotations

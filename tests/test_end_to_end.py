@@ -119,9 +119,11 @@ def test_an_lmdb_database_with_a_live_writer(shm: Path) -> None:
             assert sha256(data) == sha256(copy)
         finally:
             writer.kill()
-    with lmdb.open(str(shm / "copy"), readonly=True, lock=False) as environment:
-        with environment.begin() as transaction:
-            entries = dict(transaction.cursor())
+    with (
+        lmdb.open(str(shm / "copy"), readonly=True, lock=False) as environment,
+        environment.begin() as transaction,
+    ):
+        entries = dict(transaction.cursor())
     turn = int(entries.pop(b"turn"))
     assert len(entries) == 5000
     for key, value in entries.items():

@@ -93,7 +93,9 @@ async def until(condition, busy: asyncio.Task | None = None) -> None:
     while not condition():
         if busy is not None and busy.done():
             await busy
-            raise AssertionError("it came to its end, and what it should bring about did not happen")
+            raise AssertionError(
+                "it came to its end, and what it should bring about did not happen"
+            )
         await asyncio.sleep(0.005)
 
 
@@ -350,7 +352,7 @@ async def test_what_came_before_the_peer_closed_is_still_given():
     [
         b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(100),
         b"\xff" * (20 * MIB),
-        bytes(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:-1]) + b"\0",
+        bytes(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:-1]) + b"\x01",
         bytes(seal(pack(Accept(), HEADER_BYTES), MessageType.ACCEPT)),
     ],
     ids=["ssh", "http", "zeros", "flood", "flipped", "out-of-turn"],

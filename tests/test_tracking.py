@@ -128,9 +128,7 @@ class Peer:
         self.encoder.begin_round(self.round)
         snapshot = memoryview(bytearray(self.pages * self.page))
         numbers = memoryview(array("Q", bytes(8 * self.pages)))
-        count, _ = self.memory.gather(
-            dirty.bits, 0, self.pages, self.page, snapshot, numbers
-        )
+        count, _ = self.memory.gather(dirty.bits, 0, self.pages, self.page, snapshot, numbers)
         done = 0
         while done < count or self.encoder.pending:
             done += self.encoder.feed(numbers, count, snapshot, dirty.bits, done)

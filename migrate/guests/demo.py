@@ -358,5 +358,3 @@ class DemoPlace(Place):
     async def discard(self) -> None:
         self.process.words[COMMAND] = END
         self.process.close()
-
-

@@ -118,8 +118,8 @@ class FileGuest(Guest):
             states = set()
             with contextlib.suppress(OSError):
                 for task in os.listdir(f"/proc/{pid}/task"):
-                    with open(f"/proc/{pid}/task/{task}/stat") as line:
-                        states.add(line.read().rpartition(")")[2].split()[0])
+                    line = Path(f"/proc/{pid}/task/{task}/stat").read_text()
+                    states.add(line.rpartition(")")[2].split()[0])
             if states <= set("TtZX"):
                 return
             if loop.time() > end:

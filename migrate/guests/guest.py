@@ -100,5 +100,3 @@ class Place(ABC):
     @abstractmethod
     async def discard(self) -> None:
         """The guest does not come: leave nothing behind."""
-
-
