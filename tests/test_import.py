@@ -28,9 +28,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
 IMPORT = "import sys; sys.path.insert(0, sys.argv[1]); import migrate; print('imported')"
 
 
-@pytest.mark.parametrize(
-    "body", ["", "Message = object\n", "__wire_name__ = 'proto-plus'\n"]
-)
+@pytest.mark.parametrize("body", ["", "Message = object\n", "__wire_name__ = 'proto-plus'\n"])
 def test_another_package_called_proto_is_named_as_the_cause(tmp_path, body):
     """proto-plus installs one; without this check the error is about some missing attribute."""
     stub = tmp_path / "proto"

@@ -1,7 +1,8 @@
-"""The connection: order, back-pressure both ways, a peer that dies, falls silent or talks rubbish."""
+"""The connection: frames in order, bounded both ways, and what a peer can do to it."""
 
 import asyncio
 import contextlib
+import itertools
 import socket
 from types import SimpleNamespace
 
@@ -270,7 +271,7 @@ async def test_small_messages_pass_the_rate_limit_and_batches_keep_to_it(monkeyp
         await limit.take(MIB // 4)
         went.append(now - 1000.0)
     assert went[-1] == pytest.approx(10 / 4, abs=2 * RateLimit.BURST_SECONDS)
-    gaps = [b - a for a, b in zip(went, went[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(went)]
     assert gaps == pytest.approx([0.25] * 9)
 
     now += 3600  # an idle hour earns no more than a short burst

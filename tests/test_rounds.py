@@ -1,4 +1,4 @@
-"""The policy: when a migration goes on, stops the guest, or gives up and says which knob to turn."""
+"""The policy: when a migration goes on, stops the guest, or gives up, naming the knob to turn."""
 
 import math
 

@@ -1,0 +1,240 @@
+"""What a user meets: one sentence for each mistake, the right exit code, never a traceback."""
+
+import re
+import signal
+import socket
+import sys
+
+import pytest
+
+from migrate import cli
+from migrate.guests.demo import DemoProcess
+from tests.programs import Program, end_guest, guest_pid
+
+NOWHERE = "tcp:127.0.0.1:1"
+
+
+@pytest.fixture
+def guest_file(tmp_path):
+    path = tmp_path / "guest.mem"
+    path.write_bytes(b"guest" * 2000)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a program in this process: (exit code, its one sentence)."""
+
+    def run(program: str, *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        main = cli.source_main if program == "migrate-src" else cli.destination_main
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert out == "", "results go to standard output, and there are none"
+        return ended.value.code, one_sentence(program, err)
+
+    return run
+
+
+def one_sentence(program: str, err: str) -> str:
+    assert "Traceback" not in err
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith(f"{program}: ")
+    return lines[0].removeprefix(f"{program}: ")
+
+
+# ---------------------------------------------------------------- mistakes: exit code 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: tcp:HOST:PORT"),
+        (["--nonsense", NOWHERE], "unrecognized arguments: --nonsense"),
+        (["--progress", "loud", NOWHERE], "invalid choice: 'loud'"),
+        (["localhost:4444"], "write tcp:HOST:PORT or unix:PATH"),
+        (["tcp:localhost"], "write tcp:HOST:PORT or unix:PATH"),
+        (["tcp:localhost:99999"], "write tcp:HOST:PORT or unix:PATH"),
+        (["--cache-size", "100m", NOWHERE], "cache size: '100m' is not a power of two"),
+        (["--cache-size", "512", NOWHERE], "did you mean 512m?"),
+        (["--cache-size", "1k", NOWHERE], "at least one page (4096 bytes)"),
+        (["--cache-size", "much", NOWHERE], "cache size: 'much' is not a size"),
+        (["--page-size", "3k", NOWHERE], "--page-size: '3k' is none of 1k, 2k, 4k, 8k, 16k"),
+        (["--max-bandwidth", "fast", NOWHERE], "--max-bandwidth: 'fast' is not a size"),
+        (["--max-bandwidth", "9" * 5000, NOWHERE], "--max-bandwidth:"),
+        (["--downtime-limit", "-5", NOWHERE], "--downtime-limit"),
+        (["--downtime-limit", "soon", NOWHERE], "--downtime-limit: 'soon' is not a time"),
+        (["--timeout", "1e400", NOWHERE], "--timeout: '1e400' is not a time"),
+        (["--connect-timeout", "inf", NOWHERE], "--connect-timeout: 'inf' is not a time"),
+        (["--peer-timeout", "x", NOWHERE], "--peer-timeout: 'x' is not a time"),
+        (["--max-rounds", "many", NOWHERE], "--max-rounds: 'many' is not a number"),
+        (["--capability", "rdma=on", NOWHERE], "there is no capability 'rdma': known are xbzrle"),
+        (["--capability", "xbzrle", NOWHERE], "write NAME=on or NAME=off"),
+        (["--capability", "xbzrle=1", NOWHERE], "write NAME=on or NAME=off"),
+        (["--guest", "qemu", NOWHERE], "--guest 'qemu': there are demo[:...] and file:PATH"),
+        (["--guest", "demo:lots", NOWHERE], "guest demo: size: 'lots' is not a size"),
+        (["--guest", "demo:1m,colour=red", NOWHERE], "'colour=red' is not understood"),
+        (["--guest", "demo:1m,hot=2m", NOWHERE], "hot must be 1 byte to the whole size"),
+        (["--guest", "demo:0", NOWHERE], "do not fit a guest of 0 bytes"),
+        (["--guest", "demo:1m,stride=0", NOWHERE], "stride at least 1"),
+        (["--guest", "demo:1m,rate=-1", NOWHERE], "is not a number of writes per second"),
+        (["--guest", "demo:1m,fill=ones", NOWHERE], "fill 'ones' is neither zero nor random"),
+        (["--guest", "demo:1000t", NOWHERE], "does not fit the"),
+        (["--guest", "demo:pid=me", NOWHERE], "does not name a process"),
+        (["--guest", "demo:pid=4194999", NOWHERE], "no demo guest in process 4194999"),
+        (["--guest", "demo:pid=1", NOWHERE], "no demo guest in process 1"),
+        (["--pid", "1", NOWHERE], "are for file guests"),
+        (["--guest", "file", NOWHERE], "name the file: --guest file:PATH"),
+        (["--guest", "file:", NOWHERE], "name the file: --guest file:PATH"),
+        (["--guest", "file:/no/such/file", NOWHERE], "/no/such/file: No such file or directory"),
+        (["--guest", "file:/dev/null", NOWHERE], "neither a file nor a block device"),
+        (["--guest", "file:/tmp", NOWHERE], "neither a file nor a block device"),
+        (["--guest", "file:{file}", "--pid", "4194999", NOWHERE], "--pid 4194999: there is no"),
+        (["--guest", "file:{file}", "--pid", "self", NOWHERE], "--pid: 'self' is not a number"),
+        (["--guest", "file:{file}", "--pause-cmd", "true", NOWHERE], "go together"),
+        (["--guest", "file:{empty}", NOWHERE], "it is empty"),
+    ],
+)  # fmt: skip
+def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
+    empty = tmp_path / "empty"
+    empty.touch()
+    arguments = [item.format(file=guest_file, empty=empty) for item in arguments]
+    code, text = call("migrate-src", *arguments)
+    assert says in text
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: --listen"),
+        (["--listen", "here"], "write [HOST:]PORT or unix:PATH"),
+        (["--listen", "99999"], "write [HOST:]PORT or unix:PATH"),
+        (["--listen", "0", "--cache-size", "100m"], "'100m' is not a power of two"),
+        (["--listen", "0", "--capability", "rdma=on"], "there is no capability 'rdma'"),
+        (["--listen", "0", "--output", "{file}"], "it exists: remove it or give --overwrite"),
+        (["--listen", "0", "--output", "{file}/x"], "there is no directory {file}"),
+        (["--listen", "0", "--output", "/no/where/x"], "there is no directory /no/where"),
+        (["--listen", "0", "--output", "{dir}", "--overwrite"], "it is no plain file"),
+    ],
+)  # fmt: skip
+def test_what_the_destination_cannot_do(call, guest_file, tmp_path, arguments, says):
+    names = {"file": guest_file, "dir": tmp_path}
+    code, text = call("migrate-dst", *(item.format(**names) for item in arguments))
+    assert says.format(**names) in text
+    assert code == 2
+    assert guest_file.read_bytes() == b"guest" * 2000
+
+
+def test_a_mistake_from_the_shell():
+    """As above, by the installed programs."""
+    for name, arguments in (
+        ("migrate-src", ["--cache-size", "100m", NOWHERE]),
+        ("migrate-dst", ["--listen", "nowhere"]),
+    ):
+        program = Program(name, *arguments)
+        assert program.wait() == 2
+        assert program.out == ""
+        one_sentence(name, program.err)
+
+
+# ---------------------------------------------------------------- exit code 3
+
+
+def test_nobody_listening(call, guest_file):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    code, text = call(
+        "migrate-src", "-q", "--guest", f"file:{guest_file}", "--connect-timeout", "300ms",
+        f"tcp:127.0.0.1:{port}",
+    )  # fmt: skip
+    assert code == 3
+    assert "is migrate-dst listening there?" in text
+    assert text.endswith("; the guest runs on here")
+
+
+def test_nobody_listening_leaves_the_demo_guest_running_and_says_where():
+    program = Program(
+        "migrate-src", "--guest", "demo:1m,rate=100", "--connect-timeout", "100ms", NOWHERE
+    )
+    assert program.wait() == 3
+    pid = guest_pid(program.err)
+    try:
+        assert "Traceback" not in program.err
+        assert f"the guest runs on here, in process {pid}" in program.err
+        assert f"--guest demo:pid={pid}" in program.err
+        guest = DemoProcess.attach(pid)
+        assert guest.alive()
+        guest.lock()  # nobody holds it any more
+        guest.close()
+    finally:
+        end_guest(pid)
+
+
+def test_an_address_that_is_taken(call):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, text = call("migrate-dst", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+    assert code == 3
+    assert "cannot listen on" in text
+
+
+# ---------------------------------------------------------------- help and version
+
+
+@pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
+def test_help_and_version(name, monkeypatch, capsys):
+    main = cli.source_main if name == "migrate-src" else cli.destination_main
+    for option, pattern in (
+        ("--help", r"usage: .*exit codes:\n\n? *0 completed.*examples:\n"),
+        ("--version", rf"{name} \d+\.\d+\.\d+\n"),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, option])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == 0
+        assert re.match(pattern, out, re.DOTALL)
+        assert err == ""
+
+
+def test_help_names_every_exit_code_there_is():
+    from migrate import errors
+
+    codes = {
+        kind.exit_code for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.MigrationError)
+    }  # fmt: skip
+    for code in codes | {0, 130, 143}:
+        assert re.search(rf"\b{code} [a-zA-Z]", cli.CODES), code
+
+
+# ---------------------------------------------------------------- signals
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_while_connecting(guest_file, number, code):
+    program = Program(
+        "migrate-src", "--guest", f"file:{guest_file}", "--connect-timeout", "60s", NOWHERE
+    )
+    program.read_line(r"nothing stops the file's writer")
+    program.kill(number)
+    assert program.wait(20) == code
+    assert "Traceback" not in program.err
+    assert "migrate-src: cancelled; the guest runs on here" in program.err
+    assert program.out == ""
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_while_listening(tmp_path, number, code):
+    output = tmp_path / "out"
+    program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", str(output))
+    program.read_line(r"listening on")
+    program.kill(number)
+    assert program.wait(20) == code
+    assert "Traceback" not in program.err
+    assert "migrate-dst: cancelled; nothing is left of the guest here" in program.err
+    assert list(tmp_path.iterdir()) == []
