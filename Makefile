@@ -16,7 +16,7 @@ headline: build
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint proto/*.pyx migrate/*.pyx
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint proto/*.pyx migrate/*.pyx
 	$(BIN)/mypy
 
 build: .venv/built
