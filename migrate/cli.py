@@ -183,8 +183,11 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
     )
 
 
-def open_guest(args: argparse.Namespace, page_size: int) -> Guest:
-    """The guest of --guest. Raises UsageError."""
+def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
+    """Reads --guest and raises UsageError; calling the result opens the guest.
+
+    A new demo guest is not started before there is a destination: it would be left running.
+    """
     kind, _, rest = args.guest.partition(":")
     if kind == "file":
         from migrate.guests.file import FileGuest
@@ -192,13 +195,16 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Guest:
         if not rest:
             raise UsageError("guest file: name the file: --guest file:PATH")
         pids = [_number(pid, "--pid") for pid in args.pid]
-        return FileGuest(rest, pids, args.pause_cmd, args.resume_cmd)
+        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd)
+        return lambda: guest
     if kind == "demo":
-        from migrate.guests.demo import DemoGuest
+        from migrate.guests.demo import DemoGuest, parse_demo
 
         if args.pid or args.pause_cmd or args.resume_cmd:
             raise UsageError("--pid, --pause-cmd and --resume-cmd are for file guests")
-        return DemoGuest.open(rest, page_size)
+        if not rest.startswith("pid="):
+            parse_demo(rest, page_size)
+        return lambda: DemoGuest.open(rest, page_size)
     raise UsageError(f"--guest {args.guest!r}: there are demo[:...] and file:PATH")
 
 
@@ -246,7 +252,17 @@ async def _source(args: argparse.Namespace) -> int:
         return ""
 
     stop.install(cancel)
-    guest = open_guest(args, parameters.page_size)
+    opened = open_guest(args, parameters.page_size)
+    try:
+        peer = await link.connect(address, timeout=connect_timeout, peer_timeout=peer_timeout)
+    except asyncio.CancelledError:
+        print("migrate-src: cancelled before there was a connection", file=sys.stderr)
+        return 128 + stop.signal
+    try:
+        guest = opened()
+    except BaseException:
+        await peer.close()
+        raise
     status = 0
     try:
         if guest.description and not args.quiet:
@@ -257,7 +273,6 @@ async def _source(args: argparse.Namespace) -> int:
                 "nothing stops the file's writer in the last round (--pid or --pause-cmd): "
                 "if it writes then, the migration fails"
             )
-        peer = await link.connect(address, timeout=connect_timeout, peer_timeout=peer_timeout)
         source = Source(guest, peer, parameters, progress.show)
         await source.run()
     except asyncio.CancelledError:

@@ -128,6 +128,7 @@ class Source:
         self._began = time.monotonic()
         self._cache: PageCache | None = None
         self._wanted_cache = 0
+        self._cache_size = 0
         self._unsent: PageSet | None = None
         self._tracker: DirtyTracker | None = None
         self._round = 0
@@ -270,18 +271,19 @@ class Source:
                 ) from None
         page_size = parameters.page_size
         if agreement.xbzrle:
-            self._cache = PageCache(parameters.cache_size, page_size)
+            self._cache_size = parameters.cache_size
+            self._cache = PageCache(self._useful(parameters.cache_size), page_size)
         key = None if self.guest.marks else os.urandom(page_size)
         encoder = PageEncoder(self._pages, page_size, self._cache, key, BATCH_BYTES)
         digests = ChunkDigests(memory, page_size, encoder.known_zero)
         self._encoder = encoder
         self._tracker = self.guest.track(encoder, digests)
         self._wanted_cache = parameters.cache_size
-        await self.link.send(CacheSize(self._cache.size if self._cache else 0))
+        await self.link.send(CacheSize(self._cache_size))
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle},
             setup_time=time.monotonic() - self._began,
-            cache_size=self._cache.size if self._cache else 0,
+            cache_size=self._cache_size,
             remaining=memory.size,
         )
         return encoder, digests
@@ -292,6 +294,11 @@ class Source:
             self._wanted_cache = size
         else:
             self._notice(f"a cache size of {size} bytes cannot be used: powers of two only")
+
+    def _useful(self, size: int) -> int:
+        """What of a cache size this guest can fill: any pages fit together, so no more than it."""
+        whole = 1 << (self._pages * self.parameters.page_size - 1).bit_length()
+        return min(size, max(whole, self.parameters.page_size))
 
     # -- rounds
 
@@ -376,8 +383,9 @@ class Source:
     ) -> tuple[bytearray | None, int | None]:
         """In the worker thread: one batch, sealed, and where to go on (None: the round is done)."""
         began = time.thread_time()
-        if self._cache is not None and self._wanted_cache != self._cache.size:
-            self._cache.resize(self._wanted_cache)
+        if self._cache is not None and self._wanted_cache != self._cache_size:
+            self._cache.resize(self._useful(self._wanted_cache))
+            self._cache_size = self._wanted_cache
         next_cursor: int | None = self._fill_batch(encoder, dirty, cursor)
         start, count = self._left
         if next_cursor is not None and next_cursor >= self._pages and start == count:
@@ -421,7 +429,7 @@ class Source:
 
     async def _confirm_cache(self) -> None:
         """Tells the destination the size in force, and counts it."""
-        size = self._cache.size if self._cache else 0
+        size = self._cache_size
         if size != self.statistics.cache_size:
             self.statistics = self.statistics.with_(cache_size=size)
             await self.link.send(CacheSize(size))

@@ -40,7 +40,8 @@ class FileGuest(Guest):
                 "to go on where the migration fails"
             )
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            # O_NONBLOCK: a FIFO given by mistake must be an error, not an open that never returns.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             mode = os.fstat(self._fd).st_mode
             size = os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
@@ -81,7 +82,9 @@ class FileGuest(Guest):
 
     async def _tell_guard(self, letter: bytes) -> None:
         if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.write(letter)
+            # Where it has died (uvloop: RuntimeError), the answer that does not come says so.
+            with contextlib.suppress(OSError, RuntimeError):
+                self._guard.stdin.write(letter)
             await self._guard_answers()
 
     async def _guard_answers(self) -> None:

@@ -1,0 +1,822 @@
+"""Guests and places: nobody writes in a pause, whoever dies; and half a guest is never there.
+
+Programs are killed with SIGKILL here: that is the case in which nobody gets to tidy up.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from migrate._memory import set_marks
+from migrate.errors import MigrationError, UsageError
+from migrate.guests import buffer as buffer_module
+from migrate.guests.buffer import BufferGuest, BufferPlace, GuestMoved
+from migrate.guests.demo import (
+    END,
+    GIVEN_UP,
+    OURS,
+    PAUSE,
+    PAUSED,
+    RUN,
+    RUNNING,
+    DemoGuest,
+    DemoPlace,
+    DemoProcess,
+)
+from migrate.guests.file import FileGuest, FilePlace
+from migrate.tracking import MarkTracker, ScanTracker
+from proto.messages import GuestInfo
+from tests.programs import end_guest
+
+PATIENCE = 20.0
+ROOT = Path(__file__).parent.parent
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.002)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def thread_states(pid: int) -> set[str]:
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return states
+
+
+class Mover:
+    """A program that has got as far as `code` says and will be killed there.
+
+    `said` is what it printed; it can be sure of that before it waits for its end.
+    """
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        lines = "\n".join("    " + line for line in code.strip().splitlines())
+        program = (
+            "import asyncio, sys\n"
+            f"async def main():\n{lines}\n    print('ready', flush=True)\n"
+            "    await asyncio.sleep(1000)\nasyncio.run(main())\n"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE,
+            text=True, cwd=ROOT,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.said = ""
+        for line in self.process.stdout:
+            if line == "ready\n":
+                return
+            self.said += line
+        raise AssertionError(f"the program ended with {self.process.wait()}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+# ---------------------------------------------------------------- the demo guest
+
+
+@pytest.fixture
+def demo():
+    """Opens demo guests, and ends every one of them."""
+    pids = []
+
+    def open_guest(spec: str = "1m,hot=256k,rate=20000", page_size: int = 4096) -> DemoGuest:
+        guest = DemoGuest.open(spec, page_size)
+        pids.append(guest.process.pid)
+        return guest
+
+    open_guest.pids = pids
+    yield open_guest
+    for pid in pids:
+        end_guest(pid)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "spec", ["", "64k,rate=50000", "1m,hot=100k,stride=4096,fill=random", "70001,stride=7,hot=5001"]
+)
+async def test_a_demo_guest_counts_and_every_byte_can_be_told(demo, spec):
+    guest = demo(spec)
+    await guest.started()
+    process = guest.process
+    await asyncio.to_thread(wait_until, lambda: process.place()[0] >= 1)
+    for _ in range(3):
+        await guest.pause()
+        place, content = process.place(), bytes(process.memory)
+        assert process.first_wrong() == -1
+        await asyncio.sleep(0.02)
+        assert (process.place(), bytes(process.memory)) == (place, content), "it wrote in a pause"
+        await guest.resume()
+        await guest.resume()  # a guest that runs is left alone
+        await asyncio.to_thread(wait_until, lambda place=place: process.place() > place)
+    await guest.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("fill", ["zero", "random"])
+async def test_one_flipped_byte_anywhere_is_found(demo, fill):
+    guest = demo(f"70001,hot=20000,stride=1000,rate=50000,fill={fill}")
+    await guest.started()
+    await guest.pause()
+    process = guest.process
+    chance = random.Random(4)
+    for at in (0, 1, 999, 1000, 19999, 20000, 65536, 70000, *chance.sample(range(70001), 100)):
+        right = process.memory[at]
+        process.memory[at] = right ^ 1 << chance.randrange(8)
+        assert process.first_wrong() == at
+        process.memory[at] = right
+    assert process.first_wrong() == -1
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_the_marks_are_of_the_pages_it_writes(demo):
+    guest = demo("1m,hot=40k,rate=50000")
+    await guest.started()
+    process = guest.process
+    assert isinstance(guest.track(_Encoder(256, 4096), None), MarkTracker)
+    await asyncio.to_thread(wait_until, lambda: process.place()[0] >= 1)
+    await guest.pause()
+    tracker = MarkTracker(process.marks, 256)
+    assert set(tracker.take()) == set(range(10))
+    await guest.close()
+
+
+class _Encoder:
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.pages, self.page_size = pages, page_size
+
+
+@pytest.mark.asyncio
+async def test_two_programs_cannot_move_one_guest(demo):
+    guest = demo()
+    await guest.started()
+    other = DemoProcess.attach(guest.process.pid)
+    with pytest.raises(UsageError, match="is being moved by another program"):
+        other.lock()
+    with Mover(
+        """
+from migrate.errors import UsageError
+from migrate.guests.demo import DemoGuest
+try:
+    DemoGuest.open(f"pid={sys.argv[1]}", 4096)
+except UsageError as error:
+    print(error)
+""",
+        guest.process.pid,
+    ) as mover:
+        assert "is being moved by another program" in mover.said
+    await guest.close()
+    other.lock()  # the first one has let go
+    other.close()
+
+
+@pytest.mark.asyncio
+async def test_only_a_demo_guest_is_taken_for_one(demo):
+    with pytest.raises(UsageError, match="no demo guest in process"):
+        DemoGuest.open(f"pid={os.getppid()}", 4096)
+    guest = demo("1m,rate=100")
+    await guest.started()
+    with pytest.raises(UsageError, match="pages of 4096 bytes: give --page-size 4096"):
+        DemoGuest.open(f"pid={guest.process.pid}", 1024)
+    await guest.close()
+
+
+PAUSER = """
+from migrate.guests.demo import DemoGuest
+guest = DemoGuest.open(f"pid={sys.argv[1]}", 4096)
+await guest.pause()
+"""
+
+
+def attached(demo) -> DemoProcess:
+    """A handle, without the lock, on a new guest that runs."""
+    guest = demo()
+    asyncio.run(guest.started())
+    handle = DemoProcess.attach(guest.process.pid)
+    asyncio.run(guest.close())
+    return handle
+
+
+def test_a_paused_guest_runs_on_when_its_pauser_is_killed(demo):
+    handle = attached(demo)
+    with Mover(PAUSER, handle.pid) as mover:
+        assert handle.state() == PAUSED
+        place = handle.place()
+        time.sleep(0.1)
+        assert (handle.state(), handle.place()) == (PAUSED, place)
+        mover.kill()
+        wait_until(lambda: handle.state() == RUNNING and handle.place() > place)
+    handle.lock()
+    asyncio.run(handle.command(PAUSE, PAUSED))
+    assert handle.first_wrong() == -1
+    handle.close()
+
+
+def test_a_guest_that_was_given_up_stays_paused_when_its_pauser_is_killed(demo):
+    handle = attached(demo)
+    with Mover(PAUSER + "await guest.give_up()", handle.pid) as mover:
+        mover.kill()
+        place = handle.place()
+        time.sleep(0.2)
+        assert (handle.state(), handle.place()) == (PAUSED, place)
+        assert handle.words[4] == GIVEN_UP
+        assert handle.alive()
+    handle.close()
+
+
+def test_a_guest_that_was_taken_back_runs_on_again(demo):
+    handle = attached(demo)
+    with Mover(PAUSER + "await guest.give_up()\nawait guest.take_back()", handle.pid) as mover:
+        place = handle.place()
+        assert handle.state() == PAUSED
+        mover.kill()
+        wait_until(lambda: handle.state() == RUNNING and handle.place() > place)
+    handle.close()
+
+
+@pytest.mark.asyncio
+async def test_a_released_guest_ends(demo):
+    guest = demo()
+    await guest.started()
+    await guest.pause()
+    await guest.give_up()
+    await guest.release()
+    await asyncio.to_thread(wait_until, lambda: not guest.process.alive())
+    with pytest.raises(MigrationError, match="does not answer"):
+        await guest.process.command(RUN, RUNNING)
+    await guest.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("spec", ["1m,hot=256k,rate=20000", "70001,stride=7,hot=5001,fill=random"])
+async def test_a_demo_guest_goes_on_at_its_place_where_it_stopped(demo, spec):
+    guest = demo(spec)
+    await guest.started()
+    await asyncio.to_thread(wait_until, lambda: guest.process.place()[0] >= 1)
+    await guest.pause()
+    size = guest.memory.size
+    place = DemoPlace(GuestInfo("demo", size, 4096))
+    demo.pids.append(place.process.pid)
+    await place.ready()
+    place.memory[:size] = guest.process.memory[:size]
+    counted = guest.process.place()
+    await place.prepare(guest.state())
+    assert place.process.state() == PAUSED
+    assert place.process.words[4] != OURS
+    assert "runs in process" in await place.start(guest.state())
+    process = DemoProcess.attach(place.process.pid)
+    assert process.shape == guest.process.shape
+    await asyncio.to_thread(wait_until, lambda: process.place() > counted)
+    await process.command(PAUSE, PAUSED)
+    assert process.first_wrong() == -1
+    process.close()
+    place.close()
+    await guest.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "state", [b"", b"demo", bytes(45), b"demo" + b"\xff" * 41, b"x" * 1000], ids=len
+)
+async def test_a_state_that_makes_no_sense_is_refused_before_the_guest_is_ours(demo, state):
+    place = DemoPlace(GuestInfo("demo", 1 << 20, 4096))
+    demo.pids.append(place.process.pid)
+    await place.ready()
+    with pytest.raises(MigrationError, match="makes no sense"):
+        await place.prepare(state)
+    pid = place.process.pid
+    await place.discard()
+    await asyncio.to_thread(wait_until, lambda: gone(pid))
+
+
+PLACE = """
+from migrate.guests.demo import DemoPlace
+from proto.messages import GuestInfo
+place = DemoPlace(GuestInfo("demo", 1 << 20, 4096))
+await place.ready()
+print(place.process.pid)
+"""
+
+
+def test_a_place_that_never_became_ours_ends_with_its_receiver(demo):
+    with Mover(PLACE) as mover:
+        pid = int(mover.said)
+        demo.pids.append(pid)
+        time.sleep(0.1)
+        assert not gone(pid)
+        mover.kill()
+        wait_until(lambda: gone(pid))
+
+
+def test_a_guest_that_became_ours_outlives_its_receiver(demo):
+    start = """
+from migrate.guests.demo import STATE_FORMAT
+state = STATE_FORMAT.pack(b"demo", 4096, 1024, 1000.0, 0, 0, 0)
+await place.prepare(state)
+await place.start(state)
+"""
+    with Mover(PLACE + start) as mover:
+        pid = int(mover.said)
+        demo.pids.append(pid)
+        mover.kill()
+        handle = DemoProcess.attach(pid)
+        before = handle.place()
+        wait_until(lambda: handle.place() > before)
+        assert handle.state() == RUNNING
+        handle.words[0] = END
+        wait_until(lambda: gone(pid))
+        handle.close()
+
+
+# ---------------------------------------------------------------- file guests
+
+WRITER = """
+import mmap, sys, threading
+file = open(sys.argv[1], "r+b")
+memory = mmap.mmap(file.fileno(), 0)
+def write(lane):
+    while True:
+        memory[lane] = (memory[lane] + 1) % 256
+        stop.wait(0.0005)
+stop = threading.Event()
+for lane in range(4):
+    threading.Thread(target=write, args=(lane,), daemon=True).start()
+print("ready", flush=True)
+stop.wait()
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A file and the process whose threads write it."""
+    path = tmp_path / "guest.mem"
+    path.write_bytes(bytes(8192))
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield path, process.pid
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def writes(path: Path) -> bool:
+    before = path.read_bytes()
+    time.sleep(0.05)
+    return path.read_bytes() != before
+
+
+@pytest.mark.asyncio
+async def test_a_pause_stops_all_threads_of_the_writer(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    assert guest.stoppable
+    await guest.started()
+    assert await asyncio.to_thread(writes, path)
+    await guest.pause()
+    assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 5
+    assert thread_states(pid) == {"T"}
+    assert not await asyncio.to_thread(writes, path)
+    await guest.resume()
+    await asyncio.to_thread(wait_until, lambda: writes(path))
+    await guest.pause()
+    await guest.give_up()
+    await guest.resume()  # too late
+    assert thread_states(pid) == {"T"}
+    await guest.take_back()
+    await guest.resume()
+    await asyncio.to_thread(wait_until, lambda: writes(path))
+    await guest.close()
+
+
+FILE_MOVER = """
+from migrate.guests.file import FileGuest
+guest = FileGuest(sys.argv[1], [int(pid) for pid in sys.argv[2:]])
+await guest.started()
+print(guest._guard.pid)
+await guest.pause()
+"""
+
+
+def test_the_guard_resumes_the_writer_when_the_source_is_killed(writer):
+    path, pid = writer
+    with Mover(FILE_MOVER, path, pid) as mover:
+        assert thread_states(pid) == {"T"}
+        mover.kill()
+        wait_until(lambda: writes(path))
+        wait_until(lambda: gone(int(mover.said)))
+
+
+def test_the_guard_leaves_a_writer_alone_whose_guest_was_given_up(writer):
+    path, pid = writer
+    with Mover(FILE_MOVER + "await guest.give_up()", path, pid) as mover:
+        mover.kill()
+        wait_until(lambda: gone(int(mover.said)))
+        assert thread_states(pid) == {"T"}
+
+
+def test_the_guard_outlives_what_a_terminal_sends_to_all(writer):
+    """^C, a hang-up and SIGTERM reach the guard too; it stays until the source is gone."""
+    path, pid = writer
+    with Mover(FILE_MOVER, path, pid) as mover:
+        guard = int(mover.said)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(guard, number)
+        mover.kill()
+        wait_until(lambda: writes(path))
+        wait_until(lambda: gone(guard))
+
+
+@pytest.mark.asyncio
+async def test_a_guest_that_is_closed_while_paused_runs_on(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    await guest.pause()
+    await guest.close()
+    await asyncio.to_thread(wait_until, lambda: writes(path))
+
+
+@pytest.mark.asyncio
+async def test_without_a_guard_nothing_is_stopped(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    guest._guard.kill()
+    await guest._guard.wait()
+    with pytest.raises(MigrationError, match="guard process of the guest has died"):
+        await guest.pause()
+    assert "T" not in thread_states(pid)
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_commands_stop_and_resume(tmp_path):
+    path, log = tmp_path / "guest", tmp_path / "log"
+    path.write_bytes(b"x")
+    guest = FileGuest(str(path), (), f"echo pause >> {log}", f"echo resume >> {log}")
+    await guest.started()
+    await guest.pause()
+    await guest.resume()
+    await guest.resume()
+    assert log.read_text().split() == ["pause", "resume"]
+    await guest.close()
+    assert log.read_text().split() == ["pause", "resume"]
+
+
+def test_the_guard_runs_the_resume_command_when_the_source_is_killed(tmp_path):
+    path, log = tmp_path / "guest", tmp_path / "log"
+    path.write_bytes(b"x")
+    code = """
+from migrate.guests.file import FileGuest
+guest = FileGuest(sys.argv[1], (), "true", f"echo resumed > {sys.argv[2]}")
+await guest.started()
+await guest.pause()
+"""
+    with Mover(code, path, log) as mover:
+        assert not log.exists()
+        mover.kill()
+        wait_until(lambda: log.exists() and log.read_text() == "resumed\n")
+
+
+@pytest.mark.asyncio
+async def test_a_command_that_fails_is_named(tmp_path):
+    path = tmp_path / "guest"
+    path.write_bytes(b"x")
+    guest = FileGuest(str(path), (), "exit 7", "true")
+    await guest.started()
+    with pytest.raises(MigrationError, match="--pause-cmd 'exit 7' failed with status 7"):
+        await guest.pause()
+    await guest.close()
+
+
+def test_what_is_no_guest_file_is_refused(tmp_path):
+    """A FIFO too: opening it must not wait for a writer that never comes."""
+    empty, fifo = tmp_path / "empty", tmp_path / "fifo"
+    empty.touch()
+    os.mkfifo(fifo)
+    with pytest.raises(UsageError, match="it is empty"):
+        FileGuest(str(empty))
+    for path in (fifo, tmp_path, Path("/dev/zero")):
+        with pytest.raises(UsageError, match=r"guest file .*: "):
+            FileGuest(str(path))
+    with pytest.raises(UsageError, match="that is migrate-src itself"):
+        FileGuest(sys.executable, [os.getpid()])
+
+
+# ---------------------------------------------------------------- where a file lands
+
+PAGE = 4096
+HOLES = ["named-at-the-end", "hidden-name"]
+
+
+@pytest.fixture(params=HOLES)
+def place_of(request, monkeypatch, tmp_path):
+    """Makes file places, on file systems with and without files that have no name."""
+    real = os.open
+    opened = []
+
+    def without_tmpfile(path, flags, *mode, **more):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "Operation not supported")
+        return real(path, flags, *mode, **more)
+
+    if request.param == "hidden-name":
+        monkeypatch.setattr(os, "open", without_tmpfile)
+
+    def make(size: int, path: Path, *, overwrite: bool = False) -> FilePlace:
+        place = FilePlace(GuestInfo("file", size, PAGE), str(path), "", overwrite)
+        opened.append(place)
+        return place
+
+    return make
+
+
+def visible(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+
+
+@pytest.mark.asyncio
+async def test_an_output_appears_whole_or_not_at_all(place_of, tmp_path):
+    size = 10 * PAGE + 33
+    path = tmp_path / "out"
+    place = place_of(size, path)
+    content = random.Random(1).randbytes(size)
+    place.make_room(0, 11)
+    place.memory[:size] = content
+    place.sync()
+    assert visible(tmp_path) == []
+    await place.prepare(b"")
+    assert visible(tmp_path) == []
+    assert "out is complete" in await place.start(b"")
+    place.close()
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+    assert path.read_bytes() == content
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("prepared", [False, True])
+async def test_a_discarded_output_leaves_nothing(place_of, tmp_path, prepared):
+    place = place_of(PAGE, tmp_path / "out")
+    place.make_room(0, 1)
+    place.memory[:5] = b"half "
+    if prepared:
+        await place.prepare(b"")
+    await place.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.asyncio
+async def test_pages_never_written_stay_holes(place_of, tmp_path):
+    size = 16 << 20
+    path = tmp_path / "out"
+    place = place_of(size, path)
+    place.make_room(100, 2)
+    place.memory[100 * PAGE : 102 * PAGE] = b"d" * 2 * PAGE
+    into = memoryview(bytearray(size))
+    assert place.reads.read(0, into) == size
+    await place.prepare(b"")
+    await place.start(b"")
+    place.close()
+    assert path.stat().st_size == size
+    assert path.stat().st_blocks * 512 < 1 << 20
+    assert path.read_bytes() == bytes(100 * PAGE) + b"d" * 2 * PAGE + bytes(size - 102 * PAGE)
+
+
+@pytest.mark.asyncio
+async def test_an_existing_output_is_refused(place_of, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="it exists: remove it or give --overwrite"):
+        place_of(PAGE, path)
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+    path.unlink()
+    place = place_of(PAGE, path)
+    await place.prepare(b"")
+    path.write_bytes(b"came meanwhile")
+    with pytest.raises(MigrationError, match="File exists"):
+        await place.start(b"")
+    await place.discard()
+    assert path.read_bytes() == b"came meanwhile"
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.asyncio
+async def test_an_output_is_replaced_at_once_when_it_may(place_of, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    place = place_of(3, path, overwrite=True)
+    place.make_room(0, 1)
+    place.memory[:3] = b"new"
+    await place.prepare(b"")
+    assert path.read_bytes() == b"old"
+    await place.start(b"")
+    place.close()
+    assert path.read_bytes() == b"new"
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.asyncio
+async def test_a_discarded_replacement_leaves_the_old_one(place_of, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    place = place_of(3, path, overwrite=True)
+    await place.prepare(b"")
+    await place.discard()
+    assert path.read_bytes() == b"old"
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_is_an_error_not_a_crash(place_of, tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    place = place_of(PAGE, tmp_path / "out")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MigrationError, match="No space left on device"):
+        place.make_room(0, 1)
+    await place.discard()
+
+
+def test_a_killed_receiver_leaves_no_file(tmp_path):
+    code = """
+from migrate.guests.file import FilePlace
+from proto.messages import GuestInfo
+place = FilePlace(GuestInfo("file", 1 << 20, 4096), sys.argv[1], "", False)
+place.make_room(0, 256)
+place.memory[:] = b"x" * (1 << 20)
+"""
+    with Mover(code, tmp_path / "out") as mover:
+        mover.kill()
+        assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- buffers
+
+
+@pytest.mark.asyncio
+async def test_writers_wait_while_a_buffer_is_paused_and_learn_that_it_moved():
+    memory = bytearray(1 << 16)
+    guest = BufferGuest(memory)
+    moved = threading.Event()
+
+    def write() -> None:
+        try:
+            while True:
+                with guest.writing():
+                    memory[0] = (memory[0] + 1) % 256
+                    memory[-1] = memory[0]
+                    time.sleep(0)
+        except GuestMoved:
+            moved.set()
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            await guest.pause()
+            before = bytes(memory)
+            assert before[0] == before[-1], "somebody was inside"
+            await asyncio.sleep(0.002)
+            assert memory == before
+            assert not moved.is_set()
+            await guest.resume()
+        await asyncio.to_thread(wait_until, lambda: memory != before)
+        await guest.pause()
+        before = bytes(memory)
+        await guest.give_up()
+    finally:
+        await guest.release()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert moved.is_set()
+    assert not any(thread.is_alive() for thread in threads)
+    assert memory == before
+    with pytest.raises(GuestMoved), guest.writing():
+        pass
+
+
+@pytest.mark.asyncio
+async def test_a_writer_that_stays_inside_fails_the_pause_and_is_let_go_on(monkeypatch):
+    monkeypatch.setattr(buffer_module, "PAUSE_PATIENCE", 0.05)
+    guest = BufferGuest(bytearray(10))
+    with guest.writing(), pytest.raises(MigrationError, match="stayed inside"):
+        await guest.pause()
+    await guest.resume()
+    with guest.writing():
+        pass
+
+
+@pytest.mark.asyncio
+async def test_a_program_may_stop_its_writers_in_a_way_of_its_own():
+    calls = []
+
+    async def pause() -> None:
+        calls.append("pause")
+
+    async def resume() -> None:
+        calls.append("resume")
+
+    guest = BufferGuest(bytearray(10), pause=pause, resume=resume, state=lambda: b"where I was")
+    await guest.pause()
+    assert guest.state() == b"where I was"
+    await guest.resume()
+    assert calls == ["pause", "resume"]
+    with pytest.raises(UsageError, match="go together"):
+        BufferGuest(bytearray(10), pause=pause)
+
+
+def test_marks_are_of_every_page_a_write_touches():
+    guest = BufferGuest(bytearray(10 * 1024), marks=True, page_size=1024)
+    tracker = guest.track(_Encoder(10, 1024), None)
+    for offset, length, pages in (
+        (0, 1, {0}), (1023, 2, {0, 1}), (2048, 3072, {2, 3, 4}), (9 * 1024, 1024, {9}),
+        (5000, 0, set()),
+    ):  # fmt: skip
+        guest.mark(offset, length)
+        assert set(tracker.take()) == pages
+    with pytest.raises(ValueError, match="outside"):
+        guest.mark(0, 1 << 20)
+    with pytest.raises(UsageError, match="marks pages of 1024 bytes"):
+        guest.track(_Encoder(3, 4096), None)
+    set_marks(guest._marks, 3, 1)
+    assert set(tracker.take()) == {3}
+
+
+def test_any_writable_buffer_will_do_and_nothing_else():
+    numpy = pytest.importorskip("numpy")
+    array = numpy.zeros((10, 10))
+    guest = BufferGuest(array)
+    assert guest.memory.size == 800
+    array[0, 0] = 1.0
+    assert guest.memory.view[:8] == array[0, :1].tobytes()
+    for bad in (b"", numpy.zeros((4, 4))[:, 1], "text", 5):
+        with pytest.raises(UsageError):
+            BufferGuest(bad)
+
+
+def test_without_marks_a_buffer_is_scanned():
+    from migrate.digest import ChunkDigests
+    from proto.kernel import PageEncoder
+
+    guest = BufferGuest(bytearray(8192))
+    encoder = PageEncoder(2, 4096, None, bytes(4096))
+    digests = ChunkDigests(guest.memory, 4096, encoder.known_zero)
+    assert isinstance(guest.track(encoder, digests), ScanTracker)
+
+
+@pytest.mark.asyncio
+async def test_a_buffer_lands_in_new_memory_or_where_the_program_wants_it():
+    info = GuestInfo("buffer", 5000, 4096)
+    place = BufferPlace(info)
+    assert len(place.memory) == 8192
+    place.memory[:5000] = b"g" * 5000
+    await place.start(b"state")
+    assert (bytes(place.received), place.state) == (b"g" * 5000, b"state")
+
+    mine = bytearray(5000)
+    place = BufferPlace(info, mine)
+    place.memory[:5000] = b"g" * 5000
+    assert mine == bytes(5000), "half a guest was there"
+    await place.start(b"")
+    assert mine == b"g" * 5000
+    with pytest.raises(UsageError, match="the guest has 5000 bytes, the buffer for it 10"):
+        BufferPlace(info, bytearray(10))
