@@ -26,6 +26,7 @@ from migrate.errors import MigrationError, UsageError
 if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
     from migrate.guests.guest import Guest, Place
+    from migrate.progress import Progress
     from migrate.source import Parameters, Source
     from proto.messages import GuestInfo
 
@@ -160,6 +161,13 @@ def _seconds(text: str, what: str) -> float:
     return quantities.parse_milliseconds(text, what, bare="s") / 1e3
 
 
+def _peer_timeout(args: argparse.Namespace) -> float:
+    seconds = _seconds(args.peer_timeout, "--peer-timeout")
+    if seconds < 1:
+        raise UsageError("--peer-timeout: a second is the least: a living peer pauses too")
+    return seconds
+
+
 def parameters_of(args: argparse.Namespace) -> Parameters:
     """Raises UsageError for anything that cannot be."""
     from migrate.rounds import Limits
@@ -202,8 +210,10 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
 
         if args.pid or args.pause_cmd or args.resume_cmd:
             raise UsageError("--pid, --pause-cmd and --resume-cmd are for file guests")
-        if not rest.startswith("pid="):
-            parse_demo(rest, page_size)
+        if rest.startswith("pid="):
+            running = DemoGuest.open(rest, page_size)
+            return lambda: running
+        parse_demo(rest, page_size).check_fits()
         return lambda: DemoGuest.open(rest, page_size)
     raise UsageError(f"--guest {args.guest!r}: there are demo[:...] and file:PATH")
 
@@ -233,47 +243,67 @@ async def _source(args: argparse.Namespace) -> int:
     from migrate import link
     from migrate.progress import Progress
     from migrate.source import Source
-    from migrate.statistics import info_migrate, query_migrate
 
     address = parse_address(args.uri)
     parameters = parameters_of(args)
-    peer_timeout = _seconds(args.peer_timeout, "--peer-timeout")
+    peer_timeout = _peer_timeout(args)
     connect_timeout = _seconds(args.connect_timeout, "--connect-timeout")
+    opened = open_guest(args, parameters.page_size)
     progress = Progress("never" if args.quiet else args.progress)
     stop = _Stop()
-    source: Source | None = None
     task = asyncio.current_task()
     assert task is not None
 
-    def cancel() -> str:
-        if source is not None and source.committed:
-            return "migrate-src: too late to cancel: the guest is handed over"
+    def cancel_connecting() -> str:
         task.cancel()
         return ""
 
-    stop.install(cancel)
-    opened = open_guest(args, parameters.page_size)
+    stop.install(cancel_connecting)
+    if not args.quiet:
+        progress.say(f"connecting to {address}")
     try:
         peer = await link.connect(address, timeout=connect_timeout, peer_timeout=peer_timeout)
     except asyncio.CancelledError:
-        print("migrate-src: cancelled before there was a connection", file=sys.stderr)
+        print(
+            "migrate-src: cancelled before there was a connection: nothing was moved",
+            file=sys.stderr,
+        )
         return 128 + stop.signal
     try:
         guest = opened()
     except BaseException:
         await peer.close()
         raise
+    return await _move(args, guest, Source(guest, peer, parameters, progress.show), progress, stop)
+
+
+async def _move(
+    args: argparse.Namespace, guest: Guest, source: Source, progress: Progress, stop: _Stop
+) -> int:
+    """Moves an open guest over an open link, and prints what came of it."""
+    from migrate.guests.file import FileGuest
+    from migrate.statistics import info_migrate, query_migrate
+
+    task = asyncio.current_task()
+    assert task is not None
+
+    def cancel() -> str:
+        if source.committed:
+            return "migrate-src: too late to cancel: the guest is handed over"
+        task.cancel()
+        return ""
+
+    stop.install(cancel)
     status = 0
     try:
-        if guest.description and not args.quiet:
+        if not args.quiet:
             progress.say(f"moving {guest.description}")
+            if isinstance(guest, FileGuest) and not guest.stoppable:
+                progress.say(
+                    "nothing stops the file's writer in the last round (--pid or --pause-cmd): "
+                    "if it writes then, the migration fails"
+                )
         await guest.started()
-        if not args.quiet and guest.kind == "file" and not getattr(guest, "stoppable", True):
-            progress.say(
-                "nothing stops the file's writer in the last round (--pid or --pause-cmd): "
-                "if it writes then, the migration fails"
-            )
-        source = Source(guest, peer, parameters, progress.show)
         await source.run()
     except asyncio.CancelledError:
         status = 128 + stop.signal
@@ -287,11 +317,10 @@ async def _source(args: argparse.Namespace) -> int:
     finally:
         await guest.close()
     progress.clear()
-    if source is not None and not args.quiet:
-        if args.json:
-            print(json.dumps(query_migrate(source.statistics)))
-        else:
-            print(info_migrate(source.statistics))
+    if args.json:
+        print(json.dumps(query_migrate(source.statistics)))
+    elif not args.quiet:
+        print(info_migrate(source.statistics))
     return status
 
 
@@ -311,10 +340,10 @@ async def _destination(args: argparse.Namespace) -> int:
 
     address = parse_address(args.listen, listen=True)
     capabilities = _switches(args.capability)
-    wanted = quantities.parse_cache_size(args.cache_size) if args.cache_size else 0
+    wanted = quantities.parse_cache_size(args.cache_size, 4096) if args.cache_size else 0
     if args.output:
         check_output(args.output, args.overwrite)
-    peer_timeout = _seconds(args.peer_timeout, "--peer-timeout")
+    peer_timeout = _peer_timeout(args)
     stop = _Stop()
     destination: Destination | None = None
     task = asyncio.current_task()

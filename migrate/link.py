@@ -209,9 +209,13 @@ class Link(asyncio.BufferedProtocol):
     async def _beat(self) -> None:
         interval = self.peer_timeout / 4
         while self._fault is None:
+            due = time.monotonic() + interval
             await asyncio.sleep(interval)
             if not self._reading:
                 continue
+            if time.monotonic() - due > interval:
+                # We were stopped ourselves: what the peer said meanwhile is still unread.
+                self._heard_at = time.monotonic()
             silence = time.monotonic() - self._heard_at
             if silence > self.peer_timeout:
                 self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.0f} s"))
@@ -225,6 +229,8 @@ class Link(asyncio.BufferedProtocol):
         message = unpack(frame.type, frame.body)
         frame.release()
         if isinstance(message, Ping):
+            if not self._writable.is_set():
+                return  # a peer that asks and does not read gets no queue of answers
             with contextlib.suppress(ProtoError, PeerLost):
                 self._write_now(self.session.send(Pong(message.token)))
         elif isinstance(message, Pong):
@@ -294,6 +300,11 @@ async def connect(
                 ) from None
             await asyncio.sleep(0.1)
         except OSError as error:
+            # Several addresses that all refuse come as one error without a number.
+            several = error.errno is None and not isinstance(error, socket.gaierror)
+            if several and loop.time() + 0.2 <= end:
+                await asyncio.sleep(0.1)
+                continue
             raise ConnectError(f"cannot connect to {address}: {_why(error)}") from None
 
 

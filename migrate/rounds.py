@@ -166,6 +166,9 @@ class Policy:
             f"{limits.downtime_limit * 1e3:.0f} ms"
         )
         bandwidth = limits.max_bandwidth or model.bandwidth
+        knobs = "--max-bandwidth or --downtime-limit"
+        if not limits.max_bandwidth:
+            knobs = "--downtime-limit, or use a faster link"
         wire = pending.pages * model.bytes_per_page / bandwidth if bandwidth else 0
         if pending.scan_seconds > limits.downtime_limit / 2:
             return (
@@ -176,8 +179,8 @@ class Policy:
             return (
                 f"{text}; {pending.pages} pages are written again in each round and cost "
                 f"{model.bytes_per_page:.0f} bytes each: use xbzrle with a larger --cache-size, or "
-                "raise --max-bandwidth or --downtime-limit"
+                f"raise {knobs}"
             )
         if wire > expected / 2:
-            return f"{text}; raise --max-bandwidth or --downtime-limit"
+            return f"{text}; raise {knobs}"
         return f"{text}; it is bound by this machine's speed: raise --downtime-limit"

@@ -7,8 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import uvloop
+from hypothesis import settings
 
 from proto import kernel
+
+# The machine decides how long an example takes, not the code under test.
+settings.register_profile("machine", deadline=None)
+settings.load_profile("machine")
 
 
 def pytest_asyncio_loop_factories(

@@ -81,6 +81,15 @@ class DemoShape:
     def total(self) -> int:
         return self.memory_offset + self.padded
 
+    def check_fits(self) -> None:
+        """Raises UsageError where there is not enough free memory."""
+        available = _available_memory()
+        if self.total > available:
+            raise UsageError(
+                f"a demo guest of {format_size(self.size)} does not fit the "
+                f"{format_size(available)} of free memory here"
+            )
+
 
 def parse_demo(spec: str, page_size: int) -> DemoShape:
     """Reads `[SIZE][,hot=SIZE][,stride=BYTES][,rate=N][,fill=zero|random]`."""
@@ -100,7 +109,7 @@ def parse_demo(spec: str, page_size: int) -> DemoShape:
     stride = parse_size(values.get("stride", "1024"), "guest demo: stride")
     fill = values.get("fill", "zero")
     rate = values.get("rate", "0")
-    if not rate.isdecimal():
+    if not rate.isdecimal() or len(rate) > 12:
         raise UsageError(f"guest demo: rate {rate!r} is not a number of writes per second")
     if fill not in ("zero", "random"):
         raise UsageError(f"guest demo: fill {fill!r} is neither zero nor random")
@@ -136,12 +145,7 @@ class DemoProcess:
     @classmethod
     def create(cls, shape: DemoShape, *, paused: bool) -> DemoProcess:
         """Starts a demo guest: running, or waiting for its memory (`paused`)."""
-        available = _available_memory()
-        if shape.total > available:
-            raise UsageError(
-                f"a demo guest of {format_size(shape.size)} does not fit the "
-                f"{format_size(available)} of free memory here"
-            )
+        shape.check_fits()
         fd = os.memfd_create("xbmigrate-demo")
         try:
             os.ftruncate(fd, shape.total)
@@ -153,19 +157,24 @@ class DemoProcess:
                 words[SHAPE + 6] = shape.page_size
                 words[COMMAND] = PAUSE if paused else RUN
                 words[OWNER] = NOT_YET_OURS if paused else OURS
+            # Locked before there is a process that could find the lock free; on a description of
+            # our own, which it does not inherit.
+            handle = cls(os.dup(fd), 0)
+            if paused:
+                handle.lock()
             fresh = [] if paused else ["--fill"]
             process = subprocess.Popen(
                 [sys.executable, "-m", "migrate.guests.demo_process", str(fd), *fresh],
-                pass_fds=[fd], start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                pass_fds=[fd],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             process.returncode = 0  # it outlives us on purpose: nobody here waits for it
-            handle = cls(fd, process.pid)
-            if paused:
-                handle.lock()
-        except BaseException:
+            handle.pid = process.pid
+        finally:
             os.close(fd)
-            raise
         return handle
 
     @classmethod

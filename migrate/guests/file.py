@@ -250,11 +250,13 @@ class FilePlace(Place):
                 os.link(self._temporary, self.path)
                 os.unlink(self._temporary)
             self._temporary = ""
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+        # It stands under its name now: nothing below may say that it was not started.
+        with contextlib.suppress(OSError):
             directory = os.open(self._directory, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
-        except OSError as error:
-            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
         return f"{self.path} is complete, {format_size(self._size)}"
 
     def close(self) -> None:

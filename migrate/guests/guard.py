@@ -8,6 +8,7 @@ Run as `python -m migrate.guests.guard [--resume-cmd CMD] PID...`. It reads one 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,7 +36,8 @@ def main() -> None:
     state = b"r"
     while letter := os.read(0, 1):
         state = letter
-        os.write(1, b"k")
+        with contextlib.suppress(OSError):  # whoever asked may have died since
+            os.write(1, b"k")
     if state == b"p":
         resume(pids, command)
 
