@@ -254,12 +254,12 @@ def run_load(
             if rate:
                 done += burst
                 wait = began + done / rate - clock()
-                if wait > 0:
-                    wait = wait if wait < 0.05 else 0.05
-                    pause.tv_sec = 0
-                    pause.tv_nsec = <long>(wait * 1e9)
+                while wait > 0 and xm_load(&words[COMMAND]) == RUN:
+                    pause.tv_sec = 0    # in short naps: a command must not wait for the rate
+                    pause.tv_nsec = <long>((wait if wait < 0.002 else 0.002) * 1e9)
                     nanosleep(&pause, NULL)
-                elif wait < -1:         # we were stopped: do not try to make up for it
+                    wait = began + done / rate - clock()
+                if wait < -1:         # we were stopped: do not try to make up for it
                     began, done = clock(), 0
 
 

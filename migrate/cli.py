@@ -5,7 +5,8 @@ Results go to standard output, everything else to standard error. Exit codes:
     0 completed and verified    1 failed, the source's guest as it was    2 usage
     3 cannot connect or listen  4 protocol or capability                  6 memories differ
     7 did not converge          8 cancelled at the other side
-    9 handed over, but not confirmed   130 SIGINT   143 SIGTERM
+    9 handed over, but not confirmed   10 the guest is here, but --on-complete failed
+    130 SIGINT   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
 from migrate.address import parse_address
-from migrate.errors import MigrationError, UsageError
+from migrate.errors import MigrationError, OnCompleteError, UsageError
 
 if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
@@ -232,6 +233,9 @@ class _Stop:
             loop.add_signal_handler(number, self._caught, number)
 
     def _caught(self, number: int) -> None:
+        if self.signal:
+            print("already cancelling: the guest is being put back to work", file=sys.stderr)
+            return
         refusal = self._cancel()
         if refusal:
             print(refusal, file=sys.stderr)
@@ -265,7 +269,7 @@ async def _source(args: argparse.Namespace) -> int:
         peer = await link.connect(address, timeout=connect_timeout, peer_timeout=peer_timeout)
     except asyncio.CancelledError:
         print(
-            "migrate-src: cancelled before there was a connection: nothing was moved",
+            "migrate-src: cancelled before it was connected: nothing was moved",
             file=sys.stderr,
         )
         return 128 + stop.signal
@@ -379,10 +383,13 @@ async def _destination(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print(f"completed and verified: {arrival.running}", flush=True)
     if args.on_complete:
-        await run_command(
-            args.on_complete, "--on-complete",
-            MIGRATE_OUTPUT=args.output, MIGRATE_KIND=arrival.info.kind if arrival.info else "",
-        )  # fmt: skip
+        kind = arrival.info.kind if arrival.info else ""
+        try:
+            await run_command(
+                args.on_complete, "--on-complete", MIGRATE_OUTPUT=args.output, MIGRATE_KIND=kind
+            )
+        except MigrationError as error:
+            raise OnCompleteError(f"the guest is here and whole, but {error}") from None
     return 0
 
 

@@ -9,6 +9,7 @@ MigrationError             1  failed; the source's guest is as it was
 ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
 ├── CancelledByPeer        8  somebody cancelled at the other side
 ├── NotStartedError        1  the destination could not start the guest: it runs here again
+├── OnCompleteError       10  the guest arrived, and --on-complete failed
 └── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
 """
 
@@ -74,6 +75,12 @@ class NotStartedError(MigrationError):
     """The destination could not start the guest, and promises that it never will."""
 
     code = ErrorCode.NOT_STARTED
+
+
+class OnCompleteError(MigrationError):
+    """The guest arrived, and the command to run then failed."""
+
+    exit_code = 10
 
 
 class HandOverUnknown(MigrationError):  # noqa: N818

@@ -9,6 +9,7 @@ from typing import Any
 from migrate import link
 from migrate.address import Address, parse_address
 from migrate.destination import Destination, NoPlaceError
+from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
 from migrate.guests.guest import Guest
 from migrate.quantities import format_size
@@ -75,10 +76,16 @@ async def receive(
     try:
         if listening is not None:
             listening(listener.address)
-        peer = await listener.accept()
+        while True:
+            destination = Destination(await listener.accept(), placer)
+            try:
+                arrival = await destination.run()
+                break
+            except PeerError:
+                if destination.started:
+                    raise  # a visitor that never described a guest is no reason to stop
     finally:
         await listener.close()
-    arrival = await Destination(peer, placer).run()
     assert place is not None
     assert arrival.info is not None
     return Received(place.received, place.state, arrival.info)

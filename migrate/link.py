@@ -340,6 +340,16 @@ class Listener:
                 os.unlink(self._path)
 
 
+def _check_unused(address: Address) -> None:
+    """Raises ConnectError where somebody listens on this unix socket already."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(address.path)
+        except OSError:
+            return
+    raise ConnectError(f"cannot listen on {address}: another program does")
+
+
 async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> Listener:
     """Listens as a destination. Raises ConnectError where the address is not to be had."""
     loop = asyncio.get_running_loop()
@@ -358,6 +368,7 @@ async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> L
 
     try:
         if address.path:
+            _check_unused(address)
             server: Any = await loop.create_unix_server(make, address.path, backlog=16)
         else:
             # A free port is picked once: on all IPv4 interfaces, not one number per family.

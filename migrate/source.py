@@ -33,13 +33,14 @@ from migrate.errors import (
     NotStartedError,
     PeerError,
     PeerLost,
+    UsageError,
 )
 from migrate.guests.guest import Guest
 from migrate.link import Link
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker
-from proto import ErrorCode, ProtoError
+from proto import ErrorCode, LocalError, ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES, seal
 from proto.kernel import PageCache, PageEncoder
@@ -62,6 +63,7 @@ from proto.messages import (
 )
 from proto.pageset import PageSet
 
+PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
 # Pages copied and encoded at a time: they stay in the core's own cache.
 GATHER_BYTES = 256 << 10
@@ -69,6 +71,10 @@ GATHER_BYTES = 256 << 10
 TURN_PAGES = 1 << 14
 HANDSHAKE_SECONDS = 15.0
 HAND_OVER_SECONDS = 60.0
+# A pause that takes so many times what was predicted, and this long, is given up: the guest has
+# been stopped long enough, and it is still ours.
+PAUSE_FACTOR = 10
+PAUSE_SECONDS = 5.0
 
 REASONS: dict[ErrorCode, type[MigrationError]] = {
     ErrorCode.CANCELLED: CancelledByPeer,
@@ -80,12 +86,27 @@ REASONS: dict[ErrorCode, type[MigrationError]] = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a user can set. Names are QEMU's; sizes in bytes, times in seconds."""
+    """What a user can set. Names are QEMU's; sizes in bytes, times in seconds.
+
+    Raises UsageError for what cannot be.
+    """
 
     cache_size: int = DEFAULT_CACHE_SIZE
     page_size: int = 4096
     limits: Limits = field(default_factory=Limits)
     capabilities: Mapping[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise UsageError(f"a page of {self.page_size} bytes: it is one of {PAGE_SIZES}")
+        if self.cache_size < self.page_size or self.cache_size & (self.cache_size - 1):
+            raise UsageError(
+                f"a cache of {self.cache_size} bytes: it is a power of two of at least one page"
+            )
+        try:
+            caps.switched_on(self.capabilities)
+        except LocalError as error:
+            raise UsageError(str(error)) from None
 
 
 T = TypeVar("T")
@@ -133,6 +154,8 @@ class Source:
         self._tracker: DirtyTracker | None = None
         self._round = 0
         self._peer_stale = 0
+        self._round_began = self._began
+        self._round_sent = 0
         self._paused_at: float | None = None
         link.limit.rate = self.parameters.limits.max_bandwidth
 
@@ -340,6 +363,7 @@ class Source:
         self._round += 1
         began = time.monotonic()
         sent_before, cpu_before = self.link.sent_bytes, self._encode_seconds
+        self._round_began, self._round_sent = began, sent_before
         encoder.begin_round(self._round)
         self._left = (0, 0)
         pages = len(dirty)
@@ -353,7 +377,8 @@ class Source:
                 if frame is not None:
                     await self.link.send_batch(frame)
                 await self._confirm_cache()
-                self._update(remaining=(len(dirty), cursor))
+                self._update(left=dirty.count_from(self._pages if cursor is None else cursor))
+                self._check_timeout(last)
         finally:
             turn.cancel()
         self.statistics = self.statistics.with_(dirty_sync_count=self._round)
@@ -437,33 +462,21 @@ class Source:
     # -- hand-over
 
     async def _hand_over(self, encoder: PageEncoder, digests: ChunkDigests) -> None:
-        assert self._tracker is not None
-        assert self._unsent is not None
-        loop = asyncio.get_running_loop()
         self._set_status("device")
         before = self.link.sent_bytes
         self._paused_at = time.monotonic()
         await self.guest.pause()
         self._observer("paused", self.statistics)
-        dirty = self._unsent
-        dirty |= await loop.run_in_executor(self._worker, self._tracker.take)
-        digests.touch(dirty)
-        await self._send_round(encoder, digests, dirty, last=True)
-        async with asyncio.timeout(HAND_OVER_SECONDS):
-            try:
-                digest = await loop.run_in_executor(self._worker, digests.digest)
-                state = self.guest.state()
-                if len(state) > MAX_STATE:
-                    raise MigrationError(
-                        f"the guest's state has {len(state)} bytes, no more than {MAX_STATE} travel"
-                    )
-                await self.link.send(Complete(digest, state))
-                await self._expect(RoundAck)
-                await self._expect(Ready)
-            except TimeoutError:
-                raise PeerLost(
-                    f"the destination did not verify the guest in {HAND_OVER_SECONDS:g} s"
-                ) from None
+        expected = self.statistics.expected_downtime or 0.0
+        patience = max(PAUSE_SECONDS, PAUSE_FACTOR * expected)
+        try:
+            async with asyncio.timeout(patience):
+                await self._last_round(encoder, digests)
+        except TimeoutError:
+            raise PeerLost(
+                f"the last round and its check were not done after {patience:.0f} s, "
+                f"{expected * 1e3:.0f} ms were expected"
+            ) from None
         await self.guest.give_up()
         self.committed = True
         await self._commit()
@@ -477,6 +490,32 @@ class Source:
         self._set_status("completed")
         self._update()
         await self.guest.release()
+
+    async def _last_round(self, encoder: PageEncoder, digests: ChunkDigests) -> None:
+        """Sends the rest of the paused guest; returns when the destination has verified all."""
+        assert self._tracker is not None
+        assert self._unsent is not None
+        loop = asyncio.get_running_loop()
+        dirty = self._unsent
+        dirty |= await loop.run_in_executor(self._worker, self._tracker.take)
+        digests.touch(dirty)
+        await self._send_round(encoder, digests, dirty, last=True)
+        digest = await loop.run_in_executor(self._worker, digests.digest)
+        state = self.guest.state()
+        if len(state) > MAX_STATE:
+            raise MigrationError(
+                f"the guest's state has {len(state)} bytes, no more than {MAX_STATE} travel"
+            )
+        await self.link.send(Complete(digest, state))
+        await self._expect(RoundAck)
+        await self._expect(Ready)
+        if not self.guest.stoppable:
+            late = await loop.run_in_executor(self._worker, self._tracker.take)
+            if len(late):
+                raise MismatchError(
+                    f"{len(late)} pages were written during the last round, so the memories "
+                    "differ: stop the writer (--pid or --pause-cmd)"
+                )
 
     async def _commit(self) -> None:
         """GO, and the answer. The guest runs there, or nowhere until somebody looks."""
@@ -502,8 +541,18 @@ class Source:
     def _notice(self, text: str) -> None:
         self._observer(f"notice: {text}", self.statistics)
 
-    def _update(self, remaining: tuple[int, int | None] | None = None) -> None:
-        """Brings the counters into the statistics."""
+    def _check_timeout(self, last: bool) -> None:
+        """--timeout holds inside a round too, until the guest is paused."""
+        timeout = self.parameters.limits.timeout
+        elapsed = time.monotonic() - self._began
+        if timeout and elapsed > timeout and not last:
+            raise NotConvergedError(
+                f"the migration was given up: round {self._round} was not through after "
+                f"{elapsed:.0f} s (--timeout)"
+            )
+
+    def _update(self, left: int | None = None) -> None:
+        """Brings the counters into the statistics; `left` pages of the round are to go."""
         s = self.statistics
         encoder = getattr(self, "_encoder", None)
         if encoder is not None:
@@ -518,18 +567,20 @@ class Source:
                 overflow=encoder.overflows,
                 evictions=self._cache.evictions if self._cache else 0,
             )
-        if remaining is not None:
-            pages, cursor = remaining
-            left = 0 if cursor is None else pages * (self._pages - cursor) // self._pages
-            s = s.with_(remaining=min(left * s.page_size, s.total))
         transferred = self.link.sent_bytes
+        if left is not None:
+            seconds = max(time.monotonic() - self._round_began, 1e-9)
+            s = s.with_(
+                remaining=min(left * s.page_size, s.total),
+                mbps=(transferred - self._round_sent) * 8 / seconds / 1e6,
+            )
         s = s.with_(
             transferred=transferred,
             total_time=time.monotonic() - self._began,
             precopy_bytes=transferred - s.downtime_bytes,
         )
         self.statistics = s
-        if remaining is not None:
+        if left is not None:
             self._observer("progress", s)
 
 

@@ -33,6 +33,11 @@ class PageSet:
     def __len__(self) -> int:
         return int.from_bytes(self.bits, "little").bit_count()
 
+    def count_from(self, page: int) -> int:
+        """How many members there are from `page` on."""
+        rest = int.from_bytes(self.bits[page >> 3 :], "little") >> (page & 7)
+        return rest.bit_count()
+
     def __iter__(self) -> Iterator[int]:
         return (page for page in range(self.pages) if page in self)
 

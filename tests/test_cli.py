@@ -211,7 +211,7 @@ def test_a_signal_while_connecting(guest_file, number, code):
     program.kill(number)
     assert program.wait(20) == code
     assert "Traceback" not in program.err
-    assert "migrate-src: cancelled before there was a connection" in program.err
+    assert "migrate-src: cancelled before it was connected" in program.err
     assert program.out == ""
 
 

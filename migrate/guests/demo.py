@@ -284,7 +284,9 @@ class DemoGuest(Guest):
         return cls(DemoProcess.create(parse_demo(spec, page_size), paused=False))
 
     async def started(self) -> None:
-        """Waits until the guest has filled its memory and counts."""
+        """Waits until the guest has filled its memory, however large, and counts."""
+        while self.process.state() == STARTING and self.process.alive():
+            await asyncio.sleep(0.005)
         await self.process.command(RUN, RUNNING)
 
     def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:

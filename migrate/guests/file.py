@@ -56,6 +56,7 @@ class FileGuest(Guest):
         self.pids = tuple(pids)
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
+        self.stoppable = bool(self.pids or pause_cmd)
         self._guard: asyncio.subprocess.Process | None = None
         self._paused = False
         self._given_up = False
@@ -64,10 +65,6 @@ class FileGuest(Guest):
                 raise UsageError(f"--pid {pid}: there is no such process")
             if pid == os.getpid():
                 raise UsageError(f"--pid {pid}: that is migrate-src itself")
-
-    @property
-    def stoppable(self) -> bool:
-        return bool(self.pids or self.pause_cmd)
 
     async def started(self) -> None:
         """Starts the guard: it must be there before anything is stopped."""
@@ -100,12 +97,28 @@ class FileGuest(Guest):
         for pid in self.pids:
             try:
                 os.kill(pid, signal.SIGSTOP)
+            except ProcessLookupError:
+                continue  # it has ended: it writes no more
             except OSError as error:
                 raise MigrationError(f"cannot stop process {pid}: {error.strerror}") from None
         for pid in self.pids:
             await self._stopped(pid)
         if self.pause_cmd:
             await run_command(self.pause_cmd, "--pause-cmd")
+        self._check_file()
+
+    def _check_file(self) -> None:
+        """The file must still be the one we opened, under its name and as long as it was."""
+        ours = os.fstat(self._fd)
+        try:
+            named = os.stat(self.path)
+        except OSError:
+            named = None
+        if named is None or (named.st_dev, named.st_ino) != (ours.st_dev, ours.st_ino):
+            raise MigrationError(
+                f"guest file {self.path}: it was removed or replaced by another file meanwhile: "
+                "move the new one"
+            )
         size = os.lseek(self._fd, 0, os.SEEK_END)
         if size != self.memory.size:
             raise MigrationError(
@@ -162,13 +175,19 @@ class FileGuest(Guest):
 
 async def run_command(command: str, what: str, **environment: str) -> None:
     """Runs a user's command. Raises MigrationError where it fails."""
-    process = await asyncio.create_subprocess_shell(command, env={**os.environ, **environment})
+    process = await asyncio.create_subprocess_shell(
+        command, env={**os.environ, **environment}, start_new_session=True
+    )
     try:
         async with asyncio.timeout(COMMAND_PATIENCE):
             status = await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
+    except BaseException as error:
+        # It must not go on behind our back: a late pause would come after the resume.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await asyncio.shield(process.wait())
+        if not isinstance(error, TimeoutError):
+            raise
         raise MigrationError(f"{what} {command!r} did not end in {COMMAND_PATIENCE:g} s") from None
     if status != 0:
         raise MigrationError(f"{what} {command!r} failed with status {status}")

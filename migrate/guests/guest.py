@@ -28,6 +28,8 @@ class Guest(ABC):
     memory: Memory
     marks = False
     """Whether it marks what it writes; else the source scans, and hashes what it sends."""
+    stoppable = True
+    """Whether `pause` really stops it; else what it writes in the pause is looked for again."""
     description = ""
 
     def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
