@@ -87,6 +87,16 @@ def ended_or_given_up(pid: int) -> bool:
     return bool(process.words[4] == GIVEN_UP)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a program has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(entry.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.parent.name))
+    return found
+
+
 def end_guest(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

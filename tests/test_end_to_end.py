@@ -23,6 +23,7 @@ from proto.frames import FrameReader
 from proto.messages import MessageType, Round, unpack
 from tests.programs import (
     Program,
+    children,
     destination,
     end_guest,
     ended_or_given_up,
@@ -441,7 +442,10 @@ def test_never_two_owners_after_the_commit(victim: str, delivered: bool) -> None
     source = Program("migrate-src", "--guest", "demo:8m,hot=2m,fill=random", tap.address)
     pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
 
+    landed: list[int] = []
+
     def act() -> None:
+        landed.extend(children(receiver.process.pid))
         if victim == "source":
             source.kill()
         elif victim == "destination":
@@ -463,8 +467,8 @@ def test_never_two_owners_after_the_commit(victim: str, delivered: bool) -> None
             assert_guest_is_right(guest_pid(receiver.out))
     finally:
         end_guest(pid)
-        if receiver.out:
-            end_guest(guest_pid(receiver.out))
+        for there in landed:
+            end_guest(there)
 
 
 def test_a_destination_that_cannot_start_the_guest_gives_it_back(shm: Path) -> None:
