@@ -21,10 +21,16 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from migrate.digest import ChunkDigests
-from migrate.errors import MigrationError, MismatchError, NotStartedError, PeerError, PeerLost
+from migrate.errors import (
+    MigrationError,
+    MismatchError,
+    NotStartedError,
+    PeerError,
+    PeerLost,
+    peer_error,
+)
 from migrate.guests.guest import Place
 from migrate.link import Link
-from migrate.source import peer_error
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
 from proto.frames import Frame
@@ -147,10 +153,7 @@ class Destination:
             code = getattr(error, "code", ErrorCode.PROTOCOL)
         elif failure is not None:
             code = failure.code
-        reason = str(failure) if failure else "cancelled at the destination"
-        with contextlib.suppress(ProtoError, MigrationError, TimeoutError, asyncio.CancelledError):
-            async with asyncio.timeout(1):
-                await self.link.send(Error(code, reason[:1000]))
+        await self.link.give_reason(code, str(failure or "cancelled at the destination"))
 
     # -- setup
 

@@ -15,7 +15,12 @@ MigrationError             1  failed; the source's guest is as it was
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from proto import ErrorCode
+
+if TYPE_CHECKING:
+    from proto.messages import Error
 
 
 class MigrationError(Exception):
@@ -87,3 +92,17 @@ class HandOverUnknown(MigrationError):  # noqa: N818
     """After GO nobody but the destination may run the guest, and it has not answered."""
 
     exit_code = 9
+
+
+_REASONS: dict[ErrorCode, type[MigrationError]] = {
+    ErrorCode.CANCELLED: CancelledByPeer,
+    ErrorCode.MISMATCH: MismatchError,
+    ErrorCode.INTERNAL: MigrationError,
+    ErrorCode.NOT_STARTED: NotStartedError,
+}
+
+
+def peer_error(message: Error) -> MigrationError:
+    """The exception for the reason a peer gave; its text is made safe to print."""
+    reason = "".join(c if c.isprintable() else "?" for c in message.reason)
+    return _REASONS.get(message.code, PeerError)(f"the other side gave up: {reason}")

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 from migrate.address import Address
 from migrate.errors import ConnectError, PeerLost
-from proto import ProtoError
+from proto import ErrorCode, ProtoError
 from proto.frames import Frame
-from proto.messages import Message, MessageType, Ping, Pong, unpack
+from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
 from proto.session import Role, Session, State
 
 # Both loops get explicit limits: uvloop's own high-water mark is 64 KiB with a low one of 16
@@ -191,6 +191,12 @@ class Link(asyncio.BufferedProtocol):
         """Sends a sealed PAGES frame, at the pace of the rate limit."""
         await self.limit.take(len(frame))
         await self._write(self.session.send_sealed(MessageType.PAGES, frame))
+
+    async def give_reason(self, code: ErrorCode, reason: str) -> None:
+        """Tells the peer why we hang up, if it can still hear; never raises for that."""
+        with contextlib.suppress(ProtoError, PeerLost, TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(1):
+                await self.send(Error(code, reason[:1000]))
 
     async def _write(self, frame: bytearray) -> None:
         self._write_now(frame)

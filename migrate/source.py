@@ -34,6 +34,7 @@ from migrate.errors import (
     PeerError,
     PeerLost,
     UsageError,
+    peer_error,
 )
 from migrate.guests.guest import Guest
 from migrate.link import Link
@@ -76,13 +77,6 @@ HAND_OVER_SECONDS = 60.0
 PAUSE_FACTOR = 10
 PAUSE_SECONDS = 5.0
 
-REASONS: dict[ErrorCode, type[MigrationError]] = {
-    ErrorCode.CANCELLED: CancelledByPeer,
-    ErrorCode.MISMATCH: MismatchError,
-    ErrorCode.INTERNAL: MigrationError,
-    ErrorCode.NOT_STARTED: NotStartedError,
-}
-
 
 @dataclass(frozen=True)
 class Parameters:
@@ -111,12 +105,6 @@ class Parameters:
 
 T = TypeVar("T")
 Observer = Callable[[str, Statistics], None]
-
-
-def peer_error(message: Error) -> MigrationError:
-    """The exception for the reason a peer gave; its text is made safe to print."""
-    reason = "".join(c if c.isprintable() else "?" for c in message.reason)
-    return REASONS.get(message.code, PeerError)(f"the other side gave up: {reason}")
 
 
 class Source:
@@ -218,10 +206,7 @@ class Source:
             code = getattr(error, "code", ErrorCode.PROTOCOL)
         elif failure is not None:
             code = failure.code
-        reason = str(failure) if failure else "cancelled at the source"
-        with contextlib.suppress(ProtoError, MigrationError, TimeoutError, asyncio.CancelledError):
-            async with asyncio.timeout(1):
-                await self.link.send(Error(code, reason[:1000]))
+        await self.link.give_reason(code, str(failure or "cancelled at the source"))
 
     async def _read(self) -> None:
         """Sorts what the destination says."""

@@ -524,25 +524,24 @@ def test_a_stopped_writer_goes_on_when_one_side_is_killed(shm: Path, victim: str
 
 
 def test_killed_at_random_moments() -> None:
-    """One guest, many deaths: it is right after each of them, and arrives in the end."""
+    """One guest, many deaths: it is right after each of them, and arrives in the end.
+
+    The first round takes 2 s here, and the deaths come within 1.2 s: always before the commit.
+    """
     chance = random.Random(4444)
     receiver, address = destination()
-    source = Program("migrate-src", "--guest", SMALL, "--max-bandwidth", "32m", address)
+    source = Program("migrate-src", "--guest", SMALL, "--max-bandwidth", "16m", address)
     pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
     for turn in range(6):
         time.sleep(chance.uniform(0, 1.2))
         (source if turn % 2 else receiver).kill()
-        status = source.wait()
-        if status != 0:
-            time.sleep(0.2)
-            receiver.kill()  # it listens on where the source died before it had described a guest
-        received = receiver.wait()
-        if status == 0 and received == 0:
-            break  # it was quicker than we
+        assert source.wait() != 0
+        receiver.kill()  # it listens on where the source died before it had described a guest
+        receiver.wait()
         assert_guest_is_right(pid)
         receiver, address = destination()
         source = Program(
-            "migrate-src", "--guest", f"demo:pid={pid}", "--max-bandwidth", "32m", address
+            "migrate-src", "--guest", f"demo:pid={pid}", "--max-bandwidth", "16m", address
         )
     source.wait()
     receiver.wait()
