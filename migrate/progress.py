@@ -15,16 +15,15 @@ PLAIN_SECONDS = 2.0
 
 
 def progress_line(s: Statistics) -> str:
-    """Round, remaining, dirty rate, throughput and expected downtime, on one line."""
+    """Round, remaining, dirty rate, throughput and expected downtime, on a line for 80 columns."""
     parts = [
-        f"round {s.dirty_sync_count + (s.status == 'active')}",
-        f"remaining {format_size(s.remaining)}",
-        f"dirty {format_size(s.dirty_pages_rate * s.page_size)}/s",
-        f"sent {format_size(s.transferred)}",
-        f"{s.mbps:.0f} Mbit/s",
+        f"round {s.dirty_sync_count + (s.status == 'active')}: {format_size(s.remaining)} left"
     ]
+    if s.dirty_sync_count:
+        parts.append(f"dirty {format_size(s.dirty_pages_rate * s.page_size)}/s")
+    parts.append(f"{s.mbps:.0f} Mbit/s")
     if s.expected_downtime is not None:
-        parts.append(f"expected downtime {s.expected_downtime * 1e3:.0f} ms")
+        parts.append(f"exp. downtime {s.expected_downtime * 1e3:.0f} ms")
     return ", ".join(parts)
 
 
