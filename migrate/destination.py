@@ -147,9 +147,7 @@ class Destination:
         if isinstance(error, PeerLost):
             return
         code = ErrorCode.CANCELLED
-        if self.owner:
-            code = ErrorCode.NOT_STARTED
-        elif isinstance(error, ProtoError):
+        if isinstance(error, ProtoError):
             code = getattr(error, "code", ErrorCode.PROTOCOL)
         elif failure is not None:
             code = failure.code

@@ -314,7 +314,7 @@ class Source:
         assert self._tracker is not None
         loop = asyncio.get_running_loop()
         self._set_status("active")
-        await loop.run_in_executor(self._worker, self._tracker.take)
+        await loop.run_in_executor(self._worker, self._tracker.start)
         dirty = PageSet.full(self._pages)
         while True:
             began = time.monotonic()

@@ -29,6 +29,9 @@ class DirtyTracker(ABC):
     take_seconds = 0.0
     """What the last `take` cost; the one in the pause will cost as much."""
 
+    def start(self) -> None:
+        """Begins before all pages are sent: what was written until now needs no sending twice."""
+
     @abstractmethod
     def take(self) -> PageSet:
         """The pages written since they were last taken (scanning: that differ from the peer's)."""
@@ -44,6 +47,9 @@ class MarkTracker(DirtyTracker):
     def __init__(self, marks: memoryview, pages: int) -> None:
         self._marks = marks
         self._pages = pages
+
+    def start(self) -> None:
+        self.take()
 
     def take(self) -> PageSet:
         began = time.perf_counter()
