@@ -1,6 +1,5 @@
 from typing import Any
 
-def next_dirty(bitmap: Any, page: int, end: int) -> int: ...
 def gather(
     memory: Any,
     fd: int,

@@ -58,13 +58,6 @@ cdef inline uint64_t run_end(const uint64_t* words, uint64_t page, uint64_t limi
     return page
 
 
-def next_dirty(const uint8_t[::1] bitmap not None, uint64_t page, uint64_t end):
-    """The first page from `page` on whose bit is set, or `end`."""
-    if <uint64_t>bitmap.shape[0] * 8 < end or bitmap.shape[0] % 8:
-        raise ValueError("the bitmap is too short")
-    return next_set(<const uint64_t*>&bitmap[0], page, end)
-
-
 def gather(
     const uint8_t[::1] memory, int fd, uint64_t size, const uint8_t[::1] bitmap not None,
     uint64_t first, uint64_t end, Py_ssize_t page_size,

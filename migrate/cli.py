@@ -428,7 +428,7 @@ def _receiver(
                 raise NoPlaceError(
                     "a file guest has nowhere to land: start migrate-dst with --output PATH"
                 )
-            return FilePlace(info, args.output, args.on_complete, args.overwrite)
+            return FilePlace(info, args.output, args.overwrite)
         if info.kind == "demo":
             if args.output:
                 raise NoPlaceError(

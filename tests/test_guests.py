@@ -560,7 +560,7 @@ def place_of(request, monkeypatch, tmp_path):
         monkeypatch.setattr(os, "open", without_tmpfile)
 
     def make(size: int, path: Path, *, overwrite: bool = False) -> FilePlace:
-        place = FilePlace(GuestInfo("file", size, PAGE), str(path), "", overwrite)
+        place = FilePlace(GuestInfo("file", size, PAGE), str(path), overwrite)
         opened.append(place)
         return place
 
@@ -679,7 +679,7 @@ def test_a_killed_receiver_leaves_no_file(tmp_path):
     code = """
 from migrate.guests.file import FilePlace
 from proto.messages import GuestInfo
-place = FilePlace(GuestInfo("file", 1 << 20, 4096), sys.argv[1], "", False)
+place = FilePlace(GuestInfo("file", 1 << 20, 4096), sys.argv[1], False)
 place.make_room(0, 256)
 place.memory[:] = b"x" * (1 << 20)
 """

@@ -201,9 +201,8 @@ class FilePlace(Place):
     stay holes.
     """
 
-    def __init__(self, info: GuestInfo, path: str, on_complete: str, overwrite: bool) -> None:
+    def __init__(self, info: GuestInfo, path: str, overwrite: bool) -> None:
         self.path = path
-        self.on_complete = on_complete
         self._size = info.size
         self._page_size = info.page_size
         self._directory = os.path.dirname(os.path.abspath(path))
