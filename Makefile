@@ -24,7 +24,7 @@ build: .venv/built
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/built: .venv/bin/python pyproject.toml setup.py proto/_kernel.pyx migrate/_memory.pyx
+.venv/built: .venv/bin/python pyproject.toml setup.py $(wildcard proto/*.h proto/*.pxd proto/*.pyx migrate/*.pyx)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

@@ -17,7 +17,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
@@ -27,6 +27,7 @@ from migrate.errors import MigrationError, OnCompleteError, UsageError
 if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
     from migrate.guests.guest import Guest, Place
+    from migrate.link import Link
     from migrate.progress import Progress
     from migrate.source import Parameters, Source
     from proto.messages import GuestInfo
@@ -50,7 +51,7 @@ def _parser(prog: str, description: str, examples: str) -> _Parser:
     parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
     parser.add_argument(
         "--capability", action="append", default=[], metavar="NAME=on|off",
-        help="switch a capability (xbzrle, on by default)",
+        help="switch a capability: xbzrle, xbzrle-merge (shorter deltas); both are on",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
@@ -91,6 +92,10 @@ def source_parser() -> _Parser:
     parser.add_argument(
         "--max-bandwidth", "--bwlimit", default="0", metavar="SIZE",
         help="bytes per second, with suffix k, m, g (default: 0, no limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--channels", default="1", metavar="N",
+        help="connections to spread the pages over (default: 1): for paths that limit each one",
     )  # fmt: skip
     parser.add_argument(
         "--max-rounds", default="0", metavar="N", help="give up after so many (default: 0, never)"
@@ -188,6 +193,7 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
         cache_size=quantities.parse_cache_size(args.cache_size, page_size),
         page_size=page_size,
         limits=limits,
+        channels=_number(args.channels, "--channels"),
         capabilities=_switches(args.capability),
     )
 
@@ -278,7 +284,12 @@ async def _source(args: argparse.Namespace) -> int:
     except BaseException:
         await peer.close()
         raise
-    return await _move(args, guest, Source(guest, peer, parameters, progress.show), progress, stop)
+
+    def dial() -> Awaitable[Link]:
+        return link.connect(address, timeout=connect_timeout, peer_timeout=peer_timeout)
+
+    source = Source(guest, peer, parameters, progress.show, dial)
+    return await _move(args, guest, source, progress, stop)
 
 
 async def _move(
@@ -365,7 +376,7 @@ async def _destination(args: argparse.Namespace) -> int:
     try:
         while True:
             peer = await listener.accept()
-            destination = _receiver(args, peer, capabilities, wanted)
+            destination = _receiver(args, peer, capabilities, wanted, listener.accept)
             try:
                 arrival = await destination.run()
                 break
@@ -415,8 +426,9 @@ def _arrival_json(arrival: Arrival) -> dict[str, Any]:
 
 
 def _receiver(
-    args: argparse.Namespace, peer: Any, capabilities: dict[str, bool], wanted: int
-) -> Destination:
+    args: argparse.Namespace, peer: Any, capabilities: dict[str, bool], wanted: int,
+    accept: Callable[[], Awaitable[Link]],
+) -> Destination:  # fmt: skip
     from migrate.destination import Destination, NoPlaceError
     from migrate.guests.demo import DemoPlace
     from migrate.guests.file import FilePlace
@@ -449,7 +461,7 @@ def _receiver(
             if wanted:
                 asked.add(asyncio.get_running_loop().create_task(peer.send(CacheSize(wanted))))
 
-    return Destination(peer, placer, capabilities, observe)
+    return Destination(peer, placer, capabilities, observe, accept)
 
 
 def _main(

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from migrate.digest import ChunkDigests
+from migrate.digest import Digest
 from migrate.errors import (
     MigrationError,
     MismatchError,
@@ -33,10 +35,11 @@ from migrate.guests.guest import Place
 from migrate.link import Link
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
+from proto.errors import MessageError
 from proto.frames import Frame
-from proto.kernel import PageDecoder
+from proto.kernel import PageDecoder, PageHashes
 from proto.messages import (
-    DIGEST_CHUNK,
+    TOKEN_BYTES,
     Accept,
     CacheSize,
     Complete,
@@ -44,6 +47,8 @@ from proto.messages import (
     Go,
     GuestInfo,
     Hello,
+    Join,
+    Joined,
     MessageType,
     Ready,
     Round,
@@ -89,11 +94,12 @@ class Destination:
     """Receives one guest over one link.
 
     placer -- gives a Place for a described guest, or raises MigrationError: it is refused
+    accept -- gives the next connection, for a guest that comes over several; None refuses those
     """
 
     def __init__(
         self, link: Link, placer: Placer, capabilities: Mapping[str, bool] | None = None,
-        observer: Observer | None = None,
+        observer: Observer | None = None, accept: Callable[[], Awaitable[Link]] | None = None,
     ) -> None:  # fmt: skip
         self.link = link
         self.arrival = Arrival()
@@ -103,8 +109,13 @@ class Destination:
         self._placer = placer
         self._capabilities = capabilities or {}
         self._observer = observer or (lambda _event, _arrival: None)
+        self._accept = accept
         self._worker = ThreadPoolExecutor(1, "apply")
         self._apply_seconds = 0.0
+        self._round = 1
+        self._lanes: dict[int, Link] = {}
+        self._ended: dict[int, int] = {}
+        self._news = asyncio.Event()
 
     async def run(self) -> Arrival:
         """Receives the guest; returns when it runs here.
@@ -125,9 +136,14 @@ class Destination:
             raise failure from error
         finally:
             await self._drain_worker()
-            with contextlib.suppress(BaseException):
-                await asyncio.shield(self.link.close())
+            for link in self._links:
+                with contextlib.suppress(BaseException):
+                    await asyncio.shield(link.close())
         return self.arrival
+
+    @property
+    def _links(self) -> list[Link]:
+        return [self.link, *self._lanes.values()]
 
     async def _drain_worker(self) -> None:
         await asyncio.to_thread(self._worker.shutdown)
@@ -141,6 +157,8 @@ class Destination:
             return error
         if isinstance(error, ProtoError):
             return PeerError(str(error))
+        if isinstance(error, OSError):
+            return MigrationError(f"the guest cannot be written here: {error.strerror}")
         return MigrationError(f"{type(error).__name__}: {error}")
 
     async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
@@ -167,21 +185,24 @@ class Destination:
                     f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
                 ) from None
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
+        if info.channels > 1 and self._accept is None:
+            raise NoPlaceError("guests are received over one connection here")
         self.place = place = self._placer(info)
         self.arrival.info = info
         self.started = True
-        decoder = PageDecoder(info.pages, info.page_size, DIGEST_CHUNK // info.page_size)
-
-        def known_zero(first: int, count: int) -> bool:
-            return not decoder.ever_written(first, count)
-
-        digests = ChunkDigests(place.reads, info.page_size, known_zero, decoder.stale)
+        hashes = PageHashes(info.pages, info.page_size, info.hash_seed)
+        decoder = PageDecoder(hashes, info.size)
+        digest = Digest(place.reads, hashes)
         await place.ready()
-        await self.link.send(Accept())
+        token = os.urandom(TOKEN_BYTES)
+        await self.link.send(Accept(token))
+        if info.channels > 1:
+            await self._gather_channels(token, info.channels - 1)
+            self._ended = dict.fromkeys(self._lanes, 0)
         self.arrival.status = "active"
         self._observer("accepted", self.arrival)
-        complete = await self._rounds(decoder, digests, place)
-        await self._verify(decoder, digests, place, complete)
+        complete = await self._rounds(decoder, digest, place)
+        await self._verify(decoder, digest, place, complete)
         await self._take_over(place, complete.state)
 
     async def _expect(self, kind: type[T]) -> T:
@@ -192,101 +213,182 @@ class Destination:
             raise PeerError(f"{type(message).__name__} came where {kind.__name__} was due")
         return message
 
+    # -- channels
+
+    async def _gather_channels(self, token: bytes, count: int) -> None:
+        """Waits until a connection has joined for each further channel."""
+        joining: list[asyncio.Task[None]] = []
+
+        async def admit() -> None:
+            assert self._accept is not None
+            while True:
+                link = await self._accept()
+                joining.append(asyncio.create_task(self._join(link, token, count)))
+
+        admitting = asyncio.create_task(admit())
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                while len(self._lanes) < count:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            raise PeerLost(
+                f"only {len(self._lanes)} of {count} further channels came within "
+                f"{HANDSHAKE_SECONDS:g} s"
+            ) from None
+        finally:
+            for task in (admitting, *joining):
+                task.cancel()
+
+    async def _join(self, link: Link, token: bytes, count: int) -> None:
+        """Makes a connection a channel, if it is one of ours."""
+        try:
+            message = await link.receive_message()
+            if not isinstance(message, Join) or not hmac.compare_digest(message.token, token):
+                raise MessageError("this is no channel of the migration that goes on here")
+            if message.channel > count or message.channel in self._lanes:
+                raise MessageError(f"channel {message.channel} is not to be had")
+            link.session.channel = message.channel
+            self._lanes[message.channel] = link
+            self._news.set()
+            await link.send(Joined())
+        except (ProtoError, PeerLost) as error:
+            await link.give_reason(getattr(error, "code", ErrorCode.PROTOCOL), str(error))
+            await link.close()
+        except asyncio.CancelledError:
+            link.abort()
+            raise
+
     # -- rounds
 
-    async def _rounds(self, decoder: PageDecoder, digests: ChunkDigests, place: Place) -> Complete:
+    async def _rounds(self, decoder: PageDecoder, digest: Digest, place: Place) -> Complete:
         """Applies batches until COMPLETE comes."""
+        tasks = [
+            asyncio.create_task(self._follow(lane, channel, decoder, place))
+            for channel, lane in self._lanes.items()
+        ]
+        main = asyncio.create_task(self._lead(decoder, digest, place))
+        try:
+            while not main.done():
+                done, _ = await asyncio.wait([main, *tasks], return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {main}:
+                    task.result()  # a channel only ends by an error
+            return main.result()
+        finally:
+            for task in (main, *tasks):
+                task.cancel()
+            # A batch that is being applied is let finish: its frame is memory that it reads.
+            await asyncio.shield(asyncio.gather(main, *tasks, return_exceptions=True))
+
+    async def _batches(
+        self, link: Link, decoder: PageDecoder, place: Place
+    ) -> tuple[MessageType, bytes]:
+        """Applies the batches of one channel up to its next other message."""
         loop = asyncio.get_running_loop()
         busy: asyncio.Future[None] | None = None
-        number = 1
-        apply_before = 0.0
         try:
             while True:
-                frame = await self.link.receive()
-                self.arrival.received = self.link.received_bytes
+                frame = await link.receive()
                 if busy is not None:
                     await busy
                     busy = None
-                if frame.type is MessageType.PAGES:
-                    busy = loop.run_in_executor(
-                        self._worker, self._apply, decoder, place, frame, number
-                    )
-                    continue
-                message = unpack(frame.type, bytes(frame.body))
-                frame.release()
-                if isinstance(message, Complete):
-                    return message
-                if isinstance(message, CacheSize):
-                    self.arrival.cache_size = message.size
-                elif isinstance(message, Error):
-                    raise peer_error(message)
-                elif isinstance(message, Round):
-                    if message.number != number:
-                        raise PeerError(f"round {message.number} ended while {number} was going on")
-                    await self._end_round(
-                        decoder, digests, place, message, self._apply_seconds - apply_before
-                    )
-                    apply_before = self._apply_seconds
-                    number += 1
+                if frame.type is not MessageType.PAGES:
+                    body = bytes(frame.head)
+                    frame.release()
+                    return frame.type, body
+                busy = loop.run_in_executor(
+                    self._worker, self._apply, decoder, place, frame, self._round
+                )
         finally:
             if busy is not None:
                 with contextlib.suppress(BaseException):
                     await asyncio.shield(busy)
 
+    async def _follow(self, lane: Link, channel: int, decoder: PageDecoder, place: Place) -> None:
+        """One further channel: batches and the ends of rounds."""
+        while True:
+            kind, body = await self._batches(lane, decoder, place)
+            message = unpack(kind, body)
+            if isinstance(message, Error):
+                raise peer_error(message)
+            if not isinstance(message, Round) or message.number != self._ended[channel] + 1:
+                raise PeerError(f"channel {channel}: {kind.name} came where a round goes on")
+            self._ended[channel] = message.number
+            self._news.set()
+
+    async def _lead(self, decoder: PageDecoder, digest: Digest, place: Place) -> Complete:
+        """The first channel, which carries all the rest; returns at COMPLETE."""
+        apply_before = 0.0
+        while True:
+            kind, body = await self._batches(self.link, decoder, place)
+            message = unpack(kind, body)
+            if isinstance(message, Complete):
+                return message
+            if isinstance(message, CacheSize):
+                self.arrival.cache_size = message.size
+            elif isinstance(message, Error):
+                raise peer_error(message)
+            elif isinstance(message, Round):
+                if message.number != self._round:
+                    raise PeerError(f"round {message.number} ended while {self._round} went on")
+                while any(number != self._round for number in self._ended.values()):
+                    self._news.clear()
+                    await self._news.wait()
+                await self._end_round(
+                    decoder, digest, place, message, self._apply_seconds - apply_before
+                )
+                apply_before = self._apply_seconds
+
     def _apply(self, decoder: PageDecoder, place: Place, frame: Frame, number: int) -> None:
-        """In the worker thread: all of a batch, or nothing of it."""
+        """In the worker thread."""
         began = time.thread_time()
         try:
-            fresh: list[tuple[int, int]] = []
-            came = decoder.check(frame.body, fresh)
+            came, fresh = decoder.check(frame.head, len(frame.data))
             if came != number:
                 raise PeerError(f"a batch of round {came} came in round {number}")
-            for first, count in fresh:
-                place.make_room(first, count)
-            decoder.apply(frame.body, place.memory)
+            for page in fresh:
+                place.make_room(page)
+            decoder.apply(frame.head, frame.data, place.memory, place.fd, place.fd_offset)
             if decoder.delta and not self.arrival.capabilities["xbzrle"]:
                 raise PeerError("a delta came, though xbzrle was not agreed on")
         finally:
             frame.release()
-        self._apply_seconds += time.thread_time() - began
+            self._apply_seconds += time.thread_time() - began
 
     async def _end_round(
-        self, decoder: PageDecoder, digests: ChunkDigests, place: Place, message: Round,
+        self, decoder: PageDecoder, digest: Digest, place: Place, message: Round,
         apply_seconds: float,
     ) -> None:  # fmt: skip
-        """Digests what came to rest, and confirms the round."""
+        """Hashes what came to rest, and confirms the round."""
         loop = asyncio.get_running_loop()
         arrival = self.arrival
         arrival.rounds, arrival.zero = message.number, decoder.zero
         arrival.raw, arrival.delta = decoder.raw, decoder.delta
+        arrival.received = sum(link.received_bytes for link in self._links)
         began = time.perf_counter()
         settled = await loop.run_in_executor(
-            self._worker, self._settle, digests, place, message.last
+            self._worker, self._settle, decoder, digest, place, message.last
         )
         seconds = time.perf_counter() - began
+        self._round += 1
         await self.link.send(
-            RoundAck(
-                message.number,
-                apply_seconds,
-                seconds,
-                len(decoder.stale) - decoder.stale.count(0),
-                settled,
-            )
+            RoundAck(message.number, apply_seconds, seconds, digest.stale(), settled)
         )
         self._observer("round", arrival)
 
-    def _settle(self, digests: ChunkDigests, place: Place, last: bool) -> int:
-        """All stale chunks in the pause; before it, those that the last round left alone."""
+    def _settle(self, decoder: PageDecoder, digest: Digest, place: Place, last: bool) -> int:
+        """All stale pages in the pause; before it, those that this round left alone."""
         if last:
-            return digests.settle()
-        settled = digests.settle_quiet()
+            return digest.settle()
+        settled = digest.settle(decoder.recent)
+        decoder.end_round()
         place.sync()
         return settled
 
     # -- hand-over
 
     async def _verify(
-        self, decoder: PageDecoder, digests: ChunkDigests, place: Place, complete: Complete
+        self, decoder: PageDecoder, digest: Digest, place: Place, complete: Complete
     ) -> None:
         loop = asyncio.get_running_loop()
         self.arrival.status = "device"
@@ -296,8 +398,8 @@ class Destination:
                 "complete"
             )
         began = time.perf_counter()
-        digest = await loop.run_in_executor(self._worker, digests.digest)
-        if digest != complete.digest:
+        ours = await loop.run_in_executor(self._worker, digest.digest)
+        if ours != complete.digest:
             raise MismatchError(
                 "the memories differ: the digest here is not the source's. If nothing stopped the "
                 "guest's writer, it wrote during the last round"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,14 @@ async def send(
 
     Raises MigrationError: the guest runs on here then, unless it is a HandOverUnknown.
     """
-    peer = await link.connect(parse_address(address), timeout=connect_timeout)
+    where = parse_address(address)
+    peer = await link.connect(where, timeout=connect_timeout)
     await guest.started()
-    return await Source(guest, peer, parameters, observer).run()
+
+    def dial() -> Awaitable[link.Link]:
+        return link.connect(where, timeout=connect_timeout)
+
+    return await Source(guest, peer, parameters, observer, dial).run()
 
 
 async def receive(
@@ -77,7 +82,7 @@ async def receive(
         if listening is not None:
             listening(listener.address)
         while True:
-            destination = Destination(await listener.accept(), placer)
+            destination = Destination(await listener.accept(), placer, accept=listener.accept)
             try:
                 arrival = await destination.run()
                 break

@@ -22,17 +22,21 @@ from migrate.address import Address
 from migrate.errors import ConnectError, PeerLost
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
-from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
+from proto.messages import MAX_CHANNELS, Error, Message, MessageType, Ping, Pong, unpack
 from proto.session import Role, Session, State
 
 # Both loops get explicit limits: uvloop's own high-water mark is 64 KiB with a low one of 16
 # bytes, a bubble per frame on any real round-trip time.
 SEND_HIGH = 4 << 20
-SEND_LOW = 1 << 20
+SEND_LOW_SHARE = 4
 RECEIVE_AHEAD = 3
 SOCKET_TIMEOUT = 30.0
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
 MAX_USER_TIMEOUT = (1 << 31) - 1
+
+
+# States in which nothing but the handshake is said.
+QUIET = (State.START, State.GREETED, State.JOINING, State.FAILED)
 
 
 class RateLimit:
@@ -82,7 +86,7 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=SEND_HIGH, low=SEND_LOW)
+        self.bound_sending(SEND_HIGH)
         sock = transport.get_extra_info("socket")
         self.peer_name = str(transport.get_extra_info("peername") or "a local process")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -93,6 +97,11 @@ class Link(asyncio.BufferedProtocol):
                     int(min(self.peer_timeout * 1000, MAX_USER_TIMEOUT)),
                 )  # fmt: skip
         self._heart = asyncio.get_running_loop().create_task(self._beat())
+
+    def bound_sending(self, most: int) -> None:
+        """`send` waits while more than so many bytes are queued."""
+        assert self._transport is not None
+        self._transport.set_write_buffer_limits(high=most, low=most // SEND_LOW_SHARE)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.session.reader.get_buffer()
@@ -178,19 +187,23 @@ class Link(asyncio.BufferedProtocol):
         """The next message that is no batch of pages, read and released."""
         frame = await self.receive()
         try:
-            body = bytes(frame.body) if frame.type is MessageType.PAGES else frame.body
-            return unpack(frame.type, body)
+            return unpack(frame.type, frame.head)
         finally:
             frame.release()
 
     async def send(self, message: Message) -> None:
         """Sends a message now, past the rate limit: it is small."""
-        await self._write(self.session.send(message))
+        self._write_now(self.session.send(message))
+        await self._drain()
 
-    async def send_batch(self, frame: bytearray) -> None:
-        """Sends a sealed PAGES frame, at the pace of the rate limit."""
-        await self.limit.take(len(frame))
-        await self._write(self.session.send_sealed(MessageType.PAGES, frame))
+    async def send_batch(self, head: memoryview, data: memoryview) -> None:
+        """Sends a sealed PAGES frame and its raw pages, at the pace of the rate limit."""
+        await self.limit.take(len(head) + len(data))
+        self.session.send_pages()
+        self._write_now(head)
+        if data:
+            self._write_now(data)
+        await self._drain()
 
     async def give_reason(self, code: ErrorCode, reason: str) -> None:
         """Tells the peer why we hang up, if it can still hear; never raises for that."""
@@ -198,13 +211,12 @@ class Link(asyncio.BufferedProtocol):
             async with asyncio.timeout(1):
                 await self.send(Error(code, reason[:1000]))
 
-    async def _write(self, frame: bytearray) -> None:
-        self._write_now(frame)
+    async def _drain(self) -> None:
         await self._writable.wait()
         if self._fault is not None and isinstance(self._fault, PeerLost):
             raise self._fault
 
-    def _write_now(self, frame: bytearray) -> None:
+    def _write_now(self, frame: bytearray | memoryview) -> None:
         if self._transport is None or self._transport.is_closing():
             raise self._fault or PeerLost("the connection is closed")
         self.sent_bytes += len(frame)
@@ -227,12 +239,12 @@ class Link(asyncio.BufferedProtocol):
                 self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.0f} s"))
                 self.abort()
                 return
-            if self.session.state not in (State.START, State.GREETED, State.FAILED):
+            if self.session.state not in QUIET:
                 with contextlib.suppress(ProtoError, PeerLost):
                     self._write_now(self.session.send(Ping(next(self._tokens))))
 
     def _ping_pong(self, frame: Frame) -> None:
-        message = unpack(frame.type, frame.body)
+        message = unpack(frame.type, frame.head)
         frame.release()
         if isinstance(message, Ping):
             if not self._writable.is_set():
@@ -319,7 +331,7 @@ def _why(error: OSError) -> str:
 
 
 class Listener:
-    """Waits for one source. `addresses` says where, with the real port."""
+    """Waits for sources and their further channels; `address` says where, with the real port."""
 
     def __init__(self, server: asyncio.Server, links: asyncio.Queue[Link], path: str) -> None:
         self._server = server
@@ -334,7 +346,7 @@ class Listener:
         return Address(host=name[0], port=name[1])
 
     async def accept(self) -> Link:
-        """The first source that connects."""
+        """The next connection."""
         return await self._links.get()
 
     async def close(self) -> None:
@@ -359,15 +371,15 @@ def _check_unused(address: Address) -> None:
 async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> Listener:
     """Listens as a destination. Raises ConnectError where the address is not to be had."""
     loop = asyncio.get_running_loop()
-    links: asyncio.Queue[Link] = asyncio.Queue()
+    links: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
 
     class Incoming(Link):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            if links.empty():
+            try:
                 links.put_nowait(self)
-            else:
-                self.abort()  # one source at a time; the one before is not served yet
+            except asyncio.QueueFull:
+                self.abort()
 
     def make() -> Link:
         return Incoming(Role.DESTINATION, peer_timeout)
@@ -375,12 +387,12 @@ async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> L
     try:
         if address.path:
             _check_unused(address)
-            server: Any = await loop.create_unix_server(make, address.path, backlog=16)
+            server: Any = await loop.create_unix_server(make, address.path, backlog=MAX_CHANNELS)
         else:
             # A free port is picked once: on all IPv4 interfaces, not one number per family.
             host = address.host or (None if address.port else "0.0.0.0")
             server = await loop.create_server(
-                make, host, address.port, backlog=16, reuse_address=True
+                make, host, address.port, backlog=MAX_CHANNELS, reuse_address=True
             )
     except OSError as error:
         raise ConnectError(f"cannot listen on {address}: {_why(error)}") from None

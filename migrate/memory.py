@@ -21,6 +21,7 @@ class Memory:
         self.size = size
         self.view = view
         self.fd = fd
+        self._extent = (0, 0, False)
 
     def read(self, offset: int, into: memoryview) -> int:
         """Copies bytes from `offset` on; how many there were (fewer only at the end)."""
@@ -38,7 +39,7 @@ class Memory:
         return want
 
     def gather(
-        self, bits: bytearray, first: int, end: int, page_size: int, snapshot: memoryview,
+        self, bits: bytes | bytearray, first: int, end: int, page_size: int, snapshot: memoryview,
         numbers: memoryview,
     ) -> tuple[int, int]:  # fmt: skip
         """Copies dirty pages: see migrate._memory.gather."""
@@ -46,20 +47,24 @@ class Memory:
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
         """(first page, pages, data) for all of the guest; `data` is False for holes."""
-        return self.extents_from(0, page_size)
-
-    def extents_from(self, page: int, page_size: int) -> Iterator[tuple[int, int, bool]]:
-        """As `extents`, from a page on."""
-        pages = -(-self.size // page_size)
+        pages, page = -(-self.size // page_size), 0
         while page < pages:
-            start, end = self._data_after(page * page_size)
-            first, last = start // page_size, min(-(-end // page_size), pages)
-            first = max(first, page)
-            if first > page:
-                yield page, first - page, False
-            if last > first:
-                yield first, last - first, True
-            page = max(last, first)
+            end, data = self.extent(page, page_size)
+            yield page, end - page, data
+            page = end
+
+    def extent(self, page: int, page_size: int) -> tuple[int, bool]:
+        """Where the stretch that `page` is in ends, and whether it has data; False for a hole.
+
+        The last answer is kept: on tmpfs the kernel looks at each page up to the end of it.
+        """
+        first, end, data = self._extent
+        if not first <= page < end:
+            start, stop = self._data_after(page * page_size)
+            data = start < min((page + 1) * page_size, self.size)
+            end = -(-stop // page_size) if data or start >= self.size else start // page_size
+            self._extent = page, end, data
+        return end, data
 
     def _data_after(self, offset: int) -> tuple[int, int]:
         """The next stretch of data at or after `offset`; at the end, (size, size)."""

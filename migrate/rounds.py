@@ -9,7 +9,7 @@ The prediction counts deltas. QEMU takes every pending page for 4096 bytes, and 
 bandwidth falls as deltas get better, so it can predict a minute where the truth is 0.2 s. Here it
 is the work that the pause will hold, in the units that recent rounds have measured: seconds of
 encoding and of applying per page (CPU seconds: in the pause the guest leaves its core to us),
-bytes on the wire per page, seconds per digest chunk, the scan, and round trips.
+bytes on the wire per page, seconds per page that is hashed, the scan, and round trips.
 
 Nothing here knows clocks, sockets or guests: numbers in, a verdict out.
 """
@@ -28,7 +28,7 @@ TELLING_PAGES = 64
 # The pause itself: stopping the guest, and the messages of the hand-over, beside round trips.
 FIXED_SECONDS = 0.004
 ROUND_TRIPS = 3
-DIGEST_SECONDS = 1e-5
+DIGEST_SECONDS = 1e-6
 
 
 class Verdict(Enum):
@@ -53,7 +53,7 @@ class Pending:
     """What is left to move, if the guest were stopped now."""
 
     pages: int
-    stale_chunks: int
+    stale_pages: int
     scan_seconds: float = 0.0
 
 
@@ -96,13 +96,14 @@ class DowntimeModel:
         self.bytes_per_page += weight * (measured.wire_bytes / pages - self.bytes_per_page)
         self._rounds += 1
 
-    def learn_digest(self, chunks: int, seconds: float, *, peer: bool) -> None:
-        if chunks < 16:
+    def learn_digest(self, pages: int, seconds: float, *, peer: bool) -> None:
+        """What it took to hash so many stale pages."""
+        if pages < 4 * TELLING_PAGES:
             return
         if peer:
-            self.peer_digest = seconds / chunks
+            self.peer_digest = seconds / pages
         else:
-            self.source_digest = seconds / chunks
+            self.source_digest = seconds / pages
 
     def predict(self, pending: Pending, limits: Limits) -> float:
         """Seconds of downtime if the guest were stopped now."""
@@ -111,7 +112,7 @@ class DowntimeModel:
             bandwidth = min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
         wire = pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
         work = max(wire, pending.pages * self.encode_per_page, pending.pages * self.apply_per_page)
-        digests = pending.stale_chunks * max(self.source_digest, self.peer_digest)
+        digests = pending.stale_pages * max(self.source_digest, self.peer_digest)
         return FIXED_SECONDS + ROUND_TRIPS * self.round_trip + pending.scan_seconds + work + digests
 
 

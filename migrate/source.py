@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import time
-from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from migrate.digest import ChunkDigests
+from migrate.digest import Digest
 from migrate.errors import (
     CancelledByPeer,
     HandOverUnknown,
@@ -37,17 +35,20 @@ from migrate.errors import (
     peer_error,
 )
 from migrate.guests.guest import Guest
-from migrate.link import Link
+from migrate.link import SEND_HIGH, Link
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker
 from proto import ErrorCode, LocalError, ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES, seal
-from proto.kernel import PageCache, PageEncoder
+from proto.kernel import PageCache, PageEncoder, PageHashes
 from proto.messages import (
     BATCH_BYTES,
+    MAX_CHANNELS,
     MAX_STATE,
+    SEED_BYTES,
+    STRIPE_BYTES,
     Accept,
     CacheSize,
     Complete,
@@ -55,6 +56,8 @@ from proto.messages import (
     Go,
     GuestInfo,
     Hello,
+    Join,
+    Joined,
     Message,
     MessageType,
     Ready,
@@ -66,8 +69,6 @@ from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
-# Pages copied and encoded at a time: they stay in the core's own cache.
-GATHER_BYTES = 256 << 10
 # A worker's turn ends with a full batch, or after this many pages without one.
 TURN_PAGES = 1 << 14
 HANDSHAKE_SECONDS = 15.0
@@ -88,6 +89,7 @@ class Parameters:
     cache_size: int = DEFAULT_CACHE_SIZE
     page_size: int = 4096
     limits: Limits = field(default_factory=Limits)
+    channels: int = 1
     capabilities: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class Parameters:
             raise UsageError(
                 f"a cache of {self.cache_size} bytes: it is a power of two of at least one page"
             )
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")
         try:
             caps.switched_on(self.capabilities)
         except LocalError as error:
@@ -111,11 +115,12 @@ class Source:
     """One migration of one guest over one link.
 
     observer -- called with ("round" | "progress" | "notice: ...", statistics) as things happen
+    dial     -- connects to the destination once more, for channels beside `link`
     """
 
     def __init__(
         self, guest: Guest, link: Link, parameters: Parameters | None = None,
-        observer: Observer | None = None,
+        observer: Observer | None = None, dial: Callable[[], Awaitable[Link]] | None = None,
     ) -> None:  # fmt: skip
         self.guest = guest
         self.link = link
@@ -123,29 +128,33 @@ class Source:
         self.statistics = Statistics(total=guest.memory.size, page_size=self.parameters.page_size)
         self.committed = False
         self._observer = observer or (lambda _event, _statistics: None)
+        self._dial = dial
+        self._links = [link]
         self._worker = ThreadPoolExecutor(1, "encode")
         self._inbox: asyncio.Queue[Message] = asyncio.Queue(64)
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
         self._pages = -(-guest.memory.size // self.parameters.page_size)
-        per_turn = GATHER_BYTES // self.parameters.page_size
-        # Page-aligned: copying to a bytearray, which is not, takes three times as long.
-        self._snapshot = memoryview(mmap.mmap(-1, GATHER_BYTES))
-        self._numbers = memoryview(array("Q", bytes(8 * per_turn)))
-        self._left = (0, 0)
         self._encode_seconds = 0.0
         self._began = time.monotonic()
         self._cache: PageCache | None = None
         self._wanted_cache = 0
         self._cache_size = 0
+        self._lane_readers: list[asyncio.Task[None]] = []
         self._unsent: PageSet | None = None
         self._tracker: DirtyTracker | None = None
         self._round = 0
         self._peer_stale = 0
         self._round_began = self._began
         self._round_sent = 0
+        self._round_left = 0
         self._paused_at: float | None = None
         link.limit.rate = self.parameters.limits.max_bandwidth
+
+    @property
+    def sent_bytes(self) -> int:
+        """Over all channels."""
+        return sum(link.sent_bytes for link in self._links)
 
     # -- the whole of it
 
@@ -158,11 +167,13 @@ class Source:
         self._began = time.monotonic()
         try:
             async with asyncio.TaskGroup() as group:
+                self._readers = group
                 reader = group.create_task(self._read())
                 try:
                     await self._migrate()
                 finally:
-                    reader.cancel()
+                    for task in (reader, *self._lane_readers):
+                        task.cancel()
         except BaseException as raised:
             error = _the_cause(raised)
             failure = self._failure(error)
@@ -172,8 +183,9 @@ class Source:
             raise failure from error
         finally:
             self._worker.shutdown(wait=True)
-            with contextlib.suppress(BaseException):
-                await asyncio.shield(self.link.close())
+            for link in self._links:
+                with contextlib.suppress(BaseException):
+                    await asyncio.shield(link.close())
             self._update()
         return self.statistics
 
@@ -221,6 +233,13 @@ class Source:
                 if isinstance(message, Running | Error):
                     return
 
+    async def _read_lane(self, lane: Link) -> None:
+        """A further channel has nothing to say but why it ends."""
+        message = await lane.receive_message()
+        if isinstance(message, Error):
+            raise peer_error(message)
+        raise PeerError(f"{type(message).__name__} came on a channel that only carries pages")
+
     async def _expect(self, kind: type[T]) -> T:
         message = await self._inbox.get()
         if isinstance(message, Error):
@@ -231,9 +250,9 @@ class Source:
 
     async def _migrate(self) -> None:
         try:
-            encoder, digests = await self._set_up()
-            await self._rounds(encoder, digests)
-            await self._hand_over(encoder, digests)
+            encoder, digest = await self._set_up()
+            await self._rounds(encoder, digest)
+            await self._hand_over(encoder, digest)
         except BaseException:
             if not self.committed:
                 await asyncio.shield(self._keep_guest())
@@ -249,7 +268,7 @@ class Source:
 
     # -- setup
 
-    async def _set_up(self) -> tuple[PageEncoder, ChunkDigests]:
+    async def _set_up(self) -> tuple[PageEncoder, Digest]:
         self._set_status("setup")
         parameters = self.parameters
         async with asyncio.timeout(HANDSHAKE_SECONDS):
@@ -268,10 +287,17 @@ class Source:
                 memory = self.guest.memory
                 await self.link.send(
                     GuestInfo(
-                        self.guest.kind, memory.size, parameters.page_size, self.guest.description
+                        self.guest.kind,
+                        memory.size,
+                        parameters.page_size,
+                        seed := os.urandom(SEED_BYTES),
+                        parameters.channels,
+                        self.guest.description,
                     )
                 )
-                await self._expect(Accept)
+                accept = await self._expect(Accept)
+                for channel in range(1, parameters.channels):
+                    await self._open_channel(channel, accept.token)
                 self._model.round_trip = min([await self.link.round_trip() for _ in range(3)])
             except TimeoutError:
                 raise PeerLost(
@@ -281,20 +307,41 @@ class Source:
         if agreement.xbzrle:
             self._cache_size = parameters.cache_size
             self._cache = PageCache(self._useful(parameters.cache_size), page_size)
-        key = None if self.guest.marks else os.urandom(page_size)
-        encoder = PageEncoder(self._pages, page_size, self._cache, key, BATCH_BYTES)
-        digests = ChunkDigests(memory, page_size, encoder.known_zero)
+        hashes = PageHashes(self._pages, page_size, seed)
+        encoder = PageEncoder(
+            hashes, self._cache, merge=agreement.merge, headroom=HEADER_BYTES, room=BATCH_BYTES
+        )
+        digest = Digest(memory, hashes)
         self._encoder = encoder
-        self._tracker = self.guest.track(encoder, digests)
+        self._tracker = self.guest.track(encoder)
         self._wanted_cache = parameters.cache_size
         await self.link.send(CacheSize(self._cache_size))
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle},
+            channels=parameters.channels,
             setup_time=time.monotonic() - self._began,
             cache_size=self._cache_size,
             remaining=memory.size,
         )
-        return encoder, digests
+        return encoder, digest
+
+    async def _open_channel(self, channel: int, token: bytes) -> None:
+        if self._dial is None:
+            raise UsageError("several channels need a way to connect again")
+        lane = await self._dial()
+        lane.limit = self.link.limit
+        self._links.append(lane)
+        await lane.send(Join(token, channel))
+        lane.session.channel = channel
+        answer = await lane.receive_message()
+        if isinstance(answer, Error):
+            raise peer_error(answer)
+        if not isinstance(answer, Joined):
+            raise PeerError(f"{type(answer).__name__} came where JOINED was due")
+        # All of them together queue no more than a single one would.
+        for link in self._links:
+            link.bound_sending(max(SEND_HIGH // len(self._links), BATCH_BYTES))
+        self._lane_readers.append(self._readers.create_task(self._read_lane(lane)))
 
     def set_cache_size(self, size: int) -> None:
         """Asks for another cache size; it is in force within a batch, keeping what still fits."""
@@ -310,7 +357,7 @@ class Source:
 
     # -- rounds
 
-    async def _rounds(self, encoder: PageEncoder, digests: ChunkDigests) -> None:
+    async def _rounds(self, encoder: PageEncoder, digest: Digest) -> None:
         assert self._tracker is not None
         loop = asyncio.get_running_loop()
         self._set_status("active")
@@ -318,18 +365,18 @@ class Source:
         dirty = PageSet.full(self._pages)
         while True:
             began = time.monotonic()
-            measured = await self._send_round(encoder, digests, dirty, last=False)
+            measured = await self._send_round(encoder, digest, dirty, last=False)
             self._model.learn(measured)
             dirty = await loop.run_in_executor(self._worker, self._tracker.take)
             self._unsent = dirty
-            self._model.learn_digest(digests.hashed, digests.seconds, peer=False)
+            self._model.learn_digest(digest.hashed, digest.seconds, peer=False)
             elapsed = time.monotonic() - began
             self.statistics = self.statistics.with_(
                 dirty_pages_rate=len(dirty) / elapsed if elapsed else 0.0,
                 remaining=min(len(dirty) * encoder.page_size, self.guest.memory.size),
             )
             scan = 0.0 if self.guest.marks else self._tracker.take_seconds
-            pending = Pending(len(dirty), max(digests.stale_with(dirty), self._peer_stale), scan)
+            pending = Pending(len(dirty), max(digest.stale(dirty.bits), self._peer_stale), scan)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
             self._update()
@@ -338,48 +385,36 @@ class Source:
                 raise NotConvergedError(f"the migration was given up: {decision.reason}")
             if decision.verdict is Verdict.STOP_AND_COPY:
                 return
-            digests.touch(dirty)
 
     async def _send_round(
-        self, encoder: PageEncoder, digests: ChunkDigests, dirty: PageSet, *, last: bool
+        self, encoder: PageEncoder, digest: Digest, dirty: PageSet, *, last: bool
     ) -> Measured:
         """Sends what is dirty, and waits until the destination has applied it."""
         loop = asyncio.get_running_loop()
         self._round += 1
         began = time.monotonic()
-        sent_before, cpu_before = self.link.sent_bytes, self._encode_seconds
+        sent_before, cpu_before = self.sent_bytes, self._encode_seconds
         self._round_began, self._round_sent = began, sent_before
         encoder.begin_round(self._round)
-        self._left = (0, 0)
-        pages = len(dirty)
-        cursor: int | None = 0
-        turn = loop.run_in_executor(self._worker, self._turn, encoder, dirty, 0)
-        try:
-            while cursor is not None:
-                frame, cursor = await turn
-                if cursor is not None:
-                    turn = loop.run_in_executor(self._worker, self._turn, encoder, dirty, cursor)
-                if frame is not None:
-                    await self.link.send_batch(frame)
-                await self._confirm_cache()
-                self._update(left=dirty.count_from(self._pages if cursor is None else cursor))
-                self._check_timeout(last)
-        finally:
-            turn.cancel()
+        pages = self._round_left = len(dirty)
+        async with asyncio.TaskGroup() as group:
+            for channel in range(len(self._links)):
+                group.create_task(self._send_channel(encoder, dirty, channel, last))
         self.statistics = self.statistics.with_(dirty_sync_count=self._round)
-        transferred = self.link.sent_bytes - sent_before
-        await self.link.send(Round(self._round, pages, transferred, last))
+        transferred = self.sent_bytes - sent_before
+        for link in reversed(self._links):
+            await link.send(Round(self._round, pages, transferred, last))
         if last:
-            await loop.run_in_executor(self._worker, digests.settle)
+            await loop.run_in_executor(self._worker, digest.settle)
             return Measured(pages, transferred, 0.0, 0.0, 0.0)
         if self.guest.marks:
-            await loop.run_in_executor(self._worker, digests.settle, dirty)
+            await loop.run_in_executor(self._worker, digest.settle, dirty.bits)
         ack = await self._expect(RoundAck)
         if ack.number != self._round:
             raise PeerError(f"round {ack.number} was confirmed while {self._round} was due")
         self._unsent = None
-        self._peer_stale = ack.stale_chunks
-        self._model.learn_digest(ack.settled_chunks, ack.settle_seconds, peer=True)
+        self._peer_stale = ack.stale_pages
+        self._model.learn_digest(ack.settled_pages, ack.settle_seconds, peer=True)
         wall = max(time.monotonic() - began - ack.settle_seconds, 1e-9)
         self.statistics = self.statistics.with_(
             pages_per_second=pages / wall, mbps=transferred * 8 / wall / 1e6
@@ -388,54 +423,87 @@ class Source:
             pages, transferred, wall, self._encode_seconds - cpu_before, ack.apply_seconds
         )
 
+    async def _send_channel(
+        self, encoder: PageEncoder, dirty: PageSet, channel: int, last: bool
+    ) -> None:
+        """Sends the pages of one channel: the next batch is made while one goes out."""
+        loop = asyncio.get_running_loop()
+        link = self._links[channel]
+        turn = loop.run_in_executor(self._worker, self._turn, encoder, dirty, channel, 0)
+        try:
+            while True:
+                batch, cursor, done = await turn
+                if cursor < self._pages:
+                    turn = loop.run_in_executor(
+                        self._worker, self._turn, encoder, dirty, channel, cursor
+                    )
+                if batch is not None:
+                    await link.send_batch(*batch)
+                    batch = None  # its memory is free again when the transport is done with it
+                self._round_left -= done
+                await self._confirm_cache()
+                self._update(left=self._round_left)
+                self._check_timeout(last)
+                if cursor >= self._pages:
+                    return
+        finally:
+            turn.cancel()
+
     def _turn(
-        self, encoder: PageEncoder, dirty: PageSet, cursor: int
-    ) -> tuple[bytearray | None, int | None]:
-        """In the worker thread: one batch, sealed, and where to go on (None: the round is done)."""
+        self, encoder: PageEncoder, dirty: PageSet, channel: int, cursor: int
+    ) -> tuple[tuple[memoryview, memoryview] | None, int, int]:
+        """In the worker thread: one batch, sealed; where to go on; how many pages that was."""
         began = time.thread_time()
         if self._cache is not None and self._wanted_cache != self._cache_size:
             self._cache.resize(self._useful(self._wanted_cache))
             self._cache_size = self._wanted_cache
-        next_cursor: int | None = self._fill_batch(encoder, dirty, cursor)
-        start, count = self._left
-        if next_cursor is not None and next_cursor >= self._pages and start == count:
-            next_cursor = None
-        frame = None
+        cursor, done = self._fill_batch(encoder, dirty, channel, cursor)
+        batch = None
         if encoder.pending:
-            frame = seal(encoder.take(HEADER_BYTES), MessageType.PAGES)
+            batch = encoder.take()
+            seal(batch[0], MessageType.PAGES, channel, len(batch[1]))
         self._encode_seconds += time.thread_time() - began
-        return frame, next_cursor
+        return batch, cursor, done
 
-    def _fill_batch(self, encoder: PageEncoder, dirty: PageSet, cursor: int) -> int:
-        """Encodes until the batch is full, the turn is over or nothing is left; the next page."""
+    def _fill_batch(
+        self, encoder: PageEncoder, dirty: PageSet, channel: int, cursor: int
+    ) -> tuple[int, int]:
+        """Encodes until the batch is full, the turn is over or nothing is left."""
         memory, page_size = self.guest.memory, encoder.page_size
         holes = self._round == 1 and memory.view is None
-        turn = 0
-        start, count = self._left
-        while True:
-            if start < count:
-                start += encoder.feed(self._numbers, count, self._snapshot, dirty.bits, start)
-                if start < count:
-                    break
-            if turn >= TURN_PAGES or cursor >= self._pages:
+        done = 0
+        while done < TURN_PAGES and not encoder.full:
+            cursor, end = self._stripe(channel, cursor)
+            if cursor >= self._pages:
                 break
-            end = self._pages
             if holes:
-                first, length, data = next(memory.extents_from(cursor, page_size))
+                stop, data = memory.extent(cursor, page_size)
+                end = min(end, stop)
                 if not data:
-                    done = encoder.feed_zeros(first, length)
-                    cursor = first + done
-                    if done < length:
-                        break
+                    zeros = encoder.feed_zeros(cursor, end - cursor)
+                    cursor, done = cursor + zeros, done + zeros
                     continue
-                end = first + length
-            count, cursor = memory.gather(
-                dirty.bits, cursor, end, page_size, self._snapshot, self._numbers
-            )
-            start = 0
-            turn += count
-        self._left = (start, count)
-        return cursor
+            snapshot, numbers = encoder.space()
+            count, cursor = memory.gather(dirty.bits, cursor, end, page_size, snapshot, numbers)
+            encoder.feed(count, dirty.bits)
+            done += count
+        return cursor, done
+
+    def _stripe(self, channel: int, page: int) -> tuple[int, int]:
+        """The next pages of a channel at or after `page`: where they begin and end.
+
+        A page always goes over the same channel: stripes of 1 MiB take turns.
+        """
+        channels = len(self._links)
+        if channels == 1:
+            return page, self._pages
+        width = STRIPE_BYTES // self.parameters.page_size
+        stripe = page // width
+        ahead = (channel - stripe) % channels
+        if ahead:
+            stripe += ahead
+            page = stripe * width
+        return page, min((stripe + 1) * width, self._pages)
 
     async def _confirm_cache(self) -> None:
         """Tells the destination the size in force, and counts it."""
@@ -446,9 +514,9 @@ class Source:
 
     # -- hand-over
 
-    async def _hand_over(self, encoder: PageEncoder, digests: ChunkDigests) -> None:
+    async def _hand_over(self, encoder: PageEncoder, digest: Digest) -> None:
         self._set_status("device")
-        before = self.link.sent_bytes
+        before = self.sent_bytes
         self._paused_at = time.monotonic()
         await self.guest.pause()
         self._observer("paused", self.statistics)
@@ -456,7 +524,7 @@ class Source:
         patience = max(PAUSE_SECONDS, PAUSE_FACTOR * expected)
         try:
             async with asyncio.timeout(patience):
-                await self._last_round(encoder, digests)
+                await self._last_round(encoder, digest)
         except TimeoutError:
             raise PeerLost(
                 f"the last round and its check were not done after {patience:.0f} s, "
@@ -468,7 +536,7 @@ class Source:
         downtime = time.monotonic() - self._paused_at
         self.statistics = self.statistics.with_(
             downtime=downtime,
-            downtime_bytes=self.link.sent_bytes - before,
+            downtime_bytes=self.sent_bytes - before,
             remaining=0,
             dirty_pages_rate=0.0,
         )
@@ -476,22 +544,21 @@ class Source:
         self._update()
         await self.guest.release()
 
-    async def _last_round(self, encoder: PageEncoder, digests: ChunkDigests) -> None:
+    async def _last_round(self, encoder: PageEncoder, digest: Digest) -> None:
         """Sends the rest of the paused guest; returns when the destination has verified all."""
         assert self._tracker is not None
         assert self._unsent is not None
         loop = asyncio.get_running_loop()
         dirty = self._unsent
         dirty |= await loop.run_in_executor(self._worker, self._tracker.take)
-        digests.touch(dirty)
-        await self._send_round(encoder, digests, dirty, last=True)
-        digest = await loop.run_in_executor(self._worker, digests.digest)
+        await self._send_round(encoder, digest, dirty, last=True)
+        whole = await loop.run_in_executor(self._worker, digest.digest)
         state = self.guest.state()
         if len(state) > MAX_STATE:
             raise MigrationError(
                 f"the guest's state has {len(state)} bytes, no more than {MAX_STATE} travel"
             )
-        await self.link.send(Complete(digest, state))
+        await self.link.send(Complete(whole, state))
         await self._expect(RoundAck)
         await self._expect(Ready)
         if not self.guest.stoppable:
@@ -552,7 +619,7 @@ class Source:
                 overflow=encoder.overflows,
                 evictions=self._cache.evictions if self._cache else 0,
             )
-        transferred = self.link.sent_bytes
+        transferred = self.sent_bytes
         if left is not None:
             seconds = max(time.monotonic() - self._round_began, 1e-9)
             s = s.with_(
@@ -561,6 +628,7 @@ class Source:
             )
         s = s.with_(
             transferred=transferred,
+            channel_bytes=transferred - self.link.sent_bytes,
             total_time=time.monotonic() - self._began,
             precopy_bytes=transferred - s.downtime_bytes,
         )

@@ -6,6 +6,7 @@ their names say (counters that are never reset, deltas without their headers, sk
 counted as sent); here each is what its name says:
 
     transferred   every byte given to the socket, framing and control messages included
+    multifd bytes what of it went over further channels
     duplicate     pages sent as zero; normal: pages sent whole; xbzrle pages: pages sent as deltas
     skipped       pages that were dirty but equal to what the peer has: they cost nothing
     cache miss    a page sent before whose old content was not in the cache
@@ -50,6 +51,8 @@ class Statistics:
     cache_miss: int = 0
     overflow: int = 0
     evictions: int = 0
+    channels: int = 1
+    channel_bytes: int = 0
 
     @property
     def cache_miss_rate(self) -> float:
@@ -116,6 +119,8 @@ def info_migrate(s: Statistics) -> str:
             f"xbzrle encoding rate: {s.encoding_rate:.2f}",
             f"xbzrle cache evictions: {s.evictions}",
         ]
+    if s.channels > 1:
+        lines += [f"channels: {s.channels}", f"multifd bytes: {s.channel_bytes // KIB} kbytes"]
     return "\n".join(lines)
 
 
@@ -147,6 +152,7 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
         "pages-per-second": round(s.pages_per_second),
         "precopy-bytes": s.precopy_bytes,
         "downtime-bytes": s.downtime_bytes,
+        "multifd-bytes": s.channel_bytes,
     }
     if s.xbzrle:
         result["xbzrle-cache"] = {

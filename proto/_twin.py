@@ -1,4 +1,4 @@
-"""The kernels in plain Python: what proto/_kernel.pyx means, without how it is made fast.
+"""The kernels in plain Python: what the compiled ones mean, without how they are made fast.
 
 Same names, same bytes, same counters, same evictions, same errors; a hundred times slower. It is
 the oracle of the tests, and `XBMIGRATE_KERNEL=python` runs it for real. Where the compiled kernel
@@ -7,7 +7,9 @@ has bitmaps, hash tables and pointers, this has sets, dicts and slices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 MIN_PAGE = 1024
 MAX_PAGE = 16384
-HEAD = 12  # a PAGES body opens with its round (4 bytes) and first page (8)
+HEAD = 20  # round (4 bytes), first page (8), check of the raw pages (8)
 OP_ZERO, OP_RAW, OP_DELTA = 0x00, 0x40, 0x80
 OP_MASK = 0xC0
 GAP_MASK = 0x3F
@@ -38,6 +40,15 @@ BAD_OP = "an unknown record type"
 PAST_GUEST = "a page number outside the guest"
 NO_BASE = "a delta for a page that was never sent"
 EMPTY_DELTA = "a delta with no bytes, or longer than a page"
+BAD_DATA = "the raw records do not name as many pages as came"
+BAD_CHECK = "the content of its raw pages does not match their check"
+
+SNAPSHOT_BYTES = 256 << 10
+WIDE = 32
+STEP = 0x9E3779B97F4A7C15
+WORD = 64  # gaps of two are looked at in pieces of so many bytes
+DENSE = 21  # of those, so many changed bytes could become all of them
+SIMD = "none"
 
 
 class FaultError(Exception):
@@ -72,29 +83,56 @@ def get_uleb(data: bytes, at: int, most: int) -> tuple[int, int]:
 # ---------------------------------------------------------------- one page
 
 
-def encode_page(old: bytes, new: bytes) -> bytes | None:
-    """The canonical delta, b"" for equal pages, None where it would not fit a page."""
+def runs_of(changed: list[bool]) -> list[tuple[int, int]]:
+    """The runs of True, as (start, end)."""
+    edges = [i for i, flag in enumerate(changed) if flag != (i > 0 and changed[i - 1])]
+    if len(edges) % 2:
+        edges.append(len(changed))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def merged(changed: list[bool]) -> list[bool]:
+    """Closes the gaps that are cheaper sent than skipped: see xb_filled in proto/_diff.h."""
+    size = len(changed)
+
+    def at(flags: list[bool], i: int) -> bool:
+        return 0 <= i < size and flags[i]
+
+    one = [c or (at(changed, i - 1) and at(changed, i + 1)) for i, c in enumerate(changed)]
+    result = list(one)
+    for start in range(0, size, WORD):
+        end = start + WORD
+        if not any(changed[start:end]):
+            continue
+        both = one[start:end]
+        for i in range(start, min(end, size) - 1):
+            if not (one[i] or one[i + 1]) and at(one, i - 1) and at(one, i + 2):
+                both[i - start] = both[i + 1 - start] = True
+        around = sum(changed[max(start - WORD, 0) : start]), sum(changed[end : end + WORD])
+        if not (len(both) == WORD and all(both)) and max(around) < DENSE:
+            result[start:end] = both
+    return result
+
+
+def encode_page(old: bytes, new: bytes, merge: bool = False) -> bytes | None:
+    """The delta, b"" for equal pages, None where it would not fit a page."""
     size = len(new)
+    changed = [a != b for a, b in zip(old, new, strict=True)]
+    runs = runs_of(merged(changed) if merge else changed)
     out = bytearray()
-    i = 0
-    while i < size:
-        if len(out) + 2 > size:
+    at = 0
+    for start, end in runs:
+        if not merge and len(out) + 2 > size:
             return None
-        start = i
-        while i < size and old[i] == new[i]:
-            i += 1
-        if i == size:
-            break
-        out += put_uleb(i - start)
-        if len(out) + 2 > size:
+        out += put_uleb(start - at)
+        if not merge and len(out) + 2 > size:
             return None
-        start = i
-        while i < size and old[i] != new[i]:
-            i += 1
-        out += put_uleb(i - start)
-        if len(out) + i - start > size:
+        out += put_uleb(end - start) + new[start:end]
+        if len(out) > size:
             return None
-        out += new[start:i]
+        at = end
+    if not merge and runs and at < size and len(out) + 2 > size:
+        return None
     return bytes(out)
 
 
@@ -127,14 +165,14 @@ def delta_runs(delta: bytes, size: int) -> list[tuple[int, bytes]]:
     return runs
 
 
-def encode(old: Buffer, new: Buffer) -> bytes | None:
+def encode(old: Buffer, new: Buffer, merge: bool = False) -> bytes | None:
     """The delta that turns `old` into `new`: see proto.xbzrle.encode."""
     old, new = bytes(old), bytes(new)
     if len(old) != len(new) or not 1 <= len(old) <= MAX_PAGE:
         raise ValueError(
             f"pages of {len(old)} and {len(new)} bytes: they must be equally long, 1 to {MAX_PAGE}"
         )
-    return encode_page(old, new)
+    return encode_page(old, new, merge)
 
 
 def decode(delta: Buffer, page: Buffer) -> None:
@@ -150,7 +188,57 @@ def decode(delta: Buffer, page: Buffer) -> None:
         target[at : at + len(content)] = content
 
 
+def encode_pages(
+    old: Buffer, new: Buffer, page_size: int, out: Buffer, lengths: Buffer, merge: bool = False
+) -> int:
+    """Encodes many pages in one call: see proto.xbzrle.encode_pages."""
+    olds, news, room, sizes = bytes(old), bytes(new), memoryview(out), memoryview(lengths)
+    pages = len(sizes)
+    if not 1 <= page_size <= MAX_PAGE:
+        raise ValueError(f"a page of {page_size} bytes: it must have 1 to {MAX_PAGE}")
+    if not len(olds) == len(news) == pages * page_size:
+        raise ValueError(f"{len(olds)} and {len(news)} bytes are not {pages} pages of {page_size}")
+    if len(room) < (pages + 1) * page_size + WIDE:
+        raise ValueError(
+            f"{len(room)} bytes of room: {pages} deltas can need up to "
+            f"{(pages + 1) * page_size + WIDE}"
+        )
+    done = 0
+    for i in range(pages):
+        page = slice(i * page_size, (i + 1) * page_size)
+        delta = encode_page(olds[page], news[page], merge)
+        sizes[i] = -1 if delta is None else len(delta)
+        if delta:
+            room[done : done + len(delta)] = delta
+            done += len(delta)
+    return done
+
+
+def decode_pages(deltas: Buffer, lengths: Buffer, pages: Buffer, page_size: int) -> None:
+    """Applies many deltas in one call: see proto.xbzrle.decode_pages."""
+    data, sizes, target = memoryview(deltas), memoryview(lengths), memoryview(pages)
+    if not 1 <= page_size <= MAX_PAGE or len(target) != len(sizes) * page_size:
+        raise ValueError(f"{len(target)} bytes are not {len(sizes)} pages of {page_size}")
+    at = 0
+    for i, length in enumerate(sizes):
+        if length <= 0:
+            continue
+        try:
+            if at + length > len(data):
+                raise FaultError(SHORT)
+            for place, run in delta_runs(bytes(data[at : at + length]), page_size):
+                start = i * page_size + place
+                target[start : start + len(run)] = run
+        except FaultError as fault:
+            raise DecodeError(f"page {i}: bad XBZRLE delta: {fault}") from None
+        at += length
+
+
 # ---------------------------------------------------------------- page cache
+
+
+def bitmap(pages: int) -> bytearray:
+    return bytearray((pages + 63) // 64 * 8)
 
 
 def is_page_size(size: int) -> bool:
@@ -303,53 +391,111 @@ class PageCache:
 # ---------------------------------------------------------------- encoder
 
 
-def keyed_hash(content: bytes, key: bytes) -> int:
-    """NH with 64-bit words: two pages that differ collide with probability 2^-64 over the keys."""
-    data, mask = memoryview(content).cast("Q"), 2**64 - 1
-    words = [(d + k) & mask for d, k in zip(data, memoryview(key).cast("Q"), strict=True)]
-    return sum(a * b for a, b in zip(words[::2], words[1::2], strict=True)) % 2**128
+class PageHashes:
+    """A keyed 64-bit hash of every page, as the destination holds it.
+
+    table -- the hashes, 8 bytes each, little-endian; at first those of pages of zeros
+    stale -- a bit per page: it was changed by a delta, and its hash is of an older content
+    """
+
+    def __init__(self, pages: int, page_size: int, seed: bytes) -> None:
+        if not is_page_size(page_size):
+            raise ValueError(f"a page of {page_size} bytes: a power of two from 1024 to 16384")
+        if pages == 0:
+            raise ValueError("no pages")
+        self.pages = pages
+        self.page_size = page_size
+        words = page_size // 8
+        key = hashlib.shake_256(seed).digest(page_size + 32)
+        every = [int.from_bytes(key[i : i + 8], "little") for i in range(0, len(key), 8)]
+        self._key, rest = every[:words], every[words:]
+        self._fold = rest[0] | rest[1] << 64, rest[2] | rest[3] << 64
+        self.zero = self.hash_of(bytes(page_size))
+        self.table = bytearray(self.zero.to_bytes(8, "little")) * pages
+        self.stale = bitmap(pages)
+
+    def hash_of(self, content: bytes) -> int:
+        """NH with 64-bit words and a sum of 128 bits, then multiply-shift to 64 bits: two pages
+        that differ collide with a probability below 2^-62 over the choice of the key."""
+        mask = 2**64 - 1
+        data = memoryview(content).cast("Q")
+        words = [(d + k) & mask for d, k in zip(data, self._key, strict=True)]
+        sum_ = sum(a * b for a, b in zip(words[::2], words[1::2], strict=True)) % 2**128
+        low, high = self._fold
+        return (low * (sum_ & mask) + high * (sum_ >> 64)) % 2**128 >> 64
+
+    def note(self, page: int, value: int) -> None:
+        self.table[8 * page : 8 * page + 8] = value.to_bytes(8, "little")
+        self.stale[page >> 3] &= ~(1 << (page & 7))
+
+    def touch(self, page: int) -> None:
+        self.stale[page >> 3] |= 1 << (page & 7)
+
+    def is_stale(self, page: int) -> bool:
+        return bool(self.stale[page >> 3] >> (page & 7) & 1)
+
+    def matches(self, page: int, content: bytes) -> bool:
+        value = self.hash_of(content).to_bytes(8, "little")
+        return self.table[8 * page : 8 * page + 8] == value
+
+    def note_pages(self, numbers: Buffer, count: int, content: Buffer) -> None:
+        """Hashes `count` pages whose numbers and content are given; they are stale no more."""
+        wanted, data, size = memoryview(numbers), memoryview(content), self.page_size
+        if not 0 <= count <= len(wanted) or len(data) < count * size:
+            raise ValueError("there are fewer pages than that")
+        for i in range(count):
+            if wanted[i] >= self.pages:
+                raise ValueError(f"page {wanted[i]} is outside the guest")
+        for i in range(count):
+            self.note(wanted[i], self.hash_of(bytes(data[i * size : (i + 1) * size])))
 
 
 class PageEncoder:
     """What the source knows about the peer's copy, and the batches that bring it up to date.
 
-    See proto/README.md ("PAGES") for the record layout. A page is sent zero, unchanged (not at
-    all), as a delta or raw. `_sent` pages are known to the peer; of those, `_zeros` are known to
-    be zero there (which is a delta base that needs no cache), the cache holds some others in full,
-    and with a `key` every page's keyed hash is kept, so that `scan` can tell what has changed.
+    See proto/README.md ("PAGES") for the layout. A page is sent zero, unchanged (not at all), as
+    a delta or raw. `_sent` pages are known to the peer; of those, `_zeros` are known to be zero
+    there (which is a delta base that needs no cache), and the cache holds some others in full.
+
+    hashes   -- keeps the hash of every page that is sent
+    merge    -- deltas are those of xbzrle.encode(merge=True)
+    headroom -- bytes left free for a frame header at the start of a batch
+    room     -- bytes that a batch may have
     """
 
     def __init__(
         self,
-        pages: int,
-        page_size: int,
+        hashes: PageHashes,
         cache: PageCache | None = None,
-        key: bytes | None = None,
+        *,
+        merge: bool = False,
+        headroom: int = 0,
         room: int = 1 << 20,
     ) -> None:
-        if not is_page_size(page_size):
-            raise ValueError(f"a page of {page_size} bytes: a power of two from 1024 to 16384")
-        if cache is not None and cache.page_size != page_size:
+        self.pages = hashes.pages
+        self.page_size = hashes.page_size
+        if cache is not None and cache.page_size != self.page_size:
             raise ValueError("the cache has pages of another size")
         if cache is not None and len(cache):
             raise ValueError("the cache holds pages of another migration")
-        if key is not None and len(key) != page_size:
-            raise ValueError(f"the hash key must be as long as a page, {page_size} bytes")
-        if pages == 0 or room < page_size + 2 * RECORD_ROOM:
-            raise ValueError("no pages, or no room for one")
-        self.pages = pages
-        self.page_size = page_size
-        self.cache_object = cache
+        if headroom < 0 or room < self.page_size + 3 * RECORD_ROOM:
+            raise ValueError("no room for a page")
         self.zero = self.unchanged = self.raw = self.delta = self.delta_bytes = 0
         self.hits = self.misses = self.overflows = 0
-        self._key = key
+        self._hashes = hashes
+        self._cache = cache
+        self._merge = merge
+        self._headroom = headroom
         self._room = room
         self._sent: set[int] = set()
         self._zeros: set[int] = set()
-        self._hashes: dict[int, int] = {}
-        self._zero_page = bytes(page_size)
+        self._zero_page = bytes(self.page_size)
         self._now = 0
+        self._snapshot = memoryview(bytearray())
+        self._numbers = memoryview(array("Q", bytes(8 * (SNAPSHOT_BYTES // self.page_size))))
         self._out = bytearray()
+        self._data = bytearray()
+        self._check = 0
         self._next_page = 0  # one past the last page of the batch
         self._zero_first = self._zero_count = 0  # a zero run that is not written yet
         self._raw_at = self._raw_count = 0  # where the open raw run has its count, 0 for none
@@ -363,18 +509,31 @@ class PageEncoder:
         self._now = number
 
     @property
-    def pending(self) -> int:
-        """Bytes of the open batch; 0 where there is none."""
-        return len(self._out) + (RECORD_ROOM if self._zero_count else 0)
+    def pending(self) -> bool:
+        """Whether the open batch has anything to send."""
+        return bool(self._out or self._zero_count)
+
+    def _left(self) -> int:
+        """Pages that still fit the batch, whatever becomes of them."""
+        free = self._room - len(self._out) - len(self._data) - HEAD - RECORD_ROOM
+        return max(free // (self.page_size + RECORD_ROOM), 0)
 
     @property
     def full(self) -> bool:
         """Whether one more page might not fit the open batch."""
-        return self._room - len(self._out) < self.page_size + 2 * RECORD_ROOM
+        return self._left() == 0
+
+    def space(self) -> tuple[memoryview, memoryview]:
+        """Where the next pages are to be copied: (memory, their numbers), for the same number of
+        pages; none where the batch is full."""
+        offered = min(self._left(), SNAPSHOT_BYTES // self.page_size)
+        self._snapshot = memoryview(bytearray(offered * self.page_size))
+        return self._snapshot, self._numbers[:offered]
 
     def _open_record(self, op: int, page: int) -> None:
         if not self._out:
-            self._out += self._now.to_bytes(4, "big") + page.to_bytes(8, "big")
+            # the check is written when the batch is taken
+            self._out += self._now.to_bytes(4, "big") + page.to_bytes(8, "big") + bytes(8)
             self._next_page = page
         gap = page - self._next_page
         if gap < GAP_MASK:
@@ -400,9 +559,9 @@ class PageEncoder:
         self.zero += 1
         self._sent.add(page)
         self._zeros.add(page)
-        if self.cache_object is not None:
-            self.cache_object.drop(page)
-        self._note_hash(page, self._zero_page)
+        if self._cache is not None:
+            self._cache.drop(page)
+        self._hashes.note(page, self._hashes.zero)
 
     def _put_raw(self, page: int, content: bytes) -> None:
         if not (self._raw_at and page == self._next_page and self._raw_count < RUN_LIMIT):
@@ -412,7 +571,10 @@ class PageEncoder:
             self._out += bytes(2)
         self._raw_count += 1
         self._out[self._raw_at : self._raw_at + 2] = self._raw_count.to_bytes(2, "big")
-        self._out += content
+        self._data += content
+        value = self._hashes.hash_of(content)
+        self._check = (self._check * STEP + value) % 2**64
+        self._hashes.note(page, value)
         self._next_page = page + 1
         self.raw += 1
 
@@ -422,14 +584,15 @@ class PageEncoder:
         self._next_page = page + 1
         self.delta += 1
         self.delta_bytes += len(delta)
+        self._hashes.touch(page)
 
     def _base(self, page: int) -> tuple[bytes | None, Entry | None]:
         """What a delta of this page can start from, and its entry where that is in the cache."""
-        if self.cache_object is None or page not in self._sent:
+        if self._cache is None or page not in self._sent:
             return None, None
         if page in self._zeros:
             return self._zero_page, None
-        entry = self.cache_object._entry(page)
+        entry = self._cache._entry(page)
         if entry is None:
             return None, None
         entry.age, entry.proven = self._now, True
@@ -446,12 +609,14 @@ class PageEncoder:
         delta = None
         if base is not None:
             self.hits += 1
-            delta = encode_page(base, content)
+            delta = encode_page(base, content, self._merge)
             if delta == b"":
+                # It was written all the same: its hash may be of a moment in between.
                 self.unchanged += 1
+                self._hashes.touch(page)
                 return
             self.overflows += delta is None
-        elif self.cache_object is not None and page in self._sent:
+        elif self._cache is not None and page in self._sent:
             self.misses += 1
         self._flush_zeros()
         if delta is not None:
@@ -462,13 +627,8 @@ class PageEncoder:
         self._zeros.discard(page)
         if entry is not None:
             entry.content = content
-        elif self.cache_object is not None:
-            self.cache_object._insert(page, content, self._now, todo)
-        self._note_hash(page, content)
-
-    def _note_hash(self, page: int, content: bytes) -> None:
-        if self._key is not None:
-            self._hashes[page] = keyed_hash(content, self._key)
+        elif self._cache is not None:
+            self._cache._insert(page, content, self._now, todo)
 
     @property
     def _floor(self) -> int:
@@ -477,39 +637,38 @@ class PageEncoder:
             return self._zero_first + self._zero_count
         return self._next_page if self._out else 0
 
-    def feed(
-        self, numbers: Buffer, count: int, snapshot: Buffer, todo: Buffer, start: int = 0
-    ) -> int:
-        """Encodes pages `start` to `count` of a snapshot; how many of them fitted the batch.
+    def feed(self, count: int, todo: Buffer) -> None:
+        """Takes in the first `count` pages of the last `space`, in ascending order.
 
-        numbers  -- page numbers (64 bits each), ascending, also across the feeds of one batch
-        snapshot -- their contents, one page after the other: private memory
-        todo     -- the dirty bitmap of the round, a bit per page (what the cache must not evict)
+        todo -- the round's dirty bitmap: the cache evicts none of its pages
+
+        Raises ValueError for a page out of order or outside the guest; those before it are in.
         """
-        wanted, data, bits = memoryview(numbers), memoryview(snapshot), bytes(todo)
+        bits, data, size = bytes(todo), self._snapshot, self.page_size
         floor = self._floor
         if self._now == 0:
             raise ValueError("no round was begun")
-        if not 0 <= start <= count <= len(wanted):
-            raise ValueError(f"{count} pages from {start}: {len(wanted)} numbers were given")
-        if len(data) < count * self.page_size or len(bits) * 8 < self.pages:
-            raise ValueError("the snapshot or the dirty bitmap is too short")
-        for i in range(start, count):
-            if not floor <= wanted[i] < self.pages:
-                raise ValueError(f"page {wanted[i]} is out of order or outside the guest")
-            if self.full:
-                return i - start
-            content = bytes(data[i * self.page_size : (i + 1) * self.page_size])
-            self._put_page(wanted[i], content, bits)
-            floor = wanted[i] + 1
-        return count - start
+        if not 0 <= count <= len(data) // size:
+            raise ValueError(f"{count} pages: there was space for {len(data) // size}")
+        if len(bits) * 8 < self.pages:
+            raise ValueError("the dirty bitmap is too short")
+        if count:
+            self._snapshot = memoryview(bytearray())
+        for i in range(count):
+            page = self._numbers[i]
+            if not floor <= page < self.pages:
+                raise ValueError(f"page {page} is out of order or outside the guest")
+            self._put_page(page, bytes(data[i * size : (i + 1) * size]), bits)
+            floor = page + 1
 
     def feed_zeros(self, first: int, count: int) -> int:
-        """Pages that are known to be zero without reading them (holes of a sparse file)."""
+        """Pages that are known to be zero without reading them (holes of a sparse file).
+
+        Returns how many fitted the batch.
+        """
         if self._now == 0 or first < self._floor or first + count > self.pages:
             raise ValueError(f"pages {first} to {first + count} are out of order or outside")
-        if self.full:
-            raise ValueError("the batch is full")
+        self._snapshot = memoryview(bytearray())
         for page in range(first, first + count):
             if page in self._zeros:
                 self.unchanged += 1
@@ -519,36 +678,42 @@ class PageEncoder:
             self._put_zero(page)
         return count
 
-    def take(self, headroom: int = 0) -> bytearray:
-        """The body of the batch, after `headroom` free bytes for a frame header; opens the next."""
-        if headroom < 0:
-            raise ValueError(f"a headroom of {headroom} bytes")
+    def take(self) -> tuple[memoryview, memoryview]:
+        """The batch as (head, pages), and opens the next one.
+
+        head  -- `headroom` free bytes, then round, first page, check and records
+        pages -- the raw pages, in the order of their records
+        """
         self._flush_zeros()
-        body = bytearray(headroom) + self._out
-        self._out = bytearray()
-        self._raw_at = 0
-        return body
+        if not self._out:
+            raise ValueError("the batch is empty")
+        self._out[12:HEAD] = self._check.to_bytes(8, "big")
+        head, data = bytearray(self._headroom) + self._out, self._data
+        self._out, self._data = bytearray(), bytearray()
+        self._snapshot = memoryview(bytearray())
+        self._raw_at = self._check = 0
+        return memoryview(head), memoryview(data)
 
     def _differs(self, page: int, content: bytes) -> bool:
-        assert self._key is not None
         if page not in self._sent:
             return True
         if page in self._zeros:
             return content != self._zero_page
-        cached = None if self.cache_object is None else self.cache_object.get(page)
-        if cached is not None:
-            return content != cached
-        return keyed_hash(content, self._key) != self._hashes[page]
+        cached = None if self._cache is None else self._cache.get(page)
+        if cached is None:
+            return self._hashes.is_stale(page) or not self._hashes.matches(page, content)
+        if content == cached and self._hashes.is_stale(page):
+            self._hashes.note(page, self._hashes.hash_of(content))
+        return content != cached
 
     def scan(self, first: int, count: int, data: Buffer, changed: Buffer) -> int:
         """Sets a bit in `changed` for each of `count` pages in `data` that the peer lacks.
 
-        Exact for pages in the cache and for zero pages; others by their keyed hash, which misses
-        a change with probability 2^-64. Returns how many pages differ.
+        Exact for pages in the cache and for zero pages; others by their hash, which misses a
+        change with a probability below 2^-62. A page that equals the cached one gets its hash
+        where that was stale. Returns how many pages differ.
         """
         content, bits = memoryview(data), memoryview(changed)
-        if self._key is None:
-            raise ValueError("scan needs an encoder with a hash key")
         if first + count > self.pages:
             raise ValueError(f"pages {first} to {first + count} are outside the guest")
         if len(content) < count * self.page_size or len(bits) * 8 < self.pages:
@@ -573,10 +738,6 @@ class PageEncoder:
             bits[page >> 3] |= 1 << (page & 7)
         return len(differing)
 
-    def known_zero(self, first: int, count: int) -> bool:
-        """Whether the peer holds zeros in all of these pages."""
-        return all(page in self._zeros for page in range(first, min(first + count, self.pages)))
-
 
 # ---------------------------------------------------------------- decoder
 
@@ -586,7 +747,7 @@ class Record:
     op: int
     first: int
     count: int
-    data: bytes
+    delta: bytes
 
     @property
     def pages(self) -> range:
@@ -596,19 +757,20 @@ class Record:
 class PageDecoder:
     """Applies batches to the destination's memory, and knows what has come.
 
-    stale -- a byte per chunk of `chunk_pages` pages, set to 1 when the chunk is written
+    hashes -- keeps the hashes of raw and zero pages; those of deltas are stale
+    size   -- bytes of the guest: what its last page has beyond them is not written to a file
+    recent -- a bit per page that a delta has changed since `end_round`
     """
 
-    def __init__(self, pages: int, page_size: int, chunk_pages: int) -> None:
-        if not is_page_size(page_size):
-            raise ValueError(f"a page of {page_size} bytes: a power of two from 1024 to 16384")
-        if pages == 0 or chunk_pages == 0:
-            raise ValueError("no pages")
-        self.pages = pages
-        self.page_size = page_size
-        self.chunk_pages = chunk_pages
-        self.stale = bytearray(b"\1") * -(-pages // chunk_pages)
+    def __init__(self, hashes: PageHashes, size: int) -> None:
+        self.pages = hashes.pages
+        self.page_size = hashes.page_size
+        if not (self.pages - 1) * self.page_size < size <= self.pages * self.page_size:
+            raise ValueError(f"{size} bytes are not {self.pages} pages of {self.page_size}")
+        self.size = size
+        self.recent = bitmap(self.pages)
         self.zero = self.raw = self.delta = 0
+        self._hashes = hashes
         self._received: set[int] = set()
         self._written: set[int] = set()
 
@@ -616,15 +778,19 @@ class PageDecoder:
     def received_pages(self) -> int:
         return len(self._received)
 
-    def _read_record(self, body: bytes, at: int, next_page: int) -> tuple[Record, int]:
+    def end_round(self) -> None:
+        """Forgets which pages are `recent`."""
+        self.recent[:] = bytes(len(self.recent))
+
+    def _read_record(self, head: bytes, at: int, next_page: int) -> tuple[Record, int]:
         """The record at `at` and the position after it; nothing is believed before it is compared.
 
         Raises FaultError.
         """
-        op, first = body[at] & OP_MASK, body[at] & GAP_MASK
+        op, first = head[at] & OP_MASK, head[at] & GAP_MASK
         at += 1
         if first == GAP_MASK:
-            more, at = get_uleb(body, at, 9)
+            more, at = get_uleb(head, at, 9)
             if more >= self.pages:
                 raise FaultError(PAST_GUEST)
             first += more
@@ -633,113 +799,129 @@ class PageDecoder:
             raise FaultError(PAST_GUEST)
         count, length = 1, 0
         if op == OP_ZERO:
-            count, at = get_uleb(body, at, 9)
+            count, at = get_uleb(head, at, 9)
         elif op == OP_RAW:
-            if len(body) - at < 2:
+            if len(head) - at < 2:
                 raise FaultError(SHORT)
-            count, at = int.from_bytes(body[at : at + 2], "big"), at + 2
-            length = count * self.page_size
+            count, at = int.from_bytes(head[at : at + 2], "big"), at + 2
         elif op == OP_DELTA:
-            length, at = get_uleb(body, at, 3)
+            length, at = get_uleb(head, at, 3)
             if not 0 < length <= self.page_size:
                 raise FaultError(EMPTY_DELTA)
         else:
             raise FaultError(BAD_OP)
         if not 0 < count <= self.pages - first:
             raise FaultError(PAST_GUEST)
-        if length > len(body) - at:
+        if length > len(head) - at:
             raise FaultError(SHORT)
-        return Record(op, first, count, body[at : at + length]), at + length
+        return Record(op, first, count, head[at : at + length]), at + length
 
-    def _fresh_pages(self, record: Record) -> Iterator[int]:
-        """The pages of a record that get their first bytes (zeros need none)."""
-        if record.op != OP_ZERO:
-            yield from (page for page in record.pages if page not in self._written)
+    def check(self, head: Buffer, data_bytes: int) -> tuple[int, list[int]]:
+        """Validates the records of a batch, but not what its deltas hold; touches nothing.
 
-    def check(self, body: Buffer, fresh: list[tuple[int, int]] | None = None) -> int:
-        """Validates a whole batch and touches nothing. Returns the round it belongs to.
-
-        Runs of pages that it will write for the first time are appended to the list `fresh` as
-        (first, count), so that the caller can make room for them.
-
-        Raises DecodeError, naming the page and the byte; `fresh` is as it was then.
+        Returns (its round, pages that a delta writes for the first time): the caller makes room
+        for those. Raises DecodeError, naming the page and the byte.
         """
-        body = bytes(body)
-        if len(body) <= HEAD:
-            raise DecodeError(f"a batch of {len(body)} bytes holds no record")
-        next_page = page = int.from_bytes(body[4:HEAD], "big")
-        if next_page >= self.pages:
-            raise DecodeError(f"page {page}, byte 4 of the batch: {PAST_GUEST}")
-        at = HEAD
-        runs: list[tuple[int, int]] = []
-        while at < len(body):
-            try:
-                record, after = self._read_record(body, at, next_page)
+        head = bytes(head)
+        if len(head) <= HEAD:
+            raise DecodeError(f"a batch of {len(head)} bytes holds no record")
+        next_page = page = int.from_bytes(head[4:12], "big")
+        at, raw, fresh = HEAD, 0, []
+        try:
+            if next_page >= self.pages:
+                at = 4
+                raise FaultError(PAST_GUEST)
+            while at < len(head):
+                where = at
+                record, after = self._read_record(head, at, next_page)
                 page = record.first
-                if record.op == OP_DELTA:
-                    self._check_delta(record)
-            except FaultError as fault:
-                raise DecodeError(f"page {page}, byte {at} of the batch: {fault}") from None
-            for new in self._fresh_pages(record):
-                if runs and sum(runs[-1]) == new:
-                    runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-                else:
-                    runs.append((new, 1))
-            next_page, at = record.first + record.count, after
-        if fresh is not None:
-            fresh += runs
-        return int.from_bytes(body[:4], "big")
+                if record.op == OP_RAW:
+                    raw += record.count
+                elif record.op == OP_DELTA:
+                    if page not in self._received:
+                        raise FaultError(NO_BASE)
+                    if page not in self._written:
+                        fresh.append(page)
+                next_page, at = record.first + record.count, after
+            if raw * self.page_size != data_bytes:
+                at = where
+                raise FaultError(BAD_DATA)
+        except FaultError as fault:
+            raise DecodeError(f"page {page}, byte {at} of the batch: {fault}") from None
+        return int.from_bytes(head[:4], "big"), fresh
 
-    def _check_delta(self, record: Record) -> list[tuple[int, bytes]]:
-        if record.first not in self._received:
-            raise FaultError(NO_BASE)
-        return delta_runs(record.data, self.page_size)
-
-    def apply(self, body: Buffer, memory: Buffer) -> int:
+    def apply(
+        self, head: Buffer, data: Buffer, memory: Buffer, fd: int = -1, fd_offset: int = 0
+    ) -> int:
         """Writes a batch into the guest's memory; how many pages it held.
 
-        A DecodeError leaves the bad page and those after it as they were; run `check` first to
-        have all of the batch or nothing.
+        data   -- its raw pages
+        memory -- whole pages, at least those of the guest
+        fd     -- of the file that `memory` maps: raw pages are written to it; -1 for none
+        fd_offset -- where the guest begins in that file
+
+        No raw page is written unless all of them match the check of the batch, and no delta that
+        is not wholly right. Raises DecodeError at the first record that is not; those before it
+        are applied. Raises OSError where writing fails.
         """
-        body, target = bytes(body), memoryview(memory)
+        head, content, target = bytes(head), bytes(data), memoryview(memory)
         if len(target) < self.pages * self.page_size:
             raise ValueError("the memory is shorter than the guest")
-        if len(body) <= HEAD:
-            raise DecodeError(f"a batch of {len(body)} bytes holds no record")
-        next_page, at, done = int.from_bytes(body[4:HEAD], "big"), HEAD, 0
+        if len(head) <= HEAD:
+            raise DecodeError(f"a batch of {len(head)} bytes holds no record")
+        next_page, at, done = int.from_bytes(head[4:12], "big"), HEAD, 0
         if next_page >= self.pages:
             raise DecodeError(f"page {next_page}: {PAST_GUEST}")
-        while at < len(body):
-            try:
-                record, after = self._read_record(body, at, next_page)
-                self._apply_record(record, target)
-            except FaultError as fault:
-                raise DecodeError(f"byte {at} of the batch: {fault}") from None
-            done += record.count
-            next_page, at = record.first + record.count, after
+        size = self.page_size
+        raw = [content[i : i + size] for i in range(0, len(content) // size * size, size)]
+        values = [self._hashes.hash_of(page) for page in raw]
+        check = 0
+        for value in values:
+            check = (check * STEP + value) % 2**64
+        try:
+            if check != int.from_bytes(head[12:HEAD], "big"):
+                raise FaultError(BAD_CHECK)
+            while at < len(head):
+                record, after = self._read_record(head, at, next_page)
+                self._apply_record(record, raw, values, target, fd, fd_offset)
+                done += record.count
+                next_page, at = record.first + record.count, after
+        except FaultError as fault:
+            raise DecodeError(f"byte {at} of the batch: {fault}") from None
         return done
 
-    def _apply_record(self, record: Record, target: memoryview) -> None:
-        base = record.first * self.page_size
+    def _apply_record(
+        self, record: Record, raw: list[bytes], values: list[int], target: memoryview, fd: int,
+        fd_offset: int,
+    ) -> None:  # fmt: skip
+        size = self.page_size
+        base = record.first * size
         if record.op == OP_DELTA:
-            for at, content in self._check_delta(record):
-                target[base + at : base + at + len(content)] = content
+            if record.first not in self._received:
+                raise FaultError(NO_BASE)
+            for at, run in delta_runs(record.delta, size):
+                target[base + at : base + at + len(run)] = run
             self.delta += 1
+            self._hashes.touch(record.first)
+            self.recent[record.first >> 3] |= 1 << (record.first & 7)
         elif record.op == OP_RAW:
-            target[base : base + len(record.data)] = record.data
+            if record.count > len(raw):
+                raise FaultError(BAD_DATA)
+            content = b"".join(raw[: record.count])
+            if fd < 0:
+                target[base : base + len(content)] = content
+            else:
+                os.pwrite(fd, content[: self.size - base], fd_offset + base)
+            for page in record.pages:
+                self._hashes.note(page, values.pop(0))
+                raw.pop(0)
             self.raw += record.count
         else:
-            for page in self._written.intersection(record.pages):
-                start = page * self.page_size
-                target[start : start + self.page_size] = bytes(self.page_size)
-                self.stale[page // self.chunk_pages] = 1
+            for page in record.pages:
+                if page in self._written:
+                    target[page * size : (page + 1) * size] = bytes(size)
+                self._hashes.note(page, self._hashes.zero)
             self.zero += record.count
         self._received.update(record.pages)
         if record.op != OP_ZERO:
             self._written.update(record.pages)
-            for page in record.pages:
-                self.stale[page // self.chunk_pages] = 1
-
-    def ever_written(self, first: int, count: int) -> bool:
-        """Whether any of these pages ever held something other than its first zeros."""
-        return any(page in self._written for page in range(first, min(first + count, self.pages)))

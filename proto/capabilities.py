@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from proto.errors import CapabilityError, LocalError
 from proto.messages import BATCH_BYTES, PROTOCOL_VERSION, Hello
 
-REQUIRED = frozenset({"digest-xxh3"})
-OPTIONAL = frozenset({"xbzrle"})
+REQUIRED = frozenset({"page-hash-nh"})
+OPTIONAL = frozenset({"xbzrle", "xbzrle-merge"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Agreement:
     @property
     def xbzrle(self) -> bool:
         return "xbzrle" in self.used
+
+    @property
+    def merge(self) -> bool:
+        """Deltas close short gaps; it means nothing without xbzrle."""
+        return self.xbzrle and "xbzrle-merge" in self.used
 
 
 def switched_on(switches: Mapping[str, bool]) -> frozenset[str]:

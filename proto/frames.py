@@ -1,12 +1,16 @@
-"""Frames: a 16-byte header and a body, cut out of a byte stream.
+"""Frames: a 24-byte header and a body, cut out of a byte stream.
 
     offset  bytes  field     (all integers big-endian)
     0       4      magic     "XBM1"
     4       1      type      proto.messages.MessageType
     5       1      flags     0
-    6       2      channel   0 (others are for parallel channels)
+    6       2      channel   of the connection: 0, or what JOIN named
     8       4      length    of the body, at most the limit of its type
-    12      4      check     low 32 bits of XXH3-64 of the body, seeded with bytes 4..11
+    12      4      head      bytes of the body that the check covers: all, but for PAGES
+    16      8      check     XXH3-64 of the head, seeded with bytes 4..11
+
+A body is a head and, in PAGES alone, data behind it: raw pages, which have a check of their own
+(in the head) that costs nothing, since it is made of the page hashes.
 
 `seal` writes a header, `FrameReader` reads them: the two mirror each other. The reader receives
 straight into arenas and hands out bodies as views of them, so bulk data is copied once, by the
@@ -26,34 +30,37 @@ from proto.errors import FrameError, LocalError
 from proto.messages import BODY_LIMITS, MAX_BODY, MessageType
 
 MAGIC = b"XBM1"
-HEADER = struct.Struct(">4sBBHII")
+HEADER = struct.Struct(">4sBBHIIQ")
 HEADER_BYTES = HEADER.size
 
 # An arena holds a frame of the largest size that begins at its end, and a good read beside it.
-ARENA_BYTES = 4 << 20
-ARENAS_KEPT = 3
+ARENA_BYTES = 3 << 20
+ARENAS_KEPT = 2
 LEAST_READ = 256 << 10
 
 
-def _check(seed: bytes | bytearray | memoryview, body: memoryview) -> int:
-    return xxhash.xxh3_64_intdigest(body, seed=int.from_bytes(seed, "big")) & 0xFFFFFFFF
+def _check(seed: bytes | bytearray | memoryview, head: memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(head, seed=int.from_bytes(seed, "big"))
 
 
-def seal(frame: bytearray, message_type: MessageType, channel: int = 0) -> bytearray:
-    """Writes the header into the first HEADER_BYTES of `frame`, whose body stands behind them.
+def seal(
+    frame: bytearray | memoryview, message_type: MessageType, channel: int = 0, data_bytes: int = 0
+) -> None:
+    """Writes the header into the first HEADER_BYTES of `frame`, whose head stands behind them.
+
+    data_bytes -- how many bytes of data will be sent after `frame`
 
     Raises LocalError where the body is longer than the peer may accept.
     """
-    length = len(frame) - HEADER_BYTES
+    head = len(frame) - HEADER_BYTES
+    length = head + data_bytes
     if length > BODY_LIMITS[message_type]:
         raise LocalError(
             f"{message_type.name}: a body of {length} bytes is over {BODY_LIMITS[message_type]}"
         )
-    HEADER.pack_into(frame, 0, MAGIC, message_type, 0, channel, length, 0)
+    HEADER.pack_into(frame, 0, MAGIC, message_type, 0, channel, length, head, 0)
     with memoryview(frame) as view:
-        check = _check(view[4:12], view[HEADER_BYTES:])
-    frame[12:16] = check.to_bytes(4, "big")
-    return frame
+        view[16:24] = _check(view[4:12], view[HEADER_BYTES:]).to_bytes(8, "big")
 
 
 class _Arena:
@@ -67,22 +74,19 @@ class _Arena:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame. `body` is valid until `release`, which gives its memory back to the reader.
+    """One frame. Its parts are valid until `release`, which gives their memory to the reader.
 
     Any thread may release it, once.
     """
 
     type: MessageType
-    channel: int
-    body: memoryview
+    head: memoryview
+    data: memoryview
     _arena: _Arena
 
-    @property
-    def wire_bytes(self) -> int:
-        return HEADER_BYTES + len(self.body)
-
     def release(self) -> None:
-        self.body.release()
+        self.head.release()
+        self.data.release()
         self._arena.lent.pop()
 
 
@@ -95,10 +99,13 @@ class FrameReader:
     """
 
     def __init__(self) -> None:
+        self.channel = 0
+        """The channel that all frames must name; it may change until the next one is taken."""
         self._arena = _Arena()
         self._kept: deque[_Arena] = deque(maxlen=ARENAS_KEPT)
         self._start = 0
         self._end = 0
+        self._checked = False  # the head of the frame that is coming in
 
     @property
     def partial(self) -> int:
@@ -150,20 +157,30 @@ class FrameReader:
             raise FrameError(f"not an xbmigrate stream: it goes on with {known.hex(' ')}")
         if len(view) < HEADER_BYTES:
             return None
-        _, number, flags, channel, length, check = HEADER.unpack_from(view)
+        _, number, flags, channel, length, head, check = HEADER.unpack_from(view)
         try:
             kind = MessageType(number)
         except ValueError:
             raise FrameError(f"unknown frame type {number}") from None
-        if flags or channel:
-            raise FrameError(f"{kind.name}: flags {flags:#x}, channel {channel} are not in use")
+        if flags:
+            raise FrameError(f"{kind.name}: flags {flags:#x} are not in use")
+        if channel != self.channel and kind is not MessageType.ERROR:
+            raise FrameError(f"{kind.name}: channel {channel} on the connection of {self.channel}")
         if length > BODY_LIMITS[kind]:
             raise FrameError(f"{kind.name}: {length} bytes are over {BODY_LIMITS[kind]}")
-        if len(view) < HEADER_BYTES + length:
+        if head > length or (head < length and kind is not MessageType.PAGES):
+            raise FrameError(f"{kind.name}: a head of {head} bytes in a body of {length}")
+        data_at = HEADER_BYTES + head
+        if len(view) < data_at:
             return None
-        body = view[HEADER_BYTES : HEADER_BYTES + length]
-        if _check(view[4:12], body) != check:
-            raise FrameError(f"{kind.name}: the check of its {length} bytes does not match")
-        self._start += HEADER_BYTES + length
+        if not self._checked:
+            if _check(view[4:12], view[HEADER_BYTES:data_at]) != check:
+                raise FrameError(f"{kind.name}: the check of its {head} bytes does not match")
+            self._checked = True
+        end = HEADER_BYTES + length
+        if len(view) < end:
+            return None
+        self._checked = False
+        self._start += end
         self._arena.lent.append(None)
-        return Frame(kind, channel, body, self._arena)
+        return Frame(kind, view[HEADER_BYTES:data_at], view[data_at:end], self._arena)

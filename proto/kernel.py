@@ -2,7 +2,9 @@
 
 Both have the same names, inherit the same tests and give the same bytes. `XBMIGRATE_KERNEL` is a
 demand: `cython` (the default) or `python`; one that cannot be had is an ImportError, never a
-quiet fall-back that is a hundred times slower.
+quiet fall-back that is a hundred times slower. So is `XBMIGRATE_SIMD`, which names the compiled
+kernel's way of comparing pages: `avx512bw`, `avx2`, `neon` or `portable`; without it the best that
+this processor has is taken. `SIMD` says which.
 """
 
 from __future__ import annotations
@@ -17,13 +19,36 @@ if NAME not in ("cython", "python"):
 
 if TYPE_CHECKING or NAME == "cython":
     try:
-        from proto._kernel import PageCache, PageDecoder, PageEncoder, decode, encode
-    except ImportError as error:
+        from proto._batch import PageDecoder, PageEncoder, PageHashes
+        from proto._cache import PageCache
+        from proto._codec import SIMD, decode, decode_pages, encode, encode_pages
+    except ModuleNotFoundError as error:
         raise ImportError(
-            "the compiled kernel proto._kernel is missing: build it with 'pip install .' "
+            f"the compiled kernel is missing ({error.name}): build it with 'pip install .' "
             "or 'make build' (a C compiler and python3-dev are needed)"
         ) from error
 else:
-    from proto._twin import PageCache, PageDecoder, PageEncoder, decode, encode
+    from proto._twin import (
+        SIMD,
+        PageCache,
+        PageDecoder,
+        PageEncoder,
+        PageHashes,
+        decode,
+        decode_pages,
+        encode,
+        encode_pages,
+    )
 
-__all__ = ["NAME", "PageCache", "PageDecoder", "PageEncoder", "decode", "encode"]
+__all__ = [
+    "NAME",
+    "SIMD",
+    "PageCache",
+    "PageDecoder",
+    "PageEncoder",
+    "PageHashes",
+    "decode",
+    "decode_pages",
+    "encode",
+    "encode_pages",
+]

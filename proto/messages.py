@@ -19,10 +19,13 @@ MIN_PAGE_SIZE = 1 << 10
 MAX_PAGE_SIZE = 1 << 14
 MAX_STATE = 1 << 20
 MAX_CAPABILITIES = 64
+MAX_CHANNELS = 64
+STRIPE_BYTES = 1 << 20
 DIGEST_BYTES = 16
-DIGEST_CHUNK = 1 << 16
+SEED_BYTES = 16
+TOKEN_BYTES = 16
 BATCH_BYTES = (1 << 20) + (1 << 15)
-MAX_BODY = 2 << 20
+MAX_BODY = BATCH_BYTES + (1 << 16)
 MAX_CONTROL = 64 << 10
 MAX_SECONDS = 1e9
 
@@ -50,6 +53,8 @@ class MessageType(IntEnum):
     PING = 12
     PONG = 13
     ERROR = 14
+    JOIN = 15
+    JOINED = 16
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,11 +76,17 @@ class Hello(_Message, frozen=True):
 
 
 class GuestInfo(_Message, frozen=True):
-    """What will come: `size` bytes in pages of `page_size`, of a kind that needs a place."""
+    """What will come: `size` bytes in pages of `page_size`, of a kind that needs a place.
+
+    hash_seed -- random; both sides make the key of the page hashes from it
+    channels  -- connections that the pages will come over, this one among them
+    """
 
     kind: Name
     size: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES * MIN_PAGE_SIZE)]
     page_size: Annotated[int, msgspec.Meta(ge=MIN_PAGE_SIZE, le=MAX_PAGE_SIZE)]
+    hash_seed: Annotated[bytes, msgspec.Meta(min_length=SEED_BYTES, max_length=SEED_BYTES)]
+    channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)] = 1
     description: Text = ""
 
     @property
@@ -84,7 +95,23 @@ class GuestInfo(_Message, frozen=True):
 
 
 class Accept(_Message, frozen=True):
-    """The destination has a place for this guest."""
+    """The destination has a place for this guest.
+
+    token -- random; a connection that names it is a channel of this migration
+    """
+
+    token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+
+
+class Join(_Message, frozen=True):
+    """First on a further connection: it is a channel of the migration that gave this token."""
+
+    token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+    channel: Annotated[int, msgspec.Meta(ge=1, lt=MAX_CHANNELS)]
+
+
+class Joined(_Message, frozen=True):
+    """The destination's answer to JOIN: the channel carries pages from here on."""
 
 
 class CacheSize(_Message, frozen=True):
@@ -94,7 +121,7 @@ class CacheSize(_Message, frozen=True):
 
 
 class Round(_Message, frozen=True):
-    """The end of a round. `pages` and `transferred` are the source's counts for this round."""
+    """The end of a round on this channel. The counts are the source's, for the whole round."""
 
     number: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
     pages: Count
@@ -106,16 +133,16 @@ class RoundAck(_Message, frozen=True):
     """All batches of a round are applied. The times are what they cost the destination.
 
     apply_seconds  -- decoding into memory
-    settle_seconds -- digests of chunks that this round left alone, and writing back
-    stale_chunks   -- chunks that still have no digest
-    settled_chunks -- chunks digested in `settle_seconds`
+    settle_seconds -- hashes of pages that this round left alone, and writing back
+    stale_pages    -- pages that still have no hash
+    settled_pages  -- pages hashed in `settle_seconds`
     """
 
     number: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
     apply_seconds: Seconds
     settle_seconds: Seconds
-    stale_chunks: Count
-    settled_chunks: Count
+    stale_pages: Count
+    settled_pages: Count
 
 
 class Complete(_Message, frozen=True):
@@ -155,17 +182,12 @@ class Error(_Message, frozen=True):
 
 
 class Pages:
-    """A batch as it came: its body is read by the kernel, not here (proto/README.md, "PAGES")."""
-
-    __slots__ = ("body",)
-
-    def __init__(self, body: memoryview | bytes | bytearray) -> None:
-        self.body = body
+    """A batch: it is read by the kernel, not here (proto/README.md, "PAGES")."""
 
 
 Message = (
-    Hello | GuestInfo | Accept | CacheSize | Pages | Round | RoundAck | Complete | Ready | Go
-    | Running | Ping | Pong | Error
+    Hello | GuestInfo | Accept | Join | Joined | CacheSize | Pages | Round | RoundAck | Complete
+    | Ready | Go | Running | Ping | Pong | Error
 )  # fmt: skip
 
 _TYPES: dict[MessageType, type[_Message]] = {
@@ -182,6 +204,8 @@ _TYPES: dict[MessageType, type[_Message]] = {
     MessageType.PING: Ping,
     MessageType.PONG: Pong,
     MessageType.ERROR: Error,
+    MessageType.JOIN: Join,
+    MessageType.JOINED: Joined,
 }
 TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
     Pages: MessageType.PAGES
@@ -197,15 +221,13 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 def pack(message: Message, headroom: int = 0) -> bytearray:
     """The body of a message, after `headroom` free bytes for the frame header."""
-    body = bytearray(headroom)
-    body += message.body if isinstance(message, Pages) else _ENCODER.encode(message)
-    return body
+    return bytearray(headroom) + _ENCODER.encode(message)
 
 
 def unpack(kind: MessageType, body: memoryview | bytes) -> Message:
     """The message of a body. Raises MessageError, saying which field breaks which rule."""
     if kind is MessageType.PAGES:
-        return Pages(body)
+        return Pages()
     try:
         message = _DECODERS[kind].decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

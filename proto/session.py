@@ -3,6 +3,7 @@
     START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
     STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
+    a further channel: START --JOIN--> JOINING ==JOINED==> LANE; LANE: --PAGES-->, --ROUND-->
     (-- from the source, == from the destination; PING and PONG in any state but START
      and FAILED; ERROR at any time before DONE leads to FAILED)
 
@@ -36,6 +37,8 @@ class State(Enum):
     OPEN = auto()
     DESCRIBED = auto()
     STREAM = auto()
+    JOINING = auto()
+    LANE = auto()
     COMPLETED = auto()
     PREPARED = auto()
     COMMITTED = auto()
@@ -46,7 +49,9 @@ class State(Enum):
 S, D = Role.SOURCE, Role.DESTINATION
 
 TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
-    State.START: {(S, M.HELLO): State.GREETED},
+    State.START: {(S, M.HELLO): State.GREETED, (S, M.JOIN): State.JOINING},
+    State.JOINING: {(D, M.JOINED): State.LANE},
+    State.LANE: {(S, M.PAGES): State.LANE, (S, M.ROUND): State.LANE},
     State.GREETED: {(D, M.HELLO): State.OPEN},
     State.OPEN: {(S, M.GUEST): State.DESCRIBED},
     State.DESCRIBED: {(D, M.ACCEPT): State.STREAM},
@@ -86,18 +91,27 @@ class Session:
         self.state = State.START
         self.reader = FrameReader()
 
+    @property
+    def channel(self) -> int:
+        """Of this connection: 0, or what JOIN names; every frame carries it."""
+        return self.reader.channel
+
+    @channel.setter
+    def channel(self, channel: int) -> None:
+        self.reader.channel = channel
+
     def send(self, message: Message) -> bytearray:
         """The frame of a message. Raises LocalError where it is not ours to send now."""
         kind = TYPE_OF[type(message)]
         following = self._after(kind)
-        frame = seal(pack(message, HEADER_BYTES), kind)
+        frame = pack(message, HEADER_BYTES)
+        seal(frame, kind, self.channel)
         self.state = following
         return frame
 
-    def send_sealed(self, kind: MessageType, frame: bytearray) -> bytearray:
-        """As `send`, for a frame that was sealed already (in a worker thread, say)."""
-        self.state = self._after(kind)
-        return frame
+    def send_pages(self) -> None:
+        """A PAGES frame is sent, sealed by somebody else (in a worker thread, say)."""
+        self.state = self._after(MessageType.PAGES)
 
     def _after(self, kind: MessageType) -> State:
         following = TABLE[self.state].get((self.role, kind))

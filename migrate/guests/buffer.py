@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from migrate._memory import set_marks
-from migrate.digest import ChunkDigests
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
 from migrate.memory import Memory
@@ -118,9 +117,9 @@ class BufferGuest(Guest):
             last = (offset + length - 1) // self._page_size
             set_marks(self._marks, first, last - first + 1)
 
-    def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
+    def track(self, encoder: PageEncoder) -> DirtyTracker:
         if not self.marks:
-            return super().track(encoder, digests)
+            return super().track(encoder)
         if encoder.page_size != self._page_size:
             raise UsageError(f"this guest marks pages of {self._page_size} bytes")
         return MarkTracker(memoryview(self._marks), encoder.pages)

@@ -31,7 +31,6 @@ import sys
 from dataclasses import dataclass
 
 from migrate._memory import first_wrong
-from migrate.digest import ChunkDigests
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
 from migrate.memory import Memory
@@ -290,7 +289,7 @@ class DemoGuest(Guest):
             await asyncio.sleep(0.005)
         await self.process.command(RUN, RUNNING)
 
-    def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
+    def track(self, encoder: PageEncoder) -> DirtyTracker:
         return MarkTracker(self.process.marks, encoder.pages)
 
     async def pause(self) -> None:
@@ -330,6 +329,7 @@ class DemoPlace(Place):
         shape = DemoShape(info.size, 1, 1, page_size=info.page_size)
         self.process = DemoProcess.create(shape, paused=True)
         self.memory = self.process.memory
+        self.fd, self.fd_offset = self.process.fd, shape.memory_offset
         self.reads = Memory(info.size, self.process.memory)
 
     async def ready(self) -> None:

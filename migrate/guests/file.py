@@ -212,14 +212,14 @@ class FilePlace(Place):
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
         check_output(path, overwrite)
         try:
-            self._fd = self._open()
+            self.fd = self._open()
             padded = info.pages * info.page_size
-            os.ftruncate(self._fd, padded)
-            self._map = mmap.mmap(self._fd, padded)
+            os.ftruncate(self.fd, padded)
+            self._map = mmap.mmap(self.fd, padded)
         except OSError as error:
             raise UsageError(f"--output {path}: {error.strerror}") from None
         self.memory = memoryview(self._map)
-        self.reads = Memory(info.size, fd=self._fd)
+        self.reads = Memory(info.size, fd=self.fd)
 
     def _open(self) -> int:
         try:
@@ -234,26 +234,22 @@ class FilePlace(Place):
         name = f".{os.path.basename(self.path)}.{secrets.token_hex(4)}.xbmigrate"
         return os.path.join(self._directory, name)
 
-    def make_room(self, first: int, count: int) -> None:
-        # A full disk must be an error here, not a SIGBUS when the mapping is written.
-        try:
-            os.posix_fallocate(self._fd, first * self._page_size, count * self._page_size)
-        except OSError as error:
-            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+    def make_room(self, page: int) -> None:
+        os.posix_fallocate(self.fd, page * self._page_size, self._page_size)
 
     def sync(self) -> None:
-        os.fdatasync(self._fd)
+        os.fdatasync(self.fd)
 
     async def prepare(self, state: bytes) -> None:
         try:
-            os.ftruncate(self._fd, self._size)
-            os.fsync(self._fd)
+            os.ftruncate(self.fd, self._size)
+            os.fsync(self.fd)
             if not self._temporary:
                 name = self._hidden_name()
                 # A directory must be given for linkat(2) to be used, which follows the link.
                 own = os.open("/proc/self/fd", os.O_RDONLY)
                 try:
-                    os.link(str(self._fd), name, src_dir_fd=own, follow_symlinks=True)
+                    os.link(str(self.fd), name, src_dir_fd=own, follow_symlinks=True)
                 finally:
                     os.close(own)
                 self._temporary = name
@@ -281,7 +277,7 @@ class FilePlace(Place):
         with contextlib.suppress(BufferError):
             self.memory.release()
             self._map.close()
-        os.close(self._fd)
+        os.close(self.fd)
 
     async def discard(self) -> None:
         if self._temporary:

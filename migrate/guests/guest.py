@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from migrate.digest import ChunkDigests
 from migrate.memory import Memory
 from migrate.tracking import DirtyTracker, ScanTracker
 from proto.kernel import PageEncoder
@@ -32,9 +31,9 @@ class Guest(ABC):
     """Whether `pause` really stops it; else what it writes in the pause is looked for again."""
     description = ""
 
-    def track(self, encoder: PageEncoder, digests: ChunkDigests) -> DirtyTracker:
+    def track(self, encoder: PageEncoder) -> DirtyTracker:
         """Starts tracking for one migration."""
-        return ScanTracker(self.memory, encoder, digests)
+        return ScanTracker(self.memory, encoder)
 
     async def started(self) -> None:
         """Waits until the guest runs and can be paused."""
@@ -71,14 +70,19 @@ class Place(ABC):
 
     memory: memoryview
     """Writable, whole pages, zeros at first."""
+    fd = -1
+    """Of the file that `memory` maps, or -1: raw pages are written to it."""
+    fd_offset = 0
+    """Where the guest begins in that file."""
     reads: Memory
     """The same bytes as they are hashed."""
 
     async def ready(self) -> None:
         """Waits until the place can take a guest; the source is told to begin after that."""
 
-    def make_room(self, first: int, count: int) -> None:
-        """Pages will be written for the first time. Raises MigrationError where they do not fit."""
+    def make_room(self, page: int) -> None:
+        """A page is written through `memory` for the first time. Raises OSError where it cannot
+        be: a mapping has only SIGBUS to say so."""
 
     def sync(self) -> None:
         """Brings what was written to where it is safe; called as rounds end."""

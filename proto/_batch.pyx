@@ -1,0 +1,903 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: cdivision=True, initializedcheck=False
+"""Batches of pages: walking them on either side, without the GIL.
+
+Every class here has a readable twin of the same name in proto/_twin.py, which says what is meant;
+this file says how to be fast. The two give the same bytes on every input.
+
+Memory rules. The encoder reads only private snapshots, never guest memory: the bytes it encodes,
+the bytes it caches and the bytes the peer ends up with are the same bytes. Snapshots are taken
+where raw pages go into the batch, so a page that is sent raw is copied once. The decoder reads
+hostile bytes: every length is compared with what is left before it is used.
+"""
+
+import hashlib
+import os
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+from proto._cache cimport NO_SLOT, PageCache
+from proto._codec cimport (
+    BAD_CHECK,
+    BAD_DATA,
+    BAD_OP,
+    EMPTY_DELTA,
+    MAX_PAGE,
+    MIN_PAGE,
+    NO_BASE,
+    PAST_GUEST,
+    SHORT,
+    decode_page,
+    encode_page,
+    get_uleb,
+    is_zero,
+    put_uleb,
+    zero_page,
+)
+
+from proto._codec import FAULTS
+from proto.errors import DecodeError
+
+cdef extern from "endian.h" nogil:
+    uint64_t htobe64(uint64_t)
+    uint32_t htobe32(uint32_t)
+    uint64_t be64toh(uint64_t)
+    uint64_t htole64(uint64_t)
+    uint64_t le64toh(uint64_t)
+
+cdef extern from "unistd.h" nogil:
+    ssize_t pwrite(int, const void*, size_t, long)
+
+cdef extern from "sys/mman.h" nogil:
+    enum:
+        PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    void* mmap(void*, size_t, int, int, int, long)
+    int munmap(void*, size_t)
+
+cdef extern from *:
+    """
+    #include <sys/mman.h>
+    #define xb_map_failed(p) ((p) == MAP_FAILED)
+
+    static inline uint64_t xb_word(const uint8_t *at)
+    {
+        uint64_t value;
+        memcpy(&value, at, 8);
+        return le64toh(value);
+    }
+
+    /* NH over 64-bit words with a sum of 128 bits, then a multiply-shift hash of that sum to 64:
+       two pages that differ collide with a probability below 2^-62 over the choice of the key. */
+    static uint64_t xb_hash(const uint8_t *page, const uint64_t *key, size_t words)
+    {
+        unsigned __int128 a = 0, b = 0, fold, r0, r1;
+        for (size_t i = 0; i < words; i += 4) {
+            a += (unsigned __int128)(xb_word(page + 8 * i) + key[i])
+                 * (xb_word(page + 8 * i + 8) + key[i + 1]);
+            b += (unsigned __int128)(xb_word(page + 8 * i + 16) + key[i + 2])
+                 * (xb_word(page + 8 * i + 24) + key[i + 3]);
+        }
+        a += b;
+        r0 = (unsigned __int128)key[words + 1] << 64 | key[words];
+        r1 = (unsigned __int128)key[words + 3] << 64 | key[words + 2];
+        fold = r0 * (uint64_t)a + r1 * (uint64_t)(a >> 64);
+        return (uint64_t)(fold >> 64);
+    }
+    """
+    bint xb_map_failed(void*) nogil
+    uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
+
+cdef enum:
+    HEAD = 20                   # round (4 bytes), first page (8), check of the raw pages (8)
+    OP_ZERO = 0x00
+    OP_RAW = 0x40
+    OP_DELTA = 0x80
+    OP_MASK = 0xC0
+    GAP_MASK = 0x3F
+    RUN_LIMIT = 0xFFFF          # a raw run counts its pages in 16 bits
+    RECORD_ROOM = 32            # more than any record takes beside its page data
+    SNAPSHOT_BYTES = 256 << 10  # pages taken at a time: they stay in the core's own cache
+    ENCODE_ROOM = 2 * MAX_PAGE + 64
+
+# The check of a batch's raw pages: check = check * STEP + hash, page after page.
+cdef uint64_t STEP = 0x9E3779B97F4A7C15u
+
+
+# ---------------------------------------------------------------- bitmaps
+
+cdef inline bint get_bit(const uint8_t* bits, uint64_t i) noexcept nogil:
+    return (bits[i >> 3] >> (i & 7)) & 1
+
+
+cdef inline void set_bit(uint8_t* bits, uint64_t i) noexcept nogil:
+    bits[i >> 3] |= <uint8_t>(1 << (i & 7))
+
+
+cdef inline void clear_bit(uint8_t* bits, uint64_t i) noexcept nogil:
+    bits[i >> 3] &= <uint8_t>~(1 << (i & 7))
+
+
+cdef bytearray bitmap(uint64_t pages):
+    return bytearray((pages + 63) // 64 * 8)
+
+
+cdef int check_guest(uint64_t pages, Py_ssize_t page_size) except -1:
+    if not MIN_PAGE <= page_size <= MAX_PAGE or page_size & (page_size - 1):
+        raise ValueError(f"a page of {page_size} bytes: a power of two from 1024 to 16384")
+    if pages == 0:
+        raise ValueError("no pages")
+    return 0
+
+
+# ---------------------------------------------------------------- hashes
+
+cdef class PageHashes:
+    """A keyed 64-bit hash of every page, as the destination holds it.
+
+    table -- the hashes, 8 bytes each, little-endian; at first those of pages of zeros
+    stale -- a bit per page: it was changed by a delta, and its hash is of an older content
+    """
+
+    cdef readonly uint64_t pages
+    cdef readonly Py_ssize_t page_size
+    cdef readonly bytearray table
+    cdef readonly bytearray stale
+    cdef bytes key
+    cdef const uint64_t* key_at
+    cdef uint64_t* table_at
+    cdef uint8_t* stale_at
+    cdef uint64_t zero
+
+    def __cinit__(self, uint64_t pages, Py_ssize_t page_size, bytes seed):
+        check_guest(pages, page_size)
+        self.pages = pages
+        self.page_size = page_size
+        # In the order of this machine, so that the hash is the same number everywhere.
+        raw = hashlib.shake_256(seed).digest(page_size + 32)
+        self.key = raw
+        cdef uint64_t* words = <uint64_t*><char*>self.key
+        cdef Py_ssize_t i
+        for i in range((page_size + 32) // 8):
+            words[i] = le64toh(words[i])
+        self.key_at = words
+        self.zero = xb_hash(zero_page(), words, page_size >> 3)
+        self.table = bytearray(int(self.zero).to_bytes(8, "little")) * pages
+        self.stale = bitmap(pages)
+        self.table_at = <uint64_t*>PyByteArray_AS_STRING(self.table)
+        self.stale_at = <uint8_t*>PyByteArray_AS_STRING(self.stale)
+
+    cdef inline uint64_t hash_of(self, const uint8_t* page) noexcept nogil:
+        return xb_hash(page, self.key_at, self.page_size >> 3)
+
+    cdef inline void note(self, uint64_t page, uint64_t value) noexcept nogil:
+        self.table_at[page] = htole64(value)
+        clear_bit(self.stale_at, page)
+
+    cdef inline bint matches(self, uint64_t page, const uint8_t* content) noexcept nogil:
+        return self.table_at[page] == htole64(self.hash_of(content))
+
+    def note_pages(
+        self, const uint64_t[::1] numbers not None, Py_ssize_t count,
+        const uint8_t[::1] content not None,
+    ):
+        """Hashes `count` pages whose numbers and content are given; they are stale no more."""
+        cdef Py_ssize_t i
+        if not 0 <= count <= numbers.shape[0] or content.shape[0] < count * self.page_size:
+            raise ValueError("there are fewer pages than that")
+        for i in range(count):
+            if numbers[i] >= self.pages:
+                raise ValueError(f"page {numbers[i]} is outside the guest")
+        with nogil:
+            for i in range(count):
+                self.note(numbers[i], self.hash_of(&content[i * self.page_size]))
+
+
+# ---------------------------------------------------------------- encoder
+
+cdef class Slab:
+    """Page-aligned memory for one batch; free again when the last view of it is gone.
+
+    A transport keeps what it was given until it is sent, however often it slices it: exports count
+    all of that, and need no word from the transport.
+    """
+
+    cdef uint8_t* at
+    cdef Py_ssize_t size
+    cdef Py_ssize_t exports
+
+    def __cinit__(self, Py_ssize_t size):
+        self.size = size
+        self.at = <uint8_t*>mmap(
+            NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
+        )
+        if xb_map_failed(self.at):
+            self.at = NULL
+            raise MemoryError("no memory for a batch")
+
+    def __dealloc__(self):
+        if self.at != NULL:
+            munmap(self.at, self.size)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.at, self.size, False, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.exports -= 1
+
+
+cdef class PageEncoder:
+    """What the source knows about the peer's copy, and the batches that bring it up to date.
+
+    See proto/README.md ("PAGES") for the layout. A page is sent zero, unchanged (not at all), as
+    a delta or raw. `sent` pages are known to the peer; of those, `zeros` are known to be zero
+    there (which is a delta base that needs no cache), and the cache holds some others in full.
+
+    hashes   -- keeps the hash of every page that is sent
+    merge    -- deltas are those of xbzrle.encode(merge=True)
+    headroom -- bytes left free for a frame header at the start of a batch
+    room     -- bytes that a batch may have
+    """
+
+    cdef readonly uint64_t pages
+    cdef readonly Py_ssize_t page_size
+    cdef PageCache cache
+    cdef PageHashes hashes
+    cdef bint merge
+    cdef uint8_t* sent
+    cdef uint8_t* zeros
+    cdef uint64_t* numbers      # of the pages in the snapshot
+    cdef Py_ssize_t most        # pages of a snapshot
+    cdef Py_ssize_t offered     # pages of the last `space`
+    cdef object number_view
+    cdef list slabs
+    cdef Slab slab              # of the open batch
+    cdef uint8_t* out           # its records
+    cdef uint8_t* data          # its raw pages
+    cdef Py_ssize_t headroom
+    cdef Py_ssize_t room
+    cdef Py_ssize_t data_at     # offset of `data` in the slab
+    cdef Py_ssize_t used        # bytes of records
+    cdef Py_ssize_t raw_pages
+    cdef uint64_t check
+    cdef uint64_t next_page     # one past the last page of the batch
+    cdef uint64_t zero_first    # a zero run that is not written yet
+    cdef uint64_t zero_count
+    cdef Py_ssize_t raw_at      # where the open raw run has its count, 0 for none
+    cdef uint32_t raw_count
+    cdef uint32_t now
+    cdef readonly uint64_t zero
+    cdef readonly uint64_t unchanged
+    cdef readonly uint64_t raw
+    cdef readonly uint64_t delta
+    cdef readonly uint64_t delta_bytes
+    cdef readonly uint64_t hits
+    cdef readonly uint64_t misses
+    cdef readonly uint64_t overflows
+
+    def __cinit__(
+        self, PageHashes hashes not None, PageCache cache=None, *, bint merge=False,
+        Py_ssize_t headroom=0, Py_ssize_t room=1 << 20,
+    ):
+        self.pages = hashes.pages
+        self.page_size = hashes.page_size
+        if cache is not None and cache.page_size != self.page_size:
+            raise ValueError("the cache has pages of another size")
+        if cache is not None and len(cache):
+            raise ValueError("the cache holds pages of another migration")
+        if headroom < 0 or room < self.page_size + 3 * RECORD_ROOM:
+            raise ValueError("no room for a page")
+        self.hashes = hashes
+        self.cache = cache
+        self.merge = merge
+        self.headroom = headroom
+        self.room = room
+        self.data_at = (headroom + room + 4095) // 4096 * 4096
+        self.most = SNAPSHOT_BYTES // self.page_size
+        self.slabs = []
+        self.sent = <uint8_t*>calloc((self.pages + 63) // 64, 8)
+        self.zeros = <uint8_t*>calloc((self.pages + 63) // 64, 8)
+        numbers = bytearray(8 * self.most)
+        self.numbers = <uint64_t*>PyByteArray_AS_STRING(numbers)
+        self.number_view = memoryview(numbers).cast("Q")
+        if not self.sent or not self.zeros:
+            raise MemoryError(f"no memory to track {self.pages} pages")
+
+    def __dealloc__(self):
+        free(self.sent)
+        free(self.zeros)
+
+    def begin_round(self, uint32_t number):
+        """Rounds count from 1; a batch belongs to one round, so none may be open."""
+        if self.pending:
+            raise ValueError("a batch of the last round was not taken")
+        if number == 0 or number < self.now:
+            raise ValueError(f"round {number} after round {self.now}")
+        self.now = number
+
+    @property
+    def pending(self):
+        """Whether the open batch has anything to send."""
+        return self.used > 0 or self.zero_count > 0
+
+    cdef inline Py_ssize_t left(self) noexcept nogil:
+        """Pages that still fit the batch, whatever becomes of them."""
+        cdef Py_ssize_t room = self.room - self.used - self.raw_pages * self.page_size
+        room -= HEAD + RECORD_ROOM
+        return room // (self.page_size + RECORD_ROOM) if room > 0 else 0
+
+    @property
+    def full(self):
+        """Whether one more page might not fit the open batch."""
+        return self.left() == 0
+
+    cdef int open_slab(self) except -1:
+        cdef Slab slab
+        if self.slab is not None:
+            return 0
+        for slab in self.slabs:
+            if slab.exports == 0:
+                break
+        else:
+            slab = Slab(self.data_at + self.room)
+            self.slabs.append(slab)
+        self.slab = slab
+        self.out = slab.at + self.headroom
+        self.data = slab.at + self.data_at
+        return 0
+
+    def space(self):
+        """Where the next pages are to be copied: (memory, their numbers), for the same number of
+        pages; none where the batch is full."""
+        cdef Py_ssize_t start
+        self.open_slab()
+        self.offered = min(self.left(), self.most)
+        start = self.data_at + self.raw_pages * self.page_size
+        return (
+            memoryview(self.slab)[start : start + self.offered * self.page_size],
+            self.number_view[: self.offered],
+        )
+
+    cdef inline void open_record(self, uint8_t op, uint64_t page) noexcept nogil:
+        cdef uint32_t now = htobe32(self.now)
+        cdef uint64_t first = htobe64(page), gap
+        if self.used == 0:
+            memcpy(self.out, &now, 4)
+            memcpy(self.out + 4, &first, 8)
+            self.used = HEAD
+            self.next_page = page
+        gap = page - self.next_page
+        if gap < GAP_MASK:
+            self.out[self.used] = op | <uint8_t>gap
+            self.used += 1
+        else:
+            self.out[self.used] = op | GAP_MASK
+            self.used += 1
+            self.used += put_uleb(self.out + self.used, gap - GAP_MASK)
+        self.raw_at = 0
+
+    cdef inline void flush_zeros(self) noexcept nogil:
+        if self.zero_count:
+            self.open_record(OP_ZERO, self.zero_first)
+            self.used += put_uleb(self.out + self.used, self.zero_count)
+            self.next_page = self.zero_first + self.zero_count
+            self.zero_count = 0
+
+    cdef inline void put_zero(self, uint64_t page) noexcept nogil:
+        if self.zero_count and page != self.zero_first + self.zero_count:
+            self.flush_zeros()
+        if self.zero_count == 0:
+            self.zero_first = page
+        self.zero_count += 1
+        self.zero += 1
+        set_bit(self.sent, page)
+        set_bit(self.zeros, page)
+        cdef uint32_t slot
+        if self.cache is not None:
+            slot = self.cache.find(page)
+            if slot != NO_SLOT:
+                self.cache.remove(slot)
+        self.hashes.note(page, self.hashes.zero)
+
+    cdef inline void put_raw(self, uint64_t page, const uint8_t* content) noexcept nogil:
+        cdef uint8_t* place = self.data + self.raw_pages * self.page_size
+        cdef uint64_t value = self.hashes.hash_of(content)
+        if not (self.raw_at and page == self.next_page and self.raw_count < RUN_LIMIT):
+            self.open_record(OP_RAW, page)
+            self.raw_at = self.used
+            self.raw_count = 0
+            self.used += 2
+        self.raw_count += 1
+        self.out[self.raw_at] = <uint8_t>(self.raw_count >> 8)
+        self.out[self.raw_at + 1] = <uint8_t>self.raw_count
+        if place != content:
+            memcpy(place, content, self.page_size)
+        self.raw_pages += 1
+        self.check = self.check * STEP + value
+        self.hashes.note(page, value)
+        self.next_page = page + 1
+        self.raw += 1
+
+    cdef inline void put_delta(
+        self, uint64_t page, const uint8_t* delta, Py_ssize_t length
+    ) noexcept nogil:
+        self.open_record(OP_DELTA, page)
+        self.used += put_uleb(self.out + self.used, length)
+        memcpy(self.out + self.used, delta, length)
+        self.used += length
+        self.next_page = page + 1
+        self.delta += 1
+        self.delta_bytes += length
+        set_bit(self.hashes.stale_at, page)
+
+    cdef void put_page(
+        self, uint64_t page, const uint8_t* content, uint8_t* scratch,
+        const uint8_t* todo, uint64_t todo_pages,
+    ) noexcept nogil:
+        cdef bint known = get_bit(self.sent, page)
+        cdef bint zero = get_bit(self.zeros, page)
+        cdef uint32_t slot = NO_SLOT
+        cdef const uint8_t* base = NULL
+        cdef uint8_t* keep = NULL
+        cdef Py_ssize_t length = -1
+        if is_zero(content, self.page_size):
+            if known and zero:
+                self.unchanged += 1
+            else:
+                self.put_zero(page)
+            return
+        if self.cache is not None and known:
+            if zero:
+                base = zero_page()
+            else:
+                slot = self.cache.find(page)
+                if slot != NO_SLOT:
+                    base = keep = self.cache.at(slot)
+                    self.cache.ages[slot] = self.now
+                    self.cache.proven[slot] = 1
+        if base != NULL:
+            self.hits += 1
+            length = encode_page(
+                base, content, self.page_size, scratch, self.page_size, self.merge, keep
+            )
+            if length == 0:
+                # It was written all the same: its hash may be of a moment in between.
+                self.unchanged += 1
+                set_bit(self.hashes.stale_at, page)
+                return
+            if length < 0:
+                self.overflows += 1
+        elif self.cache is not None and known:
+            self.misses += 1
+        self.flush_zeros()
+        if length > 0:
+            self.put_delta(page, scratch, length)
+        else:
+            self.put_raw(page, content)
+        set_bit(self.sent, page)
+        clear_bit(self.zeros, page)
+        if self.cache is not None:
+            if slot == NO_SLOT:
+                self.cache.insert(page, content, self.now, todo, todo_pages)
+            elif length < 0:
+                memcpy(keep, content, self.page_size)
+
+    def feed(self, Py_ssize_t count, const uint8_t[::1] todo not None):
+        """Takes in the first `count` pages of the last `space`, in ascending order.
+
+        todo -- the round's dirty bitmap: the cache evicts none of its pages
+
+        Raises ValueError for a page out of order or outside the guest; those before it are in.
+        """
+        cdef Py_ssize_t i = 0
+        cdef uint64_t page, floor = self.next_page if self.used else 0
+        cdef const uint8_t* snapshot
+        cdef uint8_t[ENCODE_ROOM] scratch
+        if self.now == 0:
+            raise ValueError("no round was begun")
+        if not 0 <= count <= self.offered:
+            raise ValueError(f"{count} pages: there was space for {self.offered}")
+        if <uint64_t>todo.shape[0] * 8 < self.pages:
+            raise ValueError("the dirty bitmap is too short")
+        if count == 0:
+            return
+        self.offered = 0
+        snapshot = self.data + self.raw_pages * self.page_size
+        if self.zero_count:
+            floor = self.zero_first + self.zero_count
+        with nogil:
+            while i < count:
+                page = self.numbers[i]
+                if page < floor or page >= self.pages:
+                    break
+                self.put_page(
+                    page, snapshot + i * self.page_size, scratch, &todo[0], todo.shape[0] * 8
+                )
+                floor = page + 1
+                i += 1
+        if i < count:
+            raise ValueError(f"page {self.numbers[i]} is out of order or outside the guest")
+
+    def feed_zeros(self, uint64_t first, uint64_t count):
+        """Pages that are known to be zero without reading them (holes of a sparse file).
+
+        Returns how many fitted the batch.
+        """
+        cdef uint64_t page, floor = self.next_page if self.used else 0
+        if self.zero_count:
+            floor = self.zero_first + self.zero_count
+        if self.now == 0 or first < floor or first + count > self.pages or first + count < first:
+            raise ValueError(f"pages {first} to {first + count} are out of order or outside")
+        self.open_slab()
+        self.offered = 0
+        with nogil:
+            for page in range(first, first + count):
+                if get_bit(self.sent, page) and get_bit(self.zeros, page):
+                    self.unchanged += 1
+                    continue
+                if self.left() == 0:
+                    break
+                self.put_zero(page)
+            else:
+                page = first + count
+        return page - first
+
+    def take(self):
+        """The batch as (head, pages), and opens the next one.
+
+        head  -- `headroom` free bytes, then round, first page, check and records
+        pages -- the raw pages, in the order of their records
+        """
+        cdef uint64_t check = htobe64(self.check)
+        cdef Py_ssize_t end
+        self.flush_zeros()
+        if self.used == 0:
+            raise ValueError("the batch is empty")
+        memcpy(self.out + 12, &check, 8)
+        end = self.data_at + self.raw_pages * self.page_size
+        whole = memoryview(self.slab)
+        batch = whole[: self.headroom + self.used], whole[self.data_at : end]
+        self.slab = None
+        self.out = self.data = NULL
+        self.used = self.raw_at = self.raw_pages = self.offered = 0
+        self.check = 0
+        return batch
+
+    def scan(
+        self, uint64_t first, uint64_t count, const uint8_t[::1] data not None,
+        uint8_t[::1] changed not None,
+    ):
+        """Sets a bit in `changed` for each of `count` pages in `data` that the peer lacks.
+
+        Exact for pages in the cache and for zero pages; others by their hash, which misses a
+        change with a probability below 2^-62. A page that equals the cached one gets its hash
+        where that was stale. Returns how many pages differ.
+        """
+        cdef uint64_t page, i, found = 0
+        cdef const uint8_t* content
+        if first + count > self.pages or first + count < first:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        if <uint64_t>data.shape[0] < count * self.page_size or \
+                <uint64_t>changed.shape[0] * 8 < self.pages:
+            raise ValueError("the data or the bitmap is too short")
+        with nogil:
+            for i in range(count):
+                page = first + i
+                content = &data[i * self.page_size]
+                if not get_bit(self.sent, page) or self.differs(page, content):
+                    set_bit(&changed[0], page)
+                    found += 1
+        return found
+
+    cdef bint differs(self, uint64_t page, const uint8_t* content) noexcept nogil:
+        cdef uint32_t slot = NO_SLOT
+        if get_bit(self.zeros, page):
+            return not is_zero(content, self.page_size)
+        if self.cache is not None:
+            slot = self.cache.find(page)
+        if slot == NO_SLOT:
+            return get_bit(self.hashes.stale_at, page) or not self.hashes.matches(page, content)
+        if memcmp(content, self.cache.at(slot), self.page_size) != 0:
+            return True
+        if get_bit(self.hashes.stale_at, page):
+            self.hashes.note(page, self.hashes.hash_of(content))
+        return False
+
+    def scan_zeros(self, uint64_t first, uint64_t count, uint8_t[::1] changed not None):
+        """As `scan`, for pages that are known to be zero without reading them."""
+        cdef uint64_t page, found = 0
+        if first + count > self.pages or first + count < first:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        if <uint64_t>changed.shape[0] * 8 < self.pages:
+            raise ValueError("the bitmap is too short")
+        with nogil:
+            for page in range(first, first + count):
+                if not (get_bit(self.sent, page) and get_bit(self.zeros, page)):
+                    set_bit(&changed[0], page)
+                    found += 1
+        return found
+
+
+# ---------------------------------------------------------------- decoder
+
+cdef struct Record:
+    uint8_t op
+    uint64_t first
+    uint64_t count
+    const uint8_t* delta
+    Py_ssize_t length
+
+
+cdef Py_ssize_t read_record(
+    const uint8_t* at, Py_ssize_t left, Py_ssize_t page_size, uint64_t pages, uint64_t next_page,
+    Record* record,
+) noexcept nogil:
+    """One record: how many bytes it takes, or a Fault. All is compared before it is believed."""
+    cdef Py_ssize_t i = 1, step
+    cdef uint64_t value = 0
+    if left < 1:
+        return SHORT
+    record.op = at[0] & OP_MASK
+    record.first = at[0] & GAP_MASK
+    record.length = 0
+    if record.first == GAP_MASK:
+        step = get_uleb(at + i, left - i, 9, &value)
+        if step < 0:
+            return step
+        i += step
+        if value >= pages:
+            return PAST_GUEST
+        record.first += value
+    record.first += next_page
+    if record.first >= pages:
+        return PAST_GUEST
+    if record.op == OP_ZERO:
+        step = get_uleb(at + i, left - i, 9, &value)
+        if step < 0:
+            return step
+        i += step
+        record.count = value
+    elif record.op == OP_RAW:
+        if left - i < 2:
+            return SHORT
+        record.count = (<uint64_t>at[i] << 8) | at[i + 1]
+        i += 2
+    elif record.op == OP_DELTA:
+        step = get_uleb(at + i, left - i, 3, &value)
+        if step < 0:
+            return step
+        i += step
+        if value == 0 or value > <uint64_t>page_size:
+            return EMPTY_DELTA
+        record.count = 1
+        record.length = <Py_ssize_t>value
+    else:
+        return BAD_OP
+    if record.count == 0 or record.count > pages - record.first:
+        return PAST_GUEST
+    if record.length > left - i:
+        return SHORT
+    record.delta = at + i
+    return i + record.length
+
+
+cdef class PageDecoder:
+    """Applies batches to the destination's memory, and knows what has come.
+
+    hashes -- keeps the hashes of raw and zero pages; those of deltas are stale
+    size   -- bytes of the guest: what its last page has beyond them is not written to a file
+    recent -- a bit per page that a delta has changed since `end_round`
+    """
+
+    cdef readonly uint64_t pages
+    cdef readonly Py_ssize_t page_size
+    cdef readonly uint64_t size
+    cdef readonly bytearray recent
+    cdef PageHashes hashes
+    cdef uint8_t* recent_at
+    cdef uint8_t* received
+    cdef uint8_t* written
+    cdef readonly uint64_t received_pages
+    cdef readonly uint64_t zero
+    cdef readonly uint64_t raw
+    cdef readonly uint64_t delta
+
+    def __cinit__(self, PageHashes hashes not None, uint64_t size):
+        self.pages = hashes.pages
+        self.page_size = hashes.page_size
+        if not (self.pages - 1) * self.page_size < size <= self.pages * self.page_size:
+            raise ValueError(f"{size} bytes are not {self.pages} pages of {self.page_size}")
+        self.size = size
+        self.hashes = hashes
+        self.recent = bitmap(self.pages)
+        self.recent_at = <uint8_t*>PyByteArray_AS_STRING(self.recent)
+        self.received = <uint8_t*>calloc((self.pages + 63) // 64, 8)
+        self.written = <uint8_t*>calloc((self.pages + 63) // 64, 8)
+        if not self.received or not self.written:
+            raise MemoryError(f"no memory to track {self.pages} pages")
+
+    def __dealloc__(self):
+        free(self.received)
+        free(self.written)
+
+    def end_round(self):
+        """Forgets which pages are `recent`."""
+        memset(self.recent_at, 0, len(self.recent))
+
+    cdef Py_ssize_t check_records(
+        self, const uint8_t* at, Py_ssize_t size, Py_ssize_t data_bytes, Py_ssize_t* where,
+        uint64_t* page, list fresh,
+    ):
+        """Walks a batch without applying it; 0 or a Fault with its place."""
+        cdef Record record
+        cdef Py_ssize_t i = HEAD, step
+        cdef uint64_t next_page, raw = 0
+        memcpy(&next_page, at + 4, 8)
+        next_page = be64toh(next_page)
+        page[0] = next_page
+        where[0] = 4
+        if next_page >= self.pages:
+            return PAST_GUEST
+        while i < size:
+            where[0] = i
+            step = read_record(at + i, size - i, self.page_size, self.pages, next_page, &record)
+            if step < 0:
+                return step
+            page[0] = record.first
+            if record.op == OP_RAW:
+                raw += record.count
+            elif record.op == OP_DELTA:
+                if not get_bit(self.received, record.first):
+                    return NO_BASE
+                if not get_bit(self.written, record.first):
+                    fresh.append(record.first)
+            next_page = record.first + record.count
+            i += step
+        # The number of pages cannot wrap: each record takes bytes, and counts 16 bits at most.
+        return 0 if raw * self.page_size == <uint64_t>data_bytes else BAD_DATA
+
+    def check(self, const uint8_t[::1] head not None, Py_ssize_t data_bytes):
+        """Validates the records of a batch, but not what its deltas hold; touches nothing.
+
+        Returns (its round, pages that a delta writes for the first time): the caller makes room
+        for those. Raises DecodeError, naming the page and the byte.
+        """
+        cdef Py_ssize_t where = 0, fault
+        cdef uint64_t page = 0
+        cdef list fresh = []
+        if head.shape[0] <= HEAD:
+            raise DecodeError(f"a batch of {head.shape[0]} bytes holds no record")
+        fault = self.check_records(&head[0], head.shape[0], data_bytes, &where, &page, fresh)
+        if fault:
+            raise DecodeError(f"page {page}, byte {where} of the batch: {FAULTS[fault]}")
+        return (<uint32_t>head[0] << 24) | (head[1] << 16) | (head[2] << 8) | head[3], fresh
+
+    def apply(
+        self, const uint8_t[::1] head not None, const uint8_t[::1] data not None,
+        uint8_t[::1] memory not None, int fd=-1, uint64_t fd_offset=0,
+    ):
+        """Writes a batch into the guest's memory; how many pages it held.
+
+        data   -- its raw pages
+        memory -- whole pages, at least those of the guest
+        fd     -- of the file that `memory` maps: raw pages are written to it with pwrite(2), which
+                  costs half of what copying to a fresh mapping does; -1 where there is none
+        fd_offset -- where the guest begins in that file
+
+        No raw page is written unless all of them match the check of the batch, and no delta that
+        is not wholly right. Raises DecodeError at the first record that is not; those before it
+        are applied. Raises OSError where writing fails.
+        """
+        cdef Record record
+        cdef Py_ssize_t i = HEAD, step = 0, size = head.shape[0], raw_pages, used = 0, k
+        cdef uint64_t next_page, check, seen = 0, done = 0, page
+        cdef uint64_t* values = NULL
+        cdef const uint8_t* content = &data[0] if data.shape[0] else NULL
+        cdef int error = 0
+        if <uint64_t>memory.shape[0] < self.pages * self.page_size:
+            raise ValueError("the memory is shorter than the guest")
+        if size <= HEAD:
+            raise DecodeError(f"a batch of {size} bytes holds no record")
+        raw_pages = data.shape[0] // self.page_size
+        memcpy(&next_page, &head[4], 8)
+        memcpy(&check, &head[12], 8)
+        next_page = be64toh(next_page)
+        if next_page >= self.pages:
+            raise DecodeError(f"page {next_page}: {FAULTS[PAST_GUEST]}")
+        values = <uint64_t*>malloc((raw_pages + 1) * 8)
+        if values == NULL:
+            raise MemoryError("no memory for the hashes of a batch")
+        with nogil:
+            for k in range(raw_pages):
+                values[k] = self.hashes.hash_of(content + k * self.page_size)
+                seen = seen * STEP + values[k]
+            if seen != be64toh(check):
+                step = BAD_CHECK
+            while step >= 0 and i < size:
+                step = read_record(
+                    &head[i], size - i, self.page_size, self.pages, next_page, &record
+                )
+                if step < 0:
+                    break
+                if record.op == OP_DELTA:
+                    if not get_bit(self.received, record.first):
+                        step = NO_BASE
+                        break
+                    k = decode_page(
+                        record.delta, record.length, &memory[record.first * self.page_size],
+                        self.page_size,
+                    )
+                    if k < 0:
+                        step = k
+                        break
+                    self.delta += 1
+                    set_bit(self.written, record.first)
+                    set_bit(self.recent_at, record.first)
+                    set_bit(self.hashes.stale_at, record.first)
+                elif record.op == OP_RAW:
+                    if record.count > <uint64_t>(raw_pages - used):
+                        step = BAD_DATA
+                        break
+                    if fd < 0:
+                        memcpy(
+                            &memory[record.first * self.page_size],
+                            content + used * self.page_size, record.count * self.page_size,
+                        )
+                    else:
+                        error = self.write_raw(
+                            fd, fd_offset, content + used * self.page_size, record.first,
+                            record.count,
+                        )
+                        if error:
+                            break
+                    for page in range(record.first, record.first + record.count):
+                        self.note_received(page)
+                        set_bit(self.written, page)
+                        self.hashes.note(page, values[used])
+                        used += 1
+                    self.raw += record.count
+                else:
+                    for page in range(record.first, record.first + record.count):
+                        if get_bit(self.written, page):
+                            memset(&memory[page * self.page_size], 0, self.page_size)
+                        self.note_received(page)
+                        self.hashes.note(page, self.hashes.zero)
+                    self.zero += record.count
+                done += record.count
+                next_page = record.first + record.count
+                i += step
+            free(values)
+        if error:
+            raise OSError(error, os.strerror(error))
+        if step < 0:
+            raise DecodeError(f"byte {i} of the batch: {FAULTS[step]}")
+        return done
+
+    cdef int write_raw(
+        self, int fd, uint64_t fd_offset, const uint8_t* data, uint64_t first, uint64_t count
+    ) noexcept nogil:
+        """pwrite(2) of whole pages, as far as the guest goes; 0 or an errno."""
+        cdef uint64_t offset = first * self.page_size, length = count * self.page_size
+        cdef ssize_t n
+        if length > self.size - offset:
+            length = self.size - offset
+        while length:
+            n = pwrite(fd, data, length, <long>(fd_offset + offset))
+            if n < 0:
+                if errno == EINTR:
+                    continue
+                return errno
+            data += n
+            offset += <uint64_t>n
+            length -= <uint64_t>n
+        return 0
+
+    cdef inline void note_received(self, uint64_t page) noexcept nogil:
+        if not get_bit(self.received, page):
+            set_bit(self.received, page)
+            self.received_pages += 1

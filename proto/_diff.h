@@ -1,0 +1,304 @@
+/* Where two pages differ, as runs of bytes: one kernel per instruction set, one result.
+
+   Every kernel turns each 64 bytes of both pages into a word whose bit k tells whether byte k
+   differs, and a `busy` bit per word that is not zero. What follows works on these words alone:
+   it counts changed bytes and runs, sees from the two whether a delta can fit at all, and only
+   then lists the runs. So a page that overflows costs a comparison, and a page that hardly changed
+   costs little more than memcmp.
+
+   Only this file knows instruction sets; `xb_choose` picks the kernel when the module is loaded. */
+
+#ifndef XBMIGRATE_DIFF_H
+#define XBMIGRATE_DIFF_H
+
+#include <stdint.h>
+#include <string.h>
+#include <sys/types.h>
+
+#define XB_INLINE static inline __attribute__((always_inline))
+
+/* A page has at most 256 blocks of 64 bytes; a whole block of 64 runs may be written past the
+   last one. */
+enum { XB_MAX_PAGE = 16384, XB_BLOCKS = XB_MAX_PAGE / 64, XB_RUN_ROOM = XB_MAX_PAGE / 2 + 64,
+       XB_DENSE = 21 };
+
+struct xb_runs {
+    uint16_t start[XB_RUN_ROOM];    /* first byte that differs */
+    uint16_t end[XB_RUN_ROOM];      /* first byte after it that agrees */
+};
+
+struct xb_words {
+    uint64_t m[XB_BLOCKS + 2];      /* m[i + 1] is block i: either end is guarded by a zero word */
+    uint64_t busy[XB_BLOCKS / 64];
+};
+
+/* Returns the number of runs, 0 for equal pages, -1 where no delta of `room` bytes can hold them.
+   With `merge`, gaps of one and two equal bytes are closed where a delta is no longer for it. */
+typedef ssize_t (*xb_diff_fn)(const uint8_t *, const uint8_t *, size_t, size_t, int,
+                              struct xb_runs *);
+
+/* ---- from words to runs: the same for all; compiled into each kernel with its bit instructions */
+
+/* Word `i` with the gaps that are cheaper sent than skipped: a length of equal bytes and one of new
+   bytes cost two. A gap of one always is. A gap of two costs the same and saves a run, but not
+   where it makes a run of 128 or more, whose length takes one byte more. It cannot where neither
+   this word nor its neighbours become full, which takes every third byte of them. Gaps of two
+   across words stay. `sparse` tells whether the word before has fewer. */
+XB_INLINE uint64_t xb_filled(const uint64_t *w, int sparse)
+{
+    uint64_t before = w[-1] >> 63, after = w[1] << 63;
+    uint64_t one = w[0] | ((w[0] << 1 | before) & (w[0] >> 1 | after));
+    uint64_t two = ~one & ~(one >> 1) & (one << 1 | before) & (one >> 2 | w[1] << 62) & ~0ull >> 1;
+    uint64_t both = one | two | two << 1;
+    return two && ~both && sparse && __builtin_popcountll(w[1]) < XB_DENSE ? both : one;
+}
+
+XB_INLINE size_t xb_list(uint64_t bits, unsigned base, uint16_t *at)
+{
+    size_t count = (size_t)__builtin_popcountll(bits);
+    uint16_t *end = at + count;
+    /* Four at a time, though there may be fewer: a loop of unknown length costs more. */
+    while (at < end) {
+        for (int k = 0; k < 4; k++) {
+            at[k] = (uint16_t)(base + (unsigned)__builtin_ctzll(bits | 1ull << 63));
+            bits &= bits - 1;
+        }
+        at += 4;
+    }
+    return count;
+}
+
+XB_INLINE ssize_t xb_words_to_runs(struct xb_words *words, size_t blocks, size_t room, int merge,
+                                   struct xb_runs *runs)
+{
+    uint64_t *m = words->m + 1;
+    size_t changed = 0, count = 0, starts = 0, ends = 0;
+    size_t groups = (blocks + 63) / 64;
+    for (size_t g = 0; g < groups; g++)
+        if (words->busy[g])
+            goto differ;
+    return 0;
+differ:
+    if (merge) {
+        /* In place: a byte that is filled in makes no word busy and no other byte worth filling. */
+        size_t after_dense = (size_t)-1;
+        for (size_t g = 0; g < groups; g++)
+            for (uint64_t b = words->busy[g]; b; b &= b - 1) {
+                size_t i = 64 * g + (size_t)__builtin_ctzll(b);
+                int dense = __builtin_popcountll(m[i]) >= XB_DENSE;
+                m[i] = xb_filled(m + i, after_dense != i);
+                if (dense)
+                    after_dense = i + 1;
+            }
+    }
+    for (size_t g = 0; g < groups; g++)
+        for (uint64_t b = words->busy[g]; b; b &= b - 1) {
+            size_t i = 64 * g + (size_t)__builtin_ctzll(b);
+            changed += (size_t)__builtin_popcountll(m[i]);
+            count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | m[i - 1] >> 63));
+        }
+    if (changed + 2 * count > room)
+        return -1;
+    for (size_t g = 0; g < groups; g++)
+        for (uint64_t b = words->busy[g]; b; b &= b - 1) {
+            size_t i = 64 * g + (size_t)__builtin_ctzll(b);
+            uint64_t first = m[i] & ~(m[i] << 1 | m[i - 1] >> 63);
+            uint64_t last = m[i] & ~(m[i] >> 1 | m[i + 1] << 63);
+            starts += xb_list(first, (unsigned)(64 * i), runs->start + starts);
+            ends += xb_list(last, (unsigned)(64 * i + 1), runs->end + ends);
+        }
+    return (ssize_t)count;
+}
+
+/* ---- from pages to words: one way per instruction set. `XB_KERNEL` makes a kernel of two pieces:
+   `quarter` compares 256 bytes and gives which of the four words are busy, `block` compares 64. */
+
+#define XB_KERNEL(NAME, TARGET, QUARTER, BLOCK)                                                    \
+    TARGET static ssize_t NAME(const uint8_t *old, const uint8_t *new, size_t size, size_t room,   \
+                               int merge, struct xb_runs *runs)                                    \
+    {                                                                                              \
+        struct xb_words words;                                                                     \
+        size_t i = 0, blocks = size / 64, rest = size % 64;                                        \
+        words.m[0] = 0;                                                                            \
+        memset(words.busy, 0, sizeof words.busy);                                                  \
+        for (; i + 4 <= blocks; i += 4)                                                            \
+            words.busy[i / 64] |= QUARTER(old + 64 * i, new + 64 * i, words.m + 1 + i) << i % 64;  \
+        for (; i < blocks; i++) {                                                                  \
+            words.m[1 + i] = BLOCK(old + 64 * i, new + 64 * i);                                    \
+            words.busy[i / 64] |= (uint64_t)(words.m[1 + i] != 0) << i % 64;                       \
+        }                                                                                          \
+        if (rest) {                                                                                \
+            uint8_t a[64] = {0}, b[64] = {0};                                                      \
+            memcpy(a, old + 64 * i, rest);                                                         \
+            memcpy(b, new + 64 * i, rest);                                                         \
+            words.m[1 + i] = BLOCK(a, b);                                                          \
+            words.busy[i / 64] |= (uint64_t)(words.m[1 + i] != 0) << i % 64;                       \
+            i++;                                                                                   \
+        }                                                                                          \
+        words.m[1 + i] = 0;                                                                        \
+        return xb_words_to_runs(&words, i, room, merge, runs);                                     \
+    }
+
+XB_INLINE uint64_t xb_busy(const uint64_t *m)
+{
+    return (uint64_t)(m[0] != 0) | (uint64_t)(m[1] != 0) << 1 | (uint64_t)(m[2] != 0) << 2 |
+           (uint64_t)(m[3] != 0) << 3;
+}
+
+/* Portable: 8 bytes at a time, in little-endian order whatever the machine's. */
+
+XB_INLINE uint64_t xb_load(const uint8_t *at)
+{
+    uint64_t value;
+    memcpy(&value, at, 8);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    value = __builtin_bswap64(value);
+#endif
+    return value;
+}
+
+XB_INLINE uint64_t xb_block_portable(const uint8_t *a, const uint8_t *b)
+{
+    const uint64_t low = 0x7F7F7F7F7F7F7F7Full;
+    uint64_t word = 0;
+    for (int k = 0; k < 8; k++) {
+        uint64_t x = xb_load(a + 8 * k) ^ xb_load(b + 8 * k);
+        uint64_t high = (((x & low) + low) | x) & ~low;     /* the high bit of each byte not zero */
+        word |= ((high >> 7) * 0x0102040810204080ull >> 56) << 8 * k;
+    }
+    return word;
+}
+
+XB_INLINE uint64_t xb_quarter_portable(const uint8_t *a, const uint8_t *b, uint64_t *m)
+{
+    uint64_t busy = 0;
+    for (int i = 0; i < 4; i++, a += 64, b += 64) {
+        uint64_t differ = 0;
+        for (int k = 0; k < 8; k++)
+            differ |= xb_load(a + 8 * k) ^ xb_load(b + 8 * k);
+        m[i] = differ ? xb_block_portable(a, b) : 0;
+        busy |= (uint64_t)(differ != 0) << i;
+    }
+    return busy;
+}
+
+XB_KERNEL(xb_diff_portable, , xb_quarter_portable, xb_block_portable)
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define XB_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#define XB_AVX512 __attribute__((target("avx512f,avx512bw,avx2,bmi,bmi2,popcnt")))
+
+XB_AVX2 XB_INLINE __m256i xb_same_avx2(const uint8_t *a, const uint8_t *b)
+{
+    return _mm256_cmpeq_epi8(_mm256_loadu_si256((const void *)a),
+                             _mm256_loadu_si256((const void *)b));
+}
+
+XB_AVX2 XB_INLINE uint64_t xb_word_avx2(__m256i low, __m256i high)
+{
+    return ~((uint64_t)(uint32_t)_mm256_movemask_epi8(low) |
+             (uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32);
+}
+
+XB_AVX2 XB_INLINE uint64_t xb_block_avx2(const uint8_t *a, const uint8_t *b)
+{
+    return xb_word_avx2(xb_same_avx2(a, b), xb_same_avx2(a + 32, b + 32));
+}
+
+XB_AVX2 XB_INLINE uint64_t xb_quarter_avx2(const uint8_t *a, const uint8_t *b, uint64_t *m)
+{
+    __m256i same[8], all;
+    for (int k = 0; k < 8; k++)
+        same[k] = xb_same_avx2(a + 32 * k, b + 32 * k);
+    all = _mm256_and_si256(
+        _mm256_and_si256(_mm256_and_si256(same[0], same[1]), _mm256_and_si256(same[2], same[3])),
+        _mm256_and_si256(_mm256_and_si256(same[4], same[5]), _mm256_and_si256(same[6], same[7])));
+    if (_mm256_movemask_epi8(all) == -1) {
+        _mm256_storeu_si256((void *)m, _mm256_setzero_si256());
+        return 0;
+    }
+    for (int i = 0; i < 4; i++)
+        m[i] = xb_word_avx2(same[2 * i], same[2 * i + 1]);
+    return xb_busy(m);
+}
+
+XB_KERNEL(xb_diff_avx2, XB_AVX2, xb_quarter_avx2, xb_block_avx2)
+
+XB_AVX512 XB_INLINE uint64_t xb_block_avx512(const uint8_t *a, const uint8_t *b)
+{
+    return (uint64_t)_mm512_cmpneq_epi8_mask(_mm512_loadu_si512((const void *)a),
+                                             _mm512_loadu_si512((const void *)b));
+}
+
+XB_AVX512 XB_INLINE uint64_t xb_quarter_avx512(const uint8_t *a, const uint8_t *b, uint64_t *m)
+{
+    for (int i = 0; i < 4; i++)
+        m[i] = xb_block_avx512(a + 64 * i, b + 64 * i);
+    return (m[0] | m[1] | m[2] | m[3]) ? xb_busy(m) : 0;
+}
+
+XB_KERNEL(xb_diff_avx512bw, XB_AVX512, xb_quarter_avx512, xb_block_avx512)
+#endif
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+XB_INLINE uint64_t xb_block_neon(const uint8_t *a, const uint8_t *b)
+{
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t same[4];
+    for (int k = 0; k < 4; k++)
+        same[k] = vandq_u8(vceqq_u8(vld1q_u8(a + 16 * k), vld1q_u8(b + 16 * k)), bit);
+    uint8x16_t sum = vpaddq_u8(vpaddq_u8(same[0], same[1]), vpaddq_u8(same[2], same[3]));
+    return ~vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(sum, sum)), 0);
+}
+
+XB_INLINE uint64_t xb_quarter_neon(const uint8_t *a, const uint8_t *b, uint64_t *m)
+{
+    uint8x16_t all = vdupq_n_u8(0xFF);
+    for (int k = 0; k < 16; k++)
+        all = vandq_u8(all, vceqq_u8(vld1q_u8(a + 16 * k), vld1q_u8(b + 16 * k)));
+    if (vminvq_u8(all) == 0xFF) {
+        memset(m, 0, 32);
+        return 0;
+    }
+    for (int i = 0; i < 4; i++)
+        m[i] = xb_block_neon(a + 64 * i, b + 64 * i);
+    return xb_busy(m);
+}
+
+XB_KERNEL(xb_diff_neon, , xb_quarter_neon, xb_block_neon)
+#endif
+
+/* ---- the choice */
+
+static const struct xb_kernel { const char *name; xb_diff_fn diff; } xb_kernels[] = {
+#if defined(__x86_64__)
+    {"avx512bw", xb_diff_avx512bw},
+    {"avx2", xb_diff_avx2},
+#endif
+#if defined(__aarch64__)
+    {"neon", xb_diff_neon},
+#endif
+    {"portable", xb_diff_portable},
+};
+
+enum { XB_KERNELS = sizeof xb_kernels / sizeof *xb_kernels };
+
+static int xb_can_run(const char *name)
+{
+#if defined(__x86_64__)
+    int bits = __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+               __builtin_cpu_supports("popcnt");
+    if (!strcmp(name, "avx512bw"))
+        return bits && __builtin_cpu_supports("avx512bw");
+    if (!strcmp(name, "avx2"))
+        return bits && __builtin_cpu_supports("avx2");
+#endif
+    (void)name;
+    return 1;
+}
+
+#endif
