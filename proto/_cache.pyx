@@ -17,6 +17,8 @@ from proto.errors import CacheSizeError
 cdef extern from "sys/mman.h" nogil:
     enum:
         PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MREMAP_MAYMOVE
+        MADV_HUGEPAGE
+    int madvise(void*, size_t, int)
     void* mmap(void*, size_t, int, int, int, long)
     int munmap(void*, size_t)
 
@@ -65,6 +67,7 @@ cdef class PageCache:
         if xb_failed(self.data):
             self.data = NULL
             raise MemoryError(f"no memory for a page cache of {size} bytes")
+        madvise(self.data, n * page_size, MADV_HUGEPAGE)
         self.allocate(n)
         cdef Py_ssize_t slot
         self.spares = n
@@ -270,6 +273,7 @@ cdef class PageCache:
                 if xb_failed(data):
                     raise MemoryError(f"no memory for a page cache of {size} bytes")
                 self.data = <uint8_t*>data
+                madvise(self.data, <size_t>capacity * self.page_size, MADV_HUGEPAGE)
         except MemoryError:
             self.undo_allocate(tags, ages, proven, spare, index, mask)
             free(order)
