@@ -191,7 +191,7 @@ class Destination:
         self.arrival.info = info
         self.started = True
         hashes = PageHashes(info.pages, info.page_size, info.hash_seed)
-        decoder = PageDecoder(hashes, info.size)
+        decoder = PageDecoder(hashes, info.size, zeroed=place.zeroed)
         digest = Digest(place.reads, hashes)
         await place.ready()
         token = os.urandom(TOKEN_BYTES)

@@ -58,7 +58,8 @@ async def receive(
 ) -> Received:
     """Receives one guest at `[HOST:]PORT` or `unix:PATH`; returns when it is ours and verified.
 
-    into      -- a writable buffer of exactly the guest's size; else new memory is made
+    into      -- a writable buffer of exactly the guest's size, whose content is undefined if this
+                 fails; else new memory is made
     max_size  -- a larger guest is refused (bytes)
     listening -- told the address, with the real port where 0 was asked for
 

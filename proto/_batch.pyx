@@ -691,6 +691,7 @@ cdef class PageDecoder:
 
     hashes -- keeps the hashes of raw and zero pages; those of deltas are stale
     size   -- bytes of the guest: what its last page has beyond them is not written to a file
+    zeroed -- whether the memory is all zeros at first, so that pages of zeros need no writing
     recent -- a bit per page that a delta has changed since `end_round`
     """
 
@@ -707,7 +708,7 @@ cdef class PageDecoder:
     cdef readonly uint64_t raw
     cdef readonly uint64_t delta
 
-    def __cinit__(self, PageHashes hashes not None, uint64_t size):
+    def __cinit__(self, PageHashes hashes not None, uint64_t size, *, bint zeroed=True):
         self.pages = hashes.pages
         self.page_size = hashes.page_size
         if not (self.pages - 1) * self.page_size < size <= self.pages * self.page_size:
@@ -720,6 +721,8 @@ cdef class PageDecoder:
         self.written = <uint8_t*>calloc((self.pages + 63) // 64, 8)
         if not self.received or not self.written:
             raise MemoryError(f"no memory to track {self.pages} pages")
+        if not zeroed:
+            memset(self.written, 0xFF, (self.pages + 63) // 64 * 8)
 
     def __dealloc__(self):
         free(self.received)

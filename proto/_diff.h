@@ -50,7 +50,15 @@ XB_INLINE uint64_t xb_filled(const uint64_t *w, int sparse)
     uint64_t one = w[0] | ((w[0] << 1 | before) & (w[0] >> 1 | after));
     uint64_t two = ~one & ~(one >> 1) & (one << 1 | before) & (one >> 2 | w[1] << 62) & ~0ull >> 1;
     uint64_t both = one | two | two << 1;
-    return two && ~both && sparse && __builtin_popcountll(w[1]) < XB_DENSE ? both : one;
+    /* Without branches: nothing here could be predicted. */
+    return (both != ~0ull) & sparse & (__builtin_popcountll(w[1]) < XB_DENSE) ? both : one;
+}
+
+XB_INLINE size_t xb_fill(uint64_t *m, size_t i, size_t after_dense)
+{
+    int dense = __builtin_popcountll(m[i]) >= XB_DENSE;
+    m[i] = xb_filled(m + i, after_dense != i);
+    return dense ? i + 1 : after_dense;
 }
 
 XB_INLINE size_t xb_list(uint64_t bits, unsigned base, uint16_t *at)
@@ -68,45 +76,53 @@ XB_INLINE size_t xb_list(uint64_t bits, unsigned base, uint16_t *at)
     return count;
 }
 
+/* The words that matter, in order. Where most of them do, a plain loop is faster than finding them;
+   the others are zero and change nothing. */
+#define XB_EACH_WORD(i)                                                                            \
+    for (size_t i, g_ = 0; g_ < groups; g_++)                                                      \
+        for (uint64_t b_ = words->busy[g_]; b_ && (i = 64 * g_ + (size_t)__builtin_ctzll(b_), 1);  \
+             b_ &= b_ - 1)
+
 XB_INLINE ssize_t xb_words_to_runs(struct xb_words *words, size_t blocks, size_t room, int merge,
                                    struct xb_runs *runs)
 {
     uint64_t *m = words->m + 1;
-    size_t changed = 0, count = 0, starts = 0, ends = 0;
+    size_t changed = 0, count = 0, starts = 0, ends = 0, busy = 0;
     size_t groups = (blocks + 63) / 64;
     for (size_t g = 0; g < groups; g++)
-        if (words->busy[g])
-            goto differ;
-    return 0;
-differ:
+        busy += (size_t)__builtin_popcountll(words->busy[g]);
+    if (busy == 0)
+        return 0;
     if (merge) {
         /* In place: a byte that is filled in makes no word busy and no other byte worth filling. */
         size_t after_dense = (size_t)-1;
-        for (size_t g = 0; g < groups; g++)
-            for (uint64_t b = words->busy[g]; b; b &= b - 1) {
-                size_t i = 64 * g + (size_t)__builtin_ctzll(b);
-                int dense = __builtin_popcountll(m[i]) >= XB_DENSE;
-                m[i] = xb_filled(m + i, after_dense != i);
-                if (dense)
-                    after_dense = i + 1;
-            }
+        if (2 * busy > blocks) {
+            for (size_t i = 0; i < blocks; i++)
+                after_dense = xb_fill(m, i, after_dense);
+        } else {
+            XB_EACH_WORD(i)
+                after_dense = xb_fill(m, i, after_dense);
+        }
     }
-    for (size_t g = 0; g < groups; g++)
-        for (uint64_t b = words->busy[g]; b; b &= b - 1) {
-            size_t i = 64 * g + (size_t)__builtin_ctzll(b);
+    if (2 * busy > blocks) {
+        for (size_t i = 0; i < blocks; i++) {
             changed += (size_t)__builtin_popcountll(m[i]);
             count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | m[i - 1] >> 63));
         }
+    } else {
+        XB_EACH_WORD(i) {
+            changed += (size_t)__builtin_popcountll(m[i]);
+            count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | m[i - 1] >> 63));
+        }
+    }
     if (changed + 2 * count > room)
         return -1;
-    for (size_t g = 0; g < groups; g++)
-        for (uint64_t b = words->busy[g]; b; b &= b - 1) {
-            size_t i = 64 * g + (size_t)__builtin_ctzll(b);
-            uint64_t first = m[i] & ~(m[i] << 1 | m[i - 1] >> 63);
-            uint64_t last = m[i] & ~(m[i] >> 1 | m[i + 1] << 63);
-            starts += xb_list(first, (unsigned)(64 * i), runs->start + starts);
-            ends += xb_list(last, (unsigned)(64 * i + 1), runs->end + ends);
-        }
+    XB_EACH_WORD(i) {
+        uint64_t first = m[i] & ~(m[i] << 1 | m[i - 1] >> 63);
+        uint64_t last = m[i] & ~(m[i] >> 1 | m[i + 1] << 63);
+        starts += xb_list(first, (unsigned)(64 * i), runs->start + starts);
+        ends += xb_list(last, (unsigned)(64 * i + 1), runs->end + ends);
+    }
     return (ssize_t)count;
 }
 

@@ -759,10 +759,11 @@ class PageDecoder:
 
     hashes -- keeps the hashes of raw and zero pages; those of deltas are stale
     size   -- bytes of the guest: what its last page has beyond them is not written to a file
+    zeroed -- whether the memory is all zeros at first, so that pages of zeros need no writing
     recent -- a bit per page that a delta has changed since `end_round`
     """
 
-    def __init__(self, hashes: PageHashes, size: int) -> None:
+    def __init__(self, hashes: PageHashes, size: int, *, zeroed: bool = True) -> None:
         self.pages = hashes.pages
         self.page_size = hashes.page_size
         if not (self.pages - 1) * self.page_size < size <= self.pages * self.page_size:
@@ -772,7 +773,7 @@ class PageDecoder:
         self.zero = self.raw = self.delta = 0
         self._hashes = hashes
         self._received: set[int] = set()
-        self._written: set[int] = set()
+        self._written: set[int] = set() if zeroed else set(range(self.pages))
 
     @property
     def received_pages(self) -> int:

@@ -149,11 +149,15 @@ class BufferGuest(Guest):
 
 
 class BufferPlace(Place):
-    """Anonymous memory of this program, or a buffer it provides (`into`)."""
+    """Anonymous memory of this program, or a buffer it provides (`into`).
+
+    A buffer of whole pages is written as pages come; another one is filled in the pause.
+    """
 
     def __init__(self, info: GuestInfo, into: Any = None) -> None:
         padded = info.pages * info.page_size
         self.state = b""
+        self.size = info.size
         self._into: memoryview | None = None
         if into is not None:
             self._into = memoryview(into).cast("B")
@@ -161,13 +165,14 @@ class BufferPlace(Place):
                 raise UsageError(
                     f"the guest has {info.size} bytes, the buffer for it {len(self._into)}"
                 )
-        try:
-            self._map = mmap.mmap(-1, padded)
-        except (OSError, ValueError, OverflowError) as error:
-            raise UsageError(f"no memory for a guest of {info.size} bytes: {error}") from None
-        self.memory = memoryview(self._map)
+        if self._into is not None and info.size == padded:
+            self.memory, self.zeroed = self._into, False
+        else:
+            try:
+                self.memory = memoryview(mmap.mmap(-1, padded))
+            except (OSError, ValueError, OverflowError) as error:
+                raise UsageError(f"no memory for a guest of {info.size} bytes: {error}") from None
         self.reads = Memory(info.size, self.memory)
-        self.size = info.size
 
     @property
     def received(self) -> memoryview:
@@ -176,7 +181,7 @@ class BufferPlace(Place):
 
     async def start(self, state: bytes) -> str:
         self.state = state
-        if self._into is not None:
+        if self._into is not None and self._into is not self.memory:
             self._into[:] = self.memory[: self.size]
         return f"{self.size} bytes are here"
 

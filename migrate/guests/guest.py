@@ -69,7 +69,9 @@ class Place(ABC):
     """Where the destination puts a guest."""
 
     memory: memoryview
-    """Writable, whole pages, zeros at first."""
+    """Writable, whole pages."""
+    zeroed = True
+    """Whether `memory` is all zeros at first."""
     fd = -1
     """Of the file that `memory` maps, or -1: raw pages are written to it."""
     fd_offset = 0
