@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test headline lint build clean
+.PHONY: demo test headline bench lint build clean
 
 demo: build
 	$(BIN)/python -m tests.demo
@@ -12,6 +12,11 @@ test: build
 
 headline: build
 	$(BIN)/python -m tests.headline
+
+# BENCH names parts and options: make bench BENCH='bulk --quick'
+bench: build
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	$(BIN)/python -m tests.bench $(BENCH)
 
 lint: build
 	$(BIN)/ruff check .

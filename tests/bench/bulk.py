@@ -1,0 +1,155 @@
+"""How fast a guest moves that nobody writes, against what a TCP connection can carry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.bench.guest_files import (
+    random_file,
+    reading_time,
+    shelf,
+    sparse_file,
+    zero_file,
+)
+from tests.bench.migration import move_file, python
+from tests.bench.processes import Measured, ProgramError
+from tests.bench.report import Options, Part, Table, gigabytes, mebibytes, seconds, size_name
+from tests.bench.turns import in_turn, median
+
+CEILING = "one TCP connection"
+RANDOM = "random guest"
+ZERO = "guest of zeros"
+SPARSE = "guest of holes"
+READ_ZERO = "reading the zeros"
+READ_SPARSE = "reading the holes"
+MOVED = (RANDOM, ZERO, SPARSE)
+TIMEOUT = 120.0
+
+
+def run(options: Options) -> Part:
+    size = (512 << 20) if options.quick else (2 << 30)
+    return measure(size, 2 * size, options)
+
+
+def measure(size: int, ceiling_bytes: int, options: Options) -> Part:
+    """`size`: bytes of each guest; `ceiling_bytes`: what the bare connection carries."""
+    options.say(f"making guests of {size_name(size)}")
+    with shelf(3 * size) as directory:
+        contenders = contenders_in(directory, size, ceiling_bytes)
+        results = in_turn(contenders, options.turns(5), options.say)
+    data = {
+        "size": size,
+        "ceiling_bytes": ceiling_bytes,
+        "runs": results,
+        "medians": {name: medians(runs) for name, runs in results.items()},
+    }
+    return Part(
+        "bulk", f"Bulk speed, {size_name(size)}",
+        "The guest is a file in a tmpfs that nobody writes, moved by migrate-src to migrate-dst "
+        "over loopback with default settings; a digest of all of it is verified. "
+        f"The ceiling is {size_name(ceiling_bytes)} through one loopback TCP connection between "
+        "two bare Python processes with buffers of 1 MiB. Medians of "
+        f"{options.turns(5)} runs, taken in turn. Seconds are migrate-src's total time; wall adds "
+        "the start and end of the program. Memory is the peak of RssAnon + RssFile, sampled each "
+        "20 ms: all but the guest itself.",
+        [table(data)], data, notes(data),
+    )  # fmt: skip
+
+
+def contenders_in(
+    directory: Path, size: int, ceiling_bytes: int
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Makes the guests; what is measured with them, in turn."""
+    random = random_file(directory / "random", size)
+    zero = zero_file(directory / "zero", size)
+    sparse = sparse_file(directory / "sparse", size)
+    output = directory / "arrived"
+    return {
+        CEILING: lambda: ceiling(ceiling_bytes),
+        RANDOM: lambda: moved(random, output),
+        ZERO: lambda: moved(zero, output),
+        SPARSE: lambda: moved(sparse, output),
+        READ_ZERO: lambda: {"seconds": reading_time(zero), "bytes": size},
+        READ_SPARSE: lambda: {"seconds": reading_time(sparse), "bytes": size},
+    }
+
+
+def ceiling(size: int) -> dict[str, Any]:
+    """`size` bytes between two bare processes."""
+    with Measured(python("tests.bench.stream", "receive", "127.0.0.1", "0")) as receiver:
+        port = receiver.wait_for(r"listening on (\d+)")[1]
+        with Measured(python("tests.bench.stream", "send", "127.0.0.1", port, str(size))) as sender:
+            sent = sender.expect(TIMEOUT)
+            received = receiver.expect(TIMEOUT)
+    result = json.loads(received.out)
+    if result["bytes"] != size:
+        raise ProgramError(f"of {size} bytes {result['bytes']} arrived")
+    return {
+        **result,
+        "wall": sent.wall,
+        "cpu_source": sent.cpu,
+        "cpu_destination": received.cpu,
+        "memory_source": sent.memory,
+        "memory_destination": received.memory,
+    }
+
+
+def moved(path: Path, output: Path) -> dict[str, Any]:
+    migration = move_file(path, output, timeout=TIMEOUT)
+    return {**migration.numbers(), "bytes": path.stat().st_size, "why": migration.why}
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The median of each number; "speed" in bytes per second. {} where a run did not complete."""
+    if not all(run.get("completed", True) for run in runs):
+        return {}
+    names = [name for name, value in runs[0].items() if isinstance(value, int | float)]
+    result = {name: median(run[name] for run in runs) for name in names}
+    result["speed"] = median(run["bytes"] / max(run["seconds"], 1e-6) for run in runs)
+    return result
+
+
+def table(data: dict[str, Any]) -> Table:
+    top = data["medians"][CEILING]["speed"]
+    rows = []
+    for name, numbers in data["medians"].items():
+        if not numbers:
+            rows.append([name, *["-"] * 9])
+            continue
+        both = "cpu_source" in numbers
+        rows.append([
+            name,
+            seconds(numbers["seconds"]),
+            seconds(numbers["wall"]) if both else "-",
+            gigabytes(numbers["speed"]),
+            f"{numbers['speed'] / top:.2f}",
+            read_ratio(name, data),
+            seconds(numbers["cpu_source"]) if both else "-",
+            seconds(numbers["cpu_destination"]) if both else "-",
+            mebibytes(numbers["memory_source"]) if both else "-",
+            mebibytes(numbers["memory_destination"]) if both else "-",
+        ])  # fmt: skip
+    head = (
+        "", "s", "wall s", "GB/s", "of ceiling", "of reading", "CPU s, source",
+        "CPU s, dest.", "MiB, source", "MiB, dest.",
+    )  # fmt: skip
+    return Table(head, rows)
+
+
+def read_ratio(name: str, data: dict[str, Any]) -> str:
+    """A guest of zeros costs the link nothing: the bound is how fast its memory is read."""
+    read = {ZERO: READ_ZERO, SPARSE: READ_SPARSE}.get(name)
+    if read is None:
+        return "-"
+    return f"{data['medians'][name]['speed'] / data['medians'][read]['speed']:.2f}"
+
+
+def notes(data: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} did not arrive within {TIMEOUT:.0f} s: {data['runs'][name][0]['why']}."
+        for name in MOVED
+        if not data["medians"][name]
+    ]

@@ -1,0 +1,157 @@
+"""SVG plots of what the parts found, drawn from the numbers in bench.json.
+
+PLOTS has a function for each part that has a plot: it takes the part's data and draws on a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, GREY, RED = "#3b6ea8", "#9aa0a6", "#c0504d"
+
+
+def draw_bulk(data: dict[str, Any], figure: Figure) -> None:
+    """Bars of speed, the ceiling as a line."""
+    figure.set_size_inches(7.5, 2.8)
+    axes = figure.add_subplot()
+    medians = {name: numbers for name, numbers in data["medians"].items() if numbers}
+    ceiling = medians.get("one TCP connection", {}).get("speed")
+    names = [name for name in medians if not name.startswith("reading")]
+    speeds = [medians[name]["speed"] / 1e9 for name in names]
+    _bars(axes, names, speeds, [f"{speed:.2f}" for speed in speeds],
+          [GREY, *[BLUE] * (len(names) - 1)])  # fmt: skip
+    if ceiling:
+        axes.axvline(ceiling / 1e9, color=GREY, linestyle="--", linewidth=1)
+    axes.set_xlabel("GB/s of guest memory (10$^9$ bytes), logarithmic")
+    axes.set_title("Moving a guest that nobody writes, against a bare TCP connection")
+
+
+def draw_scaling(data: dict[str, Any], figure: Figure) -> None:
+    """Seconds over size, with the line that the smallest guest foretells."""
+    figure.set_size_inches(7.5, 3.6)
+    axes = figure.add_subplot()
+    gib = [int(size) / 2**30 for size in data["medians"]]
+    taken = [numbers["seconds"] for numbers in data["medians"].values()]
+    if not gib:
+        return
+    linear = [taken[0] * size / gib[0] for size in gib]
+    axes.plot(gib, linear, "--", color=GREY, label="in proportion to the smallest")
+    axes.plot(gib, taken, "o-", color=BLUE, label="measured")
+    for size, seconds in zip(gib, taken, strict=True):
+        axes.annotate(
+            f"{seconds:.2f} s", (size, seconds), textcoords="offset points", xytext=(0, 9),
+            ha="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8},
+        )  # fmt: skip
+    axes.set_xlim(0, gib[-1] * 1.08)
+    axes.set_ylim(0, max(*taken, *linear) * 1.18)
+    axes.set_xticks(gib, [f"{size:g}" for size in gib])
+    axes.set_xlabel("guest, GiB of random content")
+    axes.set_ylabel("total time, s")
+    axes.set_title("Time against the size of the guest")
+    axes.legend(loc="upper left", frameon=False)
+    _plain(axes)
+
+
+def draw_rivals(data: dict[str, Any], figure: Figure) -> None:
+    """Three panels: total time, downtime, bytes on the link; hatched where it gave up."""
+    contenders = data["medians"]
+    names = list(contenders)
+    figure.set_size_inches(11, 0.9 + 0.42 * len(names))
+    limit = data["workload"]["downtime_limit"] * 1e3
+    panels = (
+        ("seconds", 1.0, "total time, s", False),
+        ("downtime", 1e3, "downtime, ms (logarithmic)", True),
+        ("link_bytes", 1e-6, "on the link, MB (10$^6$ bytes)", False),
+    )
+    first = None
+    for index, (key, scale, label, logarithmic) in enumerate(panels):
+        axes = figure.add_subplot(1, 3, index + 1, sharey=first)
+        first = first or axes
+        values, texts, colours = [], [], []
+        for name in names:
+            numbers = contenders[name]
+            value = numbers.get(key)
+            values.append(0.0 if value is None else value * scale)
+            texts.append(_label(numbers, key, scale))
+            colours.append(BLUE if name.startswith("xbmigrate") else GREY)
+        bars = _bars(axes, names, values, texts, colours, logarithmic=logarithmic)
+        for bar, name in zip(bars, names, strict=True):
+            if not contenders[name]["completed"]:
+                bar.set(hatch="////", facecolor="white", edgecolor=RED)
+        if logarithmic:
+            axes.axvline(limit, color=RED, linestyle="--", linewidth=1)
+            axes.annotate(
+                f"limit {limit:.0f} ms", (limit, 1.0), xycoords=("data", "axes fraction"),
+                textcoords="offset points", xytext=(0, 2), ha="center", color=RED, fontsize=8,
+            )  # fmt: skip
+        axes.set_xlabel(label)
+        axes.tick_params(labelleft=index == 0)
+    figure.suptitle(f"The same guest over the same link: {data['title']}", fontsize=11)
+
+
+def _label(numbers: dict[str, Any], key: str, scale: float) -> str:
+    value = numbers.get(key)
+    if value is None:
+        return "did not complete" if not numbers["completed"] else "-"
+    text = f"{value * scale:.1f}" if key == "seconds" else f"{value * scale:.0f}"
+    return f"{text}, gave up" if key == "seconds" and not numbers["completed"] else text
+
+
+PLOTS: dict[str, Callable[[dict[str, Any], Figure], None]] = {
+    "bulk": draw_bulk,
+    "scaling": draw_scaling,
+    "rivals": draw_rivals,
+}
+
+
+def save(name: str, data: dict[str, Any], directory: Path, suffix: str = "svg") -> Path | None:
+    """Draws a part's plot; None where it has none. Raises ImportError without matplotlib."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update({"font.size": 10, "svg.hashsalt": "xbmigrate", "svg.fonttype": "none"})
+    from matplotlib.figure import Figure
+
+    if name not in PLOTS:
+        return None
+    figure = Figure(layout="constrained")
+    PLOTS[name](data, figure)
+    path = directory / f"{name}.{suffix}"
+    figure.savefig(path, dpi=110, metadata={"Date": None} if suffix == "svg" else None)
+    return path
+
+
+def _bars(
+    axes: Axes, names: list[str], values: list[float], texts: list[str], colours: list[str],
+    *, logarithmic: bool = True,
+) -> Any:  # fmt: skip
+    """Horizontal bars from top to bottom, the value written after each."""
+    positions = range(len(names))
+    floor = min((value for value in values if value > 0), default=1.0) / 3
+    lengths = [max(value, floor) if logarithmic and value > 0 else value for value in values]
+    bars = axes.barh(positions, lengths, color=colours, height=0.62)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(floor, max([*values, floor * 10]) * 6)
+    else:
+        axes.set_xlim(0, max([*values, 1e-9]) * 1.42)
+    start = floor if logarithmic else 0.0
+    for position, value, text in zip(positions, lengths, texts, strict=True):
+        axes.annotate(
+            text, (value or start, position), textcoords="offset points", xytext=(4, 0),
+            va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(positions, names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    _plain(axes)
+    return bars
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
