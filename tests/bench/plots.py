@@ -45,8 +45,8 @@ def draw_scaling(data: dict[str, Any], figure: Figure) -> None:
     axes.plot(gib, taken, "o-", color=BLUE, label="measured")
     for size, seconds in zip(gib, taken, strict=True):
         axes.annotate(
-            f"{seconds:.2f} s", (size, seconds), textcoords="offset points", xytext=(0, 9),
-            ha="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8},
+            f"{seconds:.2f} s", (size, seconds), textcoords="offset points", xytext=(-5, 6),
+            ha="right", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8},
         )  # fmt: skip
     axes.set_xlim(0, gib[-1] * 1.08)
     axes.set_ylim(0, max(*taken, *linear) * 1.18)

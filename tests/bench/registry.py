@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, scaling
+from tests.bench import bulk, rivals, scaling
 from tests.bench.report import Options, Part
 
 
@@ -21,4 +21,5 @@ class PartModule(Protocol):
 PARTS: dict[str, PartModule] = {
     "bulk": bulk,
     "scaling": scaling,
+    "rivals": rivals,
 }

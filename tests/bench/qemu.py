@@ -1,0 +1,169 @@
+"""QEMU's attempt at the workload: two real QEMUs (TCG), one boot sector, driven by QMP."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.bench.boot_sector import BASE, boot_sector
+from tests.bench.guest_files import same_content, shelf
+from tests.bench.network import FAR, Link
+from tests.bench.processes import Measured, ProgramError
+from tests.bench.qmp import QMP
+from tests.bench.report import LeftOutError
+from tests.bench.workload import Attempt, Workload
+
+PROGRAM = "qemu-system-x86_64"
+PORT = 4440
+STATUS, COUNT = 0x600, 0x604
+COUNTING = 2
+POLL = 0.05
+ENDED = ("completed", "failed", "cancelled")
+
+
+def check_usable() -> None:
+    if shutil.which(PROGRAM) is None:
+        raise LeftOutError(f"QEMU is left out: {PROGRAM} is not installed.")
+
+
+class Machine:
+    """A QEMU whose guest has the workload's memory from 1 MiB on."""
+
+    def __init__(
+        self, workload: Workload, directory: Path, name: str, namespace: str, *extra: str
+    ) -> None:
+        disk = directory / f"{name}.img"
+        disk.write_bytes(boot_sector(workload.size, workload.hot, workload.stride, workload.rate))
+        path = directory / f"{name}.qmp"
+        command = [
+            PROGRAM, "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg",
+            "-m", f"{(BASE + workload.size) >> 20}M",
+            "-drive", f"file={disk},format=raw,if=ide",
+            "-qmp", f"unix:{path},server=on,wait=off", *extra,
+        ]  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            self.program = stack.enter_context(Measured(command, namespace))
+            self.qmp = stack.enter_context(QMP(str(path)))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def word(self, address: int) -> int:
+        """32 bits of the guest's memory."""
+        text = self.qmp.monitor(f"xp /1wx {address}")
+        found = re.search(r": 0x([0-9a-f]+)", text)
+        if not found:
+            raise ProgramError(f"QEMU's monitor says {text!r} of its guest's memory")
+        return int(found[1], 16)
+
+    def wait_counting(self, timeout: float = 60) -> None:
+        end = time.monotonic() + timeout
+        while self.word(STATUS) != COUNTING:
+            if time.monotonic() > end:
+                raise ProgramError("QEMU's guest has not filled its memory in time")
+            time.sleep(0.1)
+
+    def rate(self, seconds: float = 1.0) -> float:
+        """Increments a second that the guest really makes."""
+        began, before = time.monotonic(), self.word(COUNT)
+        time.sleep(seconds)
+        after, ended = self.word(COUNT), time.monotonic()
+        return ((after - before) & 0xFFFFFFFF) / (ended - began)
+
+    def prepare(self, workload: Workload, xbzrle: bool) -> None:
+        """Capability and parameters; it has no limit of its own: the link has one."""
+        switch = {"capability": "xbzrle", "state": xbzrle}
+        self.qmp.execute("migrate-set-capabilities", capabilities=[switch])
+        self.qmp.execute(
+            "migrate-set-parameters", max_bandwidth=0, xbzrle_cache_size=workload.cache,
+            downtime_limit=round(workload.downtime_limit * 1e3),
+        )  # fmt: skip
+
+    def save_memory(self, path: Path, size: int) -> Path:
+        self.qmp.execute("pmemsave", val=BASE, size=size, filename=str(path))
+        return path
+
+
+def attempt(workload: Workload, xbzrle: bool) -> Attempt:
+    """Moves it, or cancels after the workload's patience."""
+    # two files of saved memory beside the memories of both
+    with (
+        shelf(4 * workload.size) as directory,
+        Link(workload.link) as link,
+        Machine(
+            workload, directory, "far", link.far, "-S", "-incoming", f"tcp:{FAR}:{PORT}"
+        ) as far,
+        Machine(workload, directory, "near", link.near) as near,
+    ):
+        near.wait_counting()
+        rate = near.rate()
+        for machine in (far, near):
+            machine.prepare(workload, xbzrle)
+        before = link.carried()
+        near.qmp.execute("migrate", uri=f"tcp:{FAR}:{PORT}")
+        info = follow(near.qmp, workload.patience)
+        carried = link.carried() - before
+        completed = info["status"] == "completed"
+        memory = "-"
+        if completed:
+            memory = compare(near, far, workload, directory)
+    return Attempt(
+        completed=completed,
+        why="" if completed else str(info.get("error-desc", "not converged")),
+        seconds=info.get("total-time", 0) / 1e3,
+        link_bytes=carried,
+        downtime=info["downtime"] / 1e3 if completed else None,
+        expected=info["expected-downtime"] / 1e3 if "expected-downtime" in info else None,
+        memory=memory,
+        detail={"rate": rate, "query-migrate": info},
+    )
+
+
+def follow(qmp: QMP, patience: float) -> dict[str, Any]:
+    """The last query-migrate of a migration that has ended, by itself or because we cancelled.
+
+    A forecast that was given while it ran is kept.
+    """
+    end = time.monotonic() + patience
+    last: dict[str, Any] = {}
+    while True:
+        info: dict[str, Any] = qmp.execute("query-migrate")
+        expected = last.get("expected-downtime")
+        if expected is not None:
+            info.setdefault("expected-downtime", expected)
+        if info.get("status") in ENDED:
+            time.sleep(0.2)  # right at the end the times can still be zero
+            return {**info, **qmp.execute("query-migrate")}
+        last = info
+        if time.monotonic() > end:
+            qmp.execute("migrate_cancel")
+            while qmp.execute("query-migrate").get("status") not in ENDED:
+                time.sleep(POLL)
+            return {**last, "error-desc": f"not converged in {patience:.0f} s"}
+        time.sleep(POLL)
+
+
+def compare(near: Machine, far: Machine, workload: Workload, directory: Path) -> str:
+    """Both stand still: the source for good, the destination because it was started with -S."""
+    while far.qmp.execute("query-status")["status"] == "inmigrate":
+        time.sleep(POLL)
+    first = near.save_memory(directory / "near.mem", workload.size)
+    second = far.save_memory(directory / "far.mem", workload.size)
+    if not same_content(first, second):
+        return "WRONG"
+    far.qmp.execute("cont")
+    return "equal" if far.rate(0.5) > 0 else "WRONG: does not run"
