@@ -76,7 +76,10 @@ def write(directory: Path, facts: dict[str, str], options: Options, parts: list[
 
 
 def as_json(part: Part) -> dict[str, Any]:
-    tables = [{"head": list(t.head), "rows": [list(row) for row in t.rows]} for t in part.tables]
+    tables = [
+        {"title": table.title, "head": list(table.head), "rows": [list(row) for row in table.rows]}
+        for table in part.tables
+    ]
     return {
         "title": part.title,
         "method": part.method,

@@ -51,10 +51,9 @@ def measure(size: int, ceiling_bytes: int, options: Options) -> Part:
         "The guest is a file in a tmpfs that nobody writes, moved by migrate-src to migrate-dst "
         "over loopback with default settings; a digest of all of it is verified. "
         f"The ceiling is {size_name(ceiling_bytes)} through one loopback TCP connection between "
-        "two bare Python processes with buffers of 1 MiB. Medians of "
-        f"{options.turns(5)} runs, taken in turn. Seconds are migrate-src's total time; wall adds "
-        "the start and end of the program. Memory is the peak of RssAnon + RssFile, sampled each "
-        "20 ms: all but the guest itself.",
+        f"two bare Python processes with buffers of 1 MiB. {options.counted(5)} "
+        "Seconds are migrate-src's total time; wall adds the start and end of the program. Memory is the peak of RssAnon + RssFile, "
+        "sampled each 20 ms: all but the guest itself.",
         [table(data)], data, notes(data),
     )  # fmt: skip
 

@@ -59,40 +59,43 @@ def draw_scaling(data: dict[str, Any], figure: Figure) -> None:
 
 
 def draw_rivals(data: dict[str, Any], figure: Figure) -> None:
-    """Three panels: total time, downtime, bytes on the link; hatched where it gave up."""
-    contenders = data["medians"]
+    """A row for each workload, three panels in it; hatched where it gave up."""
+    workloads = data["workloads"]
+    most = max(len(one["medians"]) for one in workloads)
+    figure.set_size_inches(11, len(workloads) * (1.1 + 0.3 * most))
+    rows = _rows(figure.subfigures(len(workloads), 1))
+    for row, one in zip(rows, workloads, strict=True):
+        _draw_workload(one, row)
+
+
+def _rows(rows: Any) -> list[Any]:
+    """One row comes without its array."""
+    return list(rows) if hasattr(rows, "__len__") else [rows]
+
+
+def _draw_workload(one: dict[str, Any], figure: Any) -> None:
+    contenders = one["medians"]
     names = list(contenders)
-    figure.set_size_inches(11, 0.9 + 0.42 * len(names))
-    limit = data["workload"]["downtime_limit"] * 1e3
+    limit = one["workload"]["downtime_limit"] * 1e3
     panels = (
         ("seconds", 1.0, "total time, s", False),
-        ("downtime", 1e3, "downtime, ms (logarithmic)", True),
+        ("downtime", 1e3, f"downtime, ms (dashed: the {limit:.0f} aimed at)", True),
         ("link_bytes", 1e-6, "on the link, MB (10$^6$ bytes)", False),
     )
-    first = None
     for index, (key, scale, label, logarithmic) in enumerate(panels):
-        axes = figure.add_subplot(1, 3, index + 1, sharey=first)
-        first = first or axes
-        values, texts, colours = [], [], []
-        for name in names:
-            numbers = contenders[name]
-            value = numbers.get(key)
-            values.append(0.0 if value is None else value * scale)
-            texts.append(_label(numbers, key, scale))
-            colours.append(BLUE if name.startswith("xbmigrate") else GREY)
+        axes = figure.add_subplot(1, 3, index + 1)
+        values = [(contenders[name].get(key) or 0.0) * scale for name in names]
+        texts = [_label(contenders[name], key, scale) for name in names]
+        colours = [BLUE if name.startswith("xbmigrate") else GREY for name in names]
         bars = _bars(axes, names, values, texts, colours, logarithmic=logarithmic)
         for bar, name in zip(bars, names, strict=True):
             if not contenders[name]["completed"]:
                 bar.set(hatch="////", facecolor="white", edgecolor=RED)
         if logarithmic:
-            axes.axvline(limit, color=RED, linestyle="--", linewidth=1)
-            axes.annotate(
-                f"limit {limit:.0f} ms", (limit, 1.0), xycoords=("data", "axes fraction"),
-                textcoords="offset points", xytext=(0, 2), ha="center", color=RED, fontsize=8,
-            )  # fmt: skip
-        axes.set_xlabel(label)
+            axes.axvline(limit, color=RED, linestyle="--", linewidth=1, zorder=0)
+        axes.set_xlabel(label, fontsize=9)
         axes.tick_params(labelleft=index == 0)
-    figure.suptitle(f"The same guest over the same link: {data['title']}", fontsize=11)
+    figure.suptitle(one["title"], fontsize=11)
 
 
 def _label(numbers: dict[str, Any], key: str, scale: float) -> str:
@@ -112,14 +115,14 @@ PLOTS: dict[str, Callable[[dict[str, Any], Figure], None]] = {
 
 def save(name: str, data: dict[str, Any], directory: Path, suffix: str = "svg") -> Path | None:
     """Draws a part's plot; None where it has none. Raises ImportError without matplotlib."""
+    if name not in PLOTS:
+        return None
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams.update({"font.size": 10, "svg.hashsalt": "xbmigrate", "svg.fonttype": "none"})
     from matplotlib.figure import Figure
 
-    if name not in PLOTS:
-        return None
     figure = Figure(layout="constrained")
     PLOTS[name](data, figure)
     path = directory / f"{name}.{suffix}"
@@ -140,12 +143,13 @@ def _bars(
         axes.set_xscale("log")
         axes.set_xlim(floor, max([*values, floor * 10]) * 6)
     else:
-        axes.set_xlim(0, max([*values, 1e-9]) * 1.42)
+        axes.set_xlim(0, max([*values, 1e-9]) * 1.55)
     start = floor if logarithmic else 0.0
     for position, value, text in zip(positions, lengths, texts, strict=True):
         axes.annotate(
             text, (value or start, position), textcoords="offset points", xytext=(4, 0),
             va="center", fontsize=9,
+            bbox={"fc": "white", "ec": "none", "pad": 0.3, "alpha": 0.85},
         )  # fmt: skip
     axes.set_yticks(positions, names)
     axes.set_ylim(len(names) - 0.5, -0.5)

@@ -22,6 +22,11 @@ class Options:
     def turns(self, usual: int = 3) -> int:
         return self.runs or (1 if self.quick else usual)
 
+    def counted(self, usual: int = 3) -> str:
+        """The sentence that says how often."""
+        turns = self.turns(usual)
+        return "One run of each." if turns == 1 else f"Medians of {turns} runs, taken in turn."
+
     def say(self, text: str) -> None:
         """Progress, for whoever waits."""
         print(f"  {text}", file=sys.stderr, flush=True)
@@ -29,10 +34,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column names the row and is aligned left, the others right."""
+    """The first column names the row and is aligned left, the others right.
+
+    title -- stands above the table; "" for none
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    title: str = ""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -50,7 +59,8 @@ class Table:
             return f"| {' | '.join(padded)} |"
 
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+        lines = [line(cells[0]), line(rule), *map(line, cells[1:])]
+        return "\n".join([f"**{self.title}**", "", *lines] if self.title else lines)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tests.bench import copies, network, ours, qemu
@@ -14,36 +15,50 @@ from tests.bench.report import LeftOutError, Options, Part, Table, seconds, size
 from tests.bench.turns import in_turn, median
 from tests.bench.workload import Attempt, Workload
 
-QUICK = Workload(size=192 << 20, hot=64 << 20, patience=15)
-RSYNC_BLOCK = 4096
+PACED, FULL_SPEED = Workload(), Workload(rate=0)
 
 
 def run(options: Options) -> Part:
-    return measure(QUICK if options.quick else Workload(), options)
+    workloads = [PACED, FULL_SPEED]
+    if options.quick:
+        workloads = [quick(workload) for workload in workloads]
+    return measure(workloads, options)
 
 
-def measure(workload: Workload, options: Options) -> Part:
+def quick(workload: Workload) -> Workload:
+    return replace(workload, size=192 << 20, hot=64 << 20, patience=15.0)
+
+
+def measure(workloads: list[Workload], options: Options) -> Part:
+    """All contenders on each workload, in turn. The workloads differ in their rate alone."""
     network.check_usable()
-    left_out: list[str] = []
-    contenders = contenders_for(workload, left_out)
-    results = in_turn(contenders, options.turns(), options.say)
-    data = {
-        "workload": workload.numbers(),
-        "title": workload.title,
-        "runs": {name: [run.numbers() for run in runs] for name, runs in results.items()},
-        "medians": {name: medians(runs) for name, runs in results.items()},
-    }
+    found: list[str] = []
+    data = []
+    for workload in workloads:
+        options.say(f"{workload.title}:")
+        left_out: list[str] = []
+        contenders = contenders_for(workload, left_out)
+        results = in_turn(contenders, options.turns(), options.say)
+        found += [line for line in left_out if line not in found]
+        found += [f"{workload.title}: {line}" for line in notes(results)]
+        data.append({
+            "workload": workload.numbers(),
+            "title": workload.title,
+            "runs": {name: [run.numbers() for run in runs] for name, runs in results.items()},
+            "medians": {name: medians(runs) for name, runs in results.items()},
+        })  # fmt: skip
+    one = workloads[0]
     return Part(
         "rivals", "The same guest over the same link",
-        f"A guest of {size_name(workload.size)} of random content that adds one to a byte each "
-        f"{workload.stride} bytes of {size_name(workload.hot)}, {workload.rate} times a second, "
-        f"over a link of {workload.link / 1e9:g} Gbit/s (two network namespaces, veth, tbf: the "
+        f"A guest of {size_name(one.size)} of random content that adds one to a byte each "
+        f"{one.stride} bytes of {size_name(one.hot)}, in order, for ever, "
+        f"over a link of {one.link / 1e9:g} Gbit/s (two network namespaces, veth, tbf: the "
         "kernel keeps the limit, no program has one of its own). The downtime aimed at is "
-        f"{workload.downtime_limit * 1e3:.0f} ms, page caches have {size_name(workload.cache)}, an "
-        f"attempt is given up after {workload.patience:.0f} s. Medians of {options.turns()} runs, "
-        "taken in turn. MB are 10^6 bytes, both directions, as the link counts them; times are "
+        f"{one.downtime_limit * 1e3:.0f} ms, page caches have {size_name(one.cache)}, an "
+        f"attempt is given up after {one.patience:.0f} s. {options.counted()} "
+        "MB are 10^6 bytes, both directions, as the link counts them; times are "
         "what each program reports, for rsync and the copy what a clock says.",
-        [table(data)], data, [*left_out, *notes(results)],
+        [table(each) for each in data], {"workloads": data}, found,
     )  # fmt: skip
 
 
@@ -66,7 +81,7 @@ def contenders_for(
     if shutil.which("rsync") is None:
         left_out.append("rsync is left out: it is not installed.")
     else:
-        contenders["rsync in passes"] = lambda: copies.rsync(workload, RSYNC_BLOCK)
+        contenders["rsync in passes"] = lambda: copies.rsync(workload)
     contenders["stop, copy, start"] = lambda: copies.plain_copy(workload)
     return {name: _guarded(measure) for name, measure in contenders.items()}
 
@@ -115,7 +130,7 @@ def table(data: dict[str, Any]) -> Table:
             numbers["memory"],
         ])  # fmt: skip
     head = ("", "outcome", "s", "MB on the link", "downtime ms", "last forecast ms", "memory")
-    return Table(head, rows)
+    return Table(head, rows, data["title"])
 
 
 def outcome(numbers: dict[str, Any], limit: float) -> str:
@@ -132,20 +147,28 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value * 1e3:.0f}"
 
 
+def thousands(value: float) -> str:
+    return f"{round(value, -3):,.0f}".replace(",", " ")
+
+
 def notes(results: dict[str, list[Attempt]]) -> list[str]:
     found = []
+    rates = {
+        name: median(measured)
+        for name, runs in results.items()
+        if (measured := [run.detail["rate"] for run in runs if "rate" in run.detail])
+    }
+    if rates:
+        text = ", ".join(f"{name}: {thousands(rate)}" for name, rate in rates.items())
+        found.append(f"increments a second, measured: {text}.")
     for name, runs in results.items():
         whys = {run.why for run in runs if not run.completed}
         found += [f"{name}: {why}." for why in sorted(whys)]
-        rates = [run.detail["rate"] for run in runs if "rate" in run.detail]
-        if rates:
-            found.append(f"{name}: its guest made {median(rates):.0f} increments a second.")
         passes = [run.detail["passes"] for run in runs if "passes" in run.detail]
         if passes:
             text = ", ".join(f"{taken:.1f}" for taken in passes[0])
-            block = runs[0].detail["block_size"]
             found.append(
                 f"{name}: the passes of the first run took {text} s, the last with the writer "
-                f"stopped; blocks of {block} bytes."
+                "stopped."
             )
     return found

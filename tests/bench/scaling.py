@@ -59,7 +59,7 @@ def measure(sizes: tuple[int, ...], options: Options) -> Part:
     return Part(
         "scaling", "Scaling with the size of the guest",
         "A file of random content that nobody writes, moved over loopback with default settings. "
-        f"Medians of {options.turns()} runs, sizes taken in turn. Memory is the peak of RssAnon + "
+        f"{options.counted()} Memory is the peak of RssAnon + "
         "RssFile of each program, sampled each 20 ms: all but the guest itself.",
         [table(medians)], data, notes,
     )  # fmt: skip

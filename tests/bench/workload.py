@@ -11,7 +11,7 @@ from tests.bench.report import size_name
 @dataclass(frozen=True)
 class Workload:
     """A guest of `size` bytes, all random; one byte each `stride` bytes below `hot` is counted up
-    for ever, `rate` times a second.
+    for ever, `rate` times a second (0: as fast as each program's guest can).
 
     downtime_limit, patience -- seconds: the pause aimed at, and when an attempt is given up
     link                     -- bits per second
@@ -32,10 +32,12 @@ class Workload:
 
     @property
     def title(self) -> str:
-        return (
-            f"{size_name(self.size)}, {self.rate} increments/s over {size_name(self.hot)}, "
-            f"{self.link / 1e9:g} Gbit/s"
+        pace = (
+            f"{self.rate:,} increments a second".replace(",", " ")
+            if self.rate
+            else "increments at full speed"
         )
+        return f"{pace} over {size_name(self.hot)} of {size_name(self.size)}"
 
     def numbers(self) -> dict[str, Any]:
         return asdict(self)
