@@ -52,8 +52,8 @@ def measure(size: int, ceiling_bytes: int, options: Options) -> Part:
         "over loopback with default settings; a digest of all of it is verified. "
         f"The ceiling is {size_name(ceiling_bytes)} through one loopback TCP connection between "
         f"two bare Python processes with buffers of 1 MiB. {options.counted(5)} "
-        "Seconds are migrate-src's total time; wall adds the start and end of the program. Memory is the peak of RssAnon + RssFile, "
-        "sampled each 20 ms: all but the guest itself.",
+        "Seconds are migrate-src's total time; wall adds the start and end of the program. "
+        "Memory is the peak of RssAnon + RssFile, sampled each 20 ms: all but the guest itself.",
         [table(data)], data, notes(data),
     )  # fmt: skip
 
