@@ -147,8 +147,10 @@ def read_ratio(name: str, data: dict[str, Any]) -> str:
 
 
 def notes(data: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} did not arrive within {TIMEOUT:.0f} s: {data['runs'][name][0]['why']}."
-        for name in MOVED
-        if not data["medians"][name]
-    ]
+    found = []
+    for name in MOVED:
+        if data["medians"][name]:
+            continue
+        whys = [run["why"] for run in data["runs"][name] if not run["completed"]]
+        found.append(f"{name}: did not arrive in {len(whys)} runs: {whys[0]}.")
+    return found

@@ -87,7 +87,7 @@ def _draw_workload(one: dict[str, Any], figure: Any) -> None:
         values = [(contenders[name].get(key) or 0.0) * scale for name in names]
         texts = [_label(contenders[name], key, scale) for name in names]
         colours = [BLUE if name.startswith("xbmigrate") else GREY for name in names]
-        bars = _bars(axes, names, values, texts, colours, logarithmic=logarithmic)
+        bars = _bars(axes, names, values, texts, colours, logarithmic=logarithmic, floor=1.0)
         for bar, name in zip(bars, names, strict=True):
             if not contenders[name]["completed"]:
                 bar.set(hatch="////", facecolor="white", edgecolor=RED)
@@ -101,7 +101,7 @@ def _draw_workload(one: dict[str, Any], figure: Any) -> None:
 def _label(numbers: dict[str, Any], key: str, scale: float) -> str:
     value = numbers.get(key)
     if value is None:
-        return "did not complete" if not numbers["completed"] else "-"
+        return "never" if not numbers["completed"] else "-"
     text = f"{value * scale:.1f}" if key == "seconds" else f"{value * scale:.0f}"
     return f"{text}, gave up" if key == "seconds" and not numbers["completed"] else text
 
@@ -132,11 +132,14 @@ def save(name: str, data: dict[str, Any], directory: Path, suffix: str = "svg") 
 
 def _bars(
     axes: Axes, names: list[str], values: list[float], texts: list[str], colours: list[str],
-    *, logarithmic: bool = True,
+    *, logarithmic: bool = True, floor: float = 0.0,
 ) -> Any:  # fmt: skip
-    """Horizontal bars from top to bottom, the value written after each."""
+    """Horizontal bars from top to bottom, the value written after each.
+
+    floor -- where a logarithmic axis begins; 0: below the smallest value
+    """
     positions = range(len(names))
-    floor = min((value for value in values if value > 0), default=1.0) / 3
+    floor = floor or min((value for value in values if value > 0), default=1.0) / 3
     lengths = [max(value, floor) if logarithmic and value > 0 else value for value in values]
     bars = axes.barh(positions, lengths, color=colours, height=0.62)
     if logarithmic:
@@ -149,7 +152,7 @@ def _bars(
         axes.annotate(
             text, (value or start, position), textcoords="offset points", xytext=(4, 0),
             va="center", fontsize=9,
-            bbox={"fc": "white", "ec": "none", "pad": 0.3, "alpha": 0.85},
+            bbox={"fc": "white", "ec": "none", "pad": 0.3, "alpha": 1},
         )  # fmt: skip
     axes.set_yticks(positions, names)
     axes.set_ylim(len(names) - 0.5, -0.5)

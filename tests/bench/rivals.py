@@ -40,7 +40,8 @@ def measure(workloads: list[Workload], options: Options) -> Part:
         contenders = contenders_for(workload, left_out)
         results = in_turn(contenders, options.turns(), options.say)
         found += [line for line in left_out if line not in found]
-        found += [f"{workload.title}: {line}" for line in notes(results)]
+        pace = "Paced" if workload.rate else "At full speed"
+        found += [f"{pace}, {line}" for line in notes(results)]
         data.append({
             "workload": workload.numbers(),
             "title": workload.title,
