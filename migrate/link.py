@@ -29,7 +29,7 @@ from proto.session import Role, Session, State
 # bytes, a bubble per frame on any real round-trip time.
 SEND_HIGH = 4 << 20
 SEND_LOW_SHARE = 4
-RECEIVE_AHEAD = 3
+RECEIVE_AHEAD = 2
 SOCKET_TIMEOUT = 30.0
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
 MAX_USER_TIMEOUT = (1 << 31) - 1
@@ -110,7 +110,8 @@ class Link(asyncio.BufferedProtocol):
         self.session.reader.received(nbytes)
         self.received_bytes += nbytes
         self._heard_at = time.monotonic()
-        self._parse()
+        if self.session.reader.has_news:
+            self._parse()
 
     def eof_received(self) -> bool:
         return False
@@ -198,7 +199,8 @@ class Link(asyncio.BufferedProtocol):
 
     async def send_batch(self, head: memoryview, data: memoryview) -> None:
         """Sends a sealed PAGES frame and its raw pages, at the pace of the rate limit."""
-        await self.limit.take(len(head) + len(data))
+        if self.limit.rate:
+            await self.limit.take(len(head) + len(data))
         self.session.send_pages()
         self._write_now(head)
         if data:
@@ -212,7 +214,8 @@ class Link(asyncio.BufferedProtocol):
                 await self.send(Error(code, reason[:1000]))
 
     async def _drain(self) -> None:
-        await self._writable.wait()
+        if not self._writable.is_set():
+            await self._writable.wait()
         if self._fault is not None and isinstance(self._fault, PeerLost):
             raise self._fault
 

@@ -71,6 +71,8 @@ PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
 # A worker's turn ends with a full batch, or after this many pages without one.
 TURN_PAGES = 1 << 14
+# Inside a round, statistics are brought up to date no more often.
+UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
 HAND_OVER_SECONDS = 60.0
 # A pause that takes so many times what was predicted, and this long, is given up: the guest has
@@ -148,6 +150,7 @@ class Source:
         self._round_began = self._began
         self._round_sent = 0
         self._round_left = 0
+        self._next_update = 0.0
         self._paused_at: float | None = None
         link.limit.rate = self.parameters.limits.max_bandwidth
 
@@ -308,8 +311,10 @@ class Source:
             self._cache_size = parameters.cache_size
             self._cache = PageCache(self._useful(parameters.cache_size), page_size)
         hashes = PageHashes(self._pages, page_size, seed)
+        # Several channels share what memory one would take.
+        room = BATCH_BYTES if parameters.channels == 1 else BATCH_BYTES // 2
         encoder = PageEncoder(
-            hashes, self._cache, merge=agreement.merge, headroom=HEADER_BYTES, room=BATCH_BYTES
+            hashes, self._cache, merge=agreement.merge, headroom=HEADER_BYTES, room=room
         )
         digest = Digest(memory, hashes)
         self._encoder = encoder
@@ -442,8 +447,10 @@ class Source:
                     batch = None  # its memory is free again when the transport is done with it
                 self._round_left -= done
                 await self._confirm_cache()
-                self._update(left=self._round_left)
                 self._check_timeout(last)
+                if time.monotonic() >= self._next_update:
+                    self._next_update = time.monotonic() + UPDATE_SECONDS
+                    self._update(left=self._round_left)
                 if cursor >= self._pages:
                     return
         finally:

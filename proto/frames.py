@@ -34,7 +34,7 @@ HEADER = struct.Struct(">4sBBHIIQ")
 HEADER_BYTES = HEADER.size
 
 # An arena holds a frame of the largest size that begins at its end, and a good read beside it.
-ARENA_BYTES = 3 << 20
+ARENA_BYTES = 5 << 20
 ARENAS_KEPT = 2
 LEAST_READ = 256 << 10
 
@@ -106,11 +106,17 @@ class FrameReader:
         self._start = 0
         self._end = 0
         self._checked = False  # the head of the frame that is coming in
+        self._wanted = 1  # bytes of it before there is anything new to say
 
     @property
     def partial(self) -> int:
         """Bytes that came and are in no frame that was given yet."""
         return self._end - self._start
+
+    @property
+    def has_news(self) -> bool:
+        """Whether enough came for `next_frame` to be worth asking."""
+        return self._end - self._start >= self._wanted
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go; never empty.
@@ -172,6 +178,7 @@ class FrameReader:
             raise FrameError(f"{kind.name}: a head of {head} bytes in a body of {length}")
         data_at = HEADER_BYTES + head
         if len(view) < data_at:
+            self._wanted = data_at
             return None
         if not self._checked:
             if _check(view[4:12], view[HEADER_BYTES:data_at]) != check:
@@ -179,8 +186,9 @@ class FrameReader:
             self._checked = True
         end = HEADER_BYTES + length
         if len(view) < end:
+            self._wanted = end
             return None
-        self._checked = False
+        self._checked, self._wanted = False, 1
         self._start += end
         self._arena.lent.append(None)
         return Frame(kind, view[HEADER_BYTES:data_at], view[data_at:end], self._arena)
