@@ -380,7 +380,10 @@ class Source:
                 dirty_pages_rate=len(dirty) / elapsed if elapsed else 0.0,
                 remaining=min(len(dirty) * encoder.page_size, self.guest.memory.size),
             )
-            scan = 0.0 if self.guest.marks else self._tracker.take_seconds
+            # Where nothing stops the guest, looking for what changed keeps nobody waiting.
+            scan = self._tracker.take_seconds
+            if self.guest.marks or not self.guest.stoppable:
+                scan = 0.0
             pending = Pending(len(dirty), max(digest.stale(dirty.bits), self._peer_stale), scan)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bench.arrays import warm
 from tests.bench.guest_files import (
     random_file,
     reading_time,
@@ -20,13 +23,20 @@ from tests.bench.report import Options, Part, Table, gigabytes, mebibytes, secon
 from tests.bench.turns import in_turn, median
 
 CEILING = "one TCP connection"
+CEILING_FILE = "the same into a new file"
+WARM = "random array, warm"
+WARM_ZERO = "array of zeros, warm"
 RANDOM = "random guest"
 ZERO = "guest of zeros"
 SPARSE = "guest of holes"
 READ_ZERO = "reading the zeros"
 READ_SPARSE = "reading the holes"
+READ_WARM = "reading an array"
 MOVED = (RANDOM, ZERO, SPARSE)
+# What each is measured against: a stream that ends in a new file costs new memory too.
+BOUNDS = {RANDOM: CEILING_FILE, ZERO: READ_ZERO, SPARSE: READ_SPARSE, WARM_ZERO: READ_WARM}
 TIMEOUT = 120.0
+READ_PIECE = 256 << 10
 
 
 def run(options: Options) -> Part:
@@ -49,7 +59,10 @@ def measure(size: int, ceiling_bytes: int, options: Options) -> Part:
     return Part(
         "bulk", f"Bulk speed, {size_name(size)}",
         "The guest is a file in a tmpfs that nobody writes, moved by migrate-src to migrate-dst "
-        "over loopback with default settings; a digest of all of it is verified. "
+        "over loopback with default settings; a digest of all of it is verified. The warm arrays "
+        "move between two Python programs whose memory was written before: this machine's first "
+        "touch of new memory, which the file needs, is in the same table as a stream that is "
+        "written to a new file. "
         f"The ceiling is {size_name(ceiling_bytes)} through one loopback TCP connection between "
         f"two bare Python processes with buffers of 1 MiB. {options.counted(5)} "
         "Seconds are migrate-src's total time; wall adds the start and end of the program. "
@@ -68,6 +81,10 @@ def contenders_in(
     output = directory / "arrived"
     return {
         CEILING: lambda: ceiling(ceiling_bytes),
+        CEILING_FILE: lambda: ceiling(size, output),
+        WARM: lambda: array_moved(size, "random"),
+        WARM_ZERO: lambda: array_moved(size, "zero"),
+        READ_WARM: lambda: {"seconds": array_reading_time(size), "bytes": size},
         RANDOM: lambda: moved(random, output),
         ZERO: lambda: moved(zero, output),
         SPARSE: lambda: moved(sparse, output),
@@ -76,9 +93,18 @@ def contenders_in(
     }
 
 
-def ceiling(size: int) -> dict[str, Any]:
-    """`size` bytes between two bare processes."""
-    with Measured(python("tests.bench.stream", "receive", "127.0.0.1", "0")) as receiver:
+def ceiling(size: int, output: Path | None = None) -> dict[str, Any]:
+    """`size` bytes between two bare processes, to nowhere or into a file that is removed."""
+    where = [] if output is None else [str(output)]
+    try:
+        return _stream(size, where)
+    finally:
+        if output is not None:
+            output.unlink(missing_ok=True)
+
+
+def _stream(size: int, where: list[str]) -> dict[str, Any]:
+    with Measured(python("tests.bench.stream", "receive", "127.0.0.1", "0", *where)) as receiver:
         port = receiver.wait_for(r"listening on (\d+)")[1]
         with Measured(python("tests.bench.stream", "send", "127.0.0.1", port, str(size))) as sender:
             sent = sender.expect(TIMEOUT)
@@ -94,6 +120,29 @@ def ceiling(size: int) -> dict[str, Any]:
         "memory_source": sent.memory,
         "memory_destination": received.memory,
     }
+
+
+def array_moved(size: int, fill: str) -> dict[str, Any]:
+    """An array of a Python program; CPU seconds and memory are not told, since they are mostly
+    those of making it."""
+    with Measured(python("tests.bench.arrays", "receive", str(size))) as receiver:
+        address = receiver.wait_for(r"listening on (\S+)", TIMEOUT)[1]
+        with Measured(python("tests.bench.arrays", "send", str(size), fill, address)) as sender:
+            sent = sender.expect(TIMEOUT)
+            receiver.expect(TIMEOUT)
+    result: dict[str, Any] = json.loads(sent.out)
+    return result
+
+
+def array_reading_time(size: int) -> float:
+    """Seconds to copy warm memory to one warm buffer, in pieces of 256 KiB."""
+    memory = memoryview(warm(size, "zero"))
+    buffer = memoryview(mmap.mmap(-1, READ_PIECE))
+    buffer[:] = memory[:READ_PIECE]
+    began = time.perf_counter()
+    for offset in range(0, size, READ_PIECE):
+        buffer[:] = memory[offset : offset + READ_PIECE]
+    return time.perf_counter() - began
 
 
 def moved(path: Path, output: Path) -> dict[str, Any]:
@@ -125,25 +174,25 @@ def table(data: dict[str, Any]) -> Table:
             seconds(numbers["wall"]) if both else "-",
             gigabytes(numbers["speed"]),
             f"{numbers['speed'] / top:.2f}",
-            read_ratio(name, data),
+            bound_ratio(name, data),
             seconds(numbers["cpu_source"]) if both else "-",
             seconds(numbers["cpu_destination"]) if both else "-",
             mebibytes(numbers["memory_source"]) if both else "-",
             mebibytes(numbers["memory_destination"]) if both else "-",
         ])  # fmt: skip
     head = (
-        "", "s", "wall s", "GB/s", "of ceiling", "of reading", "CPU s, source",
+        "", "s", "wall s", "GB/s", "of the first", "of its bound", "CPU s, source",
         "CPU s, dest.", "MiB, source", "MiB, dest.",
     )  # fmt: skip
     return Table(head, rows)
 
 
-def read_ratio(name: str, data: dict[str, Any]) -> str:
-    """A guest of zeros costs the link nothing: the bound is how fast its memory is read."""
-    read = {ZERO: READ_ZERO, SPARSE: READ_SPARSE}.get(name)
-    if read is None:
+def bound_ratio(name: str, data: dict[str, Any]) -> str:
+    """Zeros cost the link nothing: their bound is how fast memory is read."""
+    bound = BOUNDS.get(name)
+    if bound is None:
         return "-"
-    return f"{data['medians'][name]['speed'] / data['medians'][read]['speed']:.2f}"
+    return f"{data['medians'][name]['speed'] / data['medians'][bound]['speed']:.2f}"
 
 
 def notes(data: dict[str, Any]) -> list[str]:

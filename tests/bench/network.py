@@ -28,10 +28,14 @@ def check_usable() -> None:
 
 
 class Link:
-    """A link of `rate` bits per second; gone after the context, with both namespaces."""
+    """A link of `rate` bits per second; gone after the context, with both namespaces.
 
-    def __init__(self, rate: int) -> None:
+    per_connection -- each TCP connection from the near side has that rate for itself
+    """
+
+    def __init__(self, rate: int, *, per_connection: bool = False) -> None:
         self.rate = rate
+        self.per_connection = per_connection
         self.near, self.far = f"xbmigrate-{os.getpid()}-near", f"xbmigrate-{os.getpid()}-far"
 
     def __enter__(self) -> Link:
@@ -47,6 +51,9 @@ class Link:
                 _call("ip", "-n", name, "address", "add", f"{address}/24", "dev", "link0")
                 _call("ip", "-n", name, "link", "set", "lo", "up")
                 _call("ip", "-n", name, "link", "set", "link0", "up")
+                if self.per_connection:
+                    _call("tc", "-n", name, "-batch", "-", text=_classes(self.rate))
+                    continue
                 _call(
                     "tc", "-n", name, "qdisc", "add", "dev", "link0", "root", "tbf",
                     "rate", f"{self.rate}bit", "burst", "256kb", "latency", "20ms",
@@ -80,8 +87,23 @@ class Link:
                 _call("ip", "netns", "delete", name)
 
 
-def _call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _classes(rate: int) -> str:
+    """A class of its own for each value of a source port's low byte. Two connections share one
+    with a probability of 1 in 256."""
+    lines = ["qdisc add dev link0 root handle 1: htb"]
+    for low in range(256):
+        number = f"{low + 1:x}"
+        lines += [
+            f"class add dev link0 parent 1: classid 1:{number} htb rate {rate}bit burst 256kb",
+            f"qdisc add dev link0 parent 1:{number} pfifo limit 1000",
+            "filter add dev link0 parent 1: protocol ip prio 1 u32 "
+            f"match ip protocol 6 0xff match ip sport {low} 0x00ff flowid 1:{number}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _call(*command: str, text: str | None = None) -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LeftOutError(f"No link: {' '.join(command)}: {done.stderr.strip()}.")
     return done.stdout

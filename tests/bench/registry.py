@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, rivals, scaling
+from tests.bench import bulk, channels, codec, rivals, scaling
 from tests.bench.report import Options, Part
 
 
@@ -19,7 +19,9 @@ class PartModule(Protocol):
 
 
 PARTS: dict[str, PartModule] = {
+    "codec": codec,
     "bulk": bulk,
     "scaling": scaling,
+    "channels": channels,
     "rivals": rivals,
 }
