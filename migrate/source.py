@@ -560,7 +560,8 @@ class Source:
         assert self._unsent is not None
         loop = asyncio.get_running_loop()
         dirty = self._unsent
-        dirty |= await loop.run_in_executor(self._worker, self._tracker.take)
+        if self.guest.stoppable:  # else there is one more look, when all is over
+            dirty |= await loop.run_in_executor(self._worker, self._tracker.take)
         await self._send_round(encoder, digest, dirty, last=True)
         whole = await loop.run_in_executor(self._worker, digest.digest)
         state = self.guest.state()

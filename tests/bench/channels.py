@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tests.bench.migration import migration
@@ -17,7 +18,7 @@ RATE = 160_000_000
 def run(options: Options) -> Part:
     size = (64 << 20) if options.quick else (256 << 20)
     contenders: dict[str, Callable[[], dict[str, Any]]] = {
-        str(count): lambda count=count: moved(size, count) for count in COUNTS
+        str(count): partial(moved, size, count) for count in COUNTS
     }
     runs = in_turn(contenders, options.turns(), options.say)
     medians = {

@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from proto import _codec
@@ -152,7 +153,7 @@ def _measure(
             take(f"{simd}: {name}", case.encode)
         _codec.use_simd()
         for kind, merge in (("merged", True), ("canonical", False)):
-            take(f"{kind}: {name}", lambda case=case, merge=merge: case.encode(merge))
+            take(f"{kind}: {name}", partial(case.encode, merge))
             length = case.encode(merge)
             sizes[f"{kind}: {name}"] = length / PAGES
             if length:
