@@ -493,9 +493,16 @@ class Source:
                     zeros = encoder.feed_zeros(cursor, end - cursor)
                     cursor, done = cursor + zeros, done + zeros
                     continue
-            snapshot, numbers = encoder.space()
-            count, cursor = memory.gather(dirty.bits, cursor, end, page_size, snapshot, numbers)
-            encoder.feed(count, dirty.bits)
+            if memory.view is not None:
+                count, cursor = encoder.feed_memory(
+                    memory.view, dirty.bits, cursor, end, TURN_PAGES - done
+                )
+            else:
+                snapshot, numbers = encoder.space()
+                count, cursor = memory.gather(
+                    dirty.bits, cursor, end, page_size, snapshot, numbers
+                )
+                encoder.feed(count, dirty.bits)
             done += count
         return cursor, done
 

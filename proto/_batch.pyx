@@ -5,10 +5,12 @@
 Every class here has a readable twin of the same name in proto/_twin.py, which says what is meant;
 this file says how to be fast. The two give the same bytes on every input.
 
-Memory rules. The encoder reads only private snapshots, never guest memory: the bytes it encodes,
-the bytes it caches and the bytes the peer ends up with are the same bytes. Snapshots are taken
-where raw pages go into the batch, so a page that is sent raw is copied once. The decoder reads
-hostile bytes: every length is compared with what is left before it is used.
+Memory rules. What the peer ends up with, what the cache holds and what is hashed are the same
+bytes, though the guest writes on. A page that is sent raw is copied first, to its place in the
+batch, and all else is done with that copy. A delta is made from guest memory itself: the bytes of
+its runs are read once, into the delta, and from there they go to the cache; what was missed is
+dirty again. The decoder reads hostile bytes: every length is compared with what is left before it
+is used.
 """
 
 import hashlib
@@ -63,6 +65,7 @@ cdef extern from *:
     """
     #include <sys/mman.h>
     #define xb_map_failed(p) ((p) == MAP_FAILED)
+    #define xb_ctz(x) __builtin_ctzll(x)
 
     static inline uint64_t xb_word(const uint8_t *at)
     {
@@ -90,6 +93,7 @@ cdef extern from *:
     }
     """
     bint xb_map_failed(void*) nogil
+    int xb_ctz(uint64_t) nogil
     uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
 
 cdef enum:
@@ -120,6 +124,18 @@ cdef inline void set_bit(uint8_t* bits, uint64_t i) noexcept nogil:
 
 cdef inline void clear_bit(uint8_t* bits, uint64_t i) noexcept nogil:
     bits[i >> 3] &= <uint8_t>~(1 << (i & 7))
+
+
+cdef inline uint64_t next_set(const uint64_t* words, uint64_t page, uint64_t end) noexcept nogil:
+    """The first page at or after `page` whose bit is set, or `end`."""
+    cdef uint64_t word
+    while page < end:
+        word = le64toh(words[page >> 6]) >> (page & 63)
+        if word:
+            page += xb_ctz(word)
+            return page if page < end else end
+        page = (page | 63) + 1
+    return end
 
 
 cdef bytearray bitmap(uint64_t pages):
@@ -325,6 +341,12 @@ cdef class PageEncoder:
         """Whether the open batch has anything to send."""
         return self.used > 0 or self.zero_count > 0
 
+    cdef inline bint is_full(self) noexcept nogil:
+        return (
+            self.room - self.used - self.raw_pages * self.page_size
+            < self.page_size + HEAD + 2 * RECORD_ROOM
+        )
+
     cdef inline Py_ssize_t left(self) noexcept nogil:
         """Pages that still fit the batch, whatever becomes of them."""
         cdef Py_ssize_t room = self.room - self.used - self.raw_pages * self.page_size
@@ -334,7 +356,7 @@ cdef class PageEncoder:
     @property
     def full(self):
         """Whether one more page might not fit the open batch."""
-        return self.left() == 0
+        return self.is_full()
 
     cdef int open_slab(self) except -1:
         cdef Slab slab
@@ -523,6 +545,82 @@ cdef class PageEncoder:
         if i < count:
             raise ValueError(f"page {self.numbers[i]} is out of order or outside the guest")
 
+    cdef void put_live(
+        self, uint64_t page, const uint8_t* live, Py_ssize_t length, uint8_t* scratch,
+        const uint8_t* todo, uint64_t todo_pages,
+    ) noexcept nogil:
+        """As `put_page`, for a page in guest memory; it has `length` bytes, the rest are zeros."""
+        cdef uint8_t* copy = self.data + self.raw_pages * self.page_size
+        cdef uint8_t* base
+        cdef uint32_t slot = NO_SLOT
+        cdef Py_ssize_t n
+        if self.cache is not None and length == self.page_size and get_bit(self.sent, page):
+            slot = self.cache.find(page)
+        if slot == NO_SLOT or is_zero(live, self.page_size):
+            memcpy(copy, live, length)
+            memset(copy + length, 0, self.page_size - length)
+            self.put_page(page, copy, scratch, todo, todo_pages)
+            return
+        base = self.cache.at(slot)
+        self.cache.ages[slot] = self.now
+        self.cache.proven[slot] = 1
+        self.hits += 1
+        n = encode_page(base, live, self.page_size, scratch, self.page_size, self.merge, base)
+        if n == 0:
+            self.unchanged += 1
+            set_bit(self.hashes.stale_at, page)
+            return
+        self.flush_zeros()
+        if n > 0:
+            self.put_delta(page, scratch, n)
+            return
+        self.overflows += 1
+        memcpy(copy, live, self.page_size)
+        self.put_raw(page, copy)
+        memcpy(base, copy, self.page_size)
+
+    def feed_memory(
+        self, const uint8_t[::1] memory not None, const uint8_t[::1] todo not None,
+        uint64_t first, uint64_t end, uint64_t most,
+    ):
+        """Takes in the dirty pages from `first` to `end`, from guest memory itself.
+
+        memory -- the guest's, which may be written meanwhile; what its last page lacks are zeros
+        todo   -- the round's dirty bitmap, in whole 8-byte words
+        most   -- stops after so many pages, or where the batch is full
+
+        Returns (pages taken in, the page to go on from).
+        """
+        cdef uint64_t page = first, floor = self.next_page if self.used else 0, count = 0, offset
+        cdef Py_ssize_t length
+        cdef uint64_t size = memory.shape[0]
+        cdef uint8_t[ENCODE_ROOM] scratch
+        if self.zero_count:
+            floor = self.zero_first + self.zero_count
+        if self.now == 0 or first < floor or end > self.pages:
+            raise ValueError(f"pages {first} to {end} are out of order or outside the guest")
+        if <uint64_t>todo.shape[0] * 8 < self.pages or todo.shape[0] % 8:
+            raise ValueError("the dirty bitmap is too short")
+        if size > self.pages * self.page_size or size <= (self.pages - 1) * self.page_size:
+            raise ValueError(f"{size} bytes are not {self.pages} pages of {self.page_size}")
+        self.open_slab()
+        self.offered = 0
+        with nogil:
+            while count < most and not self.is_full():
+                page = next_set(<const uint64_t*>&todo[0], page, end)
+                if page >= end:
+                    break
+                offset = page * self.page_size
+                length = self.page_size
+                if <uint64_t>length > size - offset:
+                    length = <Py_ssize_t>(size - offset)
+                self.put_live(
+                    page, &memory[offset], length, scratch, &todo[0], todo.shape[0] * 8
+                )
+                count += 1
+                page += 1
+        return count, page
+
     def feed_zeros(self, uint64_t first, uint64_t count):
         """Pages that are known to be zero without reading them (holes of a sparse file).
 
@@ -540,7 +638,7 @@ cdef class PageEncoder:
                 if get_bit(self.sent, page) and get_bit(self.zeros, page):
                     self.unchanged += 1
                     continue
-                if self.left() == 0:
+                if self.is_full():
                     break
                 self.put_zero(page)
             else:

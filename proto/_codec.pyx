@@ -135,6 +135,30 @@ cdef inline Py_ssize_t put_length(uint8_t* at, unsigned int value) noexcept nogi
     return put_uleb(at, value)
 
 
+cdef inline void copy_run(uint8_t* to, const uint8_t* data, Py_ssize_t n) noexcept nogil:
+    """Copies exactly `n` bytes, n > 0: from either end, in the widest pieces that fit."""
+    if n == 1:
+        to[0] = data[0]
+    elif n >= 16:
+        if n > 64:
+            memcpy(to, data, n)
+            return
+        memcpy(to + n - 16, data + n - 16, 16)
+        memcpy(to, data, 16)
+        if n > 32:
+            memcpy(to + 16, data + 16, 16)
+            memcpy(to + n - 32, data + n - 32, 16)
+    elif n >= 8:
+        memcpy(to, data, 8)
+        memcpy(to + n - 8, data + n - 8, 8)
+    elif n >= 4:
+        memcpy(to, data, 4)
+        memcpy(to + n - 4, data + n - 4, 4)
+    else:
+        memcpy(to, data, 2)
+        to[n - 1] = data[n - 1]
+
+
 # ---------------------------------------------------------------- encoding
 
 cdef Py_ssize_t encode_page(
@@ -146,8 +170,11 @@ cdef Py_ssize_t encode_page(
     out   -- takes the delta; 2 * size + WIDE bytes, since it is measured once it is written
     room  -- the longest delta that is of use, at most `size`
     merge -- shorter than canonical: gaps of one, some of two equal bytes go with their neighbours
-    keep  -- NULL, or a page equal to `old` (it may be `old`) that becomes `new`; after -1 its
-             content is undefined
+    keep  -- NULL, or a page equal to `old` (it may be `old`) that becomes what the delta makes of
+             it; after -1 its content is undefined
+
+    `new` may be written by others meanwhile: each byte that goes into the delta is read from it
+    once and from there goes to `keep`, so `keep` is what the receiver of the delta will have.
 
     A delta overflows exactly where QEMU's encoder says so: it wants two bytes free before each
     length, also before that of the equal bytes at the end of the page, which is never sent.
@@ -168,20 +195,15 @@ cdef Py_ssize_t encode_page(
         else:
             n += put_length(out + n, gap)
             n += put_length(out + n, length)
-        # What a wide store puts behind the run is overwritten by what follows; in `keep` it is
-        # what must stand there.
+        # What a wide store puts behind the run is overwritten by what follows.
         if length <= 8 and start + 8 <= size:
             memcpy(out + n, new + start, 8)
-            if keep != NULL:
-                memcpy(keep + start, new + start, 8)
         elif length <= WIDE and start + WIDE <= size:
             memcpy(out + n, new + start, WIDE)
-            if keep != NULL:
-                memcpy(keep + start, new + start, WIDE)
         else:
             memcpy(out + n, new + start, length)
-            if keep != NULL:
-                memcpy(keep + start, new + start, length)
+        if keep != NULL:
+            copy_run(keep + start, out + n, length)
         n += length
         at = end
     if n > room or (not merge and at < size and n + 2 > room):
@@ -232,30 +254,6 @@ def encode_pages(
 
 
 # ---------------------------------------------------------------- decoding
-
-cdef inline void copy_run(uint8_t* to, const uint8_t* data, Py_ssize_t n) noexcept nogil:
-    """Copies exactly `n` bytes, n > 0: from either end, in the widest pieces that fit."""
-    if n == 1:
-        to[0] = data[0]
-    elif n >= 16:
-        if n > 64:
-            memcpy(to, data, n)
-            return
-        memcpy(to + n - 16, data + n - 16, 16)
-        memcpy(to, data, 16)
-        if n > 32:
-            memcpy(to + 16, data + 16, 16)
-            memcpy(to + n - 32, data + n - 32, 16)
-    elif n >= 8:
-        memcpy(to, data, 8)
-        memcpy(to + n - 8, data + n - 8, 8)
-    elif n >= 4:
-        memcpy(to, data, 4)
-        memcpy(to + n - 4, data + n - 4, 4)
-    else:
-        memcpy(to, data, 2)
-        to[n - 1] = data[n - 1]
-
 
 cdef void undo(
     const uint8_t* delta, Py_ssize_t stop, uint8_t* page, const uint8_t* saved

@@ -661,6 +661,35 @@ class PageEncoder:
             self._put_page(page, bytes(data[i * size : (i + 1) * size]), bits)
             floor = page + 1
 
+    def feed_memory(
+        self, memory: Buffer, todo: Buffer, first: int, end: int, most: int
+    ) -> tuple[int, int]:
+        """Takes in the dirty pages from `first` to `end`, from guest memory itself.
+
+        memory -- the guest's, which may be written meanwhile; what its last page lacks are zeros
+        todo   -- the round's dirty bitmap, in whole 8-byte words
+        most   -- stops after so many pages, or where the batch is full
+
+        Returns (pages taken in, the page to go on from).
+        """
+        live, bits, size = memoryview(memory), bytes(todo), self.page_size
+        if self._now == 0 or first < self._floor or end > self.pages:
+            raise ValueError(f"pages {first} to {end} are out of order or outside the guest")
+        if len(bits) * 8 < self.pages or len(bits) % 8:
+            raise ValueError("the dirty bitmap is too short")
+        if not (self.pages - 1) * size < len(live) <= self.pages * size:
+            raise ValueError(f"{len(live)} bytes are not {self.pages} pages of {size}")
+        self._snapshot = memoryview(bytearray())
+        count = 0
+        for page in range(first, end):
+            if count == most or self.full:
+                return count, page
+            if bits[page >> 3] >> (page & 7) & 1:
+                content = bytes(live[page * size : (page + 1) * size])
+                self._put_page(page, content.ljust(size, b"\0"), bits)
+                count += 1
+        return count, max(first, end)
+
     def feed_zeros(self, first: int, count: int) -> int:
         """Pages that are known to be zero without reading them (holes of a sparse file).
 
