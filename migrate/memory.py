@@ -46,8 +46,12 @@ class Memory:
         return gather(self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers)
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
-        """(first page, pages, data) for all of the guest; `data` is False for holes."""
+        """(first page, pages, data) for all of the guest; `data` is False for holes.
+
+        Every walk looks anew: what was a hole may have been written since.
+        """
         pages, page = -(-self.size // page_size), 0
+        self._extent = (0, 0, False)
         while page < pages:
             end, data = self.extent(page, page_size)
             yield page, end - page, data
