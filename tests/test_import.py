@@ -69,7 +69,7 @@ def test_help_needs_no_heavy_import():
 
 def imports(path: Path) -> set[str]:
     """The first part of every module a file imports, wherever the import stands."""
-    if path.suffix == ".pyx":
+    if path.suffix in (".pyx", ".pxd"):
         return set(re.findall(r"^\s*(?:c?import|from)\s+(\w+)", path.read_text(), re.MULTILINE))
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -86,7 +86,9 @@ def imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*PROTO.glob("*.py"), *PROTO.glob("*.pyx")]), ids=lambda path: path.name
+    "path",
+    sorted([*PROTO.glob("*.py"), *PROTO.glob("*.pyx"), *PROTO.glob("*.pxd")]),
+    ids=lambda path: path.name,
 )
 def test_proto_is_sans_io(path):
     assert not imports(path) & FORBIDDEN

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto import _kernel, _twin
+from proto import _twin
 from proto.errors import CacheSizeError, LocalError
-from tests.kernels import kernel  # noqa: F401
+from tests.kernels import COMPILED, kernel  # noqa: F401
 
 # ruff: noqa: F811
 
@@ -244,7 +244,7 @@ OPERATIONS = st.one_of(
 @settings(max_examples=200, deadline=None)
 def test_twins_agree_on_any_history(operations, exponent, todo):
     """Same answers, same contents, same evictions; and what is there is what was last put."""
-    a = _kernel.PageCache(PAGE << exponent, PAGE)
+    a = COMPILED.PageCache(PAGE << exponent, PAGE)
     b = _twin.PageCache(PAGE << exponent, PAGE)
     now, last, used = 1, {}, set()
 
