@@ -1,168 +1,169 @@
-"""The digest equals its definition, whatever was hashed before, and pays only for stale chunks."""
+"""The digest equals its definition, whatever was hashed before, and pays only for stale pages."""
 
+import hashlib
 import os
+import random
+import struct
+from array import array
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.digest import ChunkDigests
+from migrate.digest import SETTLE_BYTES, Digest
 from migrate.memory import Memory
-from proto.messages import DIGEST_CHUNK
 from proto.pageset import PageSet
+from tests.kernels import COMPILED, kernel  # noqa: F401
+
+# ruff: noqa: F811
 
 PAGE = 4096
-CHUNK = DIGEST_CHUNK
+SEED = b"a seed of one migration"
 
 
-def by_definition(content: bytes) -> bytes:
-    """XXH3-128 of the XXH3-128 of each 64 KiB; the last may be shorter."""
-    digests = b""
-    for at in range(0, len(content), 65536):
-        digests += xxhash.xxh3_128(content[at : at + 65536]).digest()
-    return xxhash.xxh3_128(digests).digest()
+def page_hash(page: bytes, seed: bytes) -> bytes:
+    """NH with a sum of 128 bits, then multiply-shift to 64 bits, as 8 bytes, little-endian."""
+    count = len(page) // 8
+    key = hashlib.shake_256(seed).digest(len(page) + 32)
+    words = np.frombuffer(page, "<u8") + np.frombuffer(key, "<u8", count)
+    total = sum(int(a) * int(b) for a, b in words.reshape(-1, 2).tolist()) % 2**128
+    a, b = (int.from_bytes(key[at : at + 16], "little") for at in (8 * count, 8 * count + 16))
+    value = (a * (total % 2**64) + b * (total >> 64)) % 2**128 >> 64
+    return struct.pack("<Q", value)
 
 
-def unknown(_first: int, _count: int) -> bool:
-    return False
+def by_definition(content: bytes, page: int, seed: bytes) -> bytes:
+    """XXH3-128 of the hashes of all pages, the last one filled up with zeros."""
+    known: dict[bytes, bytes] = {}
+    table = b""
+    for at in range(0, len(content), page):
+        whole = bytes(content[at : at + page]).ljust(page, b"\0")
+        if whole not in known:
+            known[whole] = page_hash(whole, seed)
+        table += known[whole]
+    return xxhash.xxh3_128(table).digest()
 
 
-def of_buffer(content: bytearray, page: int = PAGE, known_zero=unknown) -> ChunkDigests:
-    return ChunkDigests(Memory(len(content), memoryview(content)), page, known_zero)
+class Guest:
+    """A buffer and its digest; every page is stale at first."""
+
+    def __init__(self, kernel, content: bytearray, page: int = PAGE, memory: Memory | None = None):
+        self.content = content
+        self.page = page
+        self.pages = -(-len(content) // page)
+        self.hashes = kernel.PageHashes(self.pages, page, SEED)
+        self.digest = Digest(memory or Memory(len(content), memoryview(content)), self.hashes)
+        self.touch(*range(self.pages))
+
+    def touch(self, *pages: int) -> None:
+        for page in pages:
+            self.hashes.stale[page >> 3] |= 1 << (page & 7)
+
+    def stale(self) -> set[int]:
+        result = PageSet(self.pages)
+        result.bits[:] = self.hashes.stale
+        return set(result)
+
+    def expected(self) -> bytes:
+        return by_definition(self.content, self.page, SEED)
 
 
-@pytest.mark.parametrize("size", [1, 100, PAGE, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 777])
+@pytest.mark.parametrize("size", [1, 100, PAGE, (1 << 16) - 1, 1 << 16, 3 * (1 << 16) + 777])
 @pytest.mark.parametrize("page", [1024, 4096, 16384])
-def test_it_is_what_the_definition_says(tmp_path, size, page):
+def test_it_is_what_the_definition_says(kernel, tmp_path, size, page):
     content = bytearray(os.urandom(size))
+    guest = Guest(kernel, content, page)
+    assert guest.digest.digest() == guest.expected()
     path = tmp_path / "guest"
     path.write_bytes(content)
-    assert of_buffer(content, page).digest() == by_definition(content)
     with path.open("rb") as file:
-        digests = ChunkDigests(Memory(size, fd=file.fileno()), page, unknown)
-        assert digests.digest() == by_definition(content)
+        guest = Guest(kernel, content, page, Memory(size, fd=file.fileno()))
+        assert guest.digest.digest() == guest.expected()
 
 
-def test_a_destination_padded_to_whole_pages_has_the_same_digest():
-    """There the last page is whole; what the guest does not have of it is not hashed."""
-    content = os.urandom(CHUNK + 5)
-    padded = bytearray(content.ljust(CHUNK + PAGE, b"\0"))
-    digests = ChunkDigests(Memory(len(content), memoryview(padded)), PAGE, unknown)
-    assert digests.digest() == by_definition(content)
+def test_a_page_nobody_touched_is_zero(kernel):
+    """So a guest of zeros needs no hashing at all."""
+    for pages in (1, 7, 1000):
+        hashes = kernel.PageHashes(pages, PAGE, SEED)
+        digest = Digest(Memory(pages * PAGE), hashes)
+        assert digest.digest() == by_definition(bytes(pages * PAGE), PAGE, SEED)
+        assert digest.hashed == 0
+
+
+def test_a_destination_padded_to_whole_pages_has_the_same_digest(kernel):
+    """There the last page is whole; what the guest does not have of it reads as zeros."""
+    content = bytearray(os.urandom(16 * PAGE + 5))
+    padded = bytearray(bytes(content).ljust(17 * PAGE, b"\0"))
+    guest = Guest(kernel, content, PAGE, Memory(len(content), memoryview(padded)))
+    assert guest.digest.digest() == guest.expected()
+    padded[16 * PAGE + 5 :] = b"x" * (PAGE - 5)
+    guest.touch(16)
+    assert guest.digest.digest() == guest.expected()
+
+
+def test_another_seed_gives_another_digest(kernel):
+    content = bytearray(os.urandom(PAGE))
+    digests = set()
+    for seed in (SEED, b"", b"another"):
+        hashes = kernel.PageHashes(1, PAGE, seed)
+        hashes.stale[0] = 1
+        digests.add(Digest(Memory(PAGE, memoryview(content)), hashes).digest())
+        assert by_definition(content, PAGE, seed) in digests
+    assert len(digests) == 3
 
 
 @settings(deadline=None)
-@given(st.integers(1, 6 * CHUNK), st.data())
+@given(st.integers(1, 90 * PAGE), st.data())
 def test_after_any_writes_it_is_of_the_content_if_they_were_told(size, data):
-    content = bytearray(size)
-    digests = of_buffer(content)
-    pages = -(-size // PAGE)
+    guest = Guest(COMPILED, bytearray(size))
     for _ in range(3):
-        dirty = PageSet(pages)
+        dirty = PageSet(guest.pages)
         for at in data.draw(st.lists(st.integers(0, size - 1), max_size=5)):
-            content[at] = (content[at] + 1) % 256
+            guest.content[at] = (guest.content[at] + 1) % 256
             dirty.add(at // PAGE)
-        before = bytes(digests.stale)
-        would_be = digests.stale_with(dirty)
-        assert bytes(digests.stale) == before, "asking changes nothing"
-        digests.touch(dirty)
-        assert sum(digests.stale) == would_be
-        assert digests.digest() == by_definition(content)
-        assert not any(digests.stale)
+        before = bytes(guest.hashes.stale)
+        would_be = guest.digest.stale(dirty.bits)
+        assert guest.hashes.stale == before, "asking changes nothing"
+        guest.touch(*dirty)
+        assert guest.digest.stale() == len(guest.stale()) == would_be
+        assert guest.digest.digest() == guest.expected()
+        assert guest.digest.stale() == 0
 
 
-def test_only_stale_chunks_are_hashed_again():
-    content = bytearray(os.urandom(8 * CHUNK))
-    digests = of_buffer(content)
-    assert digests.settle() == 8
-    assert digests.settle() == 0
-    pages = 8 * CHUNK // PAGE
-    digests.touch(PageSet(pages, [0, 15, 16 * 3]))
-    assert digests.settle() == 2
-    assert digests.hashed == 10
-    content[5 * CHUNK] ^= 1  # not told: the promise is the tracker's, and this is how we can see it
-    digests.touch(PageSet(pages, [1]))
-    assert digests.digest() != by_definition(content)
+def test_only_stale_pages_are_hashed_again(kernel):
+    guest = Guest(kernel, bytearray(os.urandom(80 * PAGE)))
+    assert guest.digest.settle() == 80
+    assert guest.digest.settle() == 0
+    guest.touch(0, 63, 64)
+    assert guest.digest.settle() == 3
+    assert guest.digest.hashed == 83
+    assert guest.digest.seconds > 0
+    guest.content[5 * PAGE] ^= 1  # not told: the promise is the encoder's, and so one sees it
+    guest.touch(1)
+    assert guest.digest.digest() != guest.expected()
 
 
-def test_chunks_that_will_be_sent_again_are_left_for_later():
-    content = bytearray(os.urandom(4 * CHUNK))
-    digests = of_buffer(content)
-    pages = 4 * CHUNK // PAGE
-    dirty = PageSet(pages, [16, 63])
-    assert digests.settle(dirty) == 2
-    assert list(digests.stale) == [0, 1, 0, 1]
-    content[16 * PAGE] ^= 1
-    assert digests.settle() == 2
-    assert digests.digest() == by_definition(content)
+def test_pages_that_will_be_sent_again_are_left_for_later(kernel):
+    guest = Guest(kernel, bytearray(os.urandom(70 * PAGE)))
+    dirty = PageSet(70, [16, 63, 69])
+    assert guest.digest.settle(dirty.bits) == 67
+    assert guest.stale() == set(dirty)
+    assert guest.digest.settle(dirty.bits) == 0
+    guest.content[16 * PAGE] ^= 1
+    assert guest.digest.settle() == 3
+    assert guest.digest.digest() == guest.expected()
 
 
-def test_known_zeros_are_not_read():
-    size = 4 * CHUNK + 10
-
-    class Unreadable(Memory):
-        def read(self, offset, into):
-            assert offset >= 2 * CHUNK, "a chunk of known zeros was read"
-            into[:] = b"d" * len(into)
-            return len(into)
-
-    asked = []
-
-    def known_zero(first: int, count: int) -> bool:
-        asked.append((first, count))
-        return first * PAGE < 2 * CHUNK
-
-    digests = ChunkDigests(Unreadable(size), PAGE, known_zero)
-    assert digests.digest() == by_definition(bytes(2 * CHUNK) + b"d" * (2 * CHUNK + 10))
-    assert asked == [(n * 16, 16) for n in range(4)]
-
-
-def test_content_given_by_the_scanner_is_taken_as_it_is():
-    content = bytearray(2 * CHUNK)
-    digests = of_buffer(content)
-    seen = os.urandom(CHUNK)
-    digests.settle_chunk(0, memoryview(seen))
-    assert digests.digest() == by_definition(seen + bytes(CHUNK))
-
-
-# ---------------------------------------------------------------- where nobody has a dirty set
-
-
-def test_a_chunk_is_quiet_when_nothing_wrote_it_between_two_calls():
-    content = bytearray(os.urandom(4 * CHUNK))
-    stale = bytearray(4)
-    digests = ChunkDigests(Memory(len(content), memoryview(content)), PAGE, unknown, stale)
-    stale[0] = stale[1] = 1
-    assert digests.settle_quiet() == 0, "written just now: it may be written again"
-    stale[1] = 1  # and so it was
-    assert digests.settle_quiet() == 1
-    assert list(stale) == [0, 2, 0, 0]
-    assert digests.settle_quiet() == 1
-    assert digests.settle_quiet() == 0
-    assert not any(stale)
-
-
-def test_the_last_settle_takes_the_quiet_and_the_loud():
-    content = bytearray(os.urandom(4 * CHUNK))
-    stale = bytearray(b"\1\1\1\1")
-    digests = ChunkDigests(Memory(len(content), memoryview(content)), PAGE, unknown, stale)
-    digests.settle_quiet()
-    stale[2] = 1
-    assert sorted(stale) == [1, 2, 2, 2]
-    assert digests.settle() == 4
-    assert digests.digest() == by_definition(content)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20))
-def test_whatever_came_to_rest_when_the_digest_is_of_the_content(steps):
-    content = bytearray(4 * CHUNK)
-    stale = bytearray(b"\1" * 4)
-    digests = ChunkDigests(Memory(len(content), memoryview(content)), PAGE, unknown, stale)
-    for chunk, quiet in steps:
-        content[chunk * CHUNK] = (content[chunk * CHUNK] + 1) % 256
-        stale[chunk] = 1
-        if quiet:
-            digests.settle_quiet()
-    assert digests.digest() == by_definition(content)
+@pytest.mark.parametrize("page", [1024, 16384])
+def test_more_stale_pages_than_are_read_at_a_time(page):
+    per_turn = SETTLE_BYTES // page
+    pages = 3 * per_turn + 1
+    guest = Guest(COMPILED, bytearray(random.Random(1).randbytes(pages * page)), page)
+    assert guest.digest.settle() == pages
+    guest.touch(*range(0, pages, 2))
+    assert guest.digest.settle() == (pages + 1) // 2
+    truth = COMPILED.PageHashes(pages, page, SEED)
+    truth.note_pages(array("Q", range(pages)), pages, guest.content)
+    assert guest.hashes.table == truth.table

@@ -51,7 +51,7 @@ def gathered(memory: Memory, dirty: PageSet, per_turn: int = 8) -> dict[int, byt
 def test_a_buffer_is_one_stretch_of_data():
     memory = Memory(5 * PAGE + 1, memoryview(bytearray(5 * PAGE + 1)))
     assert list(memory.extents(PAGE)) == [(0, 6, True)]
-    assert list(memory.extents_from(4, PAGE)) == [(4, 2, True)]
+    assert memory.extent(4, PAGE) == (6, True)
 
 
 def test_extents_of_a_sparse_file_tell_holes_from_data(shm):
@@ -63,9 +63,11 @@ def test_extents_of_a_sparse_file_tell_holes_from_data(shm):
     assert list(memory.extents(PAGE)) == [
         (0, 3, False), (3, 1, True), (4, 6, False), (10, 2, True), (12, 51, False), (63, 1, True),
     ]  # fmt: skip
-    assert next(memory.extents_from(5, PAGE)) == (5, 5, False)
-    assert next(memory.extents_from(11, PAGE)) == (11, 1, True)
-    assert list(memory.extents_from(64, PAGE)) == []
+    for page, stretch in [
+        (5, (10, False)), (4, (10, False)), (9, (10, False)), (10, (12, True)), (11, (12, True)),
+        (2, (3, False)), (3, (4, True)), (62, (63, False)), (63, (64, True)),
+    ]:  # fmt: skip
+        assert memory.extent(page, PAGE) == stretch
 
 
 def test_a_page_that_is_partly_data_is_data(shm):
@@ -79,6 +81,17 @@ def test_a_page_that_is_partly_data_is_data(shm):
 def test_a_file_without_data_is_one_hole(shm):
     os.ftruncate(shm, 10 * PAGE)
     assert list(Memory(10 * PAGE, fd=shm).extents(PAGE)) == [(0, 10, False)]
+
+
+def test_a_walk_finds_data_where_the_last_one_found_a_hole(shm):
+    """The answers are kept for a walk, not beyond it: a write to the hole would be lost."""
+    os.ftruncate(shm, 10 * PAGE)
+    memory = Memory(10 * PAGE, fd=shm)
+    assert list(memory.extents(PAGE)) == [(0, 10, False)]
+    assert memory.extent(0, PAGE) == (10, False)
+    os.pwrite(shm, b"x", 3 * PAGE)
+    assert list(memory.extents(PAGE)) == [(0, 3, False), (3, 1, True), (4, 6, False)]
+    assert memory.extent(0, PAGE) == (3, False)
 
 
 @settings(deadline=None)

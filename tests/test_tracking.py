@@ -1,27 +1,26 @@
 """No dirty page is ever lost: by marks under a running writer, and by scanning."""
 
-import hashlib
 import random
 import threading
 from array import array
 
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate._memory import run_load, set_marks
-from migrate.digest import ChunkDigests
+from migrate.digest import Digest
 from migrate.memory import Memory
 from migrate.tracking import MarkTracker, ScanTracker
-from proto.messages import DIGEST_CHUNK
 from proto.pageset import PageSet
-from tests.kernels import kernel  # noqa: F401
+from tests.kernels import COMPILED, kernel  # noqa: F401
+from tests.test_digest import by_definition
 
 # ruff: noqa: F811
 
 PAGE = 4096
 RUN, END = 1, 3
+SEED = b"a seed of one migration"
 
 
 # ---------------------------------------------------------------- marks
@@ -111,13 +110,13 @@ class Peer:
     def __init__(self, kernel, memory: Memory, content: bytearray, *, cache: int, page=PAGE):
         self.page = page
         self.pages = -(-memory.size // page)
+        self.hashes = kernel.PageHashes(self.pages, page, SEED)
         self.encoder = kernel.PageEncoder(
-            self.pages, page, kernel.PageCache(cache, page) if cache else None,
-            hashlib.shake_128(b"key").digest(page),
-        )  # fmt: skip
-        self.decoder = kernel.PageDecoder(self.pages, page, DIGEST_CHUNK // page)
-        self.digests = ChunkDigests(memory, page, self.encoder.known_zero)
-        self.tracker = ScanTracker(memory, self.encoder, self.digests)
+            self.hashes, kernel.PageCache(cache, page) if cache else None
+        )
+        self.decoder = kernel.PageDecoder(kernel.PageHashes(self.pages, page, SEED), memory.size)
+        self.digest = Digest(memory, self.hashes)
+        self.tracker = ScanTracker(memory, self.encoder)
         self.memory = memory
         self.content = content
         self.there = bytearray(self.pages * page)
@@ -126,16 +125,18 @@ class Peer:
     def send(self, dirty: PageSet) -> None:
         self.round += 1
         self.encoder.begin_round(self.round)
-        snapshot = memoryview(bytearray(self.pages * self.page))
-        numbers = memoryview(array("Q", bytes(8 * self.pages)))
-        count, _ = self.memory.gather(dirty.bits, 0, self.pages, self.page, snapshot, numbers)
-        done = 0
-        while done < count or self.encoder.pending:
-            done += self.encoder.feed(numbers, count, snapshot, dirty.bits, done)
+        page = 0
+        while page < self.pages:
+            while page < self.pages and not self.encoder.full:
+                snapshot, numbers = self.encoder.space()
+                count, page = self.memory.gather(
+                    dirty.bits, page, self.pages, self.page, snapshot, numbers
+                )
+                self.encoder.feed(count, dirty.bits)
             if self.encoder.pending:
-                body = bytes(self.encoder.take())
-                self.decoder.check(body)
-                self.decoder.apply(body, self.there)
+                head, data = self.encoder.take()
+                self.decoder.check(head, len(data))
+                self.decoder.apply(head, data, self.there)
 
     def differing(self) -> set[int]:
         whole = bytes(self.content).ljust(len(self.there), b"\0")
@@ -243,38 +244,57 @@ def test_a_file_with_holes_is_scanned_like_a_buffer(kernel, tmp_path):
         assert set(dirty) == {0, 305, 600}
         peer.send(dirty)
         assert peer.differing() == set()
-        assert peer.digests.digest() == naive(content)
+        assert peer.digest.digest() == by_definition(content, PAGE, SEED)
 
 
-def naive(content: bytearray) -> bytes:
-    chunks = (content[at : at + DIGEST_CHUNK] for at in range(0, len(content), DIGEST_CHUNK))
-    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_digest(bytes(c)) for c in chunks))
+def test_a_file_that_is_one_hole_is_scanned_again_and_again(kernel, tmp_path):
+    """What is written to it makes it a file with data, whatever was seen before."""
+    path = tmp_path / "guest"
+    size = 600 * PAGE
+    with path.open("wb+") as file:
+        file.truncate(size)
+        content = bytearray(size)
+        peer = Peer(kernel, Memory(size, fd=file.fileno()), content, cache=0)
+        peer.memory.extent(0, PAGE)
+        peer.send(PageSet.full(peer.pages))
+        assert set(peer.tracker.take()) == set()
+        for page in (300, 0, 599):
+            file.seek(page * PAGE)
+            file.write(b"!")
+            content[page * PAGE] = ord("!")
+            file.flush()
+            dirty = peer.tracker.take()
+            assert set(dirty) == {page}
+            peer.send(dirty)
+            assert peer.differing() == set()
+        assert peer.digest.digest() == by_definition(content, PAGE, SEED)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([1024, 4096, 16384]), st.integers(1, 5 * DIGEST_CHUNK), st.data())
-def test_digests_taken_while_scanning_are_of_the_content(page, size, data):
-    from proto import _kernel
-
-    peer = peer_of(_kernel, size, page=page)
-    for _ in range(2):
+@given(
+    st.sampled_from([1024, 4096, 16384]),
+    st.integers(1, 5 << 16),
+    st.sampled_from([0, 1 << 14, 1 << 20]),
+    st.data(),
+)
+def test_hashes_kept_while_scanning_are_of_the_content(page, size, cache, data):
+    peer = peer_of(COMPILED, size, cache=cache, page=page)
+    for _ in range(3):
         for at in data.draw(st.lists(st.integers(0, size - 1), max_size=6)):
             peer.content[at] ^= 0x55
         dirty = peer.tracker.take()
-        touched = {n * page // DIGEST_CHUNK for n in dirty}
-        whole = size // DIGEST_CHUNK
-        fresh = {n for n in range(whole) if not peer.digests.stale[n]}
-        # every whole chunk that is as the peer has it was hashed on the way, no other one
-        assert fresh == set(range(whole)) - touched
+        # every page that is as the peer has it has its hash, from the copy that was compared
+        stale = PageSet(peer.pages)
+        stale.bits[:] = peer.hashes.stale
+        assert set(stale) <= set(dirty)
         peer.send(dirty)
-    assert peer.digests.digest() == naive(peer.content)
+    assert peer.digest.digest() == by_definition(peer.content, page, SEED)
 
 
-def test_a_digest_is_never_of_bytes_that_were_there_for_a_moment_only():
-    """A writer flips bytes and back all the time; each settled digest must be of what was sent."""
-    from proto import _kernel
-
-    peer = peer_of(_kernel, 32 * DIGEST_CHUNK, page=PAGE)
+@pytest.mark.parametrize("cache", [0, 1 << 21], ids=["hash", "cache"])
+def test_a_digest_is_never_of_bytes_that_were_there_for_a_moment_only(cache):
+    """A writer flips bytes and back all the time; each hash must be of what was sent."""
+    peer = peer_of(COMPILED, 512 * PAGE, cache=cache)
     stop = threading.Event()
 
     def flicker() -> None:
@@ -296,4 +316,5 @@ def test_a_digest_is_never_of_bytes_that_were_there_for_a_moment_only():
     last = peer.tracker.take()
     assert set(last) == peer.differing()
     peer.send(last)
-    assert peer.digests.digest() == naive(peer.content) == naive(peer.there)
+    whole = by_definition(peer.content, PAGE, SEED)
+    assert peer.digest.digest() == whole == by_definition(peer.there, PAGE, SEED)
