@@ -36,7 +36,7 @@ def encode(old: Buffer, new: Buffer, merge: bool = False) -> bytes | None:
     page fits. Room for two bytes is asked before each length, even for one that turns out to be
     the unsent end of the page: that is QEMU's test, and it decides which pages overflow (4 equal
     bytes at the end of a page of 4096 that is otherwise new overflow, 5 do not; a page of one
-    byte always does). A merged delta overflows only where it is longer than the page.
+    byte that changed always does). A merged delta overflows only where it is longer than the page.
 
     Raises ValueError for pages of two lengths, or of one out of range.
     """

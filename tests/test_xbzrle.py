@@ -1,20 +1,20 @@
 """The codec: QEMU's bytes, QEMU's overflow decisions, and a decoder that bad bytes cannot hurt."""
 
 import random
+from array import array
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proto import _kernel, _twin, xbzrle
+from proto import _twin, xbzrle
 from proto.errors import DecodeError
-from tests.kernels import kernel  # noqa: F401
+from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
 # ruff: noqa: F811
 
 PAGE = 4096
 SIZES = [1024, 2048, 4096, 8192, 16384]
-BOTH = [_kernel, _twin]
 
 
 def changed(old: bytes, *runs: tuple[int, int]) -> bytes:
@@ -69,7 +69,7 @@ def test_qemu_uleb(kernel):
     """Every length of one or two bytes, as the position of one changed byte."""
     size = 16384
     old, new = bytes(size), bytearray(size)
-    for n in range(0x4000) if kernel is _kernel else [*range(0, 0x4000, 997), 127, 128, 0x3FFF]:
+    for n in range(0x4000) if kernel is COMPILED else [*range(0, 0x4000, 997), 127, 128, 0x3FFF]:
         new[n] = 1
         delta = kernel.encode(old, new)
         assert delta == uleb(n) + b"\1\1"
@@ -117,7 +117,7 @@ def test_qemu_encode_decode_overflow(kernel):
 
 def test_qemu_encode_decode(kernel):
     rng = random.Random(20)
-    for _ in range(10_000 if kernel is _kernel else 200):
+    for _ in range(10_000 if kernel is COMPILED else 200):
         length = rng.randrange(3090)
         old, new = qemu_page(length, 4, 107, 109), qemu_page(length, 0, 103, 105)
         delta = kernel.encode(old, new)
@@ -181,9 +181,159 @@ def test_run_length_boundaries(kernel, at, count, head):
     assert decoded(kernel, head + new[at : at + count], old) == new
 
 
-def test_a_page_of_one_byte_always_overflows(kernel):
-    assert kernel.encode(b"a", b"a") is None
+def test_a_page_of_one_byte_that_changed_always_overflows(kernel):
+    assert kernel.encode(b"a", b"b") is None
+    assert kernel.encode(b"a", b"b", True) is None
+    assert kernel.encode(b"a", b"a") == b""
     assert kernel.encode(b"aa", b"aa") == b""
+
+
+# ---------------------------------------------------------------- merged
+
+
+def spots(size: int, *at: int) -> tuple[bytes, bytes]:
+    """A page, and the same with these bytes changed."""
+    return bytes(size), changed(bytes(size), *[(i, 1) for i in at])
+
+
+@pytest.mark.parametrize(
+    ("at", "delta"),
+    [
+        # a gap of one is closed, one of three is not
+        ((10, 12), "0a 03 550055"),
+        ((10, 14), "0a0155 030155"),
+        # of two too, as it saves a run; not where it crosses a word of 64 bytes
+        ((10, 13), "0a 04 55000055"),
+        ((61, 64), "3d 04 55000055"),
+        ((62, 65), "3e0155 020155"),
+        ((63, 66), "3f 04 55000055"),
+        ((60, 63), "3c 04 55000055"),
+        # a gap of one is closed wherever it lies
+        ((62, 64), "3e 03 550055"),
+        ((63, 65), "3f 03 550055"),
+        # what has been closed counts as changed for its neighbours
+        ((10, 12, 15, 18), "0a 09 550055000055000055"),
+        # at either end of the page
+        ((0, 2, 5), "00 06 550055000055"),
+        ((1021, 1023), "fd07 03 550055"),
+        ((1020, 1023), "fc07 04 55000055"),
+    ],
+)
+def test_short_gaps_are_closed(kernel, at, delta):
+    old, new = spots(1024, *at)
+    assert kernel.encode(old, new, True) == bytes.fromhex(delta)
+    assert decoded(kernel, bytes.fromhex(delta), old) == new
+
+
+def test_gaps_of_two_stay_where_many_bytes_changed(kernel):
+    """There they could make a run of 128 bytes and more, whose length takes a byte more."""
+    for count, lengths in [(20, [58]), (21, [1] * 21)]:
+        old, new = spots(256, *range(64, 64 + 3 * count, 3))
+        expected, at = b"", 0
+        for i, length in enumerate(lengths):
+            start = 64 + 3 * i
+            expected += bytes([start - at, length]) + new[start : start + length]
+            at = start + length
+        assert (kernel.encode(old, new, True) == expected) == (count == 20), count
+        assert len(kernel.encode(old, new, True)) <= len(kernel.encode(old, new))
+    for neighbour in (0, 128):  # of which one side is enough
+        dense = range(neighbour, neighbour + 42, 2)
+        old, new = spots(256, *sorted([*dense, 90, 93]))
+        assert b"\x01\x55\x02\x01\x55" in kernel.encode(old, new, True)
+        old, new = spots(256, *sorted([*dense[1:], 90, 93]))
+        assert b"\x04\x55\0\0\x55" in kernel.encode(old, new, True)
+
+
+def test_a_merged_delta_overflows_only_where_it_is_longer_than_the_page(kernel):
+    old = bytes(1024)
+    for end, fits in [(1020, True), (1022, False)]:  # every other byte, up to this one
+        new = changed(old, *[(i, 1) for i in range(0, end + 1, 2)])
+        assert kernel.encode(old, new) is None
+        delta = kernel.encode(old, new, True)
+        assert delta == (b"\x00\xfd\x07" + new[:1021] if fits else None)
+    for equal in range(6):  # at the end, where the canonical delta wants room that it does not use
+        new = changed(old, (0, 1024 - equal))
+        delta = kernel.encode(old, new, True)
+        assert (delta is None) == (equal < 3)
+        assert (kernel.encode(old, new) is None) == (equal < 5)
+
+
+# ---------------------------------------------------------------- many pages at once
+
+
+def many(pairs: list[tuple[bytes, bytes]], kernel, merge: bool) -> tuple[bytes, list[int]]:
+    size = len(pairs[0][0]) if pairs else 1024
+    out = bytearray(b"\xee" * ((len(pairs) + 1) * size + 32))
+    lengths = array("i", [77] * len(pairs))
+    old, new = (b"".join(side) for side in zip(*pairs, strict=True)) if pairs else (b"", b"")
+    used = kernel.encode_pages(old, new, size, out, lengths, merge)
+    return bytes(out[:used]), list(lengths)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_many_pages_are_encoded_as_each_of_them(kernel, merge):
+    noise = random.Random(4)
+    for size in (1, 8, 100, 1024, 4096, 16384):
+        pairs = []
+        for _ in range(9):
+            old = noise.randbytes(size)
+            runs = [(noise.randrange(size), 1) for _ in range(noise.choice([0, 1, 9, 50, 5000]))]
+            pairs.append((old, changed(old, *runs)))
+        deltas = [kernel.encode(old, new, merge) for old, new in pairs]
+        data, lengths = many(pairs, kernel, merge)
+        assert data == b"".join(delta or b"" for delta in deltas)
+        assert lengths == [-1 if delta is None else len(delta) for delta in deltas]
+        pages = bytearray().join(old for old, _ in pairs)
+        kernel.decode_pages(data, array("i", lengths), pages, size)
+        for i, ((old, new), delta) in enumerate(zip(pairs, deltas, strict=True)):
+            assert pages[i * size : (i + 1) * size] == (old if delta is None else new)
+
+
+def test_no_page_at_all(kernel):
+    assert many([], kernel, False) == (b"", [])
+    kernel.decode_pages(b"", array("i"), bytearray(), 1024)
+
+
+def test_a_page_that_overflows_leaves_its_room_to_the_next(kernel):
+    """The room is for as many pages of deltas; each one more may be measured once it is written."""
+    full, one = (bytes(64), b"\1" * 64), (bytes(64), b"\1" + bytes(63))
+    longest = (bytes(64), bytes(3) + b"\1" * 61)
+    assert many([full, one, full, one], kernel, False) == (b"\0\1\1" * 2, [-1, 3, -1, 3])
+    data, lengths = many([longest] * 5, kernel, False)
+    assert lengths == [63] * 5
+    assert data == (b"\3\x3d" + b"\1" * 61) * 5
+
+
+def test_many_pages_refuse_sizes(kernel):
+    page, lengths = bytes(1024), array("i", [0])
+    room = bytearray(2 * 1024 + 32)
+    for size in (0, 16385):
+        with pytest.raises(ValueError, match="it must have 1 to 16384"):
+            kernel.encode_pages(page, page, size, room, lengths)
+    for old, new in [(page, bytes(2048)), (bytes(2048), page), (b"", b""), (bytes(1023),) * 2]:
+        with pytest.raises(ValueError, match="bytes are not 1 pages of 1024"):
+            kernel.encode_pages(old, new, 1024, room, lengths)
+    with pytest.raises(ValueError, match="2079 bytes of room: 1 deltas can need up to 2080"):
+        kernel.encode_pages(page, page, 1024, room[:-1], lengths)
+    for pages, size in [(bytearray(1023), 1024), (bytearray(2048), 1024), (bytearray(), 0)]:
+        with pytest.raises(ValueError, match="bytes are not 1 pages of"):
+            kernel.decode_pages(b"", lengths, pages, size)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "lengths", "message"),
+    [
+        (b"\0\1a" + b"\0\1b\0\1c", [3, 6, 3], "page 1: .*: an empty zero run inside a delta"),
+        (b"\0\1a" + b"\0\1", [3, 3, 0], "page 1: .*: the data ends inside a record"),
+        (b"\0\1a", [3, 2**31 - 1, 0], "page 1: .*: the data ends inside a record"),
+    ],
+)
+def test_many_pages_stop_at_the_first_bad_delta(kernel, deltas, lengths, message):
+    """Those before it have changed; it and those after it are as they were."""
+    pages = bytearray(3 * 1024)
+    with pytest.raises(DecodeError, match=message):
+        kernel.decode_pages(deltas, array("i", lengths), pages, 1024)
+    assert pages == b"a" + bytes(3 * 1024 - 1)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -222,7 +372,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_delta_leaves_the_page(kernel, name):
-    """Also where a good run stands before the fault: the check comes before the first write."""
+    """Also where a good run stands before the fault: it is undone."""
     text, message = BAD[name]
     bad = bytes.fromhex(text)
     page = bytearray(b"\x11" * PAGE)
@@ -288,20 +438,24 @@ def versions(draw):
 @settings(max_examples=150, deadline=None)
 def test_twins_agree_and_round_trip(pair):
     old, new = pair
-    delta = _kernel.encode(old, new)
-    assert _twin.encode(old, new) == delta
-    assert (delta == b"") == (old == new)
-    if delta is not None:
-        assert len(delta) <= len(old)
-        for kernel in BOTH:
-            assert decoded(kernel, delta, old) == new
+    canonical, merged = (COMPILED.encode(old, new, merge) for merge in (False, True))
+    for delta, merge in [(canonical, False), (merged, True)]:
+        assert _twin.encode(old, new, merge) == delta
+        assert (delta == b"") == (old == new)
+        if delta is not None:
+            assert len(delta) <= len(old)
+            for kernel in BOTH:
+                assert decoded(kernel, delta, old) == new
+    if canonical is not None:
+        assert len(merged) <= len(canonical)
 
 
-@given(st.binary(min_size=2, max_size=200), st.data())
+@given(st.binary(min_size=1, max_size=200), st.data())
 @settings(max_examples=200, deadline=None)
 def test_twins_agree_on_small_pages(old, data):
     new = data.draw(st.binary(min_size=len(old), max_size=len(old)))
-    assert _kernel.encode(old, new) == _twin.encode(old, new)
+    for merge in (False, True):
+        assert COMPILED.encode(old, new, merge) == _twin.encode(old, new, merge)
 
 
 GUARD = b"\xc3" * 64
@@ -335,15 +489,15 @@ runs = st.tuples(st.integers(0, 40), st.binary(max_size=20), st.booleans()).map(
 @settings(max_examples=500, deadline=None)
 def test_decoder_survives_any_bytes(delta, size):
     """Nothing outside the page is written, the page is untouched on error, and twins agree."""
-    assert guarded(_kernel, delta, size) == guarded(_twin, delta, size)
+    assert guarded(COMPILED, delta, size) == guarded(_twin, delta, size)
 
 
 @given(versions(), st.data())
 @settings(max_examples=100, deadline=None)
 def test_decoder_survives_mutations(pair, data):
     old, new = pair
-    delta = bytearray(_kernel.encode(old, new) or b"\0\1a")
+    delta = bytearray(COMPILED.encode(old, new) or b"\0\1a")
     for _ in range(data.draw(st.integers(1, 4))):
         delta[data.draw(st.integers(0, len(delta) - 1))] = data.draw(st.integers(0, 255))
     delta = bytes(delta[: data.draw(st.integers(0, len(delta)))])
-    assert guarded(_kernel, delta, len(old)) == guarded(_twin, delta, len(old))
+    assert guarded(COMPILED, delta, len(old)) == guarded(_twin, delta, len(old))
