@@ -16,17 +16,32 @@ def hello(required=REQUIRED, optional=(), version=PROTOCOL_VERSION, **limits):
     return Hello(version, tuple(required), tuple(optional), **limits)
 
 
+@pytest.mark.parametrize("name", sorted(caps.OPTIONAL))
 @pytest.mark.parametrize(
     ("source", "destination"), list(itertools.product([True, False], repeat=2))
 )
-def test_both_sides_come_to_the_same_agreement(source, destination):
-    offer = caps.offer(caps.switched_on({"xbzrle": source}))
-    answer, there = caps.answer(offer, caps.switched_on({"xbzrle": destination}))
+def test_both_sides_come_to_the_same_agreement(name, source, destination):
+    offer = caps.offer(caps.switched_on({name: source}))
+    answer, there = caps.answer(offer, caps.switched_on({name: destination}))
     here = caps.agree(offer, answer)
+    one, others = frozenset({name}), caps.OPTIONAL - {name}
     assert here == there
-    assert here.xbzrle is (source and destination)
-    assert here.used - caps.REQUIRED == (XBZRLE if source and destination else frozenset())
-    assert here.dropped == (XBZRLE if source and not destination else frozenset())
+    assert here.used == caps.REQUIRED | others | (one if source and destination else frozenset())
+    assert here.dropped == (one if source and not destination else frozenset())
+    assert here.xbzrle is (name != "xbzrle" or (source and destination))
+    assert here.merge is (source and destination), "merging means nothing without xbzrle"
+
+
+@pytest.mark.parametrize(
+    ("used", "xbzrle", "merge"),
+    [
+        ((), False, False), (("xbzrle",), True, False), (("xbzrle-merge",), False, False),
+        (("xbzrle", "xbzrle-merge"), True, True),
+    ],
+)  # fmt: skip
+def test_merging_needs_both_names(used, xbzrle, merge):
+    agreement = caps.Agreement(frozenset(used))
+    assert (agreement.xbzrle, agreement.merge) == (xbzrle, merge)
 
 
 def test_all_is_on_that_is_not_switched_off():
@@ -34,9 +49,9 @@ def test_all_is_on_that_is_not_switched_off():
     assert caps.switched_on(dict.fromkeys(caps.OPTIONAL, False)) == frozenset()
 
 
-@pytest.mark.parametrize("name", ["zstd", "digest-xxh3", ""])
+@pytest.mark.parametrize("name", ["zstd", "page-hash-nh", ""])
 def test_an_unknown_switch_is_refused_with_the_known_ones(name):
-    with pytest.raises(LocalError, match=f"no capability '{name}': known are xbzrle"):
+    with pytest.raises(LocalError, match=f"no capability '{name}': known are xbzrle, xbzrle-merge"):
         caps.switched_on({name: True})
 
 

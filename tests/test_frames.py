@@ -16,23 +16,24 @@ from proto.messages import BODY_LIMITS, MAX_BODY, MessageType
 M = MessageType
 
 
-def framed(kind, body=b""):
-    return bytes(seal(bytearray(HEADER_BYTES) + body, kind))
+def framed(kind, body=b"", channel=0, data=b""):
+    frame = bytearray(HEADER_BYTES) + body
+    seal(frame, kind, channel, len(data))
+    return bytes(frame) + data
 
 
-def header(kind=M.PING, flags=0, channel=0, length=0, body=b""):
-    """A header with anything in it, and the right check."""
+def header(kind=M.PING, flags=0, channel=0, length=0, head=None, body=b""):
+    """A header with anything in it, and the right check of `body` as the head."""
     middle = struct.pack(">BBHI", kind, flags, channel, length)
-    check = xxhash.xxh3_64_intdigest(body, int.from_bytes(middle, "big")) & 0xFFFFFFFF
-    return MAGIC + middle + struct.pack(">I", check)
+    check = xxhash.xxh3_64_intdigest(body, int.from_bytes(middle, "big"))
+    return MAGIC + middle + struct.pack(">IQ", length if head is None else head, check)
 
 
 def frames_of(reader):
     """All whole frames, as (type, body), each released."""
     found = []
     while (frame := reader.next_frame()) is not None:
-        assert frame.wire_bytes == HEADER_BYTES + len(frame.body)
-        found.append((frame.type, bytes(frame.body)))
+        found.append((frame.type, bytes(frame.head) + bytes(frame.data)))
         frame.release()
     return found
 
@@ -48,9 +49,22 @@ STREAM = b"".join(framed(*frame) for frame in SOME)
 # ---------------------------------------------------------------- splits
 
 
-def test_a_header_is_sixteen_bytes():
-    assert HEADER_BYTES == 16
+def test_a_header_is_twenty_four_bytes():
+    assert HEADER_BYTES == 24
     assert framed(M.GO, b"ab") == header(M.GO, length=2, body=b"ab") + b"ab"
+    pages = header(M.PAGES, channel=7, length=5, head=2, body=b"ab") + b"abcde"
+    assert framed(M.PAGES, b"ab", 7, b"cde") == pages
+
+
+@pytest.mark.parametrize("channel", [0, 1, 63, 0xFFFF])
+def test_the_head_and_the_data_of_a_batch_come_apart(channel):
+    reader = FrameReader()
+    reader.channel = channel
+    reader.feed(framed(M.PAGES, b"records", channel, b"raw pages" * 1000))
+    frame = reader.next_frame()
+    assert (frame.type, bytes(frame.head)) == (M.PAGES, b"records")
+    assert frame.data == b"raw pages" * 1000
+    frame.release()
 
 
 def test_whole():
@@ -73,7 +87,7 @@ def test_byte_by_byte():
     assert ends == [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
 
-@pytest.mark.parametrize("spare", [1, 4, 15, 16, 17])
+@pytest.mark.parametrize("spare", [1, 4, 16, 23, 24, 25])
 def test_with_bytes_to_spare(spare):
     more = framed(M.PONG, b"rest")
     reader = FrameReader()
@@ -102,7 +116,8 @@ def test_arbitrary_splits(frames, data):
 
 def test_the_largest_body_by_small_reads():
     body = bytes(range(251)) * (MAX_BODY // 251 + 1)
-    stream = framed(M.PING, b"first") + framed(M.PAGES, body[:MAX_BODY]) + framed(M.GO)
+    batch = framed(M.PAGES, body[:300_000], data=body[300_000:MAX_BODY])
+    stream = framed(M.PING, b"first") + batch + framed(M.GO)
     reader, found, at = FrameReader(), [], 0
     while at < len(stream):
         buffer = reader.get_buffer()
@@ -145,9 +160,67 @@ def test_unknown_type(kind):
     refused(header(kind), f"unknown frame type {kind}$")
 
 
-@pytest.mark.parametrize("field", [{"flags": 1}, {"flags": 255}, {"channel": 1}, {"channel": 256}])
-def test_flags_and_channels_are_not_in_use(field):
-    refused(header(M.PING, **field), "PING: flags .* are not in use")
+@pytest.mark.parametrize("flags", [1, 128, 255])
+def test_flags_are_not_in_use(flags):
+    refused(header(M.PING, flags=flags), f"PING: flags {flags:#x} are not in use")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (0, 256), (1, 0), (1, 2), (63, 0xFFFF)])
+def test_a_frame_of_another_channel_is_refused(ours, theirs):
+    reader = FrameReader()
+    reader.channel = ours
+    reader.feed(framed(M.PING, b"", ours) + header(M.PING, channel=theirs))
+    reader.next_frame().release()
+    with pytest.raises(FrameError, match=f"PING: channel {theirs} on the connection of {ours}"):
+        reader.next_frame()
+
+
+@pytest.mark.parametrize("channel", [0, 1, 0xFFFF])
+def test_an_error_may_name_any_channel(channel):
+    """Who hangs up may not know yet which channel the connection was to be."""
+    reader = FrameReader()
+    reader.channel = 5
+    reader.feed(framed(M.ERROR, b"why", channel))
+    assert frames_of(reader) == [(M.ERROR, b"why")]
+
+
+def test_the_channel_changes_between_two_frames():
+    reader = FrameReader()
+    reader.feed(framed(M.JOIN, b"") + framed(M.PAGES, b"abc", 9))
+    assert reader.next_frame().type is M.JOIN
+    reader.channel = 9
+    assert reader.next_frame().type is M.PAGES
+
+
+@pytest.mark.parametrize("kind", M)
+def test_only_a_batch_has_data_behind_its_head(kind):
+    data = header(kind, length=5, head=2, body=b"ab") + b"abcde"
+    if kind is M.PAGES:
+        reader = FrameReader()
+        reader.feed(data)
+        assert frames_of(reader) == [(kind, b"abcde")]
+    else:
+        refused(data, f"{kind.name}: a head of 2 bytes in a body of 5")
+
+
+@pytest.mark.parametrize("head", [6, 7, 0xFFFFFFFF])
+def test_a_head_longer_than_its_body_is_refused(head):
+    refused(header(M.PAGES, length=5, head=head), f"PAGES: a head of {head} bytes in a body of 5")
+
+
+def test_a_damaged_head_is_found_before_its_data_has_come():
+    data = bytearray(framed(M.PAGES, b"records", data=bytes(100_000)))
+    data[HEADER_BYTES] ^= 1
+    refused(bytes(data[: HEADER_BYTES + 7]), "PAGES: the check of its 7 bytes does not match")
+
+
+def test_the_check_leaves_the_data_to_the_kernel():
+    """It has a check of its own, in the head: see proto/README.md, "PAGES"."""
+    data = bytearray(framed(M.PAGES, b"records", data=b"abc"))
+    data[-1] ^= 1
+    reader = FrameReader()
+    reader.feed(bytes(data))
+    assert frames_of(reader) == [(M.PAGES, b"records" + bytes(data[-3:]))]
 
 
 @pytest.mark.parametrize("kind", M)
@@ -168,19 +241,29 @@ def test_a_body_at_the_limit_passes_and_one_past_it_is_not_sent(kind):
     assert frames_of(reader) == [(kind, bytes(limit))]
     with pytest.raises(LocalError, match=f"{kind.name}: a body of {limit + 1} bytes"):
         seal(bytearray(HEADER_BYTES + limit + 1), kind)
+    with pytest.raises(LocalError, match=f"{kind.name}: a body of {limit + 1} bytes"):
+        seal(bytearray(HEADER_BYTES + 1), kind, 0, limit)
 
 
 def test_an_incomplete_header_is_not_judged():
     """Its check may still come; only the magic can be wrong by then."""
     reader = FrameReader()
-    reader.feed(header(255, flags=1)[:15])
+    reader.feed(header(255, flags=1)[:23])
     assert reader.next_frame() is None
 
 
 @pytest.mark.parametrize("bit", range(8 * (HEADER_BYTES + 3)))
 def test_any_bit_that_flips_is_found(bit):
-    """Nothing of a damaged frame is given out. A longer length only waits for more."""
+    """Nothing of a damaged frame is given out."""
     data = bytearray(framed(M.PING, b"abc"))
+    data[bit // 8] ^= 1 << bit % 8
+    refused(bytes(data), ".")
+
+
+@pytest.mark.parametrize("bit", range(8 * (HEADER_BYTES + 3)))
+def test_any_bit_that_flips_before_the_data_of_a_batch_is_found(bit):
+    """As above. A longer length, or a longer head, only waits for more."""
+    data = bytearray(framed(M.PAGES, b"abc", data=b"de"))
     data[bit // 8] ^= 1 << bit % 8
     reader = FrameReader()
     reader.feed(bytes(data))
@@ -188,8 +271,8 @@ def test_any_bit_that_flips_is_found(bit):
         assert reader.next_frame() is None
     except FrameError:
         return
-    assert int.from_bytes(data[8:12], "big") > 3
-    reader.feed(bytes(BODY_LIMITS[M.PING]))
+    assert int.from_bytes(data[8:12], "big") > 5 or int.from_bytes(data[12:16], "big") > 3
+    reader.feed(bytes(BODY_LIMITS[M.PAGES]))
     with pytest.raises(FrameError, match="check"):
         reader.next_frame()
 
@@ -197,8 +280,8 @@ def test_any_bit_that_flips_is_found(bit):
 def test_the_check_covers_what_stands_in_the_header():
     """The same body under another type has another check."""
     as_ping, as_pong = framed(M.PING, b"abc"), framed(M.PONG, b"abc")
-    assert as_ping[12:16] != as_pong[12:16]
-    refused(as_pong[:12] + as_ping[12:], "PONG: the check of its 3 bytes does not match")
+    assert as_ping[16:24] != as_pong[16:24]
+    refused(as_pong[:16] + as_ping[16:], "PONG: the check of its 3 bytes does not match")
 
 
 def test_a_frame_before_the_fault_still_comes():
@@ -217,10 +300,12 @@ def nearly_frames(draw):
     for _ in range(draw(st.integers(1, 3))):
         body = draw(st.binary(max_size=40))
         if draw(st.booleans()):
-            data += framed(draw(st.sampled_from(list(M))), body)
+            kind = draw(st.sampled_from(list(M)))
+            more = draw(st.binary(max_size=40)) if kind is M.PAGES else b""
+            data += framed(kind, body, data=more)
         else:
             length = draw(st.one_of(st.integers(0, 50), st.integers(0, 0xFFFFFFFF)))
-            data += header(draw(st.integers(0, 16)), length=length, body=body) + body
+            data += header(draw(st.integers(0, 18)), length=length, body=body) + body
     for _ in range(draw(st.integers(0, 3))):
         data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
     return bytes(data)
@@ -260,13 +345,13 @@ def test_kept_frames_are_not_overwritten():
         body = bytes([number]) * 900_000
         reader.feed(framed(M.PAGES, body))
         frame = reader.next_frame()
-        assert frame.body == body
+        assert frame.head == body
         if number % 6 == 0:
             kept.append((frame, body))
         else:
             frame.release()
     for frame, body in kept:
-        assert frame.body == body
+        assert frame.head == body
         frame.release()
     assert arenas(reader) <= ARENAS_KEPT + 1
 
@@ -281,7 +366,7 @@ def test_arenas_are_used_again_when_their_frames_are_released():
         seen[id(reader._arena)] = reader._arena
         if len(window) > 4:
             frame, expected = window.popleft()
-            assert frame.body == expected
+            assert frame.head == expected
             frame.release()
     assert 2 <= len(seen) <= ARENAS_KEPT + 1
 
@@ -298,20 +383,26 @@ def test_frames_may_be_released_by_another_thread():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1_500_000), st.integers(0, 5)), max_size=30))
+@given(st.lists(st.tuples(st.integers(0, MAX_BODY), st.integers(0, 5)), max_size=30))
 def test_any_order_of_releases(plan):
     """Each frame is released after some more have come, and is whole until then."""
     reader, kept = FrameReader(), []
+
+    def let_go(frame, head, data):
+        assert frame.head == head
+        assert frame.data == data
+        frame.release()
+
     for number, (size, patience) in enumerate(plan):
         body = number.to_bytes(4, "big") * (size // 4)
-        reader.feed(framed(M.PAGES, body))
-        kept.append((number + patience, reader.next_frame(), body))
+        head, data = body[: size // 7], body[size // 7 :]
+        reader.feed(framed(M.PAGES, head, data=data))
+        kept.append((number + patience, reader.next_frame(), head, data))
         for due in [entry for entry in kept if entry[0] <= number]:
-            assert due[1].body == due[2]
-            due[1].release()
+            let_go(*due[1:])
             kept.remove(due)
-    for _, frame, body in kept:
-        assert frame.body == body
+    for due in kept:
+        let_go(*due[1:])
 
 
 def test_a_partial_frame_moves_along_while_others_are_kept():
@@ -324,7 +415,7 @@ def test_a_partial_frame_moves_along_while_others_are_kept():
         while (frame := reader.next_frame()) is not None:
             kept.append(frame)
     assert len(kept) == 12
-    assert all(frame.body == body for frame in kept)
+    assert all(frame.head == body for frame in kept)
 
 
 def test_a_released_body_cannot_be_read():
@@ -332,8 +423,9 @@ def test_a_released_body_cannot_be_read():
     reader.feed(framed(M.PING, b"abc"))
     frame = reader.next_frame()
     frame.release()
-    with pytest.raises(ValueError, match="released"):
-        bytes(frame.body)
+    for part in (frame.head, frame.data):
+        with pytest.raises(ValueError, match="released"):
+            bytes(part)
 
 
 def test_there_is_always_room_for_the_rest_of_a_frame():

@@ -18,6 +18,8 @@ from proto.messages import (
     Go,
     GuestInfo,
     Hello,
+    Join,
+    Joined,
     MessageType,
     Pages,
     Ping,
@@ -35,10 +37,10 @@ S, D = Role.SOURCE, Role.DESTINATION
 
 MESSAGES = {
     M.HELLO: Hello(1, (), ()),
-    M.GUEST: GuestInfo("demo", 4096, 4096),
-    M.ACCEPT: Accept(),
+    M.GUEST: GuestInfo("demo", 4096, 4096, bytes(16), 2),
+    M.ACCEPT: Accept(bytes(16)),
     M.CACHE_SIZE: CacheSize(0),
-    M.PAGES: Pages(bytes(14)),
+    M.PAGES: Pages(),
     M.ROUND: Round(1, 0, 0),
     M.ROUND_ACK: RoundAck(1, 0.0, 0.0, 0, 0),
     M.COMPLETE: Complete(bytes(16), b""),
@@ -48,12 +50,16 @@ MESSAGES = {
     M.PING: Ping(0),
     M.PONG: Pong(0),
     M.ERROR: Error(ErrorCode.INTERNAL, ""),
+    M.JOIN: Join(bytes(16), 1),
+    M.JOINED: Joined(),
 }
 
 # The table of proto/README.md ("States"), written a second time by hand: "type>state" where the
 # state changes.
 STATES = {
-    State.START: ("HELLO>GREETED", ""),
+    State.START: ("HELLO>GREETED JOIN>JOINING", ""),
+    State.JOINING: ("", "JOINED>LANE"),
+    State.LANE: ("PAGES ROUND", ""),
     State.GREETED: ("", "HELLO>OPEN"),
     State.OPEN: ("GUEST>DESCRIBED", ""),
     State.DESCRIBED: ("", "ACCEPT>STREAM"),
@@ -89,8 +95,22 @@ def name_of(value):
     return value.name
 
 
-def frame_of(kind):
-    return bytes(seal(pack(MESSAGES[kind], HEADER_BYTES), kind))
+def frame_of(kind, channel=0):
+    if kind is M.PAGES:
+        frame = bytearray(HEADER_BYTES + 21)
+        seal(frame, kind, channel, 1024)
+        return bytes(frame) + bytes(1024)
+    frame = pack(MESSAGES[kind], HEADER_BYTES)
+    seal(frame, kind, channel)
+    return bytes(frame)
+
+
+def send(session, kind):
+    """What goes on the wire when a session sends a message."""
+    if kind is M.PAGES:
+        session.send_pages()
+        return frame_of(kind, session.channel)
+    return bytes(session.send(MESSAGES[kind]))
 
 
 def session_in(state, role):
@@ -111,8 +131,7 @@ class Pair:
         return [kind for kind in M if (session.state, role, kind) in LEGAL]
 
     def send(self, role, kind):
-        frame = self.ends[role].send(MESSAGES[kind])
-        self.wire[role.peer].append((kind, bytes(frame)))
+        self.wire[role.peer].append((kind, send(self.ends[role], kind)))
 
     def deliver(self, role):
         kind, data = self.wire[role].popleft()
@@ -149,7 +168,7 @@ def test_the_table_is_the_one_of_the_specification():
 @pytest.mark.parametrize(("state", "role", "kind"), LEGAL, ids=name_of)
 def test_a_legal_move_is_sent_and_received(state, role, kind):
     sender, receiver = session_in(state, role), session_in(state, role.peer)
-    receiver.reader.feed(bytes(sender.send(MESSAGES[kind])))
+    receiver.reader.feed(send(sender, kind))
     assert receiver.next_frame().type is kind
     assert sender.state is receiver.state is LEGAL[state, role, kind]
 
@@ -157,12 +176,8 @@ def test_a_legal_move_is_sent_and_received(state, role, kind):
 @pytest.mark.parametrize(("state", "role", "kind"), ILLEGAL, ids=name_of)
 def test_any_other_is_not_sent(state, role, kind):
     session = session_in(state, role)
-    for send in (
-        lambda: session.send(MESSAGES[kind]),
-        lambda: session.send_sealed(kind, bytearray(frame_of(kind))),
-    ):
-        with pytest.raises(LocalError, match=f"{kind.name} cannot be sent in state {state.name}"):
-            send()
+    with pytest.raises(LocalError, match=f"{kind.name} cannot be sent in state {state.name}"):
+        send(session, kind)
     assert session.state is state
 
 
@@ -184,11 +199,12 @@ def test_what_cannot_be_sealed_changes_no_state():
     assert session.state is State.STREAM
 
 
-def test_a_sealed_frame_counts_like_a_message():
-    session = session_in(State.STREAM, S)
-    frame = bytearray(frame_of(M.PAGES))
-    assert session.send_sealed(M.PAGES, frame) is frame
-    assert session.state is State.STREAM
+def test_a_message_carries_the_channel_of_its_connection():
+    session = session_in(State.LANE, S)
+    assert session.send(MESSAGES[M.ROUND])[6:8] == b"\0\0"
+    session.channel = 0x0123
+    assert session.channel == session.reader.channel == 0x0123
+    assert session.send(MESSAGES[M.ROUND])[6:8] == b"\x01\x23"
 
 
 def test_nothing_but_go_gives_the_guest_away():
@@ -221,11 +237,11 @@ def test_the_connection_may_end_between_frames_only():
     session = Session(D)
     session.end()
     data = frame_of(M.HELLO)
-    session.reader.feed(data[:20])
+    session.reader.feed(data[:30])
     assert session.next_frame() is None
-    with pytest.raises(FrameError, match=r"ended inside a frame \(20 bytes\)"):
+    with pytest.raises(FrameError, match=r"ended inside a frame \(30 bytes\)"):
         session.end()
-    session.reader.feed(data[20:])
+    session.reader.feed(data[30:])
     session.next_frame()
     session.end()
 
@@ -248,6 +264,63 @@ def test_a_migration():
     assert pair.states == {State.DONE}
 
 
+CHANNEL = [(S, M.JOIN), (D, M.JOINED), (S, M.PAGES), (S, M.ROUND), (S, M.PAGES), (S, M.ROUND)]
+
+
+def joined(channel):
+    """Two ends of a further channel, as both bring it about."""
+    pair = Pair()
+    pair.send(S, M.JOIN)
+    pair.ends[S].channel = channel
+    pair.deliver(D)
+    pair.ends[D].channel = channel
+    pair.send(D, M.JOINED)
+    pair.deliver(S)
+    return pair
+
+
+@pytest.mark.parametrize("channel", [1, 2, 63])
+def test_a_further_channel_is_named_by_every_frame_after_join(channel):
+    pair = joined(channel)
+    assert pair.states == {State.LANE}
+    for role, kind in CHANNEL[2:]:
+        pair.send(role, kind)
+        frame = pair.wire[role.peer][-1][1]
+        assert int.from_bytes(frame[6:8], "big") == channel
+        pair.deliver(role.peer)
+        assert pair.states == {State.LANE}
+
+
+def test_a_further_channel_carries_nothing_but_pages_and_rounds():
+    sides = STATES[State.LANE]
+    assert set(sides[0].split()) == {"PAGES", "ROUND"}
+    assert sides[1] == "", "the destination confirms on the first channel"
+    ways = {
+        (role, kind) for (state, role, kind), following in LEGAL.items()
+        if following is State.LANE and state is not State.LANE
+    }  # fmt: skip
+    assert ways == {(D, M.JOINED)}
+
+
+@pytest.mark.parametrize("names", [0, 2])
+@pytest.mark.parametrize("kind", [M.PAGES, M.ROUND, M.PING])
+def test_a_frame_that_names_another_channel_is_refused(kind, names):
+    """Batches cannot come to another connection than the one they were made for unnoticed."""
+    end = joined(1).ends[D]
+    end.reader.feed(frame_of(kind, names))
+    text = f"{kind.name}: channel {names} on the connection of 1"
+    with pytest.raises(FrameError, match=text):
+        end.next_frame()
+
+
+def test_pages_before_the_answer_to_join_are_refused():
+    end = Session(D)
+    end.reader.feed(frame_of(M.JOIN) + frame_of(M.PAGES))
+    assert end.next_frame().type is M.JOIN
+    with pytest.raises(MessageError, match="the source sent PAGES in state JOINING"):
+        end.next_frame()
+
+
 def test_acks_and_wishes_may_cross_with_complete():
     pair = Pair()
     for role, kind in STRAIGHT[:7]:
@@ -261,7 +334,7 @@ def test_acks_and_wishes_may_cross_with_complete():
 
 
 # Most walks would stay for long where anything may be repeated: they prefer what leads on.
-ONWARD = {M.HELLO, M.GUEST, M.ACCEPT, M.COMPLETE, M.READY, M.GO, M.RUNNING}
+ONWARD = {M.HELLO, M.GUEST, M.ACCEPT, M.COMPLETE, M.READY, M.GO, M.RUNNING, M.JOIN, M.JOINED}
 
 
 @settings(max_examples=300)
@@ -287,10 +360,10 @@ def test_two_ends_never_disagree(data):
     assert len(pair.states) == 1
 
 
-@given(st.integers(0, len(STRAIGHT)), st.sampled_from(Role))
-def test_an_error_ends_both(steps, role):
+@given(st.sampled_from([STRAIGHT, CHANNEL]), st.integers(0, len(STRAIGHT)), st.sampled_from(Role))
+def test_an_error_ends_both(way, steps, role):
     pair = Pair()
-    for sender, kind in STRAIGHT[:steps]:
+    for sender, kind in way[:steps]:
         pair.send(sender, kind)
         pair.settle()
     if pair.states == {State.DONE}:
