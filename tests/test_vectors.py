@@ -1,11 +1,13 @@
 """The golden vectors: the bytes of the wire, which no change of the code may change.
 
 tests/vectors/wire.json holds the exchange that proto/README.md walks through, the messages that
-do not occur in it, and a batch with every form of a gap.
+do not occur in it, page hashes, and a batch with every form of a gap.
 """
 
+import hashlib
 import json
 import re
+from array import array
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import xxhash
 
 from proto import messages
 from proto.frames import HEADER_BYTES, FrameReader, seal
-from proto.messages import DIGEST_CHUNK, MessageType, Pages, pack, unpack
+from proto.messages import MessageType, Pages, pack, unpack
 from proto.session import Role, Session, State
 from tests.kernels import kernel  # noqa: F401  (a fixture)
 
@@ -28,14 +30,20 @@ each_frame = pytest.mark.parametrize(
 )
 
 
+def batch_of(fields):
+    """The head and the raw pages of a batch."""
+    return bytes.fromhex(fields["head"]), bytes.fromhex(fields["data"])
+
+
 def message_of(vector):
     """The message that a vector's fields describe."""
     kind = MessageType[vector["type"]]
     fields = dict(vector["fields"])
     if kind is MessageType.PAGES:
-        return Pages(bytes.fromhex(fields["body"]))
-    for name in {"digest", "state"} & fields.keys():
-        fields[name] = bytes.fromhex(fields[name])
+        return Pages()
+    for name in {"digest", "state", "token", "hash_seed"} & fields.keys():
+        if kind not in (MessageType.PING, MessageType.PONG):
+            fields[name] = bytes.fromhex(fields[name])
     for name in {"required", "optional"} & fields.keys():
         fields[name] = tuple(fields[name])
     if "code" in fields:
@@ -58,30 +66,41 @@ def test_every_type_has_a_vector():
 
 @each_frame
 def test_message_to_bytes(vector):
-    message = message_of(vector)
-    frame = seal(pack(message, HEADER_BYTES), MessageType[vector["type"]])
-    assert frame.hex() == vector["frame"]
+    message, kind = message_of(vector), MessageType[vector["type"]]
+    frame, data = bytearray(HEADER_BYTES), b""
+    if isinstance(message, Pages):
+        head, data = batch_of(vector["fields"])
+        frame += head
+    else:
+        frame = pack(message, HEADER_BYTES)
+    seal(frame, kind, vector.get("channel", 0), len(data))
+    assert (frame + data).hex() == vector["frame"]
 
 
 @each_frame
 def test_bytes_to_message(vector):
     reader = FrameReader()
+    reader.channel = vector.get("channel", 0)
     reader.feed(bytes.fromhex(vector["frame"]))
     frame = reader.next_frame()
     assert frame.type.name == vector["type"]
-    message, expected = unpack(frame.type, frame.body), message_of(vector)
+    message, expected = unpack(frame.type, frame.head), message_of(vector)
     if isinstance(expected, Pages):
-        assert bytes(message.body) == expected.body
+        assert (bytes(frame.head), bytes(frame.data)) == batch_of(vector["fields"])
     else:
         assert message == expected
+        assert not frame.data
 
 
 @each_frame
 def test_the_check_is_what_the_specification_says(vector):
     frame = bytes.fromhex(vector["frame"])
     seed = int.from_bytes(frame[4:12], "big")
-    check = xxhash.xxh3_64_intdigest(frame[16:], seed) & 0xFFFFFFFF
-    assert frame[12:16] == check.to_bytes(4, "big")
+    length, head = int.from_bytes(frame[8:12], "big"), int.from_bytes(frame[12:16], "big")
+    assert len(frame) == 24 + length
+    assert head == length or vector["type"] == "PAGES"
+    check = xxhash.xxh3_64_intdigest(frame[24 : 24 + head], seed)
+    assert frame[16:24] == check.to_bytes(8, "big")
 
 
 def test_the_exchange_walks_through_all_states():
@@ -90,24 +109,35 @@ def test_the_exchange_walks_through_all_states():
     for vector in EXCHANGE["frames"]:
         sender = ends[vector["from"]]
         receiver = ends[sender.role.peer.value]
-        receiver.reader.feed(bytes(sender.send(message_of(vector))))
+        message = message_of(vector)
+        if isinstance(message, Pages):
+            sender.send_pages()
+        else:
+            assert sender.send(message).hex() == vector["frame"]
+        receiver.reader.feed(bytes.fromhex(vector["frame"]))
         assert receiver.next_frame().type.name == vector["type"]
         assert sender.state is receiver.state
         seen.append(sender.state)
-    assert set(seen) == set(State) - {State.FAILED}
+    assert set(seen) == set(State) - {State.FAILED, State.JOINING, State.LANE}
     assert seen[-1] is State.DONE
+
+
+def hashes_of(kernel, vector):  # noqa: F811
+    return kernel.PageHashes(
+        vector["pages"], vector["page_size"], bytes.fromhex(vector["hash_seed"])
+    )
 
 
 def test_pages_give_the_stated_memory(kernel):  # noqa: F811
     pages, page_size = EXCHANGE["pages"], EXCHANGE["page_size"]
-    decoder = kernel.PageDecoder(pages, page_size, DIGEST_CHUNK // page_size)
+    decoder = kernel.PageDecoder(hashes_of(kernel, EXCHANGE), EXCHANGE["size"])
     memory = bytearray(pages * page_size)
     rounds = 0
     for vector in EXCHANGE["frames"]:
         if vector["type"] == "PAGES":
-            body = bytes.fromhex(vector["fields"]["body"])
-            assert decoder.check(body) == rounds + 1
-            decoder.apply(body, memory)
+            head, data = batch_of(vector["fields"])
+            assert decoder.check(head, len(data))[0] == rounds + 1
+            decoder.apply(head, data, memory)
         elif vector["type"] == "ROUND":
             rounds += 1
             expected = EXCHANGE["memory_after_round"][str(rounds)]
@@ -117,13 +147,57 @@ def test_pages_give_the_stated_memory(kernel):  # noqa: F811
     assert (decoder.raw, decoder.delta, decoder.zero) == (2, 3, 199)
 
 
+def hash_as_specified(content, seed):
+    """Written from proto/README.md ("Page hashes") alone."""
+    words = [int.from_bytes(content[i : i + 8], "little") for i in range(0, len(content), 8)]
+    stream = hashlib.shake_256(seed).digest(len(content) + 32)
+    key = [int.from_bytes(stream[i : i + 8], "little") for i in range(0, len(stream), 8)]
+    total, m, n = 0, 2**64, len(words)
+    for i in range(0, n, 2):
+        total += (words[i] + key[i]) % m * ((words[i + 1] + key[i + 1]) % m)
+    total %= 2**128
+    low, high = total % m, total // m
+    a, b = key[n] + key[n + 1] * m, key[n + 2] + key[n + 3] * m
+    return (a * low + b * high) % 2**128 // m
+
+
+@pytest.mark.parametrize("vector", WIRE["page_hashes"], ids=lambda vector: vector["name"])
+def test_page_hashes_are_what_the_specification_says(kernel, vector):  # noqa: F811
+    size, seed = vector["page_size"], bytes.fromhex(EXCHANGE["hash_seed"])
+    piece = bytes.fromhex(vector["repeat"])
+    content = (piece * (size // len(piece) + 1))[:size]
+    value = int(vector["hash"], 16)
+    assert hash_as_specified(content, seed) == value
+    hashes = kernel.PageHashes(3, size, seed)
+    assert hashes.table == hash_as_specified(bytes(size), seed).to_bytes(8, "little") * 3
+    hashes.note_pages(memoryview(array("Q", [1])), 1, content)
+    assert hashes.table[8:16] == value.to_bytes(8, "little")
+    if size == EXCHANGE["page_size"]:
+        assert f"| `{vector['hash']}` |" in README
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [vector["fields"] for vector in FRAMES if vector["type"] == "PAGES"]
+    + [body for vector in WIRE["batches"] for body in vector["bodies"]],
+    ids=lambda fields: fields["head"][:24],
+)
+def test_the_check_of_a_batch_is_what_the_specification_says(fields):
+    head, data = batch_of(fields)
+    check = 0
+    for at in range(0, len(data), 1024):
+        value = hash_as_specified(data[at : at + 1024], bytes(range(16)))
+        check = (check * 0x9E3779B97F4A7C15 + value) % 2**64
+    assert head[12:20] == check.to_bytes(8, "big")
+
+
 def test_the_digest_is_what_the_specification_says():
-    memory = memory_of(EXCHANGE["memory_after_round"]["2"], EXCHANGE["pages"], 1024)
-    guest = memory[: EXCHANGE["size"]]
-    chunks = [guest[at : at + DIGEST_CHUNK] for at in range(0, len(guest), DIGEST_CHUNK)]
-    assert len(chunks) == 4
-    assert len(chunks[-1]) < DIGEST_CHUNK
-    digest = xxhash.xxh3_128_digest(b"".join(map(xxhash.xxh3_128_digest, chunks)))
+    size, seed = EXCHANGE["page_size"], bytes.fromhex(EXCHANGE["hash_seed"])
+    memory = memory_of(EXCHANGE["memory_after_round"]["2"], EXCHANGE["pages"], size)
+    assert not any(memory[EXCHANGE["size"] :]), "what fills up the last page"
+    values = [hash_as_specified(memory[at : at + size], seed) for at in range(0, len(memory), size)]
+    table = b"".join(value.to_bytes(8, "little") for value in values)
+    digest = xxhash.xxh3_128_digest(table)
     assert digest.hex() == EXCHANGE["digest"]
     [complete] = [vector for vector in FRAMES if vector["type"] == "COMPLETE"]
     assert complete["fields"]["digest"] == EXCHANGE["digest"]
@@ -132,29 +206,35 @@ def test_the_digest_is_what_the_specification_says():
 @pytest.mark.parametrize("vector", WIRE["batches"], ids=lambda vector: vector["name"])
 def test_batches_give_the_stated_memory(kernel, vector):  # noqa: F811
     pages, page_size = vector["pages"], vector["page_size"]
-    decoder = kernel.PageDecoder(pages, page_size, DIGEST_CHUNK // page_size)
+    decoder = kernel.PageDecoder(hashes_of(kernel, vector), pages * page_size)
     memory = bytearray(pages * page_size)
-    for body in map(bytes.fromhex, vector["bodies"]):
-        decoder.check(body)
-        decoder.apply(body, memory)
+    for head, data in map(batch_of, vector["bodies"]):
+        decoder.check(head, len(data))
+        decoder.apply(head, data, memory)
     assert memory == memory_of(vector["memory"], pages, page_size)
 
 
-def test_the_encoder_gives_the_bytes_of_the_exchange(kernel):  # noqa: F811
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_encoder_gives_the_bytes_of_the_exchange(kernel, merge):  # noqa: F811
     """Each side of the exchange: what the source's memory is, and what it sends for it."""
     pages, page_size = EXCHANGE["pages"], EXCHANGE["page_size"]
-    encoder = kernel.PageEncoder(pages, page_size, kernel.PageCache(1 << 16, page_size))
-    bodies = [
-        vector["fields"]["body"] for vector in EXCHANGE["frames"] if vector["type"] == "PAGES"
+    cache = kernel.PageCache(1 << 16, page_size)
+    encoder = kernel.PageEncoder(hashes_of(kernel, EXCHANGE), cache, merge=merge)
+    batches = [
+        batch_of(vector["fields"]) for vector in EXCHANGE["frames"] if vector["type"] == "PAGES"
     ]
     dirty = [range(pages), (2, 3, 150, 199)]
-    for number, (body, numbers) in enumerate(zip(bodies, dirty, strict=True), 1):
+    for number, (batch, numbers) in enumerate(zip(batches, dirty, strict=True), 1):
         memory = memory_of(EXCHANGE["memory_after_round"][str(number)], pages, page_size)
-        snapshot = b"".join(memory[p * page_size : (p + 1) * page_size] for p in numbers)
         encoder.begin_round(number)
-        words = memoryview(b"".join(p.to_bytes(8, "little") for p in numbers)).cast("Q")
-        assert encoder.feed(words, len(numbers), snapshot, bytes(pages)) == len(numbers)
-        assert encoder.take().hex() == body
+        snapshot, places = encoder.space()
+        for i, page in enumerate(numbers):
+            places[i] = page
+            at = page * page_size
+            snapshot[i * page_size : (i + 1) * page_size] = memory[at : at + page_size]
+        encoder.feed(len(numbers), bytes(pages))
+        head, data = encoder.take()
+        assert (bytes(head), bytes(data)) == batch
 
 
 # ---------------------------------------------------------------- the specification
@@ -180,7 +260,7 @@ def test_the_example_of_the_specification_is_the_exchange():
 
 def test_the_limits_of_the_specification_are_those_of_the_code():
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d+) \|", README, re.MULTILINE))
-    assert len(rows) == 11
+    assert len(rows) == 14
     assert {name: getattr(messages, name) for name in rows} == {
         name: int(value) for name, value in rows.items()
     }
