@@ -296,6 +296,10 @@ class Destination:
                     body = bytes(frame.head)
                     frame.release()
                     return frame.type, body
+                if self._ended.get(link.session.channel) == self._round:
+                    raise PeerError(
+                        f"a batch came after the end of round {self._round} on its channel"
+                    )
                 busy = loop.run_in_executor(
                     self._worker, self._apply, decoder, place, frame, self._round
                 )
@@ -311,8 +315,12 @@ class Destination:
             message = unpack(kind, body)
             if isinstance(message, Error):
                 raise peer_error(message)
-            if not isinstance(message, Round) or message.number != self._ended[channel] + 1:
+            if not isinstance(message, Round):
                 raise PeerError(f"channel {channel}: {kind.name} came where a round goes on")
+            if message.number != self._round or self._ended[channel] == self._round:
+                raise PeerError(
+                    f"channel {channel}: round {message.number} ended while {self._round} went on"
+                )
             self._ended[channel] = message.number
             self._news.set()
 
