@@ -169,7 +169,9 @@ class Destination:
             code = getattr(error, "code", ErrorCode.PROTOCOL)
         elif failure is not None:
             code = failure.code
-        await self.link.give_reason(code, str(failure or "cancelled at the destination"))
+        reason = str(failure or "cancelled at the destination")
+        # On all channels: nobody knows which of them the peer reads first.
+        await asyncio.gather(*(link.give_reason(code, reason) for link in self._links))
 
     # -- setup
 

@@ -221,7 +221,9 @@ class Source:
             code = getattr(error, "code", ErrorCode.PROTOCOL)
         elif failure is not None:
             code = failure.code
-        await self.link.give_reason(code, str(failure or "cancelled at the source"))
+        reason = str(failure or "cancelled at the source")
+        # On all channels: nobody knows which of them the peer reads first.
+        await asyncio.gather(*(link.give_reason(code, reason) for link in self._links))
 
     async def _read(self) -> None:
         """Sorts what the destination says."""
