@@ -239,8 +239,13 @@ class Source:
                     return
 
     async def _read_lane(self, lane: Link) -> None:
-        """A further channel has nothing to say but why it ends."""
-        message = await lane.receive_message()
+        """A further channel has nothing to say but why it ends; after the commit, not even that."""
+        try:
+            message = await lane.receive_message()
+        except PeerLost:
+            if self.committed:
+                return
+            raise
         if isinstance(message, Error):
             raise peer_error(message)
         raise PeerError(f"{type(message).__name__} came on a channel that only carries pages")
