@@ -227,19 +227,25 @@ class Destination:
                 link = await self._accept()
                 joining.append(asyncio.create_task(self._join(link, token, count)))
 
-        admitting = asyncio.create_task(admit())
+        async def watch() -> None:
+            await self.link.ended()
+            self._news.set()
+
+        admitting, watching = asyncio.create_task(admit()), asyncio.create_task(watch())
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 while len(self._lanes) < count:
                     self._news.clear()
                     await self._news.wait()
+                    if watching.done():
+                        await self._expect(Joined)  # it has hung up: for the reason why
         except TimeoutError:
             raise PeerLost(
                 f"only {len(self._lanes)} of {count} further channels came within "
                 f"{HANDSHAKE_SECONDS:g} s"
             ) from None
         finally:
-            for task in (admitting, *joining):
+            for task in (admitting, watching, *joining):
                 task.cancel()
 
     async def _join(self, link: Link, token: bytes, count: int) -> None:

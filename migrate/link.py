@@ -184,6 +184,15 @@ class Link(asyncio.BufferedProtocol):
         self._parse()
         return frame
 
+    async def ended(self) -> None:
+        """Returns when nothing more will come; what came before can still be received.
+
+        For who does not receive meanwhile: it sees no end behind RECEIVE_AHEAD frames.
+        """
+        while self._fault is None:
+            self._news.clear()
+            await self._news.wait()
+
     async def receive_message(self) -> Message:
         """The next message that is no batch of pages, read and released."""
         frame = await self.receive()
