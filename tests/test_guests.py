@@ -35,6 +35,7 @@ from migrate.guests.demo import (
 )
 from migrate.guests.file import FileGuest, FilePlace
 from migrate.tracking import MarkTracker, ScanTracker
+from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
 from tests.programs import end_guest
 
@@ -166,7 +167,7 @@ async def test_the_marks_are_of_the_pages_it_writes(demo):
     guest = demo("1m,hot=40k,rate=50000")
     await guest.started()
     process = guest.process
-    assert isinstance(guest.track(_Encoder(256, 4096), None), MarkTracker)
+    assert isinstance(guest.track(_Encoder(256, 4096)), MarkTracker)
     await asyncio.to_thread(wait_until, lambda: process.place()[0] >= 1)
     await guest.pause()
     tracker = MarkTracker(process.marks, 256)
@@ -288,10 +289,12 @@ async def test_a_demo_guest_goes_on_at_its_place_where_it_stopped(demo, spec):
     await asyncio.to_thread(wait_until, lambda: guest.process.place()[0] >= 1)
     await guest.pause()
     size = guest.memory.size
-    place = DemoPlace(GuestInfo("demo", size, 4096))
+    place = DemoPlace(GuestInfo("demo", size, 4096, bytes(16)))
     demo.pids.append(place.process.pid)
     await place.ready()
-    place.memory[:size] = guest.process.memory[:size]
+    half = size // 2  # both ways in: by the mapping, and by the file behind it
+    place.memory[:half] = guest.process.memory[:half]
+    os.pwrite(place.fd, guest.process.memory[half:size], place.fd_offset + half)
     counted = guest.process.place()
     await place.prepare(guest.state())
     assert place.process.state() == PAUSED
@@ -312,7 +315,7 @@ async def test_a_demo_guest_goes_on_at_its_place_where_it_stopped(demo, spec):
     "state", [b"", b"demo", bytes(45), b"demo" + b"\xff" * 41, b"x" * 1000], ids=len
 )
 async def test_a_state_that_makes_no_sense_is_refused_before_the_guest_is_ours(demo, state):
-    place = DemoPlace(GuestInfo("demo", 1 << 20, 4096))
+    place = DemoPlace(GuestInfo("demo", 1 << 20, 4096, bytes(16)))
     demo.pids.append(place.process.pid)
     await place.ready()
     with pytest.raises(MigrationError, match="makes no sense"):
@@ -325,7 +328,7 @@ async def test_a_state_that_makes_no_sense_is_refused_before_the_guest_is_ours(d
 PLACE = """
 from migrate.guests.demo import DemoPlace
 from proto.messages import GuestInfo
-place = DemoPlace(GuestInfo("demo", 1 << 20, 4096))
+place = DemoPlace(GuestInfo("demo", 1 << 20, 4096, bytes(16)))
 await place.ready()
 print(place.process.pid)
 """
@@ -560,7 +563,7 @@ def place_of(request, monkeypatch, tmp_path):
         monkeypatch.setattr(os, "open", without_tmpfile)
 
     def make(size: int, path: Path, *, overwrite: bool = False) -> FilePlace:
-        place = FilePlace(GuestInfo("file", size, PAGE), str(path), overwrite)
+        place = FilePlace(GuestInfo("file", size, PAGE, bytes(16)), str(path), overwrite)
         opened.append(place)
         return place
 
@@ -577,7 +580,8 @@ async def test_an_output_appears_whole_or_not_at_all(place_of, tmp_path):
     path = tmp_path / "out"
     place = place_of(size, path)
     content = random.Random(1).randbytes(size)
-    place.make_room(0, 11)
+    for page in range(11):
+        place.make_room(page)
     place.memory[:size] = content
     place.sync()
     assert visible(tmp_path) == []
@@ -594,7 +598,7 @@ async def test_an_output_appears_whole_or_not_at_all(place_of, tmp_path):
 @pytest.mark.parametrize("prepared", [False, True])
 async def test_a_discarded_output_leaves_nothing(place_of, tmp_path, prepared):
     place = place_of(PAGE, tmp_path / "out")
-    place.make_room(0, 1)
+    place.make_room(0)
     place.memory[:5] = b"half "
     if prepared:
         await place.prepare(b"")
@@ -607,8 +611,9 @@ async def test_pages_never_written_stay_holes(place_of, tmp_path):
     size = 16 << 20
     path = tmp_path / "out"
     place = place_of(size, path)
-    place.make_room(100, 2)
-    place.memory[100 * PAGE : 102 * PAGE] = b"d" * 2 * PAGE
+    place.make_room(100)
+    place.memory[100 * PAGE : 101 * PAGE] = b"d" * PAGE
+    os.pwrite(place.fd, b"d" * PAGE, place.fd_offset + 101 * PAGE)
     into = memoryview(bytearray(size))
     assert place.reads.read(0, into) == size
     await place.prepare(b"")
@@ -642,7 +647,7 @@ async def test_an_output_is_replaced_at_once_when_it_may(place_of, tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old")
     place = place_of(3, path, overwrite=True)
-    place.make_room(0, 1)
+    place.make_room(0)
     place.memory[:3] = b"new"
     await place.prepare(b"")
     assert path.read_bytes() == b"old"
@@ -670,8 +675,8 @@ async def test_a_full_disk_is_an_error_not_a_crash(place_of, tmp_path, monkeypat
 
     place = place_of(PAGE, tmp_path / "out")
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(MigrationError, match="No space left on device"):
-        place.make_room(0, 1)
+    with pytest.raises(OSError, match="No space left on device"):
+        place.make_room(0)
     await place.discard()
 
 
@@ -679,8 +684,9 @@ def test_a_killed_receiver_leaves_no_file(tmp_path):
     code = """
 from migrate.guests.file import FilePlace
 from proto.messages import GuestInfo
-place = FilePlace(GuestInfo("file", 1 << 20, 4096), sys.argv[1], False)
-place.make_room(0, 256)
+place = FilePlace(GuestInfo("file", 1 << 20, 4096, bytes(16)), sys.argv[1], False)
+for page in range(256):
+    place.make_room(page)
 place.memory[:] = b"x" * (1 << 20)
 """
     with Mover(code, tmp_path / "out") as mover:
@@ -766,7 +772,7 @@ async def test_a_program_may_stop_its_writers_in_a_way_of_its_own():
 
 def test_marks_are_of_every_page_a_write_touches():
     guest = BufferGuest(bytearray(10 * 1024), marks=True, page_size=1024)
-    tracker = guest.track(_Encoder(10, 1024), None)
+    tracker = guest.track(_Encoder(10, 1024))
     for offset, length, pages in (
         (0, 1, {0}), (1023, 2, {0, 1}), (2048, 3072, {2, 3, 4}), (9 * 1024, 1024, {9}),
         (5000, 0, set()),
@@ -776,7 +782,7 @@ def test_marks_are_of_every_page_a_write_touches():
     with pytest.raises(ValueError, match="outside"):
         guest.mark(0, 1 << 20)
     with pytest.raises(UsageError, match="marks pages of 1024 bytes"):
-        guest.track(_Encoder(3, 4096), None)
+        guest.track(_Encoder(3, 4096))
     set_marks(guest._marks, 3, 1)
     assert set(tracker.take()) == {3}
 
@@ -794,18 +800,14 @@ def test_any_writable_buffer_will_do_and_nothing_else():
 
 
 def test_without_marks_a_buffer_is_scanned():
-    from migrate.digest import ChunkDigests
-    from proto.kernel import PageEncoder
-
     guest = BufferGuest(bytearray(8192))
-    encoder = PageEncoder(2, 4096, None, bytes(4096))
-    digests = ChunkDigests(guest.memory, 4096, encoder.known_zero)
-    assert isinstance(guest.track(encoder, digests), ScanTracker)
+    encoder = PageEncoder(PageHashes(2, 4096, bytes(16)))
+    assert isinstance(guest.track(encoder), ScanTracker)
 
 
 @pytest.mark.asyncio
 async def test_a_buffer_lands_in_new_memory_or_where_the_program_wants_it():
-    info = GuestInfo("buffer", 5000, 4096)
+    info = GuestInfo("buffer", 5000, 4096, bytes(16))
     place = BufferPlace(info)
     assert len(place.memory) == 8192
     place.memory[:5000] = b"g" * 5000

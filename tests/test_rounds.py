@@ -207,7 +207,7 @@ def test_every_part_of_the_pause_is_in_the_prediction():
     model.learn_digest(1000, 0.5, peer=False)
     assert model.predict(Pending(0, 1000), Limits()) >= base + 1.0
     model.learn_digest(2, 2.0, peer=True)
-    assert model.peer_digest == 0.001, "two chunks say little"
+    assert model.peer_digest == 0.001, "two pages say little"
 
 
 counts = st.integers(0, 1 << 32)
@@ -218,16 +218,14 @@ limits = st.builds(Limits, max_bandwidth=st.integers(0, 1 << 40))
 
 @settings(deadline=None)
 @given(rounds, limits, counts, counts, counts, times)
-def test_prediction_is_finite_and_grows_with_what_is_left(
-    learnt, limits, pages, more, chunks, scan
-):
+def test_prediction_is_finite_and_grows_with_what_is_left(learnt, limits, pages, more, stale, scan):
     model = model_of(*learnt)
-    less = model.predict(Pending(pages, chunks, scan), limits)
-    most = model.predict(Pending(pages + more, chunks, scan), limits)
+    less = model.predict(Pending(pages, stale, scan), limits)
+    most = model.predict(Pending(pages + more, stale, scan), limits)
     assert math.isfinite(less)
     assert math.isfinite(most)
     assert FIXED_SECONDS <= less <= most
-    assert less <= model.predict(Pending(pages, chunks + more, scan), limits)
+    assert less <= model.predict(Pending(pages, stale + more, scan), limits)
 
 
 @settings(deadline=None)

@@ -75,12 +75,20 @@ def test_json_has_the_names_of_query_migrate():
         "transferred": 1234 * 1024, "remaining": 8192, "total": 64 << 20, "duplicate": 11,
         "skipped": 4, "normal": 22, "normal-bytes": 22 * 4096, "dirty-pages-rate": 12,
         "mbps": 123.456, "dirty-sync-count": 7, "page-size": 4096, "pages-per-second": 100,
-        "precopy-bytes": 1000, "downtime-bytes": 2048,
+        "precopy-bytes": 1000, "downtime-bytes": 2048, "multifd-bytes": 0,
     }  # fmt: skip
     assert result["xbzrle-cache"] == {
         "cache-size": 64 << 20, "bytes": 20 * 1024, "pages": 80, "cache-miss": 5,
         "cache-miss-rate": 0.25, "encoding-rate": 16.0, "overflow": 3,
     }  # fmt: skip
+
+
+def test_further_channels_are_told_where_there_are_some():
+    assert not {"channels", "multifd bytes"} & {label for label, _ in labels(FULL)}
+    several = FULL.with_(channels=3, channel_bytes=700 * 1024)
+    assert labels(several)[-2:] == [("channels", "3"), ("multifd bytes", "700 kbytes")]
+    assert labels(several)[:-2] == labels(FULL)
+    assert query_migrate(several)["ram"]["multifd-bytes"] == 700 * 1024
 
 
 def test_before_a_migration_there_is_nothing_to_tell():
@@ -112,6 +120,7 @@ reals = st.floats(0, 1e15)
         expected_downtime=st.none() | reals, transferred=counts, normal=counts,
         dirty_pages_rate=reals, pages_per_second=reals, mbps=reals, xbzrle_bytes=counts,
         xbzrle_pages=counts, cache_hits=counts, cache_miss=counts,
+        channels=st.integers(1, 64), channel_bytes=counts,
     )
 )  # fmt: skip
 def test_whatever_was_counted_both_prints_are_whole_numbers_or_finite(s):
