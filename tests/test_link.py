@@ -14,20 +14,27 @@ from migrate.errors import ConnectError, PeerLost
 from migrate.link import RECEIVE_AHEAD, SEND_HIGH, Link, RateLimit
 from proto import LocalError, RemoteError, capabilities
 from proto.frames import HEADER_BYTES, seal
+from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
+    MAX_BODY,
+    MAX_CHANNELS,
+    TYPE_OF,
     Accept,
     CacheSize,
     Error,
     ErrorCode,
     GuestInfo,
     Hello,
+    Join,
+    Joined,
+    Message,
     MessageType,
-    Pages,
     Ping,
     Pong,
     Round,
     pack,
 )
+from proto.pageset import PageSet
 
 LOCAL = Address("127.0.0.1", 0)
 MIB = 1 << 20
@@ -49,6 +56,9 @@ async def pair(address=LOCAL, **options):
             await listener.close()
 
 
+TOKEN = bytes(range(16))
+
+
 async def greet(source: Link, destination: Link) -> None:
     """Brings both sides to where pages may be sent."""
     hello = capabilities.offer(frozenset({"xbzrle"}))
@@ -57,14 +67,24 @@ async def greet(source: Link, destination: Link) -> None:
     answer, _ = capabilities.answer(hello, frozenset({"xbzrle"}))
     await destination.send(answer)
     assert await source.receive_message() == answer
-    await source.send(GuestInfo("demo", 64 * MIB, 4096))
+    await source.send(GuestInfo("demo", 64 * MIB, 4096, bytes(16)))
     assert isinstance(await destination.receive_message(), GuestInfo)
-    await destination.send(Accept())
-    assert await source.receive_message() == Accept()
+    await destination.send(Accept(TOKEN))
+    assert await source.receive_message() == Accept(TOKEN)
 
 
-def batch(content: bytes) -> bytearray:
-    return seal(bytearray(HEADER_BYTES) + content, MessageType.PAGES)
+def batch(data: bytes, channel: int = 0) -> tuple[memoryview, memoryview]:
+    """A batch of which nothing but its data is looked at here."""
+    frame = bytearray(HEADER_BYTES) + b"records"
+    seal(frame, MessageType.PAGES, channel, len(data))
+    return memoryview(frame), memoryview(data)
+
+
+def framed(message: Message) -> bytearray:
+    kind = TYPE_OF[type(message)]
+    frame = pack(message, HEADER_BYTES)
+    seal(frame, kind)
+    return frame
 
 
 @contextlib.asynccontextmanager
@@ -113,18 +133,19 @@ async def test_messages_and_batches_arrive_whole_and_in_order(tmp_path):
     for address in (LOCAL, Address(path=str(tmp_path / "socket"))):
         async with pair(address) as (source, destination):
             await greet(source, destination)
-            sizes = [0, 1, 100, MIB, 70_000, 2 * MIB, 3] * 4
+            sizes = [0, 1, 100, MIB, 70_000, MAX_BODY - 7, 3] * 4
 
             async def send(source=source, sizes=sizes):
                 for number, size in enumerate(sizes, 1):
-                    await source.send_batch(batch(bytes([number]) * size))
+                    await source.send_batch(*batch(bytes([number]) * size))
                     await source.send(Round(number, size, 0))
 
             sender = asyncio.create_task(send())
             for number, size in enumerate(sizes, 1):
                 frame = await destination.receive()
                 assert frame.type is MessageType.PAGES
-                assert frame.body == bytes([number]) * size
+                assert frame.head == b"records"
+                assert frame.data == bytes([number]) * size
                 frame.release()
                 assert await destination.receive_message() == Round(number, size, 0)
             await sender
@@ -136,67 +157,51 @@ async def test_messages_and_batches_arrive_whole_and_in_order(tmp_path):
 async def test_a_message_out_of_turn_is_ours_to_see_before_it_is_sent():
     async with pair() as (source, _):
         with pytest.raises(LocalError, match="PAGES cannot be sent in state START"):
-            await source.send(Pages(b""))
+            await source.send_batch(*batch(b""))
+        with pytest.raises(LocalError, match="ROUND cannot be sent in state START"):
+            await source.send(Round(1, 0, 0))
         assert source.sent_bytes == 0
 
 
 @pytest.mark.asyncio
-async def test_bytes_arrive_as_they_were_when_they_were_given():
-    """Live memory changes while its frame waits in a queue: what a frame holds is a private copy.
+async def test_an_encoded_batch_is_private_memory_until_the_transport_is_done_with_it():
+    """Live memory changes, and new batches are made, while old ones wait in a queue.
 
-    A transport keeps a reference to what it is given. The receiver reads nothing until all source
-    buffers have been overwritten, so that most frames are still queued in this process by then.
+    A transport keeps a reference to what it is given. The receiver reads nothing until the queue
+    is full, so that most of it is still in this process while the next batches are encoded.
     """
-    async with pair() as (source, destination):
-        await greet(source, destination)
-        memory = [memoryview(bytearray(bytes([n]) * MIB)) for n in range(1, 41)]
-
-        async def send():
-            for page in memory:
-                message = Pages(page)
-                await source.send(message)
-                page[:] = b"\xee" * MIB  # the guest writes on, right after
-
-        sender = asyncio.create_task(send())
-        await until(lambda: blocked(source), sender)
-        for n in range(1, 41):
-            frame = await destination.receive()
-            assert bytes(frame.body) == bytes([n]) * MIB
-            frame.release()
-        await sender
-
-
-@pytest.mark.asyncio
-async def test_an_encoded_batch_is_no_window_on_the_snapshot_it_came_from():
-    from array import array
-
-    from proto.kernel import PageEncoder
-    from proto.pageset import PageSet
-
     pages = 200
     async with pair() as (source, destination):
         await greet(source, destination)
-        encoder = PageEncoder(pages, 4096)
-        snapshot = memoryview(bytearray(pages * 4096))
-        numbers = memoryview(array("Q", range(pages)))
+        encoder = PageEncoder(PageHashes(pages, 4096, bytes(16)), headroom=HEADER_BYTES)
         everything = PageSet.full(pages).bits
         sent = []
 
         async def send():
             for number in range(1, 41):
-                snapshot[:] = bytes([number, 7]) * (pages * 2048)
                 encoder.begin_round(number)
-                assert encoder.feed(numbers, pages, snapshot, everything) == pages
-                frame = seal(encoder.take(HEADER_BYTES), MessageType.PAGES)
-                sent.append(bytes(frame[HEADER_BYTES:]))
-                await source.send_batch(frame)
-                snapshot[:] = b"\xee" * len(snapshot)
+                done = 0
+                while done < pages:
+                    snapshot, numbers = encoder.space()
+                    count = min(len(numbers), pages - done)
+                    for i in range(count):
+                        numbers[i] = done + i
+                    snapshot[: count * 4096] = bytes([number, 7]) * (count * 2048)
+                    encoder.feed(count, everything)
+                    done += count
+                head, data = encoder.take()
+                seal(head, MessageType.PAGES, 0, len(data))
+                sent.append((bytes(head[HEADER_BYTES:]), bytes(data)))
+                assert len(data) == pages * 4096
+                await source.send_batch(head, data)
+                del head, data
 
         sender = asyncio.create_task(send())
         await until(lambda: blocked(source), sender)
         for number in range(40):
             frame = await destination.receive()
-            assert bytes(frame.body) == sent[number]
+            assert (bytes(frame.head), bytes(frame.data)) == sent[number]
+            assert frame.data == bytes([number + 1, 7]) * (pages * 2048)
             frame.release()
         await sender
 
@@ -213,7 +218,7 @@ async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
         async def send():
             nonlocal largest, sent
             for number in range(count):
-                await source.send_batch(batch(bytes([number]) * MIB))
+                await source.send_batch(*batch(bytes([number]) * MIB))
                 largest = max(largest, source._transport.get_write_buffer_size())
                 sent += 1
 
@@ -227,7 +232,7 @@ async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
         assert sent <= count // 2, "more was sent than queues and socket may hold"
         for number in range(count):
             frame = await destination.receive()
-            assert bytes(frame.body[:1]) == bytes([number])
+            assert bytes(frame.data[:1]) == bytes([number])
             assert len(destination._frames) <= RECEIVE_AHEAD
             frame.release()
         await sender
@@ -241,7 +246,7 @@ async def test_a_sender_that_waits_hears_that_the_peer_is_gone():
 
         async def send():
             while True:
-                await source.send_batch(batch(bytes(MIB)))
+                await source.send_batch(*batch(bytes(MIB)))
 
         sender = asyncio.create_task(send())
         await until(lambda: blocked(source), sender)
@@ -301,12 +306,12 @@ async def test_a_limited_link_still_delivers_everything():
 
         async def send():
             for number in range(8):
-                await source.send_batch(batch(bytes([number]) * (MIB // 2)))
+                await source.send_batch(*batch(bytes([number]) * (MIB // 2)))
 
         sender = asyncio.create_task(send())
         for number in range(8):
             frame = await destination.receive()
-            assert frame.body == bytes([number]) * (MIB // 2)
+            assert frame.data == bytes([number]) * (MIB // 2)
             frame.release()
         await sender
         # 4 MiB at 20 MiB/s cannot take less than 0.2 s, whatever the machine; half is generous
@@ -322,7 +327,7 @@ async def test_a_peer_that_closes_inside_a_frame_is_lost(cut):
     async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
         await reader.readexactly(source.sent_bytes)
-        writer.write(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:cut])
+        writer.write(framed(Hello(1, (), ()))[:cut])
         writer.close()
         with pytest.raises(PeerLost, match="closed the connection"):
             await source.receive()
@@ -336,9 +341,9 @@ async def test_what_came_before_the_peer_closed_is_still_given():
     async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
         await reader.readexactly(source.sent_bytes)
-        hello, error = Hello(1, ("digest-xxh3",), ()), Error(ErrorCode.NO_PLACE, "no place here")
-        for message, kind in ((hello, MessageType.HELLO), (error, MessageType.ERROR)):
-            writer.write(seal(pack(message, HEADER_BYTES), kind))
+        hello, error = Hello(1, ("page-hash-nh",), ()), Error(ErrorCode.NO_PLACE, "no place here")
+        for message in (hello, error):
+            writer.write(framed(message))
         writer.close()
         await until(lambda: source._fault is not None)
         assert await source.receive_message() == hello
@@ -353,8 +358,8 @@ async def test_what_came_before_the_peer_closed_is_still_given():
     [
         b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", bytes(100),
         b"\xff" * (20 * MIB),
-        bytes(seal(pack(Hello(1, (), ()), HEADER_BYTES), MessageType.HELLO)[:-1]) + b"\x01",
-        bytes(seal(pack(Accept(), HEADER_BYTES), MessageType.ACCEPT)),
+        bytes(framed(Hello(1, (), ()))[:-1]) + b"\x01",
+        bytes(framed(Accept(TOKEN))),
     ],
     ids=["ssh", "http", "zeros", "flood", "flipped", "out-of-turn"],
 )  # fmt: skip
@@ -404,7 +409,7 @@ async def test_silence_of_a_peer_that_we_do_not_read_does_not_count():
         await greet(source, destination)
         source.peer_timeout = 30
         for _ in range(RECEIVE_AHEAD + 2):
-            await source.send_batch(batch(b"x" * 1000))
+            await source.send_batch(*batch(b"x" * 1000))
         await until(lambda: not destination._reading)
         await asyncio.sleep(1.0)
         for _ in range(RECEIVE_AHEAD + 2):
@@ -423,14 +428,14 @@ async def test_a_round_trip_is_measured_by_ping_and_pong():
 async def test_a_round_trip_ends_where_the_peer_dies():
     async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
-        hello = Hello(1, ("digest-xxh3",), ())
-        writer.write(seal(pack(hello, HEADER_BYTES), MessageType.HELLO))
+        hello = Hello(1, ("page-hash-nh",), ())
+        writer.write(framed(hello))
         assert await source.receive_message() == hello
         trip = asyncio.create_task(source.round_trip())
-        ping = seal(pack(Ping(1), HEADER_BYTES), MessageType.PING)
+        ping = framed(Ping(1))
         await reader.readuntil(bytes(ping[:5]))
         # an answer to something that was not asked is no answer
-        writer.write(seal(pack(Pong(99), HEADER_BYTES), MessageType.PONG))
+        writer.write(framed(Pong(99)))
         writer.close()
         with pytest.raises(PeerLost):
             await trip
@@ -502,18 +507,104 @@ async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_one_source_at_a_time_waits_the_next_is_turned_away():
-    async with asyncio.timeout(20):
+async def test_as_many_wait_as_a_migration_has_channels_and_the_next_is_turned_away():
+    async with asyncio.timeout(30):
         listener = await link.listen(LOCAL)
-        first = await link.connect(listener.address)
-        await until(lambda: not listener._links.empty())
-        second = await link.connect(listener.address)
+        waiting = []
+        for number in range(MAX_CHANNELS):
+            waiting.append(await link.connect(listener.address))
+            await until(lambda number=number: listener._links.qsize() == number + 1)
+        one_more = await link.connect(listener.address)
         with pytest.raises(PeerLost):
-            await second.receive()
+            await one_more.receive()
         destination = await listener.accept()
-        await greet(first, destination)
-        for end in (first, second, destination, listener):
+        await greet(waiting[0], destination)
+        await listener.close()
+        for left in waiting[1:]:
+            with pytest.raises(PeerLost):
+                await left.receive()
+        for end in (*waiting, one_more, destination):
             await end.close()
+
+
+# ---------------------------------------------------------------- further channels
+
+
+@contextlib.asynccontextmanager
+async def lane_pair(channel: int):
+    """The two ends of a further channel."""
+    async with pair() as (source, destination):
+        await source.send(Join(TOKEN, channel))
+        source.session.channel = channel
+        assert await destination.receive_message() == Join(TOKEN, channel)
+        destination.session.channel = channel
+        await destination.send(Joined())
+        assert await source.receive_message() == Joined()
+        yield source, destination
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("channel", [1, 63])
+async def test_a_further_channel_carries_batches_rounds_and_pings(channel):
+    async with lane_pair(channel) as (source, destination):
+        sender = asyncio.create_task(source.send_batch(*batch(b"x" * MIB, channel)))
+        frame = await destination.receive()
+        assert (frame.type, bytes(frame.data)) == (MessageType.PAGES, b"x" * MIB)
+        frame.release()
+        await sender
+        await source.send(Round(1, 2, 3))
+        assert await destination.receive_message() == Round(1, 2, 3)
+        assert 0 < await source.round_trip() < 30
+        assert 0 < await destination.round_trip() < 30
+        with pytest.raises(LocalError, match="CACHE_SIZE cannot be sent in state LANE"):
+            await source.send(CacheSize(4096))
+
+
+@pytest.mark.asyncio
+async def test_a_batch_sealed_for_another_channel_is_refused():
+    async with lane_pair(1) as (source, destination):
+        await source.send_batch(*batch(b"x", 2))
+        with pytest.raises(RemoteError, match="PAGES: channel 2 on the connection of 1"):
+            await destination.receive()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("most", [MIB, SEND_HIGH])
+async def test_the_bound_of_what_a_channel_queues_can_be_lowered(most):
+    async with lane_pair(1) as (source, _):
+        source.bound_sending(most)
+        largest = 0
+
+        async def send():
+            nonlocal largest
+            while True:
+                await source.send_batch(*batch(bytes(MIB), 1))
+                largest = max(largest, source._transport.get_write_buffer_size())
+
+        sender = asyncio.create_task(send())
+        await until(lambda: blocked(source), sender)
+        await asyncio.sleep(0.05)
+        assert source._transport.get_write_buffer_size() <= most + MIB + 100
+        assert largest <= most + MIB + 100
+        sender.cancel()
+
+
+@pytest.mark.asyncio
+async def test_the_end_is_seen_without_receiving():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        waiting = asyncio.create_task(destination.ended())
+        await source.send(CacheSize(4096))
+        await until(lambda: destination._frames)
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        await source.give_reason(ErrorCode.CANCELLED, "enough")
+        await source.close()
+        await waiting
+        assert await destination.receive_message() == CacheSize(4096)
+        assert await destination.receive_message() == Error(ErrorCode.CANCELLED, "enough")
+        with pytest.raises(PeerLost):
+            await destination.receive()
 
 
 @pytest.mark.asyncio
