@@ -176,16 +176,16 @@ class Destination:
     # -- setup
 
     async def _receive(self) -> None:
-        async with asyncio.timeout(HANDSHAKE_SECONDS):
-            try:
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
                 hello = await self._expect(Hello)
                 answer, agreement = caps.answer(hello, caps.switched_on(self._capabilities))
                 await self.link.send(answer)
                 info = await self._expect(GuestInfo)
-            except TimeoutError:
-                raise PeerLost(
-                    f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
-                ) from None
+        except TimeoutError:
+            raise PeerLost(
+                f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
+            ) from None
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
         if info.channels > 1 and self._accept is None:
             raise NoPlaceError("guests are received over one connection here")

@@ -281,8 +281,8 @@ class Source:
     async def _set_up(self) -> tuple[PageEncoder, Digest]:
         self._set_status("setup")
         parameters = self.parameters
-        async with asyncio.timeout(HANDSHAKE_SECONDS):
-            try:
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
                 hello = caps.offer(caps.switched_on(parameters.capabilities))
                 await self.link.send(hello)
                 answer = await self._expect(Hello)
@@ -309,10 +309,10 @@ class Source:
                 for channel in range(1, parameters.channels):
                     await self._open_channel(channel, accept.token)
                 self._model.round_trip = min([await self.link.round_trip() for _ in range(3)])
-            except TimeoutError:
-                raise PeerLost(
-                    f"the destination does not answer within {HANDSHAKE_SECONDS:g} s"
-                ) from None
+        except TimeoutError:
+            raise PeerLost(
+                f"the destination does not answer within {HANDSHAKE_SECONDS:g} s"
+            ) from None
         page_size = parameters.page_size
         if agreement.xbzrle:
             self._cache_size = parameters.cache_size
