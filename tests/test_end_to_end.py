@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from proto._twin import GAP_MASK, HEAD, OP_DELTA, OP_MASK, OP_RAW, get_uleb
 from proto.frames import FrameReader
-from proto.messages import MessageType, Round, unpack
+from proto.messages import STRIPE_BYTES, Join, MessageType, Round, unpack
 from tests.programs import (
     Program,
     children,
@@ -328,10 +330,16 @@ def again(pid: int) -> None:
 # ---------------------------------------------------------------- killed at the worst moment
 
 
-class Tap:
-    """Stands between the two programs, and does something the moment a certain frame passes."""
+When = Callable[[MessageType, bytes, int], bool]
 
-    def __init__(self, address: str, when: Callable[[MessageType, bytes], bool]) -> None:
+
+class Tap:
+    """Stands between the two programs, and does something the moment a certain frame passes.
+
+    when -- told the type, head and channel of each frame
+    """
+
+    def __init__(self, address: str, when: When) -> None:
         host, port = address.removeprefix("tcp:").split(":")
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
@@ -342,12 +350,21 @@ class Tap:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        near, _ = self._server.accept()
-        self._server.close()
-        far = socket.create_connection(self._there)
+        """Every connection through the tap has one of its own to the other side."""
+        while True:
+            near, _ = self._server.accept()
+            try:
+                far = socket.create_connection(self._there)
+            except OSError:
+                near.close()
+                continue
+            threading.Thread(target=self._serve, args=(near, far), daemon=True).start()
+
+    def _serve(self, near: socket.socket, far: socket.socket) -> None:
+        readers = FrameReader(), FrameReader()
         pumps = [
-            threading.Thread(target=self._pump, args=pair, daemon=True)
-            for pair in ((near, far), (far, near))
+            threading.Thread(target=self._pump, args=(come, go, reader, readers), daemon=True)
+            for (come, go), reader in zip(((near, far), (far, near)), readers, strict=True)
         ]
         for pump in pumps:
             pump.start()
@@ -356,15 +373,22 @@ class Tap:
         near.close()
         far.close()
 
-    def _pump(self, come: socket.socket, go: socket.socket) -> None:
-        reader = FrameReader()
+    def _pump(
+        self, come: socket.socket, go: socket.socket, reader: FrameReader,
+        both: tuple[FrameReader, FrameReader],
+    ) -> None:  # fmt: skip
         try:
             while data := come.recv(1 << 16):
                 reader.feed(data)
                 while (frame := reader.next_frame()) is not None:
-                    hit = not self.acted.is_set() and self._when(frame.type, bytes(frame.body))
+                    kind, head = frame.type, bytes(frame.head)
                     frame.release()
-                    if hit:
+                    if kind is MessageType.JOIN:
+                        message = unpack(kind, head)
+                        assert isinstance(message, Join)
+                        for each in both:
+                            each.channel = message.channel
+                    if not self.acted.is_set() and self._when(kind, head, reader.channel):
                         self.acted.set()
                         self.act()
                 go.sendall(data)
@@ -377,16 +401,16 @@ class Tap:
                 pass
 
 
-def is_last_round(kind: MessageType, body: bytes) -> bool:
-    if kind is not MessageType.ROUND:
+def is_last_round(kind: MessageType, head: bytes, channel: int) -> bool:
+    if kind is not MessageType.ROUND or channel:
         return False
-    message = unpack(kind, body)
+    message = unpack(kind, head)
     assert isinstance(message, Round)
     return message.last
 
 
-def of_kind(kind: MessageType) -> Callable[[MessageType, bytes], bool]:
-    return lambda seen, body: seen is kind
+def of_kind(kind: MessageType, on: int = 0) -> When:
+    return lambda seen, head, channel: seen is kind and channel == on
 
 
 MOMENTS = {
@@ -626,3 +650,234 @@ def test_a_failing_on_complete_has_a_code_of_its_own(shm: Path) -> None:
     assert receiver.wait() == 10
     assert "the guest is here and whole" in receiver.err
     assert (shm / "out").exists()
+
+
+# ---------------------------------------------------------------- several channels
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("path", ["tcp", "unix"])
+def test_the_demo_guest_moves_over_many_channels(channels: int, path: str, shm: Path) -> None:
+    listen = "127.0.0.1:0" if path == "tcp" else f"unix:{shm}/socket"
+    receiver, address = destination("--json", listen=listen)
+    source = Program(
+        "migrate-src", "--json", "--guest", SMALL, "--channels", str(channels), address
+    )
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    arrival, result = json.loads(receiver.out), json.loads(source.out)
+    there, here = guest_pid(arrival["running"]), guest_pid(source.err)
+    try:
+        assert_guest_is_right(there)
+        assert ended_or_given_up(here)
+    finally:
+        end_guest(there)
+    assert result["ram"]["remaining"] == 0
+    assert result["xbzrle-cache"]["pages"] > 0
+    # 32 stripes of 1 MiB: all channels but the first carry their share of them
+    raw = result["ram"]["normal-bytes"]
+    share = result["ram"]["multifd-bytes"] / result["ram"]["transferred"]
+    assert raw >= 32 << 20
+    assert share == pytest.approx((channels - 1) / channels, abs=0.15)
+    assert arrival["ram"]["received"] <= result["ram"]["transferred"]
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_a_file_with_a_live_writer_moves_over_many_channels(shm: Path, channels: int) -> None:
+    binary, memory, output = shm / "load", shm / "memory", shm / "output"
+    subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).parent / "seed_load.c"], check=True)
+    with subprocess.Popen([binary, memory], stdout=subprocess.DEVNULL) as writer:
+        try:
+            while not memory.exists() or memory.stat().st_size == 0:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            receiver, address = destination("--output", str(output))
+            source = Program(
+                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid),
+                "--channels", str(channels), address,
+            )  # fmt: skip
+            assert source.wait() == 0, source.err
+            assert receiver.wait() == 0, receiver.err
+            assert process_state(writer.pid) == "T"
+            assert sha256(memory) == sha256(output)
+            assert "xbzrle pages: 0 " not in source.out
+            assert f"\nchannels: {channels}\n" in source.out
+        finally:
+            writer.kill()
+
+
+@pytest.mark.parametrize("size", [1, 4097, (1 << 20) - 1, (3 << 20) + 5, 16 << 20])
+@pytest.mark.parametrize("options", [[], ["--page-size", "16k"], ["--capability", "xbzrle=off"]])
+def test_file_sizes_over_three_channels(shm: Path, size: int, options: list[str]) -> None:
+    """Some channels have nothing to carry there; holes stay holes all the same."""
+    memory, output = shm / "memory", shm / "output"
+    with memory.open("wb") as file:
+        file.truncate(size)
+        file.write(os.urandom(min(size, 2 << 20)))
+    receiver, address = destination("--output", str(output))
+    source = Program(
+        "migrate-src", "--guest", f"file:{memory}", "--channels", "3", *options, address
+    )
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    assert sha256(memory) == sha256(output)
+    assert output.stat().st_blocks * 512 <= (2 << 20) + 65536
+
+
+def pages_of(head: bytes) -> list[tuple[int, int]]:
+    """The (page, count) of each record of a batch."""
+    at, page, found = HEAD, int.from_bytes(head[4:12], "big"), []
+    while at < len(head):
+        op, gap = head[at] & OP_MASK, head[at] & GAP_MASK
+        at += 1
+        if gap == GAP_MASK:
+            more, at = get_uleb(head, at, 9)
+            gap += more
+        page, count = page + gap, 1
+        if op == OP_RAW:
+            count, at = int.from_bytes(head[at : at + 2], "big"), at + 2
+        elif op == OP_DELTA:
+            length, at = get_uleb(head, at, 3)
+            at += length
+        else:
+            count, at = get_uleb(head, at, 9)
+        found.append((page, count))
+        page += count
+    return found
+
+
+@pytest.mark.parametrize(("channels", "page_size"), [(2, 4096), (3, 1024), (4, 16384)])
+def test_a_page_always_goes_over_the_same_channel(channels: int, page_size: int) -> None:
+    receiver, address = destination()
+    seen: list[tuple[int, int, int]] = []
+    rounds: list[tuple[int, int]] = []
+
+    def look(kind: MessageType, head: bytes, channel: int) -> bool:
+        if kind is MessageType.PAGES:
+            seen.extend((channel, page, count) for page, count in pages_of(head))
+        elif kind is MessageType.ROUND:
+            message = unpack(kind, head)
+            assert isinstance(message, Round)
+            rounds.append((message.number, channel))
+        return False
+
+    tap = Tap(address, look)
+    guest = "demo:12m,hot=5m,stride=1024,fill=random"
+    source = Program(
+        "migrate-src", "--guest", guest, "--page-size", str(page_size), "--channels",
+        str(channels), "--max-bandwidth", "24m", tap.address,
+    )  # fmt: skip
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    assert_guest_is_right(guest_pid(receiver.out))
+    end_guest(guest_pid(receiver.out))
+    width = STRIPE_BYTES // page_size
+    for channel, page, count in seen:
+        assert page // width == (page + count - 1) // width
+        assert page // width % channels == channel
+    pages = (12 << 20) // page_size
+    assert {p for _, page, n in seen for p in range(page, page + n)} == set(range(pages))
+    assert len(rounds) % channels == 0
+    for at in range(0, len(rounds), channels):
+        assert sorted(rounds[at : at + channels]) == [
+            (at // channels + 1, channel) for channel in range(channels)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("moment", "cut"), [("JOINED", 2), *itertools.product(["PAGES", "ROUND"], [0, 1, 2])]
+)
+def test_one_channel_that_breaks_ends_the_migration(shm: Path, moment: str, cut: int) -> None:
+    """The guest runs on at the source, nothing is left there, and the next try is right."""
+    memory = shm / "memory"
+    memory.write_bytes(os.urandom(24 << 20))
+    before = sha256(memory)
+    with subprocess.Popen(["sleep", "100"]) as writer:
+        try:
+            receiver, address = destination("--output", str(shm / "output"))
+            tap = Tap(address, of_kind(MessageType[moment], cut))
+
+            def act() -> None:
+                raise OSError("cut")
+
+            tap.act = act
+            arguments = ["--guest", f"file:{memory}", "--pid", str(writer.pid), "--channels", "3"]
+            source = Program("migrate-src", *arguments, tap.address)
+            assert source.wait() == 1, source.err
+            assert tap.acted.is_set()
+            assert "closed the connection" in source.err or "broke" in source.err
+            assert "the guest runs on here" in source.err
+            assert receiver.wait() == 1, receiver.err
+            assert sorted(os.listdir(shm)) == ["memory"]
+            assert process_state(writer.pid) == "S"
+            assert sha256(memory) == before
+            receiver, address = destination("--output", str(shm / "output"))
+            assert Program("migrate-src", *arguments, address).wait() == 0
+            assert receiver.wait() == 0
+            assert sha256(shm / "output") == before
+        finally:
+            writer.kill()
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+@pytest.mark.parametrize("moment", ["JOIN", "JOINED", "PAGES"])
+def test_killed_with_several_channels_open(victim: str, moment: str) -> None:
+    receiver, address = destination()
+    tap = Tap(address, of_kind(MessageType[moment], 2))
+    source = Program(
+        "migrate-src", "--guest", "demo:8m,hot=2m,fill=random", "--channels", "4", tap.address
+    )
+    pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
+
+    def act() -> None:
+        (source if victim == "source" else receiver).kill()
+        raise OSError("cut")
+
+    tap.act = act
+    assert source.wait() != 0
+    assert tap.acted.is_set()
+    assert receiver.wait(10) != 0
+    assert_guest_is_right(pid)
+    again(pid)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_cancelling_is_understood_over_several_channels(side: str) -> None:
+    receiver, address = destination()
+    source = Program(
+        "migrate-src", "--guest", SMALL, "--max-bandwidth", "16m", "--channels", "3",
+        "--downtime-limit", "1", address,
+    )  # fmt: skip
+    pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
+    receiver.read_line("receiving a demo guest")
+    time.sleep(0.3)
+    (source if side == "source" else receiver).kill(signal.SIGINT)
+    assert source.wait() == (130 if side == "source" else 8), source.err
+    assert receiver.wait() == (8 if side == "source" else 130), receiver.err
+    loser = receiver if side == "source" else source
+    assert f"cancelled at the {side}" in loser.err
+    assert_guest_is_right(pid)
+    again(pid)
+
+
+def test_strangers_at_the_door_do_not_disturb_a_migration_of_many_channels() -> None:
+    """Whoever connects while the channels are awaited, and while the migration goes on."""
+    receiver, address = destination()
+    host, port = address.removeprefix("tcp:").split(":")
+    visitors = []
+
+    def visit(kind: MessageType, head: bytes, channel: int) -> bool:
+        if kind in (MessageType.ACCEPT, MessageType.JOINED, MessageType.ROUND_ACK):
+            visitors.append(socket.create_connection((host, int(port))))
+            visitors[-1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return False
+
+    tap = Tap(address, visit)
+    source = Program("migrate-src", "--guest", SMALL, "--channels", "3", tap.address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0, receiver.err
+    assert len(visitors) >= 4
+    for visitor in visitors:
+        visitor.close()
+    assert_guest_is_right(guest_pid(receiver.out))
+    end_guest(guest_pid(receiver.out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import migrate
 from migrate import link
 from migrate.address import parse_address
 from migrate.destination import Destination
+from migrate.errors import UsageError
 from migrate.guests.buffer import BufferPlace
 from migrate.source import Source
 from proto.messages import CacheSize
@@ -32,8 +34,13 @@ async def move(
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("marks", [False, True])
-@pytest.mark.parametrize("cache_size", [4096, 1 << 20, 64 << 20])
-async def test_an_array_moves_while_threads_update_it(marks: bool, cache_size: int) -> None:
+@pytest.mark.parametrize(
+    ("cache_size", "channels"),
+    [(4096, 1), (1 << 20, 1), (64 << 20, 1), (1 << 20, 2), (64 << 20, 3)],
+)
+async def test_an_array_moves_while_threads_update_it(
+    marks: bool, cache_size: int, channels: int
+) -> None:
     array = numpy.zeros(500_001, dtype="u8")
     guest = migrate.BufferGuest(array, marks=marks, state=lambda: b"as it was")
     moved = threading.Event()
@@ -53,7 +60,8 @@ async def test_an_array_moves_while_threads_update_it(marks: bool, cache_size: i
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        statistics, received = await move(guest, migrate.Parameters(cache_size=cache_size))
+        parameters = migrate.Parameters(cache_size=cache_size, channels=channels)
+        statistics, received = await move(guest, parameters)
     finally:
         if not moved.wait(0.1):
             guest._gate.move()
@@ -62,6 +70,8 @@ async def test_an_array_moves_while_threads_update_it(marks: bool, cache_size: i
     assert received.state == b"as it was"
     assert statistics.status == "completed"
     assert statistics.remaining == 0
+    assert statistics.channels == channels
+    assert (statistics.channel_bytes > 0) == (channels > 1)
 
 
 @pytest.mark.asyncio
@@ -138,3 +148,44 @@ async def test_a_buffer_of_another_size_is_refused_before_any_page() -> None:
     assert raised.group_contains(
         migrate.MigrationError, match="10000 bytes, the buffer for it 9999"
     )
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 4097, 1 << 20, (9 << 20) + 3])
+async def test_a_buffer_of_any_size_moves_over_many_channels(channels: int, size: int) -> None:
+    array = numpy.random.default_rng(size).integers(0, 256, size, dtype="u1")
+    parameters = migrate.Parameters(channels=channels)
+    _, received = await move(migrate.BufferGuest(array), parameters)
+    assert bytes(received.memory) == array.tobytes()
+
+
+@pytest.mark.parametrize("channels", [0, -1, 65])
+def test_a_number_of_channels_that_cannot_be_is_refused(channels: int) -> None:
+    with pytest.raises(UsageError, match=f"{channels} channels: there can be 1 to 64"):
+        migrate.Parameters(channels=channels)
+
+
+@pytest.mark.asyncio
+async def test_a_destination_that_cannot_write_says_so_and_the_buffer_stays() -> None:
+    """A full disk is met by write(2), and is a sentence on both sides."""
+    guest = migrate.BufferGuest(bytearray(b"x") * 100_000)
+    listener = await link.listen(parse_address("127.0.0.1:0", listen=True))
+    near = await link.connect(parse_address(str(listener.address)))
+    far = await listener.accept()
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    def placer(info: Any) -> BufferPlace:
+        place = BufferPlace(info)
+        place.fd = full
+        return place
+
+    receiving = asyncio.create_task(Destination(far, placer).run())
+    with pytest.raises(migrate.MigrationError, match="written here: No space left on device"):
+        await Source(guest, near).run()
+    with pytest.raises(migrate.MigrationError, match="written here: No space left on device"):
+        await receiving
+    with guest.writing():
+        pass
+    os.close(full)
+    await listener.close()
