@@ -129,24 +129,6 @@ def gather(
     return count, page
 
 
-def mark_chunks(const uint8_t[::1] bitmap not None, uint64_t pages, uint64_t chunk_pages,
-                uint8_t[::1] stale not None):
-    """Sets a byte in `stale` for each chunk of `chunk_pages` pages that has a dirty page."""
-    cdef uint64_t page = 0
-    if <uint64_t>bitmap.shape[0] * 8 < pages or bitmap.shape[0] % 8:
-        raise ValueError("the bitmap is too short")
-    if <uint64_t>stale.shape[0] * chunk_pages < pages:
-        raise ValueError("the chunk table is too short")
-    cdef const uint64_t* words = <const uint64_t*>&bitmap[0]
-    with nogil:
-        while True:
-            page = next_set(words, page, pages)
-            if page >= pages:
-                break
-            stale[page // chunk_pages] = 1
-            page = (page // chunk_pages + 1) * chunk_pages
-
-
 # ---------------------------------------------------------------- dirty marks
 
 def take_marks(uint8_t[::1] marks not None, uint8_t[::1] bitmap not None):

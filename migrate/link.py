@@ -3,8 +3,8 @@
 What it guarantees: `send` returns when the frame is queued and the queue is below its bound; a
 frame is private memory that nobody changes after it was given here (a transport keeps a reference
 to what it is given). `receive` gives frames in order; reading stops while RECEIVE_AHEAD frames
-wait. A peer that says nothing for `peer_timeout` seconds is lost; both sides send PINGs, so a
-living peer never is.
+(or bytes) wait. A peer that says nothing for `peer_timeout` seconds is lost; both sides send PINGs,
+so a living peer never is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from proto.session import Role, Session, State
 # bytes, a bubble per frame on any real round-trip time.
 SEND_HIGH = 4 << 20
 SEND_LOW_SHARE = 4
-RECEIVE_AHEAD = 2
+# Reading stops while so many bytes, or so many frames, wait to be received.
+RECEIVE_AHEAD_BYTES = 3 << 20
+RECEIVE_AHEAD = 16
 SOCKET_TIMEOUT = 30.0
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
 MAX_USER_TIMEOUT = (1 << 31) - 1
@@ -71,6 +73,7 @@ class Link(asyncio.BufferedProtocol):
         self.peer_name = ""
         self._transport: asyncio.Transport | None = None
         self._frames: deque[Frame] = deque()
+        self._ahead = 0
         self._fault: Exception | None = None
         self._news = asyncio.Event()
         self._writable = asyncio.Event()
@@ -136,7 +139,7 @@ class Link(asyncio.BufferedProtocol):
     def _parse(self) -> None:
         """Cuts frames as long as there is room to keep them."""
         try:
-            while len(self._frames) < RECEIVE_AHEAD and self._fault is None:
+            while not self._full and self._fault is None:
                 frame = self.session.next_frame()
                 if frame is None:
                     break
@@ -144,14 +147,19 @@ class Link(asyncio.BufferedProtocol):
                     self._ping_pong(frame)
                     continue
                 self._frames.append(frame)
+                self._ahead += frame.size
                 self._news.set()
         except ProtoError as error:
             self._fail(error)
         self._throttle()
 
+    @property
+    def _full(self) -> bool:
+        return self._ahead >= RECEIVE_AHEAD_BYTES or len(self._frames) >= RECEIVE_AHEAD
+
     def _throttle(self) -> None:
         # After a fault nobody takes what still comes: reading on would fill the reader's arena.
-        full = len(self._frames) >= RECEIVE_AHEAD or self._fault is not None
+        full = self._full or self._fault is not None
         if self._transport is None or self._transport.is_closing() or full != self._reading:
             return
         self._reading = not full
@@ -181,6 +189,7 @@ class Link(asyncio.BufferedProtocol):
             self._news.clear()
             await self._news.wait()
         frame = self._frames.popleft()
+        self._ahead -= frame.size
         self._parse()
         return frame
 

@@ -506,9 +506,7 @@ class Source:
                 )
             else:
                 snapshot, numbers = encoder.space()
-                count, cursor = memory.gather(
-                    dirty.bits, cursor, end, page_size, snapshot, numbers
-                )
+                count, cursor = memory.gather(dirty.bits, cursor, end, page_size, snapshot, numbers)
                 encoder.feed(count, dirty.bits)
             done += count
         return cursor, done

@@ -84,6 +84,11 @@ class Frame:
     data: memoryview
     _arena: _Arena
 
+    @property
+    def size(self) -> int:
+        """Bytes of the body, before it is released."""
+        return len(self.head) + len(self.data)
+
     def release(self) -> None:
         self.head.release()
         self.data.release()

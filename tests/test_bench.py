@@ -94,7 +94,7 @@ def test_an_unknown_part_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit) as ended:
         program.arguments(["nonsense"])
     assert ended.value.code == 2
-    assert "there is no part 'nonsense': there are bulk, " in capsys.readouterr().err
+    assert "there is no part 'nonsense': there are codec, bulk, " in capsys.readouterr().err
 
 
 def test_negative_runs_are_refused(capsys):

@@ -17,8 +17,6 @@ from migrate.memory import Memory
 from proto.pageset import PageSet
 from tests.kernels import COMPILED, kernel  # noqa: F401
 
-# ruff: noqa: F811
-
 PAGE = 4096
 SEED = b"a seed of one migration"
 

@@ -100,24 +100,23 @@ async def test_the_cache_is_resized_fifty_times_while_it_moves() -> None:
     sizes = [4096 << (turn * 5 % 14) for turn in range(50)]
     seen: set[int] = set()
 
-    def observe(event: str, statistics: migrate.Statistics) -> None:
-        seen.add(statistics.cache_size)
-        if sizes and statistics.status == "active":
-            source.set_cache_size(sizes.pop())
-            array[::5000] += 1
-
-    limits = migrate.Limits(downtime_limit=0.1, max_bandwidth=400 << 20)
-    source = Source(guest, near, migrate.Parameters(limits=limits), observe)
+    limits = migrate.Limits(downtime_limit=0.1, max_bandwidth=60 << 20)
+    source = Source(guest, near, migrate.Parameters(limits=limits))
     destination = Destination(far, placer)
     async with asyncio.TaskGroup() as group:
         group.create_task(destination.run())
         running = group.create_task(source.run())
-        while not destination.arrival.rounds and not running.done():
-            await asyncio.sleep(0.005)
-        if not running.done() and not source.committed:
-            await far.send(CacheSize(8 << 20))
+        while sizes and not running.done():
+            await asyncio.sleep(0.004)
+            if source.statistics.status == "active":
+                source.set_cache_size(sizes.pop())
+                array[::5000] += 1
+            seen.add(source.statistics.cache_size)
+            if len(sizes) == 25:
+                await far.send(CacheSize(8 << 20))
     await listener.close()
     assert bytes(place[0].received) == array.tobytes()
+    assert not sizes
     assert len(seen) > 3
 
 

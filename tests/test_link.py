@@ -11,11 +11,12 @@ import pytest
 from migrate import link
 from migrate.address import Address
 from migrate.errors import ConnectError, PeerLost
-from migrate.link import RECEIVE_AHEAD, SEND_HIGH, Link, RateLimit
+from migrate.link import RECEIVE_AHEAD, RECEIVE_AHEAD_BYTES, SEND_HIGH, Link, RateLimit
 from proto import LocalError, RemoteError, capabilities
 from proto.frames import HEADER_BYTES, seal
 from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
+    BATCH_BYTES,
     MAX_BODY,
     MAX_CHANNELS,
     TYPE_OF,
@@ -224,16 +225,16 @@ async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
 
         sender = asyncio.create_task(send())
         await until(lambda: blocked(source), sender)
-        await until(lambda: len(destination._frames) == RECEIVE_AHEAD, sender)
+        await until(lambda: destination._ahead >= RECEIVE_AHEAD_BYTES, sender)
         await asyncio.sleep(0.1)
         assert not sender.done()
         assert source._transport.get_write_buffer_size() <= SEND_HIGH + MIB + HEADER_BYTES
-        assert len(destination._frames) == RECEIVE_AHEAD
+        assert destination._ahead < RECEIVE_AHEAD_BYTES + BATCH_BYTES
         assert sent <= count // 2, "more was sent than queues and socket may hold"
         for number in range(count):
             frame = await destination.receive()
             assert bytes(frame.data[:1]) == bytes([number])
-            assert len(destination._frames) <= RECEIVE_AHEAD
+            assert destination._ahead < RECEIVE_AHEAD_BYTES + BATCH_BYTES
             frame.release()
         await sender
         assert largest <= SEND_HIGH + MIB + HEADER_BYTES

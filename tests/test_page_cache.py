@@ -10,8 +10,6 @@ from proto import _twin
 from proto.errors import CacheSizeError, LocalError
 from tests.kernels import COMPILED, kernel  # noqa: F401
 
-# ruff: noqa: F811
-
 PAGE = 1024
 
 

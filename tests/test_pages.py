@@ -24,8 +24,6 @@ from proto.errors import DecodeError
 from proto.pageset import PageSet
 from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
-# ruff: noqa: F811
-
 PAGE = 1024
 HEAD = 20
 COUNTERS = ["zero", "unchanged", "raw", "delta", "delta_bytes", "hits", "misses", "overflows"]

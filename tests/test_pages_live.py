@@ -26,7 +26,7 @@ def drain(encoder, memory, dirty, apply):
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("size", [37 * 1024, 37 * 1024 - 1, 36 * 1024 + 1])
-def test_memory_and_snapshots_give_the_same_bytes(kernel, size, merge):  # noqa: F811
+def test_memory_and_snapshots_give_the_same_bytes(kernel, size, merge):
     rng = random.Random(size)
     pages, page_size = 37, 1024
     memory = bytearray(rng.randbytes(size))
@@ -113,7 +113,7 @@ def test_a_guest_that_writes_on_never_parts_cache_and_destination():
     assert encoder.delta > 0
 
 
-def test_what_does_not_fit_the_guest_is_refused(kernel):  # noqa: F811
+def test_what_does_not_fit_the_guest_is_refused(kernel):
     encoder = kernel.PageEncoder(kernel.PageHashes(4, 1024, SEED))
     memory, todo = bytearray(4096), PageSet.full(4).bits
     with pytest.raises(ValueError, match="out of order"):

@@ -37,12 +37,34 @@ def stuck(limits: Limits) -> Policy:
 # ---------------------------------------------------------------- the verdicts
 
 
-def test_it_stops_the_guest_as_soon_as_the_rest_fits_the_limit():
+def test_it_stops_the_guest_when_the_rest_fits_the_limit_and_falls_no_more():
     policy = stuck(Limits(downtime_limit=0.3))
-    decision = policy.decide(1, 1.0, Pending(5000, 0))
+    assert policy.decide(1, 1.0, Pending(5000, 0)).verdict is Verdict.CONTINUE
+    assert policy.decide(2, 1.2, Pending(3000, 0)).verdict is Verdict.CONTINUE
+    decision = policy.decide(3, 1.3, Pending(2900, 0))
     assert decision.verdict is Verdict.STOP_AND_COPY
-    assert 0.2 < decision.expected_downtime <= 0.3
+    assert 0.1 < decision.expected_downtime <= 0.3
     assert decision.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("limits", "pending"),
+    [
+        pytest.param(Limits(), Pending(100, 0), id="short already"),
+        pytest.param(Limits(), Pending(2000, 0, 0.15), id="it is mostly the scan"),
+        pytest.param(Limits(max_rounds=1), Pending(5000, 0), id="the last round allowed"),
+        pytest.param(Limits(timeout=1.2), Pending(5000, 0), id="no time left for a round"),
+    ],
+)
+def test_a_pause_that_fits_is_not_put_off_where_that_cannot_help(limits, pending):
+    assert stuck(limits).decide(1, 1.0, pending).verdict is Verdict.STOP_AND_COPY
+
+
+def test_a_pause_that_fitted_and_no_longer_does_is_waited_for_again():
+    policy = stuck(Limits(downtime_limit=0.3))
+    assert policy.decide(1, 1.0, Pending(5000, 0)).verdict is Verdict.CONTINUE
+    assert policy.decide(2, 1.2, MUCH).verdict is Verdict.CONTINUE
+    assert policy.decide(3, 5.0, Pending(5000, 0)).verdict is Verdict.STOP_AND_COPY
 
 
 def test_it_goes_on_while_the_rest_is_too_much():
@@ -167,9 +189,9 @@ def test_deltas_count():
     model = model_of(Measured(262_144, 262_144 * 4096, 2.0, 0.3, 0.3), deltas, deltas, deltas)
     expected = model.predict(Pending(200_000, 0), Limits())
     assert 0.1 < expected < 0.3
-    assert Policy(Limits(), model).decide(4, 9.0, Pending(200_000, 0)).verdict is (
-        Verdict.STOP_AND_COPY
-    )
+    policy = Policy(Limits(), model)
+    policy.decide(4, 9.0, Pending(200_000, 0))
+    assert policy.decide(5, 9.2, Pending(200_000, 0)).verdict is Verdict.STOP_AND_COPY
 
 
 def test_the_first_round_does_not_colour_what_follows():

@@ -16,8 +16,6 @@ from proto.pageset import PageSet
 from tests.kernels import COMPILED, kernel  # noqa: F401
 from tests.test_digest import by_definition
 
-# ruff: noqa: F811
-
 PAGE = 4096
 RUN, END = 1, 3
 SEED = b"a seed of one migration"

@@ -122,13 +122,13 @@ def test_the_exchange_walks_through_all_states():
     assert seen[-1] is State.DONE
 
 
-def hashes_of(kernel, vector):  # noqa: F811
+def hashes_of(kernel, vector):
     return kernel.PageHashes(
         vector["pages"], vector["page_size"], bytes.fromhex(vector["hash_seed"])
     )
 
 
-def test_pages_give_the_stated_memory(kernel):  # noqa: F811
+def test_pages_give_the_stated_memory(kernel):
     pages, page_size = EXCHANGE["pages"], EXCHANGE["page_size"]
     decoder = kernel.PageDecoder(hashes_of(kernel, EXCHANGE), EXCHANGE["size"])
     memory = bytearray(pages * page_size)
@@ -162,7 +162,7 @@ def hash_as_specified(content, seed):
 
 
 @pytest.mark.parametrize("vector", WIRE["page_hashes"], ids=lambda vector: vector["name"])
-def test_page_hashes_are_what_the_specification_says(kernel, vector):  # noqa: F811
+def test_page_hashes_are_what_the_specification_says(kernel, vector):
     size, seed = vector["page_size"], bytes.fromhex(EXCHANGE["hash_seed"])
     piece = bytes.fromhex(vector["repeat"])
     content = (piece * (size // len(piece) + 1))[:size]
@@ -204,7 +204,7 @@ def test_the_digest_is_what_the_specification_says():
 
 
 @pytest.mark.parametrize("vector", WIRE["batches"], ids=lambda vector: vector["name"])
-def test_batches_give_the_stated_memory(kernel, vector):  # noqa: F811
+def test_batches_give_the_stated_memory(kernel, vector):
     pages, page_size = vector["pages"], vector["page_size"]
     decoder = kernel.PageDecoder(hashes_of(kernel, vector), pages * page_size)
     memory = bytearray(pages * page_size)
@@ -215,7 +215,7 @@ def test_batches_give_the_stated_memory(kernel, vector):  # noqa: F811
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_the_encoder_gives_the_bytes_of_the_exchange(kernel, merge):  # noqa: F811
+def test_the_encoder_gives_the_bytes_of_the_exchange(kernel, merge):
     """Each side of the exchange: what the source's memory is, and what it sends for it."""
     pages, page_size = EXCHANGE["pages"], EXCHANGE["page_size"]
     cache = kernel.PageCache(1 << 16, page_size)

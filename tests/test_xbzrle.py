@@ -11,8 +11,6 @@ from proto import _twin, xbzrle
 from proto.errors import DecodeError
 from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
-# ruff: noqa: F811
-
 PAGE = 4096
 SIZES = [1024, 2048, 4096, 8192, 16384]
 
