@@ -21,7 +21,7 @@ bench: build
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint proto/*.pyx migrate/*.pyx
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint proto/*.pyx proto/*.pxd migrate/*.pyx
 	$(BIN)/mypy
 
 build: .venv/built

@@ -34,6 +34,7 @@ from migrate.errors import (
     UsageError,
     peer_error,
 )
+from migrate.feeder import Feeder, Turn
 from migrate.guests.guest import Guest
 from migrate.link import SEND_HIGH, Link
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
@@ -41,14 +42,13 @@ from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker
 from proto import ErrorCode, LocalError, ProtoError
 from proto import capabilities as caps
-from proto.frames import HEADER_BYTES, seal
+from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
 from proto.messages import (
     BATCH_BYTES,
     MAX_CHANNELS,
     MAX_STATE,
     SEED_BYTES,
-    STRIPE_BYTES,
     Accept,
     CacheSize,
     Complete,
@@ -59,7 +59,6 @@ from proto.messages import (
     Join,
     Joined,
     Message,
-    MessageType,
     Ready,
     Round,
     RoundAck,
@@ -69,8 +68,6 @@ from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
-# A worker's turn ends with a full batch, or after this many pages without one.
-TURN_PAGES = 1 << 14
 # Inside a round, statistics are brought up to date no more often.
 UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
@@ -137,8 +134,9 @@ class Source:
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
         self._pages = -(-guest.memory.size // self.parameters.page_size)
-        self._encode_seconds = 0.0
         self._began = time.monotonic()
+        self._encoder: PageEncoder | None = None
+        self._feeder: Feeder | None = None
         self._cache: PageCache | None = None
         self._wanted_cache = 0
         self._cache_size = 0
@@ -325,6 +323,7 @@ class Source:
         )
         digest = Digest(memory, hashes)
         self._encoder = encoder
+        self._feeder = Feeder(memory, encoder, parameters.channels)
         self._tracker = self.guest.track(encoder)
         self._wanted_cache = parameters.cache_size
         await self.link.send(CacheSize(self._cache_size))
@@ -408,13 +407,14 @@ class Source:
         loop = asyncio.get_running_loop()
         self._round += 1
         began = time.monotonic()
-        sent_before, cpu_before = self.sent_bytes, self._encode_seconds
+        assert self._feeder is not None
+        sent_before, cpu_before = self.sent_bytes, self._feeder.seconds
         self._round_began, self._round_sent = began, sent_before
         encoder.begin_round(self._round)
         pages = self._round_left = len(dirty)
         async with asyncio.TaskGroup() as group:
             for channel in range(len(self._links)):
-                group.create_task(self._send_channel(encoder, dirty, channel, last))
+                group.create_task(self._send_channel(dirty, channel, last))
         self.statistics = self.statistics.with_(dirty_sync_count=self._round)
         transferred = self.sent_bytes - sent_before
         for link in reversed(self._links):
@@ -435,23 +435,19 @@ class Source:
             pages_per_second=pages / wall, mbps=transferred * 8 / wall / 1e6
         )
         return Measured(
-            pages, transferred, wall, self._encode_seconds - cpu_before, ack.apply_seconds
+            pages, transferred, wall, self._feeder.seconds - cpu_before, ack.apply_seconds
         )
 
-    async def _send_channel(
-        self, encoder: PageEncoder, dirty: PageSet, channel: int, last: bool
-    ) -> None:
+    async def _send_channel(self, dirty: PageSet, channel: int, last: bool) -> None:
         """Sends the pages of one channel: the next batch is made while one goes out."""
         loop = asyncio.get_running_loop()
         link = self._links[channel]
-        turn = loop.run_in_executor(self._worker, self._turn, encoder, dirty, channel, 0)
+        turn = loop.run_in_executor(self._worker, self._turn, dirty, channel, 0)
         try:
             while True:
                 batch, cursor, done = await turn
                 if cursor < self._pages:
-                    turn = loop.run_in_executor(
-                        self._worker, self._turn, encoder, dirty, channel, cursor
-                    )
+                    turn = loop.run_in_executor(self._worker, self._turn, dirty, channel, cursor)
                 if batch is not None:
                     await link.send_batch(*batch)
                     batch = None  # its memory is free again when the transport is done with it
@@ -466,66 +462,13 @@ class Source:
         finally:
             turn.cancel()
 
-    def _turn(
-        self, encoder: PageEncoder, dirty: PageSet, channel: int, cursor: int
-    ) -> tuple[tuple[memoryview, memoryview] | None, int, int]:
-        """In the worker thread: one batch, sealed; where to go on; how many pages that was."""
-        began = time.thread_time()
+    def _turn(self, dirty: PageSet, channel: int, cursor: int) -> Turn:
+        """In the worker thread: the next batch, after a change of the cache's size."""
+        assert self._feeder is not None
         if self._cache is not None and self._wanted_cache != self._cache_size:
             self._cache.resize(self._useful(self._wanted_cache))
             self._cache_size = self._wanted_cache
-        cursor, done = self._fill_batch(encoder, dirty, channel, cursor)
-        batch = None
-        if encoder.pending:
-            batch = encoder.take()
-            seal(batch[0], MessageType.PAGES, channel, len(batch[1]))
-        self._encode_seconds += time.thread_time() - began
-        return batch, cursor, done
-
-    def _fill_batch(
-        self, encoder: PageEncoder, dirty: PageSet, channel: int, cursor: int
-    ) -> tuple[int, int]:
-        """Encodes until the batch is full, the turn is over or nothing is left."""
-        memory, page_size = self.guest.memory, encoder.page_size
-        holes = self._round == 1 and memory.view is None
-        done = 0
-        while done < TURN_PAGES and not encoder.full:
-            cursor, end = self._stripe(channel, cursor)
-            if cursor >= self._pages:
-                break
-            if holes:
-                stop, data = memory.extent(cursor, page_size)
-                end = min(end, stop)
-                if not data:
-                    zeros = encoder.feed_zeros(cursor, end - cursor)
-                    cursor, done = cursor + zeros, done + zeros
-                    continue
-            if memory.view is not None:
-                count, cursor = encoder.feed_memory(
-                    memory.view, dirty.bits, cursor, end, TURN_PAGES - done
-                )
-            else:
-                snapshot, numbers = encoder.space()
-                count, cursor = memory.gather(dirty.bits, cursor, end, page_size, snapshot, numbers)
-                encoder.feed(count, dirty.bits)
-            done += count
-        return cursor, done
-
-    def _stripe(self, channel: int, page: int) -> tuple[int, int]:
-        """The next pages of a channel at or after `page`: where they begin and end.
-
-        A page always goes over the same channel: stripes of 1 MiB take turns.
-        """
-        channels = len(self._links)
-        if channels == 1:
-            return page, self._pages
-        width = STRIPE_BYTES // self.parameters.page_size
-        stripe = page // width
-        ahead = (channel - stripe) % channels
-        if ahead:
-            stripe += ahead
-            page = stripe * width
-        return page, min((stripe + 1) * width, self._pages)
+        return self._feeder.turn(dirty, channel, cursor, holes=self._round == 1)
 
     async def _confirm_cache(self) -> None:
         """Tells the destination the size in force, and counts it."""
@@ -629,7 +572,7 @@ class Source:
     def _update(self, left: int | None = None) -> None:
         """Brings the counters into the statistics; `left` pages of the round are to go."""
         s = self.statistics
-        encoder = getattr(self, "_encoder", None)
+        encoder = self._encoder
         if encoder is not None:
             s = s.with_(
                 duplicate=encoder.zero,

@@ -17,7 +17,7 @@ from migrate.memory import Memory
 from proto.kernel import PageEncoder
 from proto.pageset import PageSet
 
-SCAN_BYTES = 1 << 20
+SCAN_BYTES = 256 << 10  # it stays in the core's own cache
 
 
 class DirtyTracker(ABC):

@@ -417,13 +417,13 @@ cdef class PageEncoder:
             self.zero_first = page
         self.zero_count += 1
         self.zero += 1
-        set_bit(self.sent, page)
-        set_bit(self.zeros, page)
         cdef uint32_t slot
-        if self.cache is not None:
+        if self.cache is not None and get_bit(self.sent, page):
             slot = self.cache.find(page)
             if slot != NO_SLOT:
                 self.cache.remove(slot)
+        set_bit(self.sent, page)
+        set_bit(self.zeros, page)
         self.hashes.note(page, self.hashes.zero)
 
     cdef inline void put_raw(self, uint64_t page, const uint8_t* content) noexcept nogil:
@@ -457,6 +457,12 @@ cdef class PageEncoder:
         self.delta_bytes += length
         set_bit(self.hashes.stale_at, page)
 
+    cdef inline void find_zero(self, uint64_t page) noexcept nogil:
+        if get_bit(self.sent, page) and get_bit(self.zeros, page):
+            self.unchanged += 1
+        else:
+            self.put_zero(page)
+
     cdef void put_page(
         self, uint64_t page, const uint8_t* content, uint8_t* scratch,
         const uint8_t* todo, uint64_t todo_pages,
@@ -468,10 +474,7 @@ cdef class PageEncoder:
         cdef uint8_t* keep = NULL
         cdef Py_ssize_t length = -1
         if is_zero(content, self.page_size):
-            if known and zero:
-                self.unchanged += 1
-            else:
-                self.put_zero(page)
+            self.find_zero(page)
             return
         if self.cache is not None and known:
             if zero:
@@ -554,9 +557,12 @@ cdef class PageEncoder:
         cdef uint8_t* base
         cdef uint32_t slot = NO_SLOT
         cdef Py_ssize_t n
+        if is_zero(live, length):
+            self.find_zero(page)
+            return
         if self.cache is not None and length == self.page_size and get_bit(self.sent, page):
             slot = self.cache.find(page)
-        if slot == NO_SLOT or is_zero(live, self.page_size):
+        if slot == NO_SLOT:
             memcpy(copy, live, length)
             memset(copy + length, 0, self.page_size - length)
             self.put_page(page, copy, scratch, todo, todo_pages)

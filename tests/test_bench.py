@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.bench import __main__ as program
-from tests.bench import bulk, rivals, scaling
+from tests.bench import bulk, codec, network, rivals, scaling
 from tests.bench.boot_sector import boot_sector
 from tests.bench.guest_files import (
     random_file,
@@ -298,3 +298,37 @@ def test_scaling_runs():
     part = scaling.measure((MIB, 2 * MIB), QUIET)
     assert list(part.data["medians"]) == [str(MIB), str(2 * MIB)]
     assert "| 2 MiB" in part.text()
+
+
+# ---------------------------------------------------------------- codec and channels
+
+
+def test_codec_runs(monkeypatch):
+    monkeypatch.setattr(codec, "REPEATS", 1)
+    part = codec.run(Options(quick=True))
+    encoding, decoding, merging, kernels = part.tables
+    assert [row[0] for row in encoding.rows][-1] == "geometric mean"
+    assert len(decoding.rows) == 6
+    assert kernels.head[1:] == tuple(part.data["simd"])
+    sizes = part.data["bytes_per_page"]
+    for pattern in codec.PATTERNS:
+        plain, merged = sizes[f"canonical: {pattern.name}"], sizes[f"merged: {pattern.name}"]
+        assert merged <= plain or plain == 0, pattern.name
+    assert sizes["canonical: 1 byte per KiB"] == 15
+    assert any(row[0] == "every 2nd byte of the first half" for row in merging.rows)
+
+
+def test_a_case_is_left_as_it_was():
+    case = codec.Case.make(codec.PATTERNS[1])
+    old = bytes(case.old)
+    assert case.encode() == 15 * codec.PAGES
+    case.decode()
+    assert case.old == case.new
+    case.old[:] = old
+    assert case.encode() == 15 * codec.PAGES
+
+
+def test_each_source_port_has_a_class_of_its_own():
+    lines = network._classes(10**6).splitlines()
+    assert len([line for line in lines if line.startswith("class add")]) == 256
+    assert len({line.rpartition("flowid")[2] for line in lines if "flowid" in line}) == 256

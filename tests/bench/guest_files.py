@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -79,7 +80,7 @@ def sparse_file(path: Path, size: int) -> Path:
 
 def reading_time(path: Path) -> float:
     """Seconds to read a file once, in pieces of 1 MiB, into one warm buffer."""
-    buffer = bytearray(PIECE)
+    buffer = mmap.mmap(-1, PIECE)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.preadv(descriptor, [buffer], 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import socket
 import sys
@@ -21,7 +22,7 @@ BUFFER = 1 << 20
 
 
 def receive(host: str, port: int, path: str) -> None:
-    buffer = memoryview(bytearray(BUFFER))
+    buffer = memoryview(mmap.mmap(-1, BUFFER))  # page-aligned, which copies like best
     buffer[:] = bytes(BUFFER)  # warm: its pages are there
     total = 0
     with contextlib.ExitStack() as stack:
@@ -39,7 +40,7 @@ def receive(host: str, port: int, path: str) -> None:
 
 
 def send(host: str, port: int, what: str) -> None:
-    buffer = memoryview(bytearray(BUFFER))
+    buffer = memoryview(mmap.mmap(-1, BUFFER))
     buffer[:] = b"\xa5" * BUFFER
     with socket.create_connection((host, port)) as connection:
         if what.isdecimal():
