@@ -240,7 +240,7 @@ class Destination:
                     if watching.done():
                         await self._expect(Joined)  # it has hung up: for the reason why
         except TimeoutError:
-            raise PeerLost(
+            raise MigrationError(
                 f"only {len(self._lanes)} of {count} further channels came within "
                 f"{HANDSHAKE_SECONDS:g} s"
             ) from None

@@ -68,6 +68,8 @@ from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
+# Several channels share the memory that one would take, down to batches of so many bytes.
+LEAST_BATCH = 256 << 10
 # Inside a round, statistics are brought up to date no more often.
 UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
@@ -316,10 +318,12 @@ class Source:
             self._cache_size = parameters.cache_size
             self._cache = PageCache(self._useful(parameters.cache_size), page_size)
         hashes = PageHashes(self._pages, page_size, seed)
-        # Several channels share what memory one would take.
-        room = BATCH_BYTES if parameters.channels == 1 else BATCH_BYTES // 2
         encoder = PageEncoder(
-            hashes, self._cache, merge=agreement.merge, headroom=HEADER_BYTES, room=room
+            hashes,
+            self._cache,
+            merge=agreement.merge,
+            headroom=HEADER_BYTES,
+            room=max(BATCH_BYTES // parameters.channels, LEAST_BATCH),
         )
         digest = Digest(memory, hashes)
         self._encoder = encoder
@@ -349,9 +353,9 @@ class Source:
             raise peer_error(answer)
         if not isinstance(answer, Joined):
             raise PeerError(f"{type(answer).__name__} came where JOINED was due")
-        # All of them together queue no more than a single one would.
+        # All of them together queue what a single one would, and a batch each.
         for link in self._links:
-            link.bound_sending(max(SEND_HIGH // len(self._links), BATCH_BYTES))
+            link.bound_sending(SEND_HIGH // len(self._links))
         self._lane_readers.append(self._readers.create_task(self._read_lane(lane)))
 
     def set_cache_size(self, size: int) -> None:
