@@ -332,3 +332,25 @@ def test_each_source_port_has_a_class_of_its_own():
     lines = network._classes(10**6).splitlines()
     assert len([line for line in lines if line.startswith("class add")]) == 256
     assert len({line.rpartition("flowid")[2] for line in lines if "flowid" in line}) == 256
+
+
+def test_the_readme_is_rewritten_between_its_marks(tmp_path):
+    readme, output = tmp_path / "README.md", tmp_path / "out"
+    output.mkdir()
+    readme.write_text(f"before\n{program.BEGIN}\n{program.END}\nafter\n")
+    facts = program.machine.describe()
+    for title in ("Old", "New"):
+        part = Part("codec", title, "How.", [Table(("", "s"), [("row", "1")])], {}, ["A note."])
+        other = Part("bulk", f"{title} bulk", "How.", [], {})
+        program.write(output, facts, QUIET, [part, other] if title == "Old" else [part])
+        assert program.main(["--readme", str(readme), "--output", str(output)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{program.END}\nafter\n")
+    assert "### New\n" in text
+    assert "### Old\n" not in text
+    assert "### Old bulk\n" in text, "a part that was not measured again keeps its section"
+    assert "- A note." in text
+    assert "| row |   1 |" in text
+    readme.write_text("no marks")
+    assert program.main(["--readme", str(readme), "--output", str(output)]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any, NoReturn
 from tests.bench import machine, plots
 from tests.bench.processes import ProgramError
 from tests.bench.registry import PARTS
-from tests.bench.report import LeftOutError, Options, Part
+from tests.bench.report import LeftOutError, Options, Part, Table
+
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
@@ -29,6 +32,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
         "--output", type=Path, default=Path("build/bench"), metavar="DIR",
         help="where bench.json and the plots go (default: build/bench)",
     )  # fmt: skip
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE",
+        help="put the tables of bench.json in DIR between the two benchmark marks of FILE, "
+        "and measure nothing",
+    )  # fmt: skip
     args = parser.parse_args(words)
     unknown = [name for name in args.part if name not in PARTS]
     if unknown:
@@ -40,6 +48,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     args = arguments(words)
+    if args.readme:
+        return rewrite(args.readme, args.output / "bench.json")
     signal.signal(signal.SIGTERM, _end)
     args.output.mkdir(parents=True, exist_ok=True)
     facts = machine.describe()
@@ -87,6 +97,32 @@ def as_json(part: Part) -> dict[str, Any]:
         "tables": tables,
         "data": part.data,
     }
+
+
+def rewrite(readme: Path, results: Path) -> int:
+    """Replaces what stands between the marks; a part that was left out keeps its old section."""
+    everything = json.loads(results.read_text())
+    text = readme.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not end:
+        print(f"{readme} has no marks {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    sections = dict(re.findall(r"(?ms)^<!-- part: (\w+) -->\n(.*?)(?=^<!-- part: |\Z)", old))
+    for name, part in everything["parts"].items():
+        sections[name] = _section(part, everything["machine"])
+    pieces = [f"<!-- part: {name} -->\n{sections[name]}" for name in PARTS if name in sections]
+    readme.write_text(f"{before}{begin}\n{''.join(pieces)}{end}{after}")
+    return 0
+
+
+def _section(part: dict[str, Any], facts: dict[str, str]) -> str:
+    tables = [Table(one["head"], one["rows"], one["title"]) for one in part["tables"]]
+    pieces = [f"### {part['title']}", part["method"], *(table.markdown() for table in tables)]
+    if part["notes"]:
+        pieces.append("\n".join(f"- {note}" for note in part["notes"]))
+    pieces.append(f"Measured on {machine.sentence(facts)}")
+    return "\n\n".join(pieces) + "\n\n"
 
 
 def draw(directory: Path, parts: list[Part]) -> None:

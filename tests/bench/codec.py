@@ -170,12 +170,14 @@ def _times(value: float) -> str:
 def _encoding(data: dict[str, Any]) -> Table:
     speeds = data["gb_per_second"]
     rows, product, count = [], 1.0, 0
+    ratios: dict[str, float] = data.setdefault("ratios", {})
     for pattern in PATTERNS:
         if not pattern.avx512:
             continue
         speed = speeds[f"canonical: {pattern.name}"]
         ours, theirs = speed / speeds["memcmp"], pattern.avx512 / QEMU_MEMCMP
         product, count = product * ours / theirs, count + 1
+        ratios[pattern.name] = ours / theirs
         rows.append([
             pattern.name, f"{speed:.2f}", _times(ours), _times(theirs), f"{ours / theirs:.2f}"
         ])  # fmt: skip

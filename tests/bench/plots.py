@@ -16,6 +16,42 @@ if TYPE_CHECKING:
 BLUE, GREY, RED = "#3b6ea8", "#9aa0a6", "#c0504d"
 
 
+def draw_codec(data: dict[str, Any], figure: Figure) -> None:
+    """Bars of how many times QEMU's multiple of memcmp each pattern reaches."""
+    figure.set_size_inches(7.5, 3.6)
+    axes = figure.add_subplot()
+    ratios = data["ratios"]
+    _bars(axes, list(ratios), list(ratios.values()), [f"{one:.1f}" for one in ratios.values()],
+          [BLUE] * len(ratios), floor=0.5)  # fmt: skip
+    axes.axvline(1, color=RED, linestyle="--", linewidth=1)
+    axes.set_xlabel(
+        "times QEMU's AVX-512 encoder, each as a multiple of its memcmp"
+    )
+    axes.set_title(f"Encoding pages of 4 KiB by what changed in them ({data['simd'][0]})")
+
+
+def draw_channels(data: dict[str, Any], figure: Figure) -> None:
+    """Speed over the number of channels, and as many times one."""
+    figure.set_size_inches(7.5, 3.2)
+    axes = figure.add_subplot()
+    counts = [int(count) for count in data["medians"]]
+    speeds = [numbers["speed"] / 1e6 for numbers in data["medians"].values()]
+    axes.plot(counts, [speeds[0] * count / counts[0] for count in counts], "--", color=GREY,
+              label="so many times one")  # fmt: skip
+    axes.plot(counts, speeds, "o-", color=BLUE, label="measured")
+    for count, speed in zip(counts, speeds, strict=True):
+        axes.annotate(
+            f"{speed:.0f}", (count, speed), textcoords="offset points", xytext=(6, -10), fontsize=9
+        )
+    axes.set_ylim(0, speeds[0] * counts[-1] / counts[0] * 1.15)
+    axes.set_xticks(counts)
+    axes.set_xlabel("channels")
+    axes.set_ylabel("MB/s (10$^6$ bytes)")
+    axes.set_title(f"A path that gives each connection {data['rate'] // 10**6} Mbit/s")
+    axes.legend(loc="upper left", frameon=False)
+    _plain(axes)
+
+
 def draw_bulk(data: dict[str, Any], figure: Figure) -> None:
     """Bars of speed, the ceiling as a line."""
     figure.set_size_inches(7.5, 2.8)
@@ -107,7 +143,9 @@ def _label(numbers: dict[str, Any], key: str, scale: float) -> str:
 
 
 PLOTS: dict[str, Callable[[dict[str, Any], Figure], None]] = {
+    "codec": draw_codec,
     "bulk": draw_bulk,
+    "channels": draw_channels,
     "scaling": draw_scaling,
     "rivals": draw_rivals,
 }
