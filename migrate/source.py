@@ -247,6 +247,8 @@ class Source:
                 return
             raise
         if isinstance(message, Error):
+            if self.committed:
+                return  # the first channel says so too, and the answer to GO is taken there alone
             raise peer_error(message)
         raise PeerError(f"{type(message).__name__} came on a channel that only carries pages")
 

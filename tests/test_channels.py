@@ -20,7 +20,7 @@ from migrate import link
 from migrate import source as source_module
 from migrate.address import Address
 from migrate.destination import Destination, NoPlaceError
-from migrate.errors import CancelledByPeer, MismatchError, PeerError, PeerLost, UsageError
+from migrate.errors import CancelledByPeer, MismatchError, NotStartedError, PeerError, PeerLost, UsageError
 from migrate.guests.buffer import BufferPlace
 from migrate.link import SEND_HIGH, Link
 from migrate.source import Source
@@ -715,6 +715,28 @@ async def test_further_channels_mean_nothing_once_the_guest_is_handed_over(gone)
             await hand.links[0].send(Running())
         assert (await running).status == "completed"
         assert source.committed
+
+
+@pytest.mark.asyncio
+async def test_a_guest_that_was_not_started_comes_back_whichever_channel_says_so_first():
+    """The destination gives its reason on all channels: none but the first may end the hand-over."""
+    async with hand_destination(3) as (hand, source, running):
+        taken_back = asyncio.Event()
+
+        async def take_back() -> None:
+            await asyncio.sleep(0.1)
+            taken_back.set()
+
+        source.guest.take_back = take_back
+        await hand.accept()
+        await hand.admit_all()
+        await hand.finish()
+        for lane in reversed(hand.links):
+            await lane.send(Error(ErrorCode.NOT_STARTED, "no"))
+        with pytest.raises(NotStartedError):
+            await running
+        assert taken_back.is_set()
+        await assert_kept(source)
 
 
 @pytest.mark.asyncio
