@@ -197,6 +197,7 @@ class Destination:
         digest = Digest(place.reads, hashes)
         await place.ready()
         token = os.urandom(TOKEN_BYTES)
+        self.link.share_receiving(info.channels)
         await self.link.send(Accept(token))
         if info.channels > 1:
             await self._gather_channels(token, info.channels - 1)
@@ -257,6 +258,7 @@ class Destination:
             if message.channel > count or message.channel in self._lanes:
                 raise MessageError(f"channel {message.channel} is not to be had")
             link.session.channel = message.channel
+            link.share_receiving(count + 1)
             self._lanes[message.channel] = link
             self._news.set()
             await link.send(Joined())

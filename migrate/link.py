@@ -74,6 +74,7 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._frames: deque[Frame] = deque()
         self._ahead = 0
+        self._ahead_bytes = RECEIVE_AHEAD_BYTES
         self._fault: Exception | None = None
         self._news = asyncio.Event()
         self._writable = asyncio.Event()
@@ -105,6 +106,11 @@ class Link(asyncio.BufferedProtocol):
         """`send` waits while more than so many bytes are queued."""
         assert self._transport is not None
         self._transport.set_write_buffer_limits(high=most, low=most // SEND_LOW_SHARE)
+
+    def share_receiving(self, channels: int) -> None:
+        """There are so many connections: all of them together receive ahead what one would."""
+        self.session.reader.share(channels)
+        self._ahead_bytes = RECEIVE_AHEAD_BYTES // channels
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.session.reader.get_buffer()
@@ -155,7 +161,7 @@ class Link(asyncio.BufferedProtocol):
 
     @property
     def _full(self) -> bool:
-        return self._ahead >= RECEIVE_AHEAD_BYTES or len(self._frames) >= RECEIVE_AHEAD
+        return self._ahead >= self._ahead_bytes or len(self._frames) >= RECEIVE_AHEAD
 
     def _throttle(self) -> None:
         # After a fault nobody takes what still comes: reading on would fill the reader's arena.

@@ -45,7 +45,6 @@ from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
 from proto.messages import (
-    BATCH_BYTES,
     MAX_CHANNELS,
     MAX_STATE,
     SEED_BYTES,
@@ -63,13 +62,12 @@ from proto.messages import (
     Round,
     RoundAck,
     Running,
+    batch_bytes,
 )
 from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
-# Several channels share the memory that one would take, down to batches of so many bytes.
-LEAST_BATCH = 256 << 10
 # Inside a round, statistics are brought up to date no more often.
 UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
@@ -325,7 +323,7 @@ class Source:
             self._cache,
             merge=agreement.merge,
             headroom=HEADER_BYTES,
-            room=max(BATCH_BYTES // parameters.channels, LEAST_BATCH),
+            room=batch_bytes(parameters.channels),
         )
         digest = Digest(memory, hashes)
         self._encoder = encoder

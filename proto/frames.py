@@ -27,14 +27,12 @@ from dataclasses import dataclass
 import xxhash
 
 from proto.errors import FrameError, LocalError
-from proto.messages import BODY_LIMITS, MAX_BODY, MessageType
+from proto.messages import BODY_LIMITS, MessageType, body_limits
 
 MAGIC = b"XBM1"
 HEADER = struct.Struct(">4sBBHIIQ")
 HEADER_BYTES = HEADER.size
 
-# An arena holds a frame of the largest size that begins at its end, and a good read beside it.
-ARENA_BYTES = 5 << 20
 ARENAS_KEPT = 2
 LEAST_READ = 256 << 10
 
@@ -64,9 +62,12 @@ def seal(
 
 
 class _Arena:
-    def __init__(self) -> None:
+    """Holds two frames of the largest size, and a good read beside them."""
+
+    def __init__(self, largest: int) -> None:
         # Page-aligned, which copies to and from it like best.
-        self.buffer = memoryview(mmap.mmap(-1, ARENA_BYTES))
+        self.buffer = memoryview(mmap.mmap(-1, 2 * largest + LEAST_READ))
+        self.largest = largest
         # One entry per frame that is not released: a list, since other threads release frames too,
         # and append and pop are atomic where += and -= need not be.
         self.lent: list[None] = []
@@ -106,12 +107,22 @@ class FrameReader:
     def __init__(self) -> None:
         self.channel = 0
         """The channel that all frames must name; it may change until the next one is taken."""
-        self._arena = _Arena()
+        self._limits = BODY_LIMITS
+        self._largest = max(BODY_LIMITS.values())
+        self._arena = _Arena(self._largest)
         self._kept: deque[_Arena] = deque(maxlen=ARENAS_KEPT)
         self._start = 0
         self._end = 0
         self._checked = False  # the head of the frame that is coming in
         self._wanted = 1  # bytes of it before there is anything new to say
+
+    def share(self, channels: int) -> None:
+        """There are so many channels: bodies are shorter, and all take the memory of one.
+
+        Comes before the first frame that is shorter for it, and after `channel` is set.
+        """
+        self._limits = body_limits(channels, self.channel)
+        self._largest = max(self._limits.values())
 
     @property
     def partial(self) -> int:
@@ -130,8 +141,12 @@ class FrameReader:
         """
         if self._start == self._end and not self._arena.lent:
             self._start = self._end = 0
-        if ARENA_BYTES - self._end < LEAST_READ or ARENA_BYTES - self._start < MAX_BODY + 64:
-            if self.partial == ARENA_BYTES:
+            if self._arena.largest > self._largest:
+                self._arena = _Arena(self._largest)
+                self._kept.clear()
+        size = len(self._arena.buffer)
+        if size - self._end < LEAST_READ or size - self._start < self._largest + 64:
+            if self.partial == size:
                 raise LocalError("more came than an arena holds: take the frames that are whole")
             self._move()
         return self._arena.buffer[self._end :]
@@ -142,7 +157,7 @@ class FrameReader:
         rest = old.buffer[self._start : self._end]
         fresh = next((arena for arena in self._kept if not arena.lent), None)
         if fresh is None:
-            fresh = _Arena()
+            fresh = _Arena(self._largest)
         else:
             self._kept.remove(fresh)
         fresh.buffer[: len(rest)] = rest
@@ -177,8 +192,8 @@ class FrameReader:
             raise FrameError(f"{kind.name}: flags {flags:#x} are not in use")
         if channel != self.channel and kind is not MessageType.ERROR:
             raise FrameError(f"{kind.name}: channel {channel} on the connection of {self.channel}")
-        if length > BODY_LIMITS[kind]:
-            raise FrameError(f"{kind.name}: {length} bytes are over {BODY_LIMITS[kind]}")
+        if length > self._limits[kind]:
+            raise FrameError(f"{kind.name}: {length} bytes are over {self._limits[kind]}")
         if head > length or (head < length and kind is not MessageType.PAGES):
             raise FrameError(f"{kind.name}: a head of {head} bytes in a body of {length}")
         data_at = HEADER_BYTES + head

@@ -25,7 +25,9 @@ DIGEST_BYTES = 16
 SEED_BYTES = 16
 TOKEN_BYTES = 16
 BATCH_BYTES = (2 << 20) + (1 << 15)
-MAX_BODY = BATCH_BYTES + (1 << 16)
+LEAST_BATCH = 256 << 10
+BATCH_SLACK = 1 << 16
+MAX_BODY = BATCH_BYTES + BATCH_SLACK
 MAX_CONTROL = 64 << 10
 MAX_SECONDS = 1e9
 
@@ -215,6 +217,24 @@ BODY_LIMITS: dict[MessageType, int] = {
     MessageType.PAGES: MAX_BODY,
     MessageType.COMPLETE: MAX_STATE + 1024,
 }
+
+
+def batch_bytes(channels: int) -> int:
+    """What this source puts into one PAGES body at most: channels share the memory of one."""
+    return max(BATCH_BYTES // channels, LEAST_BATCH)
+
+
+def body_limits(channels: int, channel: int) -> dict[MessageType, int]:
+    """The longest bodies on one of several channels."""
+    limits = {
+        **BODY_LIMITS,
+        MessageType.PAGES: max(MAX_BODY // channels, LEAST_BATCH + BATCH_SLACK),
+    }
+    if channel:
+        limits[MessageType.COMPLETE] = MAX_CONTROL  # it comes on the first one alone
+    return limits
+
+
 _DECODERS = {kind: msgspec.msgpack.Decoder(cls) for kind, cls in _TYPES.items()}
 _ENCODER = msgspec.msgpack.Encoder()
 

@@ -20,7 +20,14 @@ from migrate import link
 from migrate import source as source_module
 from migrate.address import Address
 from migrate.destination import Destination, NoPlaceError
-from migrate.errors import CancelledByPeer, MismatchError, NotStartedError, PeerError, PeerLost, UsageError
+from migrate.errors import (
+    CancelledByPeer,
+    MismatchError,
+    NotStartedError,
+    PeerError,
+    PeerLost,
+    UsageError,
+)
 from migrate.guests.buffer import BufferPlace
 from migrate.link import SEND_HIGH, Link
 from migrate.source import Source
@@ -127,8 +134,10 @@ class HandSource:
 
     async def send_pages(self, number: int = 1, to: int | None = None) -> None:
         """All pages, each over its channel, or a stripe over the channel that is named."""
-        for first in range(0, PAGES, WIDTH) if to is None else [to * WIDTH]:
-            pages = range(first, min(first + WIDTH, PAGES))
+        step = WIDTH // 8  # many channels take short batches
+        start, stop = (0, PAGES) if to is None else (to * WIDTH, min((to + 1) * WIDTH, PAGES))
+        for first in range(start, stop, step):
+            pages = range(first, min(first + step, PAGES))
             channel = first // WIDTH % len(self.links) if to is None else to
             await self.links[channel].send_batch(*self.batch(number, pages, channel))
 
@@ -431,7 +440,9 @@ async def test_the_reason_of_a_source_is_heard_however_late_a_channel_is(behind)
     """It says so on each and hangs up; what is still to be read on one of them hides nothing."""
     async with three_channels() as hand:
         for _ in range(3 if behind == 1 else 0):
-            await hand.links[behind].send_batch(*hand.batch(1, range(WIDTH, 2 * WIDTH), behind))
+            await hand.links[behind].send_batch(
+                *hand.batch(1, range(WIDTH, WIDTH + WIDTH // 8), behind)
+            )
         for lane in hand.links:
             await lane.give_reason(ErrorCode.CANCELLED, "cancelled at the source")
         for lane in hand.links:
@@ -719,7 +730,7 @@ async def test_further_channels_mean_nothing_once_the_guest_is_handed_over(gone)
 
 @pytest.mark.asyncio
 async def test_a_guest_that_was_not_started_comes_back_whichever_channel_says_so_first():
-    """The destination gives its reason on all channels: none but the first may end the hand-over."""
+    """The destination says why on all channels: only the first one may end the hand-over."""
     async with hand_destination(3) as (hand, source, running):
         taken_back = asyncio.Event()
 

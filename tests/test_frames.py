@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proto.errors import ErrorCode, FrameError, LocalError
-from proto.frames import ARENA_BYTES, ARENAS_KEPT, HEADER_BYTES, MAGIC, FrameReader, seal
-from proto.messages import BODY_LIMITS, MAX_BODY, MessageType
+from proto.frames import ARENAS_KEPT, HEADER_BYTES, LEAST_READ, MAGIC, FrameReader, seal
+from proto.messages import BATCH_SLACK, BODY_LIMITS, LEAST_BATCH, MAX_BODY, MAX_STATE, MessageType
 
 M = MessageType
 
@@ -443,5 +443,39 @@ def test_more_than_an_arena_of_untaken_frames_is_our_own_fault():
     """Without this, whoever feeds and never asks would wait for ever."""
     reader = FrameReader()
     with pytest.raises(LocalError, match="take the frames that are whole"):
-        reader.feed(framed(M.PAGES, bytes(100_000)) * (ARENA_BYTES // 100_000 + 1))
+        reader.feed(framed(M.PAGES, bytes(100_000)) * ((2 * MAX_BODY + LEAST_READ) // 100_000 + 1))
     assert reader.next_frame() is not None
+
+
+# ---------------------------------------------------------------- several channels
+
+
+@pytest.mark.parametrize("channels", [2, 3, 8, 64])
+def test_channels_share_the_memory_of_one(channels):
+    """Bodies are shorter, and so are arenas; the last frame that fits still comes through."""
+    limit = max(MAX_BODY // channels, LEAST_BATCH + BATCH_SLACK)
+    reader = FrameReader()
+    reader.channel = 1
+    reader.share(channels)
+    assert len(reader.get_buffer()) == 2 * limit + LEAST_READ
+    for length in (limit, 5, limit, limit):
+        frame = bytearray(HEADER_BYTES) + bytes(length)
+        seal(frame, M.PAGES, 1)
+        reader.feed(bytes(frame))
+        taken = reader.next_frame()
+        assert len(taken.head) == length
+        taken.release()
+    longer = bytearray(HEADER_BYTES) + bytes(limit + 1)
+    seal(longer, M.PAGES, 1)
+    reader.feed(bytes(longer[:HEADER_BYTES]))
+    with pytest.raises(FrameError, match="are over"):
+        reader.next_frame()
+
+
+def test_complete_is_as_long_as_ever_on_the_first_of_many_channels():
+    reader = FrameReader()
+    reader.share(64)
+    frame = bytearray(HEADER_BYTES) + bytes(MAX_STATE + 1024)
+    seal(frame, M.COMPLETE)
+    reader.feed(bytes(frame))
+    assert len(reader.next_frame().head) == MAX_STATE + 1024

@@ -73,7 +73,8 @@ class BufferGuest(Guest):
     own to stop give `pause` and `resume` (coroutine functions) instead. `state` (bytes, at most
     1 MiB) is asked for when all is still, and given to the destination.
 
-    marks -- False: changes are found by scanning. True: the program calls `mark` after each write.
+    marks -- False: changes are found by scanning. True: the program calls `mark` after each write;
+             it is trusted, and a write that it does not mark may be missing at the destination
     """
 
     kind = "buffer"

@@ -24,9 +24,7 @@ def draw_codec(data: dict[str, Any], figure: Figure) -> None:
     _bars(axes, list(ratios), list(ratios.values()), [f"{one:.1f}" for one in ratios.values()],
           [BLUE] * len(ratios), floor=0.5)  # fmt: skip
     axes.axvline(1, color=RED, linestyle="--", linewidth=1)
-    axes.set_xlabel(
-        "times QEMU's AVX-512 encoder, each as a multiple of its memcmp"
-    )
+    axes.set_xlabel("times QEMU's AVX-512 encoder, each as a multiple of its memcmp")
     axes.set_title(f"Encoding pages of 4 KiB by what changed in them ({data['simd'][0]})")
 
 
