@@ -9,13 +9,12 @@ for what the last round touched, not for the size of the guest.
 
 from __future__ import annotations
 
-import mmap
 import time
 from array import array
 
 import xxhash
 
-from migrate.memory import Memory
+from migrate.memory import Memory, private_buffer
 from proto.kernel import PageHashes
 
 SETTLE_BYTES = 256 << 10
@@ -29,7 +28,7 @@ class Digest:
         self.hashed = 0
         self._memory = memory
         self._hashes = hashes
-        self._buffer = memoryview(mmap.mmap(-1, SETTLE_BYTES))
+        self._buffer = private_buffer(SETTLE_BYTES)
         self._numbers = memoryview(array("Q", bytes(8 * (SETTLE_BYTES // hashes.page_size))))
 
     def stale(self, beside: bytes | bytearray = b"") -> int:

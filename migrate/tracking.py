@@ -8,12 +8,11 @@ cached, else by its keyed hash (a change is missed with a probability below 2^-6
 
 from __future__ import annotations
 
-import mmap
 import time
 from abc import ABC, abstractmethod
 
 from migrate._memory import put_back_marks, take_marks
-from migrate.memory import Memory
+from migrate.memory import Memory, private_buffer
 from proto.kernel import PageEncoder
 from proto.pageset import PageSet
 
@@ -65,7 +64,7 @@ class ScanTracker(DirtyTracker):
     def __init__(self, memory: Memory, encoder: PageEncoder) -> None:
         self._memory = memory
         self._encoder = encoder
-        self._buffer = memoryview(mmap.mmap(-1, SCAN_BYTES))
+        self._buffer = private_buffer(SCAN_BYTES)
 
     def take(self) -> PageSet:
         began = time.perf_counter()

@@ -33,6 +33,7 @@ MAGIC = b"XBM1"
 HEADER = struct.Struct(">4sBBHIIQ")
 HEADER_BYTES = HEADER.size
 
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 ARENAS_KEPT = 2
 LEAST_READ = 256 << 10
 
@@ -66,7 +67,7 @@ class _Arena:
 
     def __init__(self, largest: int) -> None:
         # Page-aligned, which copies to and from it like best.
-        self.buffer = memoryview(mmap.mmap(-1, 2 * largest + LEAST_READ))
+        self.buffer = memoryview(mmap.mmap(-1, 2 * largest + LEAST_READ, PRIVATE))
         self.largest = largest
         # One entry per frame that is not released: a list, since other threads release frames too,
         # and append and pop are atomic where += and -= need not be.

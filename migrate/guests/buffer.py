@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 from migrate._memory import set_marks
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
-from migrate.memory import Memory
+from migrate.memory import Memory, private_buffer
 from migrate.tracking import DirtyTracker, MarkTracker
 from proto.kernel import PageEncoder
 from proto.messages import GuestInfo
@@ -170,7 +169,7 @@ class BufferPlace(Place):
             self.memory, self.zeroed = self._into, False
         else:
             try:
-                self.memory = memoryview(mmap.mmap(-1, padded))
+                self.memory = private_buffer(padded)
             except (OSError, ValueError, OverflowError) as error:
                 raise UsageError(f"no memory for a guest of {info.size} bytes: {error}") from None
         self.reads = Memory(info.size, self.memory)
