@@ -63,9 +63,9 @@ def measure(sizes: tuple[int, ...], options: Options) -> Part:
         "A file of random content that nobody writes, moved over loopback with default settings. "
         f"{options.counted()} Memory is the peak of RssAnon + "
         "RssFile of each program, sampled each 20 ms: all but the guest itself. Bare stream: as "
-        "many bytes through one TCP connection into a new file by two bare processes. It runs second "
-        "and finds memory that was freed a moment ago; new memory is what a virtual machine pays most "
-        "for.",
+        "many bytes through one TCP connection into a new file by two bare processes. It runs "
+        "second and finds memory that was freed a moment ago; new memory is what a virtual "
+        "machine pays most for.",
         [table(medians)], data, notes,
     )  # fmt: skip
 
