@@ -11,6 +11,8 @@ from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from proto._bits cimport get_bit, next_set
+
 cdef extern from "unistd.h" nogil:
     ssize_t pread(int, void*, size_t, long)
 
@@ -28,32 +30,18 @@ cdef extern from *:
     #define xm_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
     #define xm_mark(p) __atomic_store_n((p), (uint8_t)1, __ATOMIC_RELEASE)
     #define xm_take(p) __atomic_exchange_n((p), (uint64_t)0, __ATOMIC_SEQ_CST)
-    #define xm_ctz(x) __builtin_ctzll(x)
     """
     uint64_t xm_load(uint64_t*) nogil
     void xm_store(uint64_t*, uint64_t) nogil
     void xm_mark(uint8_t*) nogil
     uint64_t xm_take(uint64_t*) nogil
-    int xm_ctz(uint64_t) nogil
 
 
 # ---------------------------------------------------------------- gathering
 
-cdef inline uint64_t next_set(const uint64_t* words, uint64_t page, uint64_t end) noexcept nogil:
-    """The first page at or after `page` whose bit is set, or `end`."""
-    cdef uint64_t word
-    while page < end:
-        word = words[page >> 6] >> (page & 63)
-        if word:
-            page += xm_ctz(word)
-            return page if page < end else end
-        page = (page | 63) + 1
-    return end
-
-
-cdef inline uint64_t run_end(const uint64_t* words, uint64_t page, uint64_t limit) noexcept nogil:
+cdef inline uint64_t run_end(const uint8_t* bits, uint64_t page, uint64_t limit) noexcept nogil:
     """The first page after `page` whose bit is clear, at most `limit`."""
-    while page < limit and (words[page >> 6] >> (page & 63)) & 1:
+    while page < limit and get_bit(bits, page):
         page += 1
     return page
 
@@ -87,14 +75,14 @@ def gather(
     cdef const uint8_t* source = NULL
     if memory is not None and size:
         source = &memory[0]
-    cdef const uint64_t* words = <const uint64_t*>&bitmap[0]
+    cdef const uint8_t* bits = &bitmap[0]
     with nogil:
         while count < most:
-            page = next_set(words, page, end)
+            page = next_set(bits, page, end)
             if page >= end:
                 break
             stop = page + <uint64_t>(most - count)
-            stop = run_end(words, page, stop if stop < end else end)
+            stop = run_end(bits, page, stop if stop < end else end)
             offset = page * page_size
             want = <Py_ssize_t>(stop - page) * page_size
             at = &snapshot[count * page_size]

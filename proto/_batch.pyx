@@ -23,6 +23,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
+from proto._bits cimport clear_bit, get_bit, next_set, set_bit
 from proto._cache cimport NO_SLOT, PageCache
 from proto._codec cimport (
     BAD_CHECK,
@@ -65,7 +66,6 @@ cdef extern from *:
     """
     #include <sys/mman.h>
     #define xb_map_failed(p) ((p) == MAP_FAILED)
-    #define xb_ctz(x) __builtin_ctzll(x)
 
     static inline uint64_t xb_word(const uint8_t *at)
     {
@@ -93,7 +93,6 @@ cdef extern from *:
     }
     """
     bint xb_map_failed(void*) nogil
-    int xb_ctz(uint64_t) nogil
     uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
 
 cdef enum:
@@ -112,31 +111,7 @@ cdef enum:
 cdef uint64_t STEP = 0x9E3779B97F4A7C15u
 
 
-# ---------------------------------------------------------------- bitmaps
-
-cdef inline bint get_bit(const uint8_t* bits, uint64_t i) noexcept nogil:
-    return (bits[i >> 3] >> (i & 7)) & 1
-
-
-cdef inline void set_bit(uint8_t* bits, uint64_t i) noexcept nogil:
-    bits[i >> 3] |= <uint8_t>(1 << (i & 7))
-
-
-cdef inline void clear_bit(uint8_t* bits, uint64_t i) noexcept nogil:
-    bits[i >> 3] &= <uint8_t>~(1 << (i & 7))
-
-
-cdef inline uint64_t next_set(const uint64_t* words, uint64_t page, uint64_t end) noexcept nogil:
-    """The first page at or after `page` whose bit is set, or `end`."""
-    cdef uint64_t word
-    while page < end:
-        word = le64toh(words[page >> 6]) >> (page & 63)
-        if word:
-            page += xb_ctz(word)
-            return page if page < end else end
-        page = (page | 63) + 1
-    return end
-
+# ---------------------------------------------------------------- guests and their bitmaps
 
 cdef bytearray bitmap(uint64_t pages):
     return bytearray((pages + 63) // 64 * 8)
@@ -341,17 +316,14 @@ cdef class PageEncoder:
         """Whether the open batch has anything to send."""
         return self.used > 0 or self.zero_count > 0
 
-    cdef inline bint is_full(self) noexcept nogil:
+    cdef inline Py_ssize_t spare(self) noexcept nogil:
+        """Bytes of room for pages; a page takes at most `page_size + RECORD_ROOM` of them."""
         return (
-            self.room - self.used - self.raw_pages * self.page_size
-            < self.page_size + HEAD + 2 * RECORD_ROOM
+            self.room - self.used - self.raw_pages * self.page_size - HEAD - RECORD_ROOM
         )
 
-    cdef inline Py_ssize_t left(self) noexcept nogil:
-        """Pages that still fit the batch, whatever becomes of them."""
-        cdef Py_ssize_t room = self.room - self.used - self.raw_pages * self.page_size
-        room -= HEAD + RECORD_ROOM
-        return room // (self.page_size + RECORD_ROOM) if room > 0 else 0
+    cdef inline bint is_full(self) noexcept nogil:
+        return self.spare() < self.page_size + RECORD_ROOM
 
     @property
     def full(self):
@@ -378,7 +350,7 @@ cdef class PageEncoder:
         pages; none where the batch is full."""
         cdef Py_ssize_t start
         self.open_slab()
-        self.offered = min(self.left(), self.most)
+        self.offered = min(max(self.spare(), 0) // (self.page_size + RECORD_ROOM), self.most)
         start = self.data_at + self.raw_pages * self.page_size
         return (
             memoryview(self.slab)[start : start + self.offered * self.page_size],
@@ -463,17 +435,29 @@ cdef class PageEncoder:
         else:
             self.put_zero(page)
 
+    cdef const uint8_t* copied(self, const uint8_t* live, Py_ssize_t size) noexcept nogil:
+        """A snapshot of a page in guest memory, where it would be sent raw from."""
+        cdef uint8_t* copy = self.data + self.raw_pages * self.page_size
+        memcpy(copy, live, size)
+        memset(copy + size, 0, self.page_size - size)
+        return copy
+
     cdef void put_page(
-        self, uint64_t page, const uint8_t* content, uint8_t* scratch,
-        const uint8_t* todo, uint64_t todo_pages,
+        self, uint64_t page, const uint8_t* content, Py_ssize_t size, bint live,
+        uint8_t* scratch, const uint8_t* todo, uint64_t todo_pages,
     ) noexcept nogil:
+        """Takes in one page of `size` bytes, the rest are zeros.
+
+        live -- `content` is guest memory, and may be written meanwhile: nothing but a delta from
+                the cache, whose runs are read once, is made of it; for all else it is copied
+        """
         cdef bint known = get_bit(self.sent, page)
         cdef bint zero = get_bit(self.zeros, page)
         cdef uint32_t slot = NO_SLOT
         cdef const uint8_t* base = NULL
         cdef uint8_t* keep = NULL
         cdef Py_ssize_t length = -1
-        if is_zero(content, self.page_size):
+        if is_zero(content, size):
             self.find_zero(page)
             return
         if self.cache is not None and known:
@@ -485,6 +469,8 @@ cdef class PageEncoder:
                     base = keep = self.cache.at(slot)
                     self.cache.ages[slot] = self.now
                     self.cache.proven[slot] = 1
+        if live and (keep == NULL or size < self.page_size):
+            content, live = self.copied(content, size), False
         if base != NULL:
             self.hits += 1
             length = encode_page(
@@ -503,6 +489,8 @@ cdef class PageEncoder:
         if length > 0:
             self.put_delta(page, scratch, length)
         else:
+            if live:
+                content = self.copied(content, size)
             self.put_raw(page, content)
         set_bit(self.sent, page)
         clear_bit(self.zeros, page)
@@ -541,49 +529,13 @@ cdef class PageEncoder:
                 if page < floor or page >= self.pages:
                     break
                 self.put_page(
-                    page, snapshot + i * self.page_size, scratch, &todo[0], todo.shape[0] * 8
+                    page, snapshot + i * self.page_size, self.page_size, False, scratch,
+                    &todo[0], todo.shape[0] * 8,
                 )
                 floor = page + 1
                 i += 1
         if i < count:
             raise ValueError(f"page {self.numbers[i]} is out of order or outside the guest")
-
-    cdef void put_live(
-        self, uint64_t page, const uint8_t* live, Py_ssize_t length, uint8_t* scratch,
-        const uint8_t* todo, uint64_t todo_pages,
-    ) noexcept nogil:
-        """As `put_page`, for a page in guest memory; it has `length` bytes, the rest are zeros."""
-        cdef uint8_t* copy = self.data + self.raw_pages * self.page_size
-        cdef uint8_t* base
-        cdef uint32_t slot = NO_SLOT
-        cdef Py_ssize_t n
-        if is_zero(live, length):
-            self.find_zero(page)
-            return
-        if self.cache is not None and length == self.page_size and get_bit(self.sent, page):
-            slot = self.cache.find(page)
-        if slot == NO_SLOT:
-            memcpy(copy, live, length)
-            memset(copy + length, 0, self.page_size - length)
-            self.put_page(page, copy, scratch, todo, todo_pages)
-            return
-        base = self.cache.at(slot)
-        self.cache.ages[slot] = self.now
-        self.cache.proven[slot] = 1
-        self.hits += 1
-        n = encode_page(base, live, self.page_size, scratch, self.page_size, self.merge, base)
-        if n == 0:
-            self.unchanged += 1
-            set_bit(self.hashes.stale_at, page)
-            return
-        self.flush_zeros()
-        if n > 0:
-            self.put_delta(page, scratch, n)
-            return
-        self.overflows += 1
-        memcpy(copy, live, self.page_size)
-        self.put_raw(page, copy)
-        memcpy(base, copy, self.page_size)
 
     def feed_memory(
         self, const uint8_t[::1] memory not None, const uint8_t[::1] todo not None,
@@ -613,15 +565,15 @@ cdef class PageEncoder:
         self.offered = 0
         with nogil:
             while count < most and not self.is_full():
-                page = next_set(<const uint64_t*>&todo[0], page, end)
+                page = next_set(&todo[0], page, end)
                 if page >= end:
                     break
                 offset = page * self.page_size
                 length = self.page_size
                 if <uint64_t>length > size - offset:
                     length = <Py_ssize_t>(size - offset)
-                self.put_live(
-                    page, &memory[offset], length, scratch, &todo[0], todo.shape[0] * 8
+                self.put_page(
+                    page, &memory[offset], length, True, scratch, &todo[0], todo.shape[0] * 8
                 )
                 count += 1
                 page += 1

@@ -10,6 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy
 
+from proto._bits cimport get_bit
 from proto._codec cimport MAX_PAGE, MIN_PAGE
 
 from proto.errors import CacheSizeError
@@ -188,7 +189,7 @@ cdef class PageCache:
             if self.hand == self.capacity:
                 self.hand = 0
             page = self.tags[slot]
-            if page < todo_pages and (todo[page >> 3] >> (page & 7)) & 1:
+            if page < todo_pages and get_bit(todo, page):
                 continue
             if self.ages[slot] + (LIFETIME if self.proven[slot] else 1) <= now:
                 return slot
