@@ -29,10 +29,12 @@ from migrate.errors import (
     NotStartedError,
     PeerError,
     PeerLost,
+    code_of,
+    failure_of,
     peer_error,
 )
 from migrate.guests.guest import Place
-from migrate.link import Link
+from migrate.link import Link, give_reason_on
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
 from proto.errors import MessageError
@@ -149,29 +151,15 @@ class Destination:
         await asyncio.to_thread(self._worker.shutdown)
 
     def _failure(self, error: BaseException) -> MigrationError | None:
-        self.arrival.status = "failed"
-        if isinstance(error, asyncio.CancelledError):
-            self.arrival.status = "cancelled"
-            return None
-        if isinstance(error, MigrationError):
-            return error
-        if isinstance(error, ProtoError):
-            return PeerError(str(error))
-        if isinstance(error, OSError):
-            return MigrationError(f"the guest cannot be written here: {error.strerror}")
-        return MigrationError(f"{type(error).__name__}: {error}")
+        failure = failure_of(error, "the guest cannot be written here")
+        self.arrival.status = "cancelled" if failure is None else "failed"
+        return failure
 
     async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
         if isinstance(error, PeerLost):
             return
-        code = ErrorCode.CANCELLED
-        if isinstance(error, ProtoError):
-            code = getattr(error, "code", ErrorCode.PROTOCOL)
-        elif failure is not None:
-            code = failure.code
         reason = str(failure or "cancelled at the destination")
-        # On all channels: nobody knows which of them the peer reads first.
-        await asyncio.gather(*(link.give_reason(code, reason) for link in self._links))
+        await give_reason_on(self._links, code_of(error, failure), reason)
 
     # -- setup
 

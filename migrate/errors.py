@@ -15,9 +15,10 @@ MigrationError             1  failed; the source's guest is as it was
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
-from proto import ErrorCode
+from proto import ErrorCode, ProtoError
 
 if TYPE_CHECKING:
     from proto.messages import Error
@@ -106,3 +107,26 @@ def peer_error(message: Error) -> MigrationError:
     """The exception for the reason a peer gave; its text is made safe to print."""
     reason = "".join(c if c.isprintable() else "?" for c in message.reason)
     return _REASONS.get(message.code, PeerError)(f"the other side gave up: {reason}")
+
+
+def failure_of(error: BaseException, memory_fault: str) -> MigrationError | None:
+    """An error as a user sees it; None for a cancellation.
+
+    memory_fault -- what an OSError means on this side
+    """
+    if isinstance(error, asyncio.CancelledError):
+        return None
+    if isinstance(error, MigrationError):
+        return error
+    if isinstance(error, ProtoError):
+        return PeerError(str(error))
+    if isinstance(error, OSError):
+        return MigrationError(f"{memory_fault}: {error.strerror}")
+    return MigrationError(f"{type(error).__name__}: {error}")
+
+
+def code_of(error: BaseException, failure: MigrationError | None) -> ErrorCode:
+    """What the peer is told of an error and of what `failure_of` made of it."""
+    if isinstance(error, ProtoError):
+        return getattr(error, "code", ErrorCode.PROTOCOL)
+    return ErrorCode.CANCELLED if failure is None else failure.code

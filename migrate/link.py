@@ -16,6 +16,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, cast
 
 from migrate.address import Address
@@ -316,6 +317,11 @@ class Link(asyncio.BufferedProtocol):
                 await self._closed.wait()
         except TimeoutError:
             self._transport.abort()
+
+
+async def give_reason_on(links: Iterable[Link], code: ErrorCode, reason: str) -> None:
+    """`Link.give_reason` on all channels: nobody knows which of them the peer reads first."""
+    await asyncio.gather(*(link.give_reason(code, reason) for link in links))
 
 
 async def connect(

@@ -32,15 +32,17 @@ from migrate.errors import (
     PeerError,
     PeerLost,
     UsageError,
+    code_of,
+    failure_of,
     peer_error,
 )
 from migrate.feeder import Feeder, Turn
 from migrate.guests.guest import Guest
-from migrate.link import SEND_HIGH, Link
+from migrate.link import SEND_HIGH, Link, give_reason_on
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker
-from proto import ErrorCode, LocalError, ProtoError
+from proto import LocalError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
@@ -192,16 +194,8 @@ class Source:
 
     def _failure(self, error: BaseException) -> MigrationError | None:
         """The error as a user sees it; None for a cancellation."""
-        cancelled = isinstance(error, asyncio.CancelledError)
-        failure: MigrationError | None = None
-        if isinstance(error, MigrationError):
-            failure = error
-        elif isinstance(error, ProtoError):
-            failure = PeerError(str(error))
-        elif isinstance(error, OSError):
-            failure = MigrationError(f"the guest's memory cannot be read: {error.strerror}")
-        elif not cancelled:
-            failure = MigrationError(f"{type(error).__name__}: {error}")
+        failure = failure_of(error, "the guest's memory cannot be read")
+        cancelled = failure is None
         if self.committed and not isinstance(failure, HandOverUnknown):
             failure = HandOverUnknown(
                 "the guest was handed over, but the destination has not confirmed that it runs "
@@ -214,14 +208,8 @@ class Source:
         """Tells the peer why, where it can still hear."""
         if isinstance(error, PeerLost | CancelledByPeer):
             return
-        code = ErrorCode.CANCELLED
-        if isinstance(error, ProtoError):
-            code = getattr(error, "code", ErrorCode.PROTOCOL)
-        elif failure is not None:
-            code = failure.code
         reason = str(failure or "cancelled at the source")
-        # On all channels: nobody knows which of them the peer reads first.
-        await asyncio.gather(*(link.give_reason(code, reason) for link in self._links))
+        await give_reason_on(self._links, code_of(error, failure), reason)
 
     async def _read(self) -> None:
         """Sorts what the destination says."""
