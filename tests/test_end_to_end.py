@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -79,27 +80,35 @@ def test_the_demo_guest_goes_on_at_the_destination() -> None:
     assert result["xbzrle-cache"]["pages"] > 0
 
 
-def test_the_seeds_load_generator_in_a_shared_file(shm: Path) -> None:
-    """A C program that knows nothing of us writes on until it is stopped; the copies are equal."""
-    binary, memory, output = shm / "load", shm / "memory", shm / "output"
+@contextlib.contextmanager
+def seed_writer(memory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The seed's load generator, a C program, at work on a shared file."""
+    binary = memory.with_name("load")
     subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).parent / "seed_load.c"], check=True)
     with subprocess.Popen([binary, memory], stdout=subprocess.DEVNULL) as writer:
         try:
             while not memory.exists() or memory.stat().st_size == 0:
                 time.sleep(0.01)
             time.sleep(0.2)
-            receiver, address = destination("--output", str(output))
-            source = Program(
-                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), address
-            )
-            assert source.wait() == 0, source.err
-            assert receiver.wait() == 0, receiver.err
-            assert process_state(writer.pid) == "T"  # it runs there, and only there
-            assert sha256(memory) == sha256(output)
-            assert len(set(output.read_bytes()[::1024])) <= 2  # one sweep, cut at one place
-            assert "xbzrle pages: 0 " not in source.out
+            yield writer
         finally:
             writer.kill()
+
+
+def test_the_seeds_load_generator_in_a_shared_file(shm: Path) -> None:
+    """A C program that knows nothing of us writes on until it is stopped; the copies are equal."""
+    memory, output = shm / "memory", shm / "output"
+    with seed_writer(memory) as writer:
+        receiver, address = destination("--output", str(output))
+        source = Program(
+            "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), address
+        )
+        assert source.wait() == 0, source.err
+        assert receiver.wait() == 0, receiver.err
+        assert process_state(writer.pid) == "T"  # it runs there, and only there
+        assert sha256(memory) == sha256(output)
+        assert len(set(output.read_bytes()[::1024])) <= 2  # one sweep, cut at one place
+        assert "xbzrle pages: 0 " not in source.out
 
 
 def test_an_lmdb_database_with_a_live_writer(shm: Path) -> None:
@@ -684,26 +693,19 @@ def test_the_demo_guest_moves_over_many_channels(channels: int, path: str, shm: 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_a_file_with_a_live_writer_moves_over_many_channels(shm: Path, channels: int) -> None:
-    binary, memory, output = shm / "load", shm / "memory", shm / "output"
-    subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).parent / "seed_load.c"], check=True)
-    with subprocess.Popen([binary, memory], stdout=subprocess.DEVNULL) as writer:
-        try:
-            while not memory.exists() or memory.stat().st_size == 0:
-                time.sleep(0.01)
-            time.sleep(0.2)
-            receiver, address = destination("--output", str(output))
-            source = Program(
-                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid),
-                "--channels", str(channels), address,
-            )  # fmt: skip
-            assert source.wait() == 0, source.err
-            assert receiver.wait() == 0, receiver.err
-            assert process_state(writer.pid) == "T"
-            assert sha256(memory) == sha256(output)
-            assert "xbzrle pages: 0 " not in source.out
-            assert f"\nchannels: {channels}\n" in source.out
-        finally:
-            writer.kill()
+    memory, output = shm / "memory", shm / "output"
+    with seed_writer(memory) as writer:
+        receiver, address = destination("--output", str(output))
+        source = Program(
+            "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid),
+            "--channels", str(channels), address,
+        )  # fmt: skip
+        assert source.wait() == 0, source.err
+        assert receiver.wait() == 0, receiver.err
+        assert process_state(writer.pid) == "T"
+        assert sha256(memory) == sha256(output)
+        assert "xbzrle pages: 0 " not in source.out
+        assert f"\nchannels: {channels}\n" in source.out
 
 
 @pytest.mark.parametrize("size", [1, 4097, (1 << 20) - 1, (3 << 20) + 5, 16 << 20])
