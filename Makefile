@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test headline bench lint build clean
+.PHONY: demo test compose headline bench lint build clean
 
 demo: build
 	$(BIN)/python -m tests.demo
 
 test: build
 	$(BIN)/pytest -q
+
+# The two-node demo of docker-compose.yml, and what it does when a node is killed in the middle.
+compose: build
+	$(BIN)/pytest -q tests/compose
 
 headline: build
 	$(BIN)/python -m tests.headline

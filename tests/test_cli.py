@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
-from migrate import cli
+from migrate.cli import control, destination, program, source
 from tests.programs import Program
 
 NOWHERE = "tcp:127.0.0.1:1"
+MAIN = {
+    "migrate-src": source.main, "migrate-dst": destination.main, "migrate-ctl": control.main,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -26,9 +29,8 @@ def call(monkeypatch, capsys):
 
     def run(program: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [program, *arguments])
-        main = cli.source_main if program == "migrate-src" else cli.destination_main
         with pytest.raises(SystemExit) as ended:
-            main()
+            MAIN[program]()
         out, err = capsys.readouterr()
         assert out == "", "results go to standard output, and there are none"
         return ended.value.code, one_sentence(program, err)
@@ -176,16 +178,15 @@ def test_an_address_that_is_taken(call):
 # ---------------------------------------------------------------- help and version
 
 
-@pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
+@pytest.mark.parametrize("name", MAIN)
 def test_help_and_version(name, monkeypatch, capsys):
-    main = cli.source_main if name == "migrate-src" else cli.destination_main
     for option, pattern in (
-        ("--help", r"usage: .*exit codes:\n\n? *0 completed.*examples:\n"),
+        ("--help", r"usage: .*exit codes:\n\n? *0 (completed|answered).*examples:\n"),
         ("--version", rf"{name} \d+\.\d+\.\d+\n"),
     ):
         monkeypatch.setattr(sys, "argv", [name, option])
         with pytest.raises(SystemExit) as ended:
-            main()
+            MAIN[name]()
         out, err = capsys.readouterr()
         assert ended.value.code == 0
         assert re.match(pattern, out, re.DOTALL)
@@ -200,7 +201,7 @@ def test_help_names_every_exit_code_there_is():
         if isinstance(kind, type) and issubclass(kind, errors.MigrationError)
     }  # fmt: skip
     for code in codes | {0, 130, 143}:
-        assert re.search(rf"\b{code} [a-zA-Z]", cli.CODES), code
+        assert re.search(rf"\b{code} [a-zA-Z]", program.CODES), code
 
 
 # ---------------------------------------------------------------- signals

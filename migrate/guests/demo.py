@@ -265,6 +265,7 @@ class DemoGuest(Guest):
     def __init__(self, process: DemoProcess) -> None:
         process.lock()
         self.process = process
+        self.pid = process.pid
         self.description = f"demo guest, process {process.pid}"
         self.memory = Memory(process.shape.size, process.memory)
 
@@ -328,6 +329,7 @@ class DemoPlace(Place):
         # What it counts comes with its state, when the memory is whole.
         shape = DemoShape(info.size, 1, 1, page_size=info.page_size)
         self.process = DemoProcess.create(shape, paused=True)
+        self.pid = self.process.pid
         self.memory = self.process.memory
         self.fd, self.fd_offset = self.process.fd, shape.memory_offset
         self.reads = Memory(info.size, self.process.memory)

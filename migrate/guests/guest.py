@@ -30,6 +30,8 @@ class Guest(ABC):
     stoppable = True
     """Whether `pause` really stops it; else what it writes in the pause is looked for again."""
     description = ""
+    pid = 0
+    """Of the process that is the guest, where there is one of ours."""
 
     def track(self, encoder: PageEncoder) -> DirtyTracker:
         """Starts tracking for one migration."""
@@ -78,6 +80,8 @@ class Place(ABC):
     """Where the guest begins in that file."""
     reads: Memory
     """The same bytes as they are hashed."""
+    pid = 0
+    """Of the process that is the guest, where there is one of ours."""
 
     async def ready(self) -> None:
         """Waits until the place can take a guest; the source is told to begin after that."""

@@ -1,0 +1,1 @@
+"""The programs: migrate-src, migrate-dst and migrate-ctl."""

@@ -1,0 +1,223 @@
+"""The program migrate-dst."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from migrate import quantities
+from migrate.address import parse_address
+from migrate.cli.program import (
+    Parser,
+    Stop,
+    answering,
+    migration_parser,
+    peer_timeout,
+    run,
+    switches,
+)
+from migrate.errors import MigrationError, OnCompleteError
+
+if TYPE_CHECKING:
+    from migrate.destination import Arrival, Destination
+    from migrate.guests.guest import Place
+    from migrate.link import Link, Listener
+    from proto.messages import GuestInfo
+
+
+def destination_parser() -> Parser:
+    parser = migration_parser(
+        "migrate-dst",
+        "Receives one guest, verifies it, and runs it.",
+        "  migrate-dst --listen 4444\n"
+        "  migrate-dst --listen 4444 --output /dev/shm/db --on-complete 'systemctl start db'",
+    )
+    parser.add_argument(
+        "--listen", required=True, metavar="[HOST:]PORT|unix:PATH",
+        help="where to listen; port 0 picks a free one and prints it",
+    )  # fmt: skip
+    parser.add_argument("--output", default="", metavar="PATH", help="where a file guest lands")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--on-complete", default="", metavar="CMD", help="run this when the guest is ours"
+    )
+    parser.add_argument(
+        "--cache-size", default="", metavar="SIZE", help="ask the source for this cache size"
+    )
+    return parser
+
+
+class DestinationProgram:
+    """One run of migrate-dst. What is wrong with its arguments is raised by the constructor."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from migrate.guests.file import check_output
+
+        self.args = args
+        self.address = parse_address(args.listen, listen=True)
+        self.capabilities = switches(args.capability)
+        self.wanted_cache = (
+            quantities.parse_cache_size(args.cache_size, 4096) if args.cache_size else 0
+        )
+        if args.output:
+            check_output(args.output, args.overwrite)
+        self.peer_timeout = peer_timeout(args)
+        self.stop = Stop()
+        self.destination: Destination | None = None
+        self.place: Place | None = None
+        self._listener: Listener | None = None
+        self._asked: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> int:
+        """Receives a guest, stays if it is to; the exit code."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel() -> str:
+            if self.destination is not None and self.destination.owner:
+                return "migrate-dst: too late to cancel: the guest is ours"
+            task.cancel()
+            return ""
+
+        self.stop.install(cancel)
+        async with answering(self.args.qmp, self._commands()):
+            try:
+                arrival = await self._receive()
+            except asyncio.CancelledError:
+                print("migrate-dst: cancelled; nothing is left of the guest here", file=sys.stderr)
+                return 128 + self.stop.signal
+            if self.args.json:
+                print(json.dumps(self._query_migrate()), flush=True)
+            elif not self.args.quiet:
+                print(f"completed and verified: {arrival.running}", flush=True)
+            status = await self._on_complete()
+            if self.args.stay:
+                await self.stop.stay(self.place.pid if self.place else 0)
+        return status
+
+    async def _receive(self) -> Arrival:
+        """Serves connections until a guest has come, or was accepted and failed."""
+        from migrate import link
+
+        listener = self._listener = await link.listen(self.address, peer_timeout=self.peer_timeout)
+        self._say(f"listening on {listener.address}")
+        try:
+            while True:
+                peer = await listener.accept()
+                self.destination = destination = self._destination(peer)
+                try:
+                    return await destination.run()
+                except MigrationError as error:
+                    if destination.started:
+                        raise
+                    print(f"migrate-dst: refused {peer.peer_name}: {error}", file=sys.stderr)
+        finally:
+            await listener.close()
+
+    def _destination(self, peer: Link) -> Destination:
+        from migrate.destination import Destination
+        from proto.messages import CacheSize
+
+        def observe(event: str, arrival: Arrival) -> None:
+            if event == "accepted" and arrival.info is not None:
+                self._say(f"receiving a {arrival.info.kind} guest of "
+                          f"{quantities.format_size(arrival.info.size)} from {peer.peer_name}")  # fmt: skip
+                if self.wanted_cache:
+                    asking = peer.send(CacheSize(self.wanted_cache))
+                    self._asked.add(asyncio.get_running_loop().create_task(asking))
+
+        assert self._listener is not None
+        return Destination(peer, self._place, self.capabilities, observe, self._listener.accept)
+
+    def _place(self, info: GuestInfo) -> Place:
+        """Where a guest lands. Raises NoPlaceError."""
+        from migrate.destination import NoPlaceError
+        from migrate.guests.demo import DemoPlace
+        from migrate.guests.file import FilePlace
+
+        args = self.args
+        if info.kind == "file":
+            if not args.output:
+                raise NoPlaceError(
+                    "a file guest has nowhere to land: start migrate-dst with --output PATH"
+                )
+            self.place = FilePlace(info, args.output, args.overwrite)
+        elif info.kind == "demo":
+            if args.output:
+                raise NoPlaceError(
+                    "a demo guest lands in a process of its own: start migrate-dst without --output"
+                )
+            self.place = DemoPlace(info)
+        else:
+            raise NoPlaceError(
+                f"there is no place for a {info.kind} guest: a Python program receives it with "
+                "migrate.receive()"
+            )
+        return self.place
+
+    async def _on_complete(self) -> int:
+        """Runs the user's command; the exit code: the guest is here whatever comes of it."""
+        if not self.args.on_complete:
+            return 0
+        from migrate.guests.file import run_command
+
+        info = self.destination.arrival.info if self.destination else None
+        try:
+            await run_command(
+                self.args.on_complete, "--on-complete",
+                MIGRATE_OUTPUT=self.args.output, MIGRATE_KIND=info.kind if info else "",
+            )  # fmt: skip
+        except MigrationError as error:
+            print(f"migrate-dst: the guest is here and whole, but {error}", file=sys.stderr)
+            return OnCompleteError.exit_code
+        return 0
+
+    def _say(self, text: str) -> None:
+        if not self.args.quiet:
+            print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
+
+    # -- the control socket
+
+    def _commands(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
+        return {
+            "query-migrate": lambda _arguments: self._query_migrate(),
+            "query-status": lambda _arguments: self._query_status(),
+            "quit": lambda _arguments: self.stop.request() or {},
+        }
+
+    def _query_status(self) -> dict[str, Any]:
+        """QEMU's RunState of the guest here."""
+        arrival = self.destination.arrival if self.destination else None
+        running = arrival is not None and arrival.status == "completed"
+        return {"running": running, "status": "running" if running else "inmigrate"}
+
+    def _query_migrate(self) -> dict[str, Any]:
+        """How far the guest that comes has come; {} before one was accepted."""
+        if self.destination is None or self.destination.arrival.info is None:
+            return {}
+        arrival = self.destination.arrival
+        assert arrival.info is not None
+        return {
+            "status": arrival.status,
+            "guest": {"kind": arrival.info.kind, "size": arrival.info.size},
+            "ram": {
+                "received": arrival.received,
+                "duplicate": arrival.zero,
+                "normal": arrival.raw,
+                "dirty-sync-count": arrival.rounds,
+            },
+            "xbzrle-cache": {"pages": arrival.delta, "cache-size": arrival.cache_size},
+            "running": arrival.running,
+        }
+
+
+async def _run(args: argparse.Namespace) -> int:
+    return await DestinationProgram(args).run()
+
+
+def main() -> None:
+    sys.exit(run(destination_parser(), _run))

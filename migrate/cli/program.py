@@ -1,0 +1,190 @@
+"""What migrate-src and migrate-dst have in common: options, signals, exit codes, staying.
+
+Results go to standard output, everything else to standard error. Exit codes:
+
+    0 completed and verified    1 failed, the source's guest as it was    2 usage
+    3 cannot connect or listen  4 protocol or capability                  6 memories differ
+    7 did not converge          8 cancelled at the other side
+    9 handed over, but not confirmed   10 the guest is here, but --on-complete failed
+    130 SIGINT   143 SIGTERM
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from migrate import quantities
+from migrate.errors import MigrationError, UsageError
+
+if TYPE_CHECKING:
+    from migrate.qmp import Command
+
+VERSION = "0.1.0"
+CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help lists what there is")
+
+
+def migration_parser(prog: str, description: str, examples: str) -> Parser:
+    """A parser with the options that both sides of a migration have."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        epilog=f"exit codes:\n{CODES}\n\nexamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
+    parser.add_argument(
+        "--capability", action="append", default=[], metavar="NAME=on|off",
+        help="switch a capability: xbzrle, xbzrle-merge (shorter deltas); both are on",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    parser.add_argument(
+        "--peer-timeout", default="30s", metavar="TIME", help="a peer silent for so long is lost"
+    )
+    parser.add_argument(
+        "--qmp", default="", metavar="unix:PATH",
+        help="answer on this socket (migrate-ctl asks it; QEMU's machine protocol)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stay", action="store_true",
+        help="do not end with the migration but on SIGTERM or `migrate-ctl quit`, and end a demo "
+        "guest that runs here then, or when that guest ends: for containers and services",
+    )  # fmt: skip
+    return parser
+
+
+def switches(items: list[str]) -> dict[str, bool]:
+    """What --capability says. Raises UsageError."""
+    from proto import LocalError
+    from proto.capabilities import switched_on
+
+    result: dict[str, bool] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if value not in ("on", "off") or not equals:
+            raise UsageError(f"--capability {item!r}: write NAME=on or NAME=off")
+        result[name] = value == "on"
+    try:
+        switched_on(result)
+    except LocalError as error:
+        raise UsageError(f"--capability: {error}") from None
+    return result
+
+
+def number(text: str, what: str) -> int:
+    if not text.isdecimal() or len(text) > 18:
+        raise UsageError(f"{what}: {text!r} is not a number")
+    return int(text)
+
+
+def seconds(text: str, what: str) -> float:
+    return quantities.parse_milliseconds(text, what, bare="s") / 1e3
+
+
+def peer_timeout(args: argparse.Namespace) -> float:
+    value = seconds(args.peer_timeout, "--peer-timeout")
+    if value < 1:
+        raise UsageError("--peer-timeout: a second is the least: a living peer pauses too")
+    return value
+
+
+class Stop:
+    """SIGINT, SIGTERM and `quit`: the first cancels; once it is too late it says so."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.late = False
+        self._cancel: Callable[[], str] = str
+
+    def install(self, cancel: Callable[[], str]) -> None:
+        """`cancel` acts, or returns the sentence why it is too late."""
+        self._cancel = cancel
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.request, number)
+
+    def request(self, number: int = signal.SIGTERM) -> None:
+        if self.signal:
+            print("already cancelling: the guest is being put back to work", file=sys.stderr)
+            return
+        refusal = self._cancel()
+        if refusal:
+            self.late = True
+            print(refusal, file=sys.stderr)
+        else:
+            self.signal = number
+
+    async def stay(self, pid: int) -> None:
+        """Waits for a signal or `quit`, and ends process `pid` then, or for that process to end.
+
+        pid -- of the demo guest that runs here, 0 where none does
+        """
+        loop = asyncio.get_running_loop()
+        told = asyncio.Event()
+        guest = -1
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                guest = os.pidfd_open(pid)
+                loop.add_reader(guest, told.set)
+        if pid and guest < 0:
+            return  # it has ended already
+
+        def tell() -> str:
+            told.set()
+            return ""
+
+        if self.signal or self.late:
+            tell()
+        self.install(tell)
+        try:
+            await told.wait()
+        finally:
+            if guest >= 0:
+                loop.remove_reader(guest)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(guest, signal.SIGTERM)
+                os.close(guest)
+
+
+@contextlib.asynccontextmanager
+async def answering(address: str, commands: Mapping[str, Command]) -> AsyncIterator[None]:
+    """Answers on the --qmp socket; does nothing where there is none."""
+    if not address:
+        yield
+        return
+    from migrate import qmp
+
+    server = qmp.Server(qmp.parse_path(address), commands, VERSION)
+    await server.open()
+    try:
+        yield
+    finally:
+        await server.close()
+
+
+def run(parser: Parser, program: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> int:
+    """Runs a program on uvloop; its exit code."""
+    try:
+        args = parser.parse_args()
+        import uvloop
+
+        with contextlib.suppress(BrokenPipeError):
+            return uvloop.run(program(args))
+        return 1
+    except MigrationError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130

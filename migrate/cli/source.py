@@ -1,0 +1,295 @@
+"""The program migrate-src."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from migrate import quantities
+from migrate.address import Address, parse_address
+from migrate.cli.program import (
+    Parser,
+    Stop,
+    answering,
+    migration_parser,
+    number,
+    peer_timeout,
+    run,
+    seconds,
+    switches,
+)
+from migrate.errors import HandOverUnknown, MigrationError, UsageError
+
+if TYPE_CHECKING:
+    from migrate.guests.guest import Guest
+    from migrate.link import Link
+    from migrate.progress import Progress
+    from migrate.source import Parameters, Source
+
+
+def source_parser() -> Parser:
+    parser = migration_parser(
+        "migrate-src",
+        "Moves a guest's memory to migrate-dst while the guest goes on writing to it.",
+        "  migrate-src tcp:host:4444\n"
+        "  migrate-src --guest demo:256m,hot=64m --max-bandwidth 117m tcp:host:4444\n"
+        "  migrate-src --guest file:/dev/shm/db --pid 1234 --cache-size 256m tcp:host:4444",
+    )
+    parser.add_argument("uri", metavar="tcp:HOST:PORT|unix:PATH", help="where migrate-dst listens")
+    parser.add_argument(
+        "--guest", default="demo", metavar="SPEC",
+        help="demo[:SIZE][,hot=SIZE][,stride=BYTES][,rate=N][,fill=zero|random], demo:pid=PID, "
+        "or file:PATH (default: demo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pid", action="append", default=[], metavar="PID",
+        help="a process that writes the file: stopped for the last round (repeatable)",
+    )  # fmt: skip
+    parser.add_argument("--pause-cmd", default="", metavar="CMD", help="stops the file's writer")
+    parser.add_argument("--resume-cmd", default="", metavar="CMD", help="lets it go on")
+    parser.add_argument(
+        "--cache-size", default="64m", metavar="SIZE", help="xbzrle page cache (default: 64m)"
+    )
+    parser.add_argument("--page-size", default="4k", metavar="SIZE", help="1k to 16k (default: 4k)")
+    parser.add_argument(
+        "--downtime-limit", default="300", metavar="MS",
+        help="stop the guest when the rest takes no longer than this (default: 300 ms)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-bandwidth", "--bwlimit", default="0", metavar="SIZE",
+        help="bytes per second, with suffix k, m, g (default: 0, no limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--channels", default="1", metavar="N",
+        help="connections to spread the pages over (default: 1): for paths that limit each one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-rounds", default="0", metavar="N", help="give up after so many (default: 0, never)"
+    )
+    parser.add_argument(
+        "--timeout", default="0", metavar="TIME", help="give up after so long (default: 0, never)"
+    )
+    parser.add_argument(
+        "--stall-timeout", default="30s", metavar="TIME",
+        help="give up after so long without progress (default: 30s; 0 never)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--connect-timeout", default="10s", metavar="TIME",
+        help="keep trying to connect for so long (default: 10s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--progress", choices=["auto", "plain", "never"], default="auto",
+        help="a redrawn line on a terminal, plain lines, or none",
+    )  # fmt: skip
+    return parser
+
+
+def parameters_of(args: argparse.Namespace) -> Parameters:
+    """Raises UsageError for anything that cannot be."""
+    from migrate.rounds import Limits
+    from migrate.source import Parameters
+
+    page_size = quantities.parse_size(args.page_size, "--page-size")
+    if page_size not in (1024, 2048, 4096, 8192, 16384):
+        raise UsageError(f"--page-size: {args.page_size!r} is none of 1k, 2k, 4k, 8k, 16k")
+    limits = Limits(
+        downtime_limit=quantities.parse_milliseconds(args.downtime_limit, "--downtime-limit") / 1e3,
+        max_bandwidth=quantities.parse_size(args.max_bandwidth, "--max-bandwidth"),
+        max_rounds=number(args.max_rounds, "--max-rounds"),
+        timeout=seconds(args.timeout, "--timeout"),
+        stall_timeout=seconds(args.stall_timeout, "--stall-timeout"),
+    )
+    return Parameters(
+        cache_size=quantities.parse_cache_size(args.cache_size, page_size),
+        page_size=page_size,
+        limits=limits,
+        channels=number(args.channels, "--channels"),
+        capabilities=switches(args.capability),
+    )
+
+
+def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
+    """Reads --guest and raises UsageError; calling the result opens the guest.
+
+    A new demo guest is not started before there is a destination: it would be left running.
+    """
+    kind, _, rest = args.guest.partition(":")
+    if kind == "file":
+        from migrate.guests.file import FileGuest
+
+        if not rest:
+            raise UsageError("guest file: name the file: --guest file:PATH")
+        pids = [number(pid, "--pid") for pid in args.pid]
+        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd)
+        return lambda: guest
+    if kind == "demo":
+        from migrate.guests.demo import DemoGuest, parse_demo
+
+        if args.pid or args.pause_cmd or args.resume_cmd:
+            raise UsageError("--pid, --pause-cmd and --resume-cmd are for file guests")
+        if rest.startswith("pid="):
+            running = DemoGuest.open(rest, page_size)
+            return lambda: running
+        parse_demo(rest, page_size).check_fits()
+        return lambda: DemoGuest.open(rest, page_size)
+    raise UsageError(f"--guest {args.guest!r}: there are demo[:...] and file:PATH")
+
+
+class SourceProgram:
+    """One run of migrate-src. What is wrong with its arguments is raised by the constructor."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from migrate.progress import Progress
+
+        self.args = args
+        self.address: Address = parse_address(args.uri)
+        self.parameters = parameters_of(args)
+        self.peer_timeout = peer_timeout(args)
+        self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
+        self.opened = open_guest(args, self.parameters.page_size)
+        self.progress: Progress = Progress("never" if args.quiet else args.progress)
+        self.stop = Stop()
+        self.source: Source | None = None
+
+    async def run(self) -> int:
+        """Moves the guest, stays if it is to; the exit code."""
+        async with answering(self.args.qmp, self._commands()):
+            peer = await self._connect()
+            if peer is None:
+                return 128 + self.stop.signal
+            try:
+                guest = self.opened()
+            except BaseException:
+                await peer.close()
+                raise
+            status = await self._move(guest, peer)
+            if self.args.stay:
+                moved = status == 0
+                await self.stop.stay(0 if moved else guest.pid)
+            return status
+
+    def dial(self) -> Awaitable[Link]:
+        from migrate import link
+
+        return link.connect(
+            self.address, timeout=self.connect_timeout, peer_timeout=self.peer_timeout
+        )
+
+    async def _connect(self) -> Link | None:
+        """None where it was cancelled."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel() -> str:
+            task.cancel()
+            return ""
+
+        self.stop.install(cancel)
+        if not self.args.quiet:
+            self.progress.say(f"connecting to {self.address}")
+        try:
+            return await self.dial()
+        except asyncio.CancelledError:
+            print(
+                "migrate-src: cancelled before it was connected: nothing was moved",
+                file=sys.stderr,
+            )
+            return None
+
+    async def _move(self, guest: Guest, peer: Link) -> int:
+        """Moves an open guest over an open link, and prints what came of it."""
+        from migrate.source import Source
+        from migrate.statistics import info_migrate, query_migrate
+
+        args, progress = self.args, self.progress
+        source = self.source = Source(guest, peer, self.parameters, progress.show, self.dial)
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel() -> str:
+            if source.committed:
+                return "migrate-src: too late to cancel: the guest is handed over"
+            task.cancel()
+            return ""
+
+        self.stop.install(cancel)
+        status = 0
+        try:
+            self._announce(guest)
+            await guest.started()
+            await source.run()
+        except asyncio.CancelledError:
+            status = 128 + self.stop.signal
+            progress.clear()
+            print(f"migrate-src: cancelled; {self._where(guest)}", file=sys.stderr)
+        except MigrationError as error:
+            status = error.exit_code
+            progress.clear()
+            fate = "" if isinstance(error, HandOverUnknown) else f"; {self._where(guest)}"
+            print(f"migrate-src: {error}{fate}", file=sys.stderr)
+        finally:
+            await guest.close()
+        progress.clear()
+        if args.json:
+            print(json.dumps(query_migrate(source.statistics)), flush=True)
+        elif not args.quiet:
+            print(info_migrate(source.statistics), flush=True)
+        return status
+
+    def _announce(self, guest: Guest) -> None:
+        if self.args.quiet:
+            return
+        self.progress.say(f"moving {guest.description}")
+        if guest.kind == "file" and not guest.stoppable:
+            self.progress.say(
+                "nothing stops the file's writer in the last round (--pid or --pause-cmd): "
+                "if it writes then, the migration fails"
+            )
+
+    def _where(self, guest: Guest) -> str:
+        """Where the guest is after a failure, and how to go on."""
+        if not guest.pid:
+            return "the guest runs on here"
+        if self.args.stay:
+            return f"the guest runs on here, in process {guest.pid}, until this program is stopped"
+        return (
+            f"the guest runs on here, in process {guest.pid} "
+            f"(try again: --guest demo:pid={guest.pid}; end it: kill {guest.pid})"
+        )
+
+    # -- the control socket
+
+    def _commands(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
+        return {
+            "query-migrate": lambda _arguments: self._query_migrate(),
+            "query-status": lambda _arguments: self._query_status(),
+            "quit": lambda _arguments: self.stop.request() or {},
+        }
+
+    def _query_migrate(self) -> dict[str, Any]:
+        from migrate.statistics import query_migrate
+
+        return query_migrate(self.source.statistics) if self.source else {}
+
+    def _query_status(self) -> dict[str, Any]:
+        """QEMU's RunState of the guest here."""
+        status = "running"
+        if self.source is None:
+            status = "prelaunch"
+        elif self.source.committed:
+            status = "postmigrate"
+        elif self.source.statistics.status == "device":
+            status = "finish-migrate"
+        return {"running": status == "running", "status": status}
+
+
+async def _run(args: argparse.Namespace) -> int:
+    return await SourceProgram(args).run()
+
+
+def main() -> None:
+    sys.exit(run(source_parser(), _run))
