@@ -26,6 +26,7 @@ MAX_REQUEST_BYTES = 64 << 10
 MAX_CLIENTS = 32
 SEND_PATIENCE = 10.0
 
+# What it returns is the answer; None stands for {}. What it refuses it raises as CommandError.
 Command = Callable[[dict[str, Any]], Any]
 
 
@@ -145,7 +146,8 @@ class Conversation:
             return [{"name": known} for known in sorted([*own, *self._commands])]
         if name not in self._commands:
             raise CommandError(f"The command {name} has not been found", "CommandNotFound")
-        return self._commands[name](arguments)
+        answer = self._commands[name](arguments)
+        return {} if answer is None else answer
 
 
 def _request(text: bytes) -> dict[str, Any]:
@@ -182,12 +184,12 @@ class Server:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
         for writer in self._clients:
-            writer.close()
+            _hang_up(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         conversation = Conversation(self._commands, self._version)
         if len(self._clients) >= MAX_CLIENTS:
-            writer.close()
+            _hang_up(writer)
             return
         self._clients.add(writer)
         try:
@@ -202,7 +204,15 @@ class Server:
             pass  # it hung up, or does not read what it asked for
         finally:
             self._clients.discard(writer)
-            writer.close()
+            _hang_up(writer)
+
+
+def _hang_up(writer: asyncio.StreamWriter) -> None:
+    """What its client has not made room for by now is not sent any more."""
+    if writer.transport.get_write_buffer_size():
+        writer.transport.abort()
+    else:
+        writer.close()
 
 
 async def _say(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from migrate.guests.demo import GIVEN_UP, PAUSE, PAUSED, RUN, RUNNING, DemoProcess
+from migrate.guests.demo import GIVEN_UP, DemoProcess
+from migrate.guests.demo_check import check
 
 BIN = Path(sys.executable).parent
 
@@ -63,19 +64,8 @@ def guest_pid(text: str) -> int:
 def look_at(pid: int, seconds: float = 0.0) -> tuple[int, int, int]:
     """Lets a demo guest run for a while, checks every byte: (sweep before, after, first wrong)."""
 
-    async def look() -> tuple[int, int, int]:
-        process = DemoProcess.attach(pid)
-        process.lock()
-        before = process.place()[0]
-        await asyncio.sleep(seconds)
-        await process.command(PAUSE, PAUSED)
-        after = process.place()[0]
-        wrong = process.first_wrong()
-        await process.command(RUN, RUNNING)
-        process.close()
-        return before, after, wrong
-
-    return asyncio.run(look())
+    verdict = asyncio.run(check(pid, seconds))
+    return verdict.sweep_before, verdict.sweep_after, verdict.wrong
 
 
 def ended_or_given_up(pid: int) -> bool:

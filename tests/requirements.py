@@ -1,4 +1,4 @@
-"""What a test needs of the machine: without it a person's run skips, and says why; CI's run fails."""
+"""What a test needs of the machine: without it a person's run skips, saying why; CI's fails."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import json
 import socket
 import sys
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from migrate import quantities
 from migrate.cli.program import VERSION, Parser
@@ -61,6 +61,7 @@ class Control:
 
     def __init__(self, path: str, timeout: float = 5.0) -> None:
         self._path = path.removeprefix("unix:")
+        self._lines: BinaryIO | None = None
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(max(timeout, 0.001))
         end = time.monotonic() + timeout
@@ -77,9 +78,13 @@ class Control:
                     ) from None
                 time.sleep(0.05)
         self._lines = self._sock.makefile("rb")
-        if "QMP" not in self._read():
-            raise PeerError(f"what listens on {self._path} does not speak QMP")
-        self.execute("qmp_capabilities")
+        try:
+            if "QMP" not in self._read():
+                raise PeerError(f"what listens on {self._path} does not speak QMP")
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """The answer of a command. Raises PeerError where it is refused."""
@@ -96,6 +101,7 @@ class Control:
                 return answer["return"]
 
     def _read(self) -> dict[str, Any]:
+        assert self._lines is not None
         try:
             line = self._lines.readline(MAX_ANSWER_BYTES)
         except TimeoutError:
@@ -113,6 +119,8 @@ class Control:
         return answer
 
     def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
         self._sock.close()
 
     def __enter__(self) -> Control:

@@ -124,8 +124,8 @@ class DestinationProgram:
 
         def observe(event: str, arrival: Arrival) -> None:
             if event == "accepted" and arrival.info is not None:
-                self._say(f"receiving a {arrival.info.kind} guest of "
-                          f"{quantities.format_size(arrival.info.size)} from {peer.peer_name}")  # fmt: skip
+                size = quantities.format_size(arrival.info.size)
+                self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
                 if self.wanted_cache:
                     asking = peer.send(CacheSize(self.wanted_cache))
                     self._asked.add(asyncio.get_running_loop().create_task(asking))
@@ -186,7 +186,7 @@ class DestinationProgram:
         return {
             "query-migrate": lambda _arguments: self._query_migrate(),
             "query-status": lambda _arguments: self._query_status(),
-            "quit": lambda _arguments: self.stop.request() or {},
+            "quit": lambda _arguments: self.stop.request(),
         }
 
     def _query_status(self) -> dict[str, Any]:

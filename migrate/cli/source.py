@@ -267,7 +267,7 @@ class SourceProgram:
         return {
             "query-migrate": lambda _arguments: self._query_migrate(),
             "query-status": lambda _arguments: self._query_status(),
-            "quit": lambda _arguments: self.stop.request() or {},
+            "quit": lambda _arguments: self.stop.request(),
         }
 
     def _query_migrate(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 the database maps into memory. It knows nothing of being moved.
 
     ledger.py write DIRECTORY ACKS      begins a ledger in DIRECTORY/db
-    ledger.py go-on DIRECTORY ACKS      waits for DIRECTORY/db, checks all of it, and goes on with it
+    ledger.py go-on DIRECTORY ACKS      waits for DIRECTORY/db, checks it, and goes on with it
     ledger.py check ACKS_A ACKS_B       judges what the two have acknowledged
 
 Each transfer follows from all before it, so what a ledger must hold after n transfers can be worked

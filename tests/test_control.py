@@ -1,0 +1,280 @@
+"""--stay, --qmp and migrate-ctl: what containers and services rest on, with real programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate.cli import control
+from tests.programs import Program, destination, end_guest, guest_pid, look_at
+
+SMALL = "demo:16m,hot=4m,fill=random"
+
+
+def ask(path: Path, command: str, *more: str) -> tuple[int, str, str]:
+    """migrate-ctl's (exit code, output, error)."""
+    program = Program("migrate-ctl", str(path), command, *more)
+    return program.wait(), program.out, program.err
+
+
+def answer(path: Path, command: str) -> Any:
+    code, out, err = ask(path, command)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+class Pair:
+    """Both programs, staying, with sockets `src` and `dst`."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.src, self.dst = directory / "src", directory / "dst"
+        self.receiver, address = destination("--stay", "--qmp", f"unix:{self.dst}")
+        self.source = Program(
+            "migrate-src", "--stay", "--qmp", f"unix:{self.src}", "--guest", SMALL, *options,
+            address,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for program in (self.source, self.receiver):
+            program.kill()
+            program.wait()
+
+
+@pytest.fixture
+def pair(tmp_path: Path):
+    made: list[Pair] = []
+
+    def make(*options: str) -> Pair:
+        made.append(Pair(tmp_path, *options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# ---------------------------------------------------------------- a migration, asked about
+
+
+def test_a_migration_as_its_sockets_tell_it(pair) -> None:
+    """Both stay: the source can be asked how it went, and the guest is there until `quit`."""
+    both = pair()
+    code, out, _ = ask(both.src, "wait")
+    assert code == 0
+    assert json.loads(out)["status"] == "completed"
+    assert answer(both.src, "query-status") == {"running": False, "status": "postmigrate"}
+    assert answer(both.dst, "query-status") == {"running": True, "status": "running"}
+    arrived = answer(both.dst, "query-migrate")
+    assert arrived["status"] == "completed"
+    assert arrived["guest"] == {"kind": "demo", "size": 16 << 20}
+    pid = guest_pid(arrived["running"])
+    before, after, wrong = look_at(pid, 0.3)
+    assert (wrong, after > before) == (-1, True)
+    assert answer(both.src, "quit") == {}
+    assert answer(both.dst, "quit") == {}
+    assert (both.source.wait(), both.receiver.wait()) == (0, 0)
+    assert not alive(pid)
+    assert not both.src.exists()
+    assert not both.dst.exists()
+
+
+def test_states_before_and_in_a_migration(pair) -> None:
+    both = pair("--max-bandwidth", "2m")
+    until(lambda: answer(both.src, "query-migrate").get("status") == "active")
+    assert answer(both.src, "query-status") == {"running": True, "status": "running"}
+    assert answer(both.dst, "query-status") == {"running": False, "status": "inmigrate"}
+    assert 0 < answer(both.src, "query-migrate")["ram"]["remaining"] <= 16 << 20
+
+
+def test_a_source_that_waits_for_its_destination_answers_already(tmp_path: Path) -> None:
+    source = Program(
+        "migrate-src", "--qmp", f"unix:{tmp_path}/src", "--guest", SMALL, "tcp:127.0.0.1:1"
+    )
+    assert answer(tmp_path / "src", "query-status") == {"running": False, "status": "prelaunch"}
+    assert answer(tmp_path / "src", "query-migrate") == {}
+    assert answer(tmp_path / "src", "quit") == {}
+    assert source.wait() == 143
+
+
+# ---------------------------------------------------------------- how staying ends
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_destination_that_stays_ends_with_its_guest_on_a_signal(pair, number: int) -> None:
+    both = pair()
+    assert ask(both.src, "wait")[0] == 0
+    pid = guest_pid(answer(both.dst, "query-migrate")["running"])
+    both.receiver.kill(number)
+    assert both.receiver.wait() == 0
+    until(lambda: not alive(pid))
+
+
+def test_a_destination_that_stays_ends_when_its_guest_does(pair) -> None:
+    both = pair()
+    assert ask(both.src, "wait")[0] == 0
+    os.kill(guest_pid(answer(both.dst, "query-migrate")["running"]), signal.SIGKILL)
+    assert both.receiver.wait() == 0
+
+
+def test_a_source_that_failed_stays_with_its_guest_and_ends_with_it(pair) -> None:
+    """The guest is a child of migrate-src: in a container it would die with it."""
+    both = pair("--max-bandwidth", "2m")
+    pid = guest_pid(both.source.read_line(r"process \d+")[0])
+    until(lambda: answer(both.src, "query-migrate").get("status") == "active")
+    both.receiver.kill()
+    both.source.read_line(r"runs on here, in process \d+, until this program is stopped")
+    code, _, err = ask(both.src, "wait")
+    assert code == 1
+    assert "migrate-ctl: the migration has failed: " in err
+    assert answer(both.src, "query-status") == {"running": True, "status": "running"}
+    before, after, wrong = look_at(pid, 0.3)
+    assert (wrong, after > before) == (-1, True)
+    both.source.kill(signal.SIGTERM)
+    assert both.source.wait() == 1
+    until(lambda: not alive(pid))
+
+
+def test_stopping_a_source_that_stays_in_the_middle_ends_it_and_its_guest(pair) -> None:
+    both = pair("--max-bandwidth", "2m")
+    pid = guest_pid(both.source.read_line(r"process \d+")[0])
+    until(lambda: answer(both.src, "query-migrate").get("status") == "active")
+    assert answer(both.src, "quit") == {}
+    assert both.source.wait() == 143
+    assert both.receiver.wait() == 8
+    until(lambda: not alive(pid))
+
+
+def test_without_stay_the_guest_outlives_the_programs(tmp_path: Path) -> None:
+    receiver, address = destination("--qmp", f"unix:{tmp_path}/dst")
+    source = Program(
+        "migrate-src", "--guest", SMALL, "--qmp", f"unix:{tmp_path}/src", "--max-bandwidth", "8m",
+        address,
+    )  # fmt: skip
+    code, _, err = ask(tmp_path / "src", "wait")
+    assert code in (0, 1)
+    assert code == 0 or "--stay keeps it" in err
+    assert (source.wait(), receiver.wait()) == (0, 0)
+    pid = guest_pid(receiver.out)
+    assert alive(pid)
+    end_guest(pid)
+
+
+def test_a_file_guest_stays_whole_until_quit(tmp_path: Path) -> None:
+    memory, output = tmp_path / "memory", tmp_path / "output"
+    memory.write_bytes(b"guest" * 10_000)
+    receiver, address = destination(
+        "--stay", "--output", str(output), "--qmp", f"unix:{tmp_path}/d"
+    )
+    source = Program("migrate-src", "--guest", f"file:{memory}", address)
+    assert source.wait() == 0, source.err
+    until(lambda: answer(tmp_path / "d", "query-migrate").get("status") == "completed")
+    assert output.read_bytes() == memory.read_bytes()
+    assert answer(tmp_path / "d", "quit") == {}
+    assert receiver.wait() == 0
+
+
+def test_a_destination_whose_on_complete_fails_stays_all_the_same(tmp_path: Path) -> None:
+    """The guest is here: ending would kill it."""
+    receiver, address = destination(
+        "--stay", "--on-complete", "false", "--qmp", f"unix:{tmp_path}/d"
+    )
+    source = Program("migrate-src", "--guest", SMALL, address)
+    assert source.wait() == 0, source.err
+    receiver.read_line(r"the guest is here and whole, but --on-complete 'false' failed")
+    pid = guest_pid(answer(tmp_path / "d", "query-migrate")["running"])
+    assert alive(pid)
+    assert answer(tmp_path / "d", "quit") == {}
+    assert receiver.wait() == 10
+
+
+# ---------------------------------------------------------------- migrate-ctl's own errors
+
+
+def test_what_migrate_ctl_says_when_it_cannot(tmp_path: Path, capsys, pair) -> None:
+    assert control.run([str(tmp_path / "none"), "query-status", "--timeout", "0.1s"]) == 3
+    assert "nobody answers on" in capsys.readouterr().err
+    assert control.run([str(tmp_path / "none"), "query-status", "nonsense"]) == 2
+    assert "are no JSON object" in capsys.readouterr().err
+    assert control.run([str(tmp_path / "none")]) == 2
+    assert "required: COMMAND" in capsys.readouterr().err
+    both = pair("--max-bandwidth", "2m")
+    assert control.run([f"unix:{both.src}", "fly"]) == 1
+    assert "fly: The command fly has not been found" in capsys.readouterr().err
+    assert control.run([f"unix:{both.src}", "query-commands"]) == 0
+    assert '"quit"' in capsys.readouterr().out
+
+
+def test_a_socket_that_is_no_control_socket_is_told_from_one(tmp_path: Path, capsys) -> None:
+    receiver, _ = destination(listen=f"unix:{tmp_path}/migration")
+    assert control.run([str(tmp_path / "migration"), "query-status", "--timeout", "0.3s"]) == 3
+    assert "does not answer" in capsys.readouterr().err
+    receiver.kill(signal.SIGTERM)
+    assert receiver.wait() == 143
+
+
+# ---------------------------------------------------------------- the demo guest's check
+
+
+def check_demo(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "migrate.guests.demo_check", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_check_sees_a_guest_that_is_right_wrong_or_still(pair) -> None:
+    from migrate.guests.demo import PAUSE, DemoProcess
+
+    both = pair()
+    assert ask(both.src, "wait")[0] == 0
+    pid = guest_pid(answer(both.dst, "query-migrate")["running"])
+    code, said = check_demo(str(pid))
+    assert code == 0
+    assert "every one of its 16777216 bytes is right" in said
+    process = DemoProcess.attach(pid)
+    process.lock()
+    try:
+        code, said = check_demo(str(pid))
+        assert code == 2
+        assert "is being moved by another program" in said
+        process.words[0] = PAUSE
+    finally:
+        process.close()
+    process = DemoProcess.attach(pid)
+    process.memory[5_000_001] ^= 1
+    process.close()
+    code, said = check_demo(str(pid))
+    assert code == 1
+    assert "byte 5000001 of 16777216 is WRONG" in said
+
+
+def test_the_check_names_what_it_cannot_look_at() -> None:
+    code, said = check_demo("1")
+    assert code == 2
+    assert "no demo guest in process 1" in said
+    assert check_demo("me")[0] == 2

@@ -1,0 +1,252 @@
+"""The control socket: QEMU's protocol as its own client speaks it, and as nobody should."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import qemu.qmp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrate.errors import ConnectError, UsageError
+from migrate.qmp import (
+    MAX_CLIENTS,
+    MAX_REQUEST_BYTES,
+    CommandError,
+    Conversation,
+    JsonStream,
+    Server,
+    parse_path,
+)
+
+VERSION = {"qemu": {"major": 1, "minor": 2, "micro": 3}, "package": "test 1.2.3"}
+HELLO = b'{"execute": "qmp_capabilities"}'
+
+scalars = st.none() | st.booleans() | st.integers() | st.text()
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
+)
+objects = st.dictionaries(st.text(), values)
+
+
+# ---------------------------------------------------------------- texts out of a stream
+
+
+@given(
+    st.lists(st.tuples(objects, st.sampled_from(["", " ", "\r\n", "\n\t "]))),
+    st.lists(st.integers(1, 9)),
+)
+def test_objects_are_found_however_the_stream_is_cut(
+    sent: list[tuple[Any, str]], cuts: list[int]
+) -> None:
+    """There need be no line ends between them, and a piece may end anywhere, inside a character
+    too."""
+    data = "".join(
+        json.dumps(one, ensure_ascii=False) + between for one, between in sent
+    ).encode()  # fmt: skip
+    stream, found = JsonStream(), []
+    for cut in [*cuts, len(data) + 1]:
+        found += [json.loads(text) for text in stream.feed(data[:cut])]
+        data = data[cut:]
+    assert found == [one for one, _ in sent]
+
+
+def test_0xff_throws_away_what_is_unfinished() -> None:
+    assert list(JsonStream().feed(b'{"execute": "half\xff{}')) == [b"{}"]
+
+
+def test_a_request_that_never_ends_is_bounded() -> None:
+    stream = JsonStream()
+    assert not list(stream.feed(b"[" * MAX_REQUEST_BYTES))
+    with pytest.raises(CommandError, match="no more than 65536 bytes"):
+        list(stream.feed(b"["))
+
+
+@given(st.binary())
+def test_any_bytes_give_texts_or_nothing(data: bytes) -> None:
+    assert sum(map(len, JsonStream().feed(data))) <= len(data)
+
+
+# ---------------------------------------------------------------- one client
+
+
+def talk(*requests: bytes) -> list[dict[str, Any]]:
+    def refuse(arguments: dict[str, Any]) -> None:
+        raise CommandError("not today")
+
+    commands = {"echo": lambda arguments: arguments, "refuse": refuse}
+    conversation = Conversation(commands, VERSION)
+    return [answer for request in requests for answer in conversation.answers(request)]
+
+
+def test_an_answer_has_the_identity_of_its_request() -> None:
+    for identity in (7, "x", None, [1, {"a": 2}]):
+        request = {"execute": "echo", "arguments": {"n": 1}, "id": identity}
+        _, answer = talk(HELLO, json.dumps(request).encode())
+        assert answer == {"return": {"n": 1}, "id": identity}
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "says"),
+    [
+        (b"nonsense ", "GenericError", "JSON parse error, expecting value"),
+        (b'{"execute": ]', "GenericError", "JSON parse error"),
+        (b"[" * 20_000 + b"]" * 20_000, "GenericError", "JSON parse error"),
+        (b"[1]", "GenericError", "QMP input must be a JSON object"),
+        (b"{}", "GenericError", "lacks member 'execute'"),
+        (b'{"execute": 3}', "GenericError", "lacks member 'execute'"),
+        (b'{"execute": "echo", "arguments": 3}', "GenericError", "must be an object"),
+        (b'{"execute": "echo", "foo": 3}', "GenericError", "member 'foo' is unexpected"),
+        (b'{"execute": "fly"}', "CommandNotFound", "The command fly has not been found"),
+        (b'{"execute": "refuse"}', "GenericError", "not today"),
+        (HELLO, "CommandNotFound", "Capabilities negotiation is already complete"),
+    ],
+)
+def test_what_is_wrong_is_said_and_the_next_request_is_served(
+    request_: bytes, kind: str, says: str
+) -> None:
+    _, error, after = talk(HELLO, request_, b'{"execute": "echo"}')
+    assert error["error"]["class"] == kind
+    assert says in error["error"]["desc"]
+    assert after == {"return": {}}
+
+
+def test_nothing_is_served_before_the_negotiation() -> None:
+    refused, greeted, version, commands = talk(
+        b'{"execute": "echo"}', HELLO, b'{"execute": "query-version"}',
+        b'{"execute": "query-commands"}',
+    )  # fmt: skip
+    assert "Expecting capabilities negotiation" in refused["error"]["desc"]
+    assert greeted == {"return": {}}
+    assert version["return"] == VERSION
+    names = {entry["name"] for entry in commands["return"]}
+    assert names == {"qmp_capabilities", "query-commands", "query-version", "echo", "refuse"}
+
+
+def test_a_capability_that_is_not_offered_cannot_be_enabled() -> None:
+    refused, _ = talk(
+        b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}', HELLO
+    )  # fmt: skip
+    assert "no QMP capabilities" in refused["error"]["desc"]
+
+
+# ---------------------------------------------------------------- the socket
+
+
+@asynccontextmanager
+async def serving(path: str) -> AsyncIterator[Server]:
+    server = Server(path, {"echo": lambda arguments: arguments}, "1.2.3")
+    await server.open()
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+@pytest.mark.asyncio
+async def test_qemus_own_client_is_served_many_at_once(tmp_path) -> None:
+    path = str(tmp_path / "socket")
+    async with serving(path):
+        clients = [qemu.qmp.QMPClient(f"test-{number}") for number in range(3)]
+        for client in clients:
+            await client.connect(path)
+        for number, client in enumerate(clients):
+            assert await client.execute("echo", {"n": number}) == {"n": number}
+            with pytest.raises(qemu.qmp.ExecuteError, match="fly has not been found"):
+                await client.execute("fly")
+        for client in clients:
+            await client.disconnect()
+    assert not os.path.exists(path)
+
+
+@pytest.mark.asyncio
+async def test_nobody_but_the_owner_may_connect(tmp_path) -> None:
+    async with serving(str(tmp_path / "socket")):
+        assert stat.S_IMODE(os.stat(tmp_path / "socket").st_mode) == 0o600
+
+
+@pytest.mark.asyncio
+async def test_a_socket_that_a_dead_program_left_is_replaced_and_a_living_one_is_not(
+    tmp_path,
+) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    async with serving(path):
+        with pytest.raises(ConnectError, match="another program listens there"):
+            await Server(path, {}, "1.2.3").open()
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ConnectError, match="Address already in use"):
+        await Server(str(tmp_path / "file"), {}, "1.2.3").open()
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(ConnectError, match="No such file or directory"):
+        await Server(str(tmp_path / "no" / "socket"), {}, "1.2.3").open()
+    with pytest.raises(ConnectError, match="too long"):
+        await Server(str(tmp_path / ("x" * 200)), {}, "1.2.3").open()
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_sends_without_end_is_dropped_with_a_reason(tmp_path) -> None:
+    path = str(tmp_path / "socket")
+    async with serving(path):
+        reader, writer = await asyncio.open_unix_connection(path)
+        await reader.readline()
+        writer.write(b"[" * (MAX_REQUEST_BYTES + 1))
+        assert b"no more than 65536 bytes" in await reader.readline()
+        assert await reader.read() == b""
+        writer.close()
+
+
+@pytest.mark.asyncio
+async def test_more_clients_than_there_can_be_are_turned_away_and_others_served(tmp_path) -> None:
+    path = str(tmp_path / "socket")
+    async with serving(path):
+        clients = [await asyncio.open_unix_connection(path) for _ in range(MAX_CLIENTS)]
+        for reader, _ in clients:
+            assert b"QMP" in await reader.readline()
+        reader, writer = await asyncio.open_unix_connection(path)
+        assert await reader.read() == b""
+        writer.close()
+        clients.pop()[1].close()
+        for _ in range(100):  # until it is seen that there is room again
+            reader, writer = await asyncio.open_unix_connection(path)
+            line = await reader.readline()
+            writer.close()
+            if line:
+                break
+            await asyncio.sleep(0.01)
+        assert b"QMP" in line
+        for _, writer in clients:
+            writer.close()
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_asks_and_never_reads_is_dropped(tmp_path, monkeypatch) -> None:
+    """Its answers are not kept without bound."""
+    monkeypatch.setattr("migrate.qmp.SEND_PATIENCE", 0.2)
+    path = str(tmp_path / "socket")
+    request = json.dumps({"execute": "echo", "arguments": {"x": "y" * 4000}}).encode()
+    async with serving(path) as server:
+        _, writer = await asyncio.open_unix_connection(path, limit=1)
+        writer.write(HELLO + request * 2000)
+        async with asyncio.timeout(20):
+            while not server._clients:
+                await asyncio.sleep(0.01)
+            while server._clients:
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
+def test_the_address_of_a_socket() -> None:
+    assert parse_path("unix:/run/x.sock") == "/run/x.sock"
+    for wrong in ("", "unix:", "/run/x.sock", "tcp:localhost:1"):
+        with pytest.raises(UsageError, match="write unix:PATH"):
+            parse_path(wrong)
