@@ -19,11 +19,15 @@ BIN = Path(sys.executable).parent
 
 
 class Program:
-    """A running migrate-src or migrate-dst; `out` and `err` are whole once it has ended."""
+    """A running migrate-src or migrate-dst; `out` and `err` are whole once it has ended.
 
-    def __init__(self, name: str, *arguments: str, show: bool = False) -> None:
+    namespace -- the network namespace to run it in, "" for none
+    """
+
+    def __init__(self, name: str, *arguments: str, show: bool = False, namespace: str = "") -> None:
+        entering = ["ip", "netns", "exec", namespace] if namespace else []
         self.process = subprocess.Popen(
-            [str(BIN / name), *arguments],
+            [*entering, str(BIN / name), *arguments],
             stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
         )  # fmt: skip
         self.out = self.err = ""
@@ -48,9 +52,11 @@ class Program:
         raise AssertionError(f"no line matches {pattern!r}: {self.err}")
 
 
-def destination(*arguments: str, listen: str = "127.0.0.1:0") -> tuple[Program, str]:
+def destination(
+    *arguments: str, listen: str = "127.0.0.1:0", namespace: str = ""
+) -> tuple[Program, str]:
     """A migrate-dst and the address it listens on."""
-    program = Program("migrate-dst", "--listen", listen, *arguments)
+    program = Program("migrate-dst", "--listen", listen, *arguments, namespace=namespace)
     return program, program.read_line(r"listening on (\S+)")[1]
 
 

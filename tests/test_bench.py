@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from tests import network
 from tests.bench import __main__ as program
-from tests.bench import bulk, codec, network, rivals, scaling
+from tests.bench import bulk, codec, rivals, scaling
 from tests.bench.boot_sector import boot_sector
 from tests.bench.guest_files import (
     random_file,
@@ -329,7 +330,7 @@ def test_a_case_is_left_as_it_was():
 
 
 def test_each_source_port_has_a_class_of_its_own():
-    lines = network._classes(10**6).splitlines()
+    lines = network.classes(10**6, 0.02, "link0").splitlines()
     assert len([line for line in lines if line.startswith("class add")]) == 256
     assert len({line.rpartition("flowid")[2] for line in lines if "flowid" in line}) == 256
 

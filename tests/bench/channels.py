@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from tests.bench.migration import migration
-from tests.bench.network import FAR, Link
 from tests.bench.report import Options, Part, Table, mebibytes, seconds, size_name
 from tests.bench.turns import in_turn, median
+from tests.network import FAR, Link
 
 COUNTS = (1, 2, 4)
 RATE = 160_000_000

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tests.bench.guest_files import random_file, same_content, shelf
 from tests.bench.migration import python
-from tests.bench.network import FAR, Link
 from tests.bench.ours import writing
 from tests.bench.processes import Measured, ProgramError
 from tests.bench.workload import Attempt, Workload
+from tests.network import FAR, Link
 
 RSYNC_PORT = 8730
 CANNOT_CONNECT = 10

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from tests.bench.guest_files import random_file, same_content, shelf
 from tests.bench.migration import Migration, migration, python
-from tests.bench.network import FAR, Link
 from tests.bench.processes import Measured
 from tests.bench.workload import Attempt, Workload
+from tests.network import FAR, Link
 from tests.programs import guest_pid, look_at
 
 LOOK = 2.0

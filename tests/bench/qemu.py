@@ -12,11 +12,11 @@ from typing import Any
 
 from tests.bench.boot_sector import BASE, boot_sector
 from tests.bench.guest_files import same_content, shelf
-from tests.bench.network import FAR, Link
 from tests.bench.processes import Measured, ProgramError
 from tests.bench.qmp import QMP
 from tests.bench.report import LeftOutError
 from tests.bench.workload import Attempt, Workload
+from tests.network import FAR, Link
 
 PROGRAM = "qemu-system-x86_64"
 PORT = 4440

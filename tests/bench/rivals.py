@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tests.bench import copies, network, ours, qemu
+from tests import network
+from tests.bench import copies, ours, qemu
 from tests.bench.boot_sector import boot_sector
 from tests.bench.processes import ProgramError
 from tests.bench.qmp import QMPError
