@@ -14,12 +14,12 @@ test: build
 compose: build
 	$(BIN)/pytest -q tests/compose
 
+# HEADLINE='--picture FILE' says where the plot goes.
 headline: build
-	$(BIN)/python -m tests.headline
+	$(BIN)/python -m tests.headline $(HEADLINE)
 
 # BENCH names parts and options: make bench BENCH='bulk --quick'
 bench: build
-	$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	$(BIN)/python -m tests.bench $(BENCH)
 
 lint: build

@@ -60,8 +60,8 @@ class Pair:
 
     def close(self) -> None:
         for program in (self.source, self.receiver):
-            program.kill()
-            program.wait()
+            program.kill(signal.SIGTERM)  # SIGKILL would leave its guest behind
+            program.wait(20)
 
 
 @pytest.fixture
