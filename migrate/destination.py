@@ -34,7 +34,7 @@ from migrate.errors import (
     peer_error,
 )
 from migrate.guests.guest import Place
-from migrate.link import Link, give_reason_on
+from migrate.link import Link, close_all, give_reason_on
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
 from proto.errors import MessageError
@@ -138,9 +138,8 @@ class Destination:
             raise failure from error
         finally:
             await self._drain_worker()
-            for link in self._links:
-                with contextlib.suppress(BaseException):
-                    await asyncio.shield(link.close())
+            with contextlib.suppress(BaseException):
+                await asyncio.shield(close_all(self._links))
         return self.arrival
 
     @property

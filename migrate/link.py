@@ -4,7 +4,8 @@ What it guarantees: `send` returns when the frame is queued and the queue is bel
 frame is private memory that nobody changes after it was given here (a transport keeps a reference
 to what it is given). `receive` gives frames in order; reading stops while RECEIVE_AHEAD frames
 (or bytes) wait. A peer that says nothing for `peer_timeout` seconds is lost; both sides send PINGs,
-so a living peer never is.
+so a living peer never is. The kernel watches too (keepalive, TCP_USER_TIMEOUT): it sees a dead peer
+where we do not read.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -34,8 +37,14 @@ SEND_LOW_SHARE = 4
 RECEIVE_AHEAD_BYTES = 3 << 20
 RECEIVE_AHEAD = 16
 SOCKET_TIMEOUT = 30.0
+# In each `peer_timeout` a silent peer is asked so often, by us and by the kernel.
+BEATS = 4
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
 MAX_USER_TIMEOUT = (1 << 31) - 1
+MAX_KEEPALIVE = 32767
+# Linux 6.15 has it, Python 3.14 not yet by name; milliseconds between these bounds.
+TCP_RTO_MAX_MS = 44
+RTO_BOUNDS = 1000, 120_000
 
 
 # States in which nothing but the handshake is said.
@@ -95,18 +104,14 @@ class Link(asyncio.BufferedProtocol):
         sock = transport.get_extra_info("socket")
         self.peer_name = str(transport.get_extra_info("peername") or "a local process")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            with contextlib.suppress(OSError, AttributeError):
-                sock.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT,
-                    int(min(self.peer_timeout * 1000, MAX_USER_TIMEOUT)),
-                )  # fmt: skip
+            _have_watched(sock, self.peer_timeout)
         self._heart = asyncio.get_running_loop().create_task(self._beat())
 
     def bound_sending(self, most: int) -> None:
         """`send` waits while more than so many bytes are queued."""
         assert self._transport is not None
-        self._transport.set_write_buffer_limits(high=most, low=most // SEND_LOW_SHARE)
+        if not self._transport.is_closing():
+            self._transport.set_write_buffer_limits(high=most, low=most // SEND_LOW_SHARE)
 
     def share_receiving(self, channels: int) -> None:
         """There are so many connections: all of them together receive ahead what one would."""
@@ -253,23 +258,35 @@ class Link(asyncio.BufferedProtocol):
     # -- liveness
 
     async def _beat(self) -> None:
-        interval = self.peer_timeout / 4
+        """Says that we live, and ends a link on which nothing came for `peer_timeout` seconds.
+
+        It wakes when one of both is due, so that a silence is seen as it becomes too long. While
+        we do not read, the peer's silence is ours; but it must go on hearing of us.
+        """
+        interval = self.peer_timeout / BEATS
+        ping_at = time.monotonic() + interval
         while self._fault is None:
-            due = time.monotonic() + interval
-            await asyncio.sleep(interval)
-            if not self._reading:
-                continue
-            if time.monotonic() - due > interval:
+            lost_at = self._heard_at + self.peer_timeout if self._reading else math.inf
+            due = min(ping_at, lost_at)
+            await asyncio.sleep(due - time.monotonic())
+            now = time.monotonic()
+            if now - due > interval:
                 # We were stopped ourselves: what the peer said meanwhile is still unread.
-                self._heard_at = time.monotonic()
-            silence = time.monotonic() - self._heard_at
-            if silence > self.peer_timeout:
-                self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.0f} s"))
+                self._heard_at = now
+            silence = now - self._heard_at
+            if self._reading and silence >= self.peer_timeout:
+                self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.3g} s"))
                 self.abort()
                 return
-            if self.session.state not in QUIET:
-                with contextlib.suppress(ProtoError, PeerLost):
-                    self._write_now(self.session.send(Ping(next(self._tokens))))
+            if now >= ping_at:
+                ping_at = now + interval
+                self._ping()
+
+    def _ping(self) -> None:
+        # What waits to be sent will say as much, and a peer that takes nothing gets no queue.
+        if self.session.state not in QUIET and self._writable.is_set():
+            with contextlib.suppress(ProtoError, PeerLost):
+                self._write_now(self.session.send(Ping(next(self._tokens))))
 
     def _ping_pong(self, frame: Frame) -> None:
         message = unpack(frame.type, frame.head)
@@ -306,11 +323,13 @@ class Link(asyncio.BufferedProtocol):
             self._transport.abort()
 
     async def close(self) -> None:
-        """Sends what is queued (for a second at most) and closes."""
+        """Sends what is queued (for a second at most) and closes; a lost peer is not waited for."""
         if self._heart is not None:
             self._heart.cancel()
         if self._transport is None:
             return
+        if isinstance(self._fault, PeerLost):
+            self._transport.abort()
         self._transport.close()
         try:
             async with asyncio.timeout(1):
@@ -322,6 +341,39 @@ class Link(asyncio.BufferedProtocol):
 async def give_reason_on(links: Iterable[Link], code: ErrorCode, reason: str) -> None:
     """`Link.give_reason` on all channels: nobody knows which of them the peer reads first."""
     await asyncio.gather(*(link.give_reason(code, reason) for link in links))
+
+
+async def close_all(links: Iterable[Link]) -> None:
+    """Closes all channels at once: each may take a second where the peer takes nothing."""
+    await asyncio.gather(*(link.close() for link in links), return_exceptions=True)
+
+
+def _have_watched(sock: socket.socket, timeout: float) -> None:
+    """Lets the kernel, too, find that a TCP peer is gone, after so many seconds.
+
+    TCP_USER_TIMEOUT ends what is not acknowledged, or not taken, for so long. Keepalive asks where
+    nothing is under way. A link that was down is tried again within a beat of its return: left
+    alone, the kernel doubles its pauses, and would find a link that was down for 0.6 of the timeout
+    after the timeout. Systems that lack one of these have the others, and our own PINGs.
+    """
+    beat = max(1, min(int(timeout / BEATS), MAX_KEEPALIVE))
+    options = {
+        "TCP_USER_TIMEOUT": int(min(timeout * 1000, MAX_USER_TIMEOUT)),
+        "TCP_KEEPIDLE": beat,
+        "TCP_KEEPINTVL": beat,
+        "TCP_KEEPCNT": BEATS - 1,
+    }
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        with contextlib.suppress(OSError, AttributeError):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if sys.platform == "linux":
+        least, most = RTO_BOUNDS
+        with contextlib.suppress(OSError):
+            sock.setsockopt(
+                socket.IPPROTO_TCP, TCP_RTO_MAX_MS,
+                int(max(least, min(timeout * 1000 / BEATS, most))),
+            )  # fmt: skip
 
 
 async def connect(

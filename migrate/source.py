@@ -38,7 +38,7 @@ from migrate.errors import (
 )
 from migrate.feeder import Feeder, Turn
 from migrate.guests.guest import Guest
-from migrate.link import SEND_HIGH, Link, give_reason_on
+from migrate.link import SEND_HIGH, Link, close_all, give_reason_on
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker
@@ -186,9 +186,8 @@ class Source:
             raise failure from error
         finally:
             self._worker.shutdown(wait=True)
-            for link in self._links:
-                with contextlib.suppress(BaseException):
-                    await asyncio.shield(link.close())
+            with contextlib.suppress(BaseException):
+                await asyncio.shield(close_all(self._links))
             self._update()
         return self.statistics
 

@@ -36,6 +36,7 @@ from proto.messages import (
     pack,
 )
 from proto.pageset import PageSet
+from proto.session import Role
 
 LOCAL = Address("127.0.0.1", 0)
 MIB = 1 << 20
@@ -403,12 +404,133 @@ async def test_a_living_peer_with_nothing_to_say_is_not_lost():
         assert await destination.receive_message() == CacheSize(4096)
 
 
+class Clock:
+    """Time that passes when somebody sleeps; `at` says what happens when."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 1000.0
+        self.at: list = []
+        monkeypatch.setattr(link, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(link, "asyncio", SimpleNamespace(sleep=self.sleep))
+
+    async def sleep(self, seconds: float) -> None:
+        end = self.now + max(seconds, 0.0)
+        while self.at and self.at[0][0] <= end:
+            self.now, happens = self.at.pop(0)
+            happens()
+        self.now = max(end, self.now)
+
+
+def unconnected(peer_timeout: float) -> tuple[Link, list[float]]:
+    """A link without a connection, and the times at which it says that it lives."""
+    lone = Link(Role.SOURCE, peer_timeout)
+    pings: list[float] = []
+    lone._ping = lambda: pings.append(link.time.monotonic() - 1000)  # type: ignore[method-assign]
+    return lone, pings
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("last_word", [0.0, 0.1, 2.5, 7.4, 9.9])
+async def test_a_silence_is_noticed_the_moment_it_is_too_long(last_word, monkeypatch):
+    """Whenever the last word came: not at the next ping, which may be a quarter later."""
+    lone, pings = unconnected(10)
+    clock = Clock(monkeypatch)
+    lone._heard_at = clock.now
+    clock.at = [(1000 + last_word, lambda: setattr(lone, "_heard_at", clock.now))]
+    await lone._beat()
+    assert clock.now - 1000 - last_word == pytest.approx(10)
+    assert isinstance(lone._fault, PeerLost)
+    assert "has said nothing for 10 s" in str(lone._fault)
+    assert pings[:3] == pytest.approx([2.5, 5.0, 7.5])
+
+
+@pytest.mark.asyncio
+async def test_who_was_stopped_itself_reads_first_what_the_peer_has_said(monkeypatch):
+    """SIGSTOP, or a machine that stood still: an hour passes in one sleep, and nobody is lost."""
+    lone, _ = unconnected(10)
+    clock = Clock(monkeypatch)
+    lone._heard_at = clock.now
+    clock.at = [(1000 + 3600, lambda: None)]
+    before = asyncio.get_running_loop().time()
+
+    async def sleep(seconds: float) -> None:
+        await Clock.sleep(clock, 3600 if clock.now == 1000 else seconds)
+
+    monkeypatch.setattr(link, "asyncio", SimpleNamespace(sleep=sleep))
+    await lone._beat()
+    assert clock.now == pytest.approx(1000 + 3600 + 10)
+    assert asyncio.get_running_loop().time() - before < 10
+
+
+@pytest.mark.asyncio
+async def test_who_does_not_read_says_all_the_same_that_it_lives(monkeypatch):
+    """Silence that we do not listen to is no silence; ours would be one to the peer."""
+    lone, pings = unconnected(10)
+    clock = Clock(monkeypatch)
+    lone._heard_at, lone._reading = clock.now, False
+
+    def read_again() -> None:
+        lone._reading, lone._heard_at = True, clock.now
+
+    clock.at = [(1000 + 100, read_again)]
+    await lone._beat()
+    assert clock.now - 1000 == pytest.approx(110)
+    assert pings[:40] == pytest.approx([2.5 * n for n in range(1, 41)])
+
+
+@pytest.mark.asyncio
+async def test_the_kernel_is_told_to_watch_too():
+    async with pair(peer_timeout=30) as ends:
+        for end in ends:
+            sock = end._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            found = {
+                name: sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                for name in ("TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+            }
+            assert found == {
+                "TCP_USER_TIMEOUT": 30_000, "TCP_KEEPIDLE": 7, "TCP_KEEPINTVL": 7, "TCP_KEEPCNT": 3
+            }  # fmt: skip
+
+
+@pytest.mark.asyncio
+async def test_many_channels_to_a_peer_that_takes_nothing_are_closed_in_a_second():
+    """One after the other, they would keep the program for as many seconds."""
+    async with contextlib.AsyncExitStack() as stack:
+        pairs = [await stack.enter_async_context(pair()) for _ in range(6)]
+        for source, destination in pairs:
+            await greet(source, destination)
+            destination._transport.pause_reading()
+            while not blocked(source):
+                source.session.send_pages()
+                for part in batch(bytes(MIB)):
+                    source._write_now(part)
+        began = asyncio.get_running_loop().time()
+        await link.close_all([source for source, _ in pairs])
+        assert asyncio.get_running_loop().time() - began < 4
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_is_lost_is_not_waited_for():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        destination._transport.pause_reading()
+        while not blocked(source):
+            source.session.send_pages()
+            for part in batch(bytes(MIB)):
+                source._write_now(part)
+        source._fail(PeerLost("it has said nothing"))
+        await source.close()
+        assert source._transport.is_closing()
+        assert source._closed.is_set()
+        source.bound_sending(MIB)  # of no more use, and no error
+
+
 @pytest.mark.asyncio
 async def test_silence_of_a_peer_that_we_do_not_read_does_not_count():
     """While the destination is busy with what came, it does not read, and cannot hear pings."""
     async with pair(peer_timeout=0.4) as (source, destination):
         await greet(source, destination)
-        source.peer_timeout = 30
         for _ in range(RECEIVE_AHEAD + 2):
             await source.send_batch(*batch(b"x" * 1000))
         await until(lambda: not destination._reading)
