@@ -293,8 +293,7 @@ class Source:
                     )
                 )
                 accept = await self._expect(Accept)
-                for channel in range(1, parameters.channels):
-                    await self._open_channel(channel, accept.token)
+                await self._open_channels(accept.token)
                 self._model.round_trip = min([await self.link.round_trip() for _ in range(3)])
         except TimeoutError:
             raise PeerLost(
@@ -327,6 +326,19 @@ class Source:
         )
         return encoder, digest
 
+    async def _open_channels(self, token: bytes) -> None:
+        """Opens the further channels, all at once: one after the other costs two round trips each,
+        and a second for each SYN that is lost."""
+        async with asyncio.TaskGroup() as group:
+            for channel in range(1, self.parameters.channels):
+                group.create_task(self._open_channel(channel, token))
+        self._links.sort(key=lambda link: link.session.channel)
+        for link in self._links:
+            # All of them together queue what a single one would, and a batch each.
+            link.bound_sending(SEND_HIGH // len(self._links))
+            if link is not self.link:
+                self._lane_readers.append(self._readers.create_task(self._read_lane(link)))
+
     async def _open_channel(self, channel: int, token: bytes) -> None:
         if self._dial is None:
             raise UsageError("several channels need a way to connect again")
@@ -340,10 +352,6 @@ class Source:
             raise peer_error(answer)
         if not isinstance(answer, Joined):
             raise PeerError(f"{type(answer).__name__} came where JOINED was due")
-        # All of them together queue what a single one would, and a batch each.
-        for link in self._links:
-            link.bound_sending(SEND_HIGH // len(self._links))
-        self._lane_readers.append(self._readers.create_task(self._read_lane(lane)))
 
     def set_cache_size(self, size: int) -> None:
         """Asks for another cache size; it is in force within a batch, keeping what still fits."""
