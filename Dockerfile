@@ -23,7 +23,8 @@ RUN python3 -m pip --python /opt/xbmigrate/bin/python install --no-cache-dir lmd
 FROM ${BASE} AS bare
 RUN useradd --uid 10001 --user-group --no-create-home xbmigrate \
  && install -d -o xbmigrate -g xbmigrate -m 0700 /run/xbmigrate /acks /guest
-ENV PATH=/opt/xbmigrate/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/xbmigrate/bin:$PATH PYTHONUNBUFFERED=1 \
+    MIGRATE_JOURNAL=/run/xbmigrate/journal
 USER xbmigrate
 
 FROM bare AS ledger

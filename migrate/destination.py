@@ -3,11 +3,13 @@
     setup   HELLO, GUEST -> a place for it, or a reason why not, before any page -> ACCEPT
     active  PAGES are checked, then applied, by a worker thread; ROUND is confirmed when all of
             the round is in memory, digested where it came to rest, and on its way to disk
-    device  COMPLETE: the digest of the whole memory must match -> READY
-    done    GO -> the guest is started -> RUNNING
+    device  COMPLETE: the digest of the whole memory must match -> PREPARED is written -> READY
+    done    GO -> OWNER is written -> the guest is started -> RUNNING
 
-Whatever fails before GO, the place is discarded: half a guest never runs. After GO the guest is
-ours; if it cannot be started, ERROR NOT_STARTED says so, and it never will be.
+Whatever fails before READY, the place is discarded: half a guest never runs. After it the guest is
+kept for a while even if the connection breaks: its source may come back, and ask (see
+migrate.handover). After GO the guest is ours; if it cannot be started, ERROR NOT_STARTED says so,
+and it never will be.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from migrate.errors import (
     peer_error,
 )
 from migrate.guests.guest import Place
+from migrate.handover import Custody, Records
+from migrate.journal import JournalError
 from migrate.link import Link, close_all, give_reason_on
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
@@ -58,8 +62,12 @@ from proto.messages import (
     Running,
     unpack,
 )
+from proto.ownership import Claim
 
 HANDSHAKE_SECONDS = 15.0
+RESOLVE_SECONDS = 60.0
+# The source hangs up as soon as it has heard RUNNING.
+ACKNOWLEDGE_SECONDS = 2.0
 
 T = TypeVar("T")
 Placer = Callable[[GuestInfo], Place]
@@ -97,21 +105,30 @@ class Destination:
 
     placer -- gives a Place for a described guest, or raises MigrationError: it is refused
     accept -- gives the next connection, for a guest that comes over several; None refuses those
+    records -- of this and earlier migrations; whoever asks for them finds this one there
+    resolve_timeout -- seconds to keep a whole guest when its source is gone
     """
 
     def __init__(
         self, link: Link, placer: Placer, capabilities: Mapping[str, bool] | None = None,
         observer: Observer | None = None, accept: Callable[[], Awaitable[Link]] | None = None,
+        *, records: Records | None = None, resolve_timeout: float = RESOLVE_SECONDS,
     ) -> None:  # fmt: skip
         self.link = link
         self.arrival = Arrival()
         self.started = False
         self.owner = False
+        self.acknowledged = False
+        """Whether the source has hung up after RUNNING, as one does that has heard it."""
         self.place: Place | None = None
         self._placer = placer
         self._capabilities = capabilities or {}
         self._observer = observer or (lambda _event, _arrival: None)
         self._accept = accept
+        self._records = records or Records()
+        self._resolve_timeout = resolve_timeout
+        self._custody: Custody | None = None
+        self._token = b""
         self._worker = ThreadPoolExecutor(1, "apply")
         self._apply_seconds = 0.0
         self._round = 1
@@ -128,6 +145,8 @@ class Destination:
         try:
             await self._receive()
         except BaseException as error:
+            if await self._let_go():
+                return self.arrival
             failure = self._failure(error)
             await self._give_reason(error, failure)
             await self._drain_worker()
@@ -154,11 +173,29 @@ class Destination:
         self.arrival.status = "cancelled" if failure is None else "failed"
         return failure
 
+    async def _let_go(self) -> bool:
+        """A guest that is whole is given up for good, before anybody is told so.
+
+        Returns True where it is ours already: whatever happened, it runs here.
+        """
+        if self._custody is None or self._custody.journal.claim is Claim.NONE:
+            return False
+        self.place = None  # it is the custody's
+        with contextlib.suppress(JournalError):  # PREPARED stays: the next program decides
+            await self._custody.give_up()
+        if self._custody.journal.claim is not Claim.OWNER or not self._custody.running:
+            return False
+        self._complete(self._custody)
+        return True
+
     async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
         if isinstance(error, PeerLost):
             return
         reason = str(failure or "cancelled at the destination")
-        await give_reason_on(self._links, code_of(error, failure), reason)
+        code = code_of(error, failure)
+        if self._custody is not None and self._custody.journal.claim is Claim.ABORTED:
+            code = ErrorCode.NOT_STARTED  # GO may be on its way
+        await give_reason_on(self._links, code, reason)
 
     # -- setup
 
@@ -183,7 +220,7 @@ class Destination:
         decoder = PageDecoder(hashes, info.size, zeroed=place.zeroed)
         digest = Digest(place.reads, hashes)
         await place.ready()
-        token = os.urandom(TOKEN_BYTES)
+        token = self._token = os.urandom(TOKEN_BYTES)
         self.link.share_receiving(info.channels)
         await self.link.send(Accept(token))
         if info.channels > 1:
@@ -193,7 +230,7 @@ class Destination:
         self._observer("accepted", self.arrival)
         complete = await self._rounds(decoder, digest, place)
         await self._verify(decoder, digest, place, complete)
-        await self._take_over(place, complete.state)
+        await self._take_over()
 
     async def _expect(self, kind: type[T]) -> T:
         message = await self.link.receive_message()
@@ -410,18 +447,60 @@ class Destination:
                 "guest's writer, it wrote during the last round"
             )
         await place.prepare(complete.state)
+        self._custody = Custody(place, self._records.journal(self._token), complete.state)
+        self._records.keep(self._custody)
+        await self._custody.prepare(peer=self.link.peer_name)
         await self.link.send(Ready(time.perf_counter() - began))
 
-    async def _take_over(self, place: Place, state: bytes) -> None:
-        await self._expect(Go)
+    async def _take_over(self) -> None:
+        """GO, on this connection or on one that asked; or the end of the patience."""
+        assert self._custody is not None
+        custody = self._custody
+        if await self._go(custody):
+            self.owner = True
+            await custody.take_over()
+            with contextlib.suppress(PeerLost):
+                await self.link.send(Running())
+        self._complete(custody)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ACKNOWLEDGE_SECONDS):
+                await self.link.ended()
+        self.acknowledged = self.link.closed_by_peer or custody.told.is_set()
+
+    async def asked(self) -> None:
+        """Returns when the source has asked what became of its guest, and was told."""
+        if self._custody is not None:
+            await self._custody.told.wait()
+
+    def _complete(self, custody: Custody) -> None:
         self.owner = True
-        try:
-            self.arrival.running = await place.start(state)
-        except MigrationError as error:
-            raise NotStartedError(str(error)) from error
         self.place = None
+        self.arrival.running = custody.running
         self.arrival.status = "completed"
-        with contextlib.suppress(PeerLost):
-            await self.link.send(Running())
-        place.close()
+        custody.place.close()
         self._observer("running", self.arrival)
+
+    async def _go(self, custody: Custody) -> bool:
+        """Whether GO came here; it may have come elsewhere. Raises where it will not come at all.
+
+        A lost source may be back soon, and ask; a source that says why it gives up is not.
+        """
+        go = asyncio.create_task(self._expect(Go))
+        decided = asyncio.create_task(custody.decided.wait())
+        try:
+            await asyncio.wait({go, decided}, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                if go.done():
+                    go.result()
+                    return True
+            except PeerLost:
+                self._observer("lost", self.arrival)
+                await asyncio.wait({decided}, timeout=self._resolve_timeout)
+                if not decided.done() and await custody.give_up():
+                    raise
+            if custody.journal.claim is Claim.ABORTED:
+                raise NotStartedError("the guest was given up before GO came")
+            return False
+        finally:
+            for task in (go, decided):
+                task.cancel()

@@ -9,9 +9,11 @@ from typing import Any
 from migrate import link
 from migrate.address import Address, parse_address
 from migrate.destination import Destination, NoPlaceError
+from migrate.door import Door
 from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
 from migrate.guests.guest import Guest
+from migrate.handover import Records
 from migrate.quantities import format_size
 from migrate.source import Observer, Parameters, Source
 from migrate.statistics import Statistics
@@ -78,20 +80,22 @@ async def receive(
         place = BufferPlace(info, into)
         return place
 
+    records = Records()
+    destination: Destination | None = None
     listener = await link.listen(parse_address(address, listen=True))
-    try:
+    async with Door(listener, records, lambda: bool(destination and destination.started)) as door:
         if listening is not None:
             listening(listener.address)
         while True:
-            destination = Destination(await listener.accept(), placer, accept=listener.accept)
+            destination = Destination(
+                await door.source(), placer, accept=door.lane, records=records
+            )
             try:
                 arrival = await destination.run()
                 break
             except PeerError:
                 if destination.started:
                     raise  # a visitor that never described a guest is no reason to stop
-    finally:
-        await listener.close()
     assert place is not None
     assert arrival.info is not None
     return Received(place.received, place.state, arrival.info)

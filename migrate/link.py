@@ -81,6 +81,8 @@ class Link(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self.peer_name = ""
+        self.closed_by_peer = False
+        """Whether the connection has ended in order."""
         self._transport: asyncio.Transport | None = None
         self._frames: deque[Frame] = deque()
         self._ahead = 0
@@ -134,6 +136,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         fault: Exception = PeerLost(f"the connection to {self.peer_name} broke: {exc}")
         if exc is None:
+            self.closed_by_peer = True
             fault = PeerLost(f"{self.peer_name} closed the connection")
             with contextlib.suppress(ProtoError):
                 self._parse()
@@ -195,15 +198,20 @@ class Link(asyncio.BufferedProtocol):
 
         Raises PeerLost where the connection ended, RemoteError where the peer broke the protocol.
         """
+        await self.first_type()
+        frame = self._frames.popleft()
+        self._ahead -= frame.size
+        self._parse()
+        return frame
+
+    async def first_type(self) -> MessageType:
+        """The type of the next frame, which is left to be received. Raises as `receive` does."""
         while not self._frames:
             if self._fault is not None:
                 raise self._fault
             self._news.clear()
             await self._news.wait()
-        frame = self._frames.popleft()
-        self._ahead -= frame.size
-        self._parse()
-        return frame
+        return self._frames[0].type
 
     async def ended(self) -> None:
         """Returns when nothing more will come; what came before can still be received.

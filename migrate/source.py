@@ -3,11 +3,12 @@
     setup      HELLO, GUEST, ACCEPT, CACHE_SIZE
     active     round 1 all pages, then what was written since, until the policy is content
     device     the guest is paused: last round, digest, COMPLETE, READY
-    commit     the guest is given up, then GO: from here on it never runs here again
+    commit     the guest is given up, COMMITTED is written, then GO: it does not run here again
     completed  RUNNING came
 
 On any failure before the commit the dirty set is put back and the guest goes on here. After it,
-only the destination's word that it never started the guest (ERROR, NOT_STARTED) gives it back.
+only the destination's word that it never will run the guest gives it back: NOT_STARTED, or ABORTED
+when it is asked. It is asked where the connection broke before it could say how it went.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from migrate.errors import (
 )
 from migrate.feeder import Feeder, Turn
 from migrate.guests.guest import Guest
+from migrate.handover import ask, written
+from migrate.journal import Journal, JournalError
 from migrate.link import SEND_HIGH, Link, close_all, give_reason_on
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker
-from proto import LocalError
+from proto import LocalError, ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
@@ -50,6 +53,7 @@ from proto.messages import (
     MAX_CHANNELS,
     MAX_STATE,
     SEED_BYTES,
+    TOKEN_BYTES,
     Accept,
     CacheSize,
     Complete,
@@ -66,6 +70,7 @@ from proto.messages import (
     Running,
     batch_bytes,
 )
+from proto.ownership import FINAL, Claim, Event, Role
 from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
@@ -74,6 +79,8 @@ DEFAULT_CACHE_SIZE = 64 << 20
 UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
 HAND_OVER_SECONDS = 60.0
+RESOLVE_SECONDS = 60.0
+ASK_AGAIN_SECONDS = (0.1, 3.0)
 # A pause that takes so many times what was predicted, and this long, is given up: the guest has
 # been stopped long enough, and it is still ours.
 PAUSE_FACTOR = 10
@@ -115,6 +122,9 @@ Observer = Callable[[str, Statistics], None]
 class Source:
     """One migration of one guest over one link.
 
+    journal  -- the directory of the journals; "" keeps this one's in memory
+    address  -- the destination's, for whoever has to ask it later
+    resolve_timeout -- seconds to find out whose the guest is after a break in the hand-over
     observer -- called with ("round" | "progress" | "notice: ...", statistics) as things happen
     dial     -- connects to the destination once more, for channels beside `link`
     """
@@ -122,6 +132,7 @@ class Source:
     def __init__(
         self, guest: Guest, link: Link, parameters: Parameters | None = None,
         observer: Observer | None = None, dial: Callable[[], Awaitable[Link]] | None = None,
+        *, journal: str = "", resolve_timeout: float = RESOLVE_SECONDS, address: str = "",
     ) -> None:  # fmt: skip
         self.guest = guest
         self.link = link
@@ -130,6 +141,10 @@ class Source:
         self.committed = False
         self._observer = observer or (lambda _event, _statistics: None)
         self._dial = dial
+        self._journals = journal
+        self._journal = Journal(Role.SOURCE, bytes(TOKEN_BYTES))
+        self._resolve_timeout = resolve_timeout
+        self._address = address
         self._links = [link]
         self._worker = ThreadPoolExecutor(1, "encode")
         self._inbox: asyncio.Queue[Message] = asyncio.Queue(64)
@@ -152,6 +167,7 @@ class Source:
         self._round_left = 0
         self._next_update = 0.0
         self._paused_at: float | None = None
+        self._sent_before_pause = 0
         link.limit.rate = self.parameters.limits.max_bandwidth
 
     @property
@@ -169,14 +185,13 @@ class Source:
         """
         self._began = time.monotonic()
         try:
-            async with asyncio.TaskGroup() as group:
-                self._readers = group
-                reader = group.create_task(self._read())
-                try:
-                    await self._migrate()
-                finally:
-                    for task in (reader, *self._lane_readers):
-                        task.cancel()
+            try:
+                await self._over_the_link()
+            except BaseException as raised:
+                error = _the_cause(raised)
+                if not self.committed:
+                    raise error from None
+                await self._find_out(error)
         except BaseException as raised:
             error = _the_cause(raised)
             failure = self._failure(error)
@@ -186,22 +201,39 @@ class Source:
             raise failure from error
         finally:
             self._worker.shutdown(wait=True)
+            self._journal.close()
             with contextlib.suppress(BaseException):
                 await asyncio.shield(close_all(self._links))
             self._update()
         return self.statistics
+
+    async def _over_the_link(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._readers = group
+            reader = group.create_task(self._read())
+            try:
+                await self._migrate()
+            finally:
+                for task in (reader, *self._lane_readers):
+                    task.cancel()
 
     def _failure(self, error: BaseException) -> MigrationError | None:
         """The error as a user sees it; None for a cancellation."""
         failure = failure_of(error, "the guest's memory cannot be read")
         cancelled = failure is None
         if self.committed and not isinstance(failure, HandOverUnknown):
-            failure = HandOverUnknown(
-                "the guest was handed over, but the destination has not confirmed that it runs "
-                f"({failure or 'interrupted'}): look there first; here it stays paused"
-            )
+            failure = self._unknown(str(failure or "interrupted"))
         self._set_status("cancelled" if cancelled else "failed", str(failure or ""))
         return failure
+
+    def _unknown(self, why: str) -> HandOverUnknown:
+        text = (
+            "the guest was handed over, but the destination has not confirmed that it runs "
+            f"({why}): look there first; here it stays paused"
+        )
+        if self._journals:
+            text += f"; `migrate-src resolve {self._journal.name}` asks again"
+        return HandOverUnknown(text)
 
     async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
         """Tells the peer why, where it can still hear."""
@@ -293,6 +325,11 @@ class Source:
                     )
                 )
                 accept = await self._expect(Accept)
+                self._journal = Journal(Role.SOURCE, accept.token, self._journals)
+                await asyncio.to_thread(
+                    self._journal.begin, guest=self.guest.facts(), address=self._address,
+                    description=self.guest.description,
+                )  # fmt: skip
                 await self._open_channels(accept.token)
                 self._model.round_trip = min([await self.link.round_trip() for _ in range(3)])
         except TimeoutError:
@@ -494,13 +531,24 @@ class Source:
                 f"the last round and its check were not done after {patience:.0f} s, "
                 f"{expected * 1e3:.0f} ms were expected"
             ) from None
+        self._sent_before_pause = before
         await self.guest.give_up()
         self.committed = True
+        try:
+            await written(self._journal, Event.READY)
+        except JournalError:
+            await self.guest.take_back()
+            self.committed = False
+            raise
         await self._commit()
-        downtime = time.monotonic() - self._paused_at
+        await self._done()
+
+    async def _done(self) -> None:
+        """It runs over there."""
+        assert self._paused_at is not None
         self.statistics = self.statistics.with_(
-            downtime=downtime,
-            downtime_bytes=self.sent_bytes - before,
+            downtime=time.monotonic() - self._paused_at,
+            downtime_bytes=self.sent_bytes - self._sent_before_pause,
             remaining=0,
             dirty_pages_rate=0.0,
         )
@@ -541,14 +589,55 @@ class Source:
                 await self.link.send(Go())
                 await self._expect(Running)
         except NotStartedError:
-            await self.guest.take_back()
-            self.committed = False
+            await written(self._journal, Event.NOT_STARTED, must=False)
+            await self._take_back()
             raise
         except TimeoutError:
-            raise HandOverUnknown(
-                "the guest was handed over, but the destination has not answered for "
-                f"{HAND_OVER_SECONDS:g} s: look there first; here it stays paused"
-            ) from None
+            raise PeerLost(f"no answer to GO for {HAND_OVER_SECONDS:g} s") from None
+        await written(self._journal, Event.RUNNING, must=False)
+
+    async def _take_back(self) -> None:
+        """It will never run over there: it is ours again, and still paused."""
+        await self.guest.take_back()
+        self.committed = False
+
+    async def _find_out(self, error: BaseException) -> None:
+        """The connection broke after the commit: asks until it is known whose the guest is.
+
+        Returns where it runs over there. Raises NotStartedError where it is ours again, and runs;
+        HandOverUnknown where that is not to be found out in time.
+        """
+        why = str(error) or type(error).__name__
+        if self._journal.claim is Claim.COMMITTED:
+            if isinstance(error, asyncio.CancelledError) or self._dial is None:
+                raise self._unknown("interrupted" if not str(error) else why) from error
+            self._notice(f"the hand-over was cut off ({why}): asking whose the guest is")
+            try:
+                async with asyncio.timeout(self._resolve_timeout):
+                    await self._ask(self._dial)
+            except TimeoutError:
+                raise self._unknown(why) from error
+        if self._journal.claim is Claim.DONE:
+            await self._done()
+            return
+        await self._take_back()
+        await self._keep_guest()
+        raise NotStartedError(
+            f"the hand-over was cut off ({why}), and the destination has given the guest up"
+        )
+
+    async def _ask(self, dial: Callable[[], Awaitable[Link]]) -> None:
+        pause, longest = ASK_AGAIN_SECONDS
+        while True:
+            with contextlib.suppress(MigrationError, ProtoError, TimeoutError, OSError):
+                link = await dial()
+                try:
+                    if await ask(link, self._journal) in FINAL:
+                        return
+                finally:
+                    await link.close()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
 
     # -- statistics
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 
 from proto.errors import ErrorCode, MessageError
+from proto.ownership import ANSWERS, Claim
 
 PROTOCOL_VERSION = 1
 MAX_PAGES = 1 << 32
@@ -57,6 +58,8 @@ class MessageType(IntEnum):
     ERROR = 14
     JOIN = 15
     JOINED = 16
+    QUERY = 17
+    OWNERSHIP = 18
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,7 +102,8 @@ class GuestInfo(_Message, frozen=True):
 class Accept(_Message, frozen=True):
     """The destination has a place for this guest.
 
-    token -- random; a connection that names it is a channel of this migration
+    token -- random, and the name of this migration: on JOIN for a further channel, on QUERY for
+             whoever asks what became of it
     """
 
     token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
@@ -168,6 +172,18 @@ class Running(_Message, frozen=True):
     """The guest runs at the destination."""
 
 
+class Query(_Message, frozen=True):
+    """First on a connection after a break: whose is the guest of the migration of this token?"""
+
+    token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+
+
+class Ownership(_Message, frozen=True):
+    """The destination's answer to QUERY: what it has written of that migration."""
+
+    claim: Claim
+
+
 class Ping(_Message, frozen=True):
     token: Count
 
@@ -189,7 +205,7 @@ class Pages:
 
 Message = (
     Hello | GuestInfo | Accept | Join | Joined | CacheSize | Pages | Round | RoundAck | Complete
-    | Ready | Go | Running | Ping | Pong | Error
+    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership
 )  # fmt: skip
 
 _TYPES: dict[MessageType, type[_Message]] = {
@@ -208,6 +224,8 @@ _TYPES: dict[MessageType, type[_Message]] = {
     MessageType.ERROR: Error,
     MessageType.JOIN: Join,
     MessageType.JOINED: Joined,
+    MessageType.QUERY: Query,
+    MessageType.OWNERSHIP: Ownership,
 }
 TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
     Pages: MessageType.PAGES
@@ -254,4 +272,6 @@ def unpack(kind: MessageType, body: memoryview | bytes) -> Message:
         raise MessageError(f"{kind.name}: {error}") from None
     if isinstance(message, GuestInfo) and message.page_size & (message.page_size - 1):
         raise MessageError(f"GUEST: a page of {message.page_size} bytes is no power of two")
+    if isinstance(message, Ownership) and message.claim not in ANSWERS:
+        raise MessageError(f"OWNERSHIP: no destination claims {message.claim.name}")
     return message  # type: ignore[return-value]

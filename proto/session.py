@@ -4,6 +4,7 @@
     STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
     a further channel: START --JOIN--> JOINING ==JOINED==> LANE; LANE: --PAGES-->, --ROUND-->
+    after a break: START --QUERY--> ASKED ==OWNERSHIP==> ANSWERED --GO--> COMMITTED
     (-- from the source, == from the destination; PING and PONG in any state but START
      and FAILED; ERROR at any time before DONE leads to FAILED)
 
@@ -18,17 +19,9 @@ from enum import Enum, auto
 from proto.errors import FrameError, LocalError, MessageError
 from proto.frames import HEADER_BYTES, Frame, FrameReader, seal
 from proto.messages import TYPE_OF, Message, MessageType, pack, unpack
+from proto.ownership import Role
 
 M = MessageType
-
-
-class Role(Enum):
-    SOURCE = "source"
-    DESTINATION = "destination"
-
-    @property
-    def peer(self) -> Role:
-        return Role.DESTINATION if self is Role.SOURCE else Role.SOURCE
 
 
 class State(Enum):
@@ -39,6 +32,8 @@ class State(Enum):
     STREAM = auto()
     JOINING = auto()
     LANE = auto()
+    ASKED = auto()
+    ANSWERED = auto()
     COMPLETED = auto()
     PREPARED = auto()
     COMMITTED = auto()
@@ -49,7 +44,13 @@ class State(Enum):
 S, D = Role.SOURCE, Role.DESTINATION
 
 TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
-    State.START: {(S, M.HELLO): State.GREETED, (S, M.JOIN): State.JOINING},
+    State.START: {
+        (S, M.HELLO): State.GREETED,
+        (S, M.JOIN): State.JOINING,
+        (S, M.QUERY): State.ASKED,
+    },
+    State.ASKED: {(D, M.OWNERSHIP): State.ANSWERED},
+    State.ANSWERED: {(S, M.QUERY): State.ASKED, (S, M.GO): State.COMMITTED},
     State.JOINING: {(D, M.JOINED): State.LANE},
     State.LANE: {(S, M.PAGES): State.LANE, (S, M.ROUND): State.LANE},
     State.GREETED: {(D, M.HELLO): State.OPEN},

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +14,10 @@ import uvloop
 from hypothesis import settings
 
 from proto import kernel
+
+# Journals of migrations in tests are nobody else's; the programs inherit this.
+os.environ["MIGRATE_JOURNAL"] = tempfile.mkdtemp(prefix="xbmigrate-journal-")
+atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True)
 
 # The machine decides how long an example takes, not the code under test.
 settings.register_profile("machine", deadline=None)

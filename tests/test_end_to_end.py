@@ -16,23 +16,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from proto._twin import GAP_MASK, HEAD, OP_DELTA, OP_MASK, OP_RAW, get_uleb
-from proto.frames import FrameReader
-from proto.messages import STRIPE_BYTES, Join, MessageType, Round, unpack
+from proto.messages import STRIPE_BYTES, MessageType, Round, unpack
 from tests.programs import (
     Program,
-    children,
     destination,
     end_guest,
     ended_or_given_up,
     guest_pid,
     look_at,
 )
+from tests.tap import Tap, is_last_round, of_kind
 
 SMALL = "demo:32m,hot=8m,stride=1024,fill=random"
 
@@ -339,89 +338,6 @@ def again(pid: int) -> None:
 # ---------------------------------------------------------------- killed at the worst moment
 
 
-When = Callable[[MessageType, bytes, int], bool]
-
-
-class Tap:
-    """Stands between the two programs, and does something the moment a certain frame passes.
-
-    when -- told the type, head and channel of each frame
-    """
-
-    def __init__(self, address: str, when: When) -> None:
-        host, port = address.removeprefix("tcp:").split(":")
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
-        self._there = (host, int(port))
-        self._when = when
-        self.act: Callable[[], None] = lambda: None
-        self.acted = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        """Every connection through the tap has one of its own to the other side."""
-        while True:
-            near, _ = self._server.accept()
-            try:
-                far = socket.create_connection(self._there)
-            except OSError:
-                near.close()
-                continue
-            threading.Thread(target=self._serve, args=(near, far), daemon=True).start()
-
-    def _serve(self, near: socket.socket, far: socket.socket) -> None:
-        readers = FrameReader(), FrameReader()
-        pumps = [
-            threading.Thread(target=self._pump, args=(come, go, reader, readers), daemon=True)
-            for (come, go), reader in zip(((near, far), (far, near)), readers, strict=True)
-        ]
-        for pump in pumps:
-            pump.start()
-        for pump in pumps:
-            pump.join()
-        near.close()
-        far.close()
-
-    def _pump(
-        self, come: socket.socket, go: socket.socket, reader: FrameReader,
-        both: tuple[FrameReader, FrameReader],
-    ) -> None:  # fmt: skip
-        try:
-            while data := come.recv(1 << 16):
-                reader.feed(data)
-                while (frame := reader.next_frame()) is not None:
-                    kind, head = frame.type, bytes(frame.head)
-                    frame.release()
-                    if kind is MessageType.JOIN:
-                        message = unpack(kind, head)
-                        assert isinstance(message, Join)
-                        for each in both:
-                            each.channel = message.channel
-                    if not self.acted.is_set() and self._when(kind, head, reader.channel):
-                        self.acted.set()
-                        self.act()
-                go.sendall(data)
-        except OSError:
-            pass
-        for end in (come, go):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-
-def is_last_round(kind: MessageType, head: bytes, channel: int) -> bool:
-    if kind is not MessageType.ROUND or channel:
-        return False
-    message = unpack(kind, head)
-    assert isinstance(message, Round)
-    return message.last
-
-
-def of_kind(kind: MessageType, on: int = 0) -> When:
-    return lambda seen, head, channel: seen is kind and channel == on
-
-
 MOMENTS = {
     **{
         kind.name: of_kind(kind)
@@ -442,7 +358,7 @@ def test_killed_before_the_commit(victim: str, moment: str) -> None:
 
     READY is the last moment: the tap acts before it passes the message on.
     """
-    receiver, address = destination()
+    receiver, address = destination("--resolve-timeout", "1s")
     tap = Tap(address, MOMENTS[moment])
     source = Program("migrate-src", "--guest", "demo:8m,hot=2m,fill=random", tap.address)
     pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
@@ -464,44 +380,6 @@ def test_killed_before_the_commit(victim: str, moment: str) -> None:
     assert received != 0
     assert_guest_is_right(pid)
     again(pid)
-
-
-@pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "lost"])
-@pytest.mark.parametrize("victim", ["source", "destination", "connection"])
-def test_never_two_owners_after_the_commit(victim: str, delivered: bool) -> None:
-    """When GO is on its way the source may be paused for ever, but it never runs again."""
-    receiver, address = destination()
-    tap = Tap(address, of_kind(MessageType.GO if not delivered else MessageType.RUNNING))
-    source = Program("migrate-src", "--guest", "demo:8m,hot=2m,fill=random", tap.address)
-    pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
-
-    landed: list[int] = []
-
-    def act() -> None:
-        landed.extend(children(receiver.process.pid))
-        if victim == "source":
-            source.kill()
-        elif victim == "destination":
-            receiver.kill()
-        raise OSError("cut")
-
-    tap.act = act
-    status = source.wait()
-    received = receiver.wait()
-    try:
-        assert status != 0
-        if victim != "source":
-            assert status == 9
-            assert "look there first" in source.err
-        time.sleep(0.3)
-        assert ended_or_given_up(pid)
-        if delivered and victim != "destination":
-            assert received == 0
-            assert_guest_is_right(guest_pid(receiver.out))
-    finally:
-        end_guest(pid)
-        for there in landed:
-            end_guest(there)
 
 
 def test_a_destination_that_cannot_start_the_guest_gives_it_back(shm: Path) -> None:

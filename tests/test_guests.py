@@ -297,6 +297,7 @@ async def test_a_demo_guest_goes_on_at_its_place_where_it_stopped(demo, spec):
     os.pwrite(place.fd, guest.process.memory[half:size], place.fd_offset + half)
     counted = guest.process.place()
     await place.prepare(guest.state())
+    place.secure()
     assert place.process.state() == PAUSED
     assert place.process.words[4] != OURS
     assert "runs in process" in await place.start(guest.state())
@@ -320,6 +321,7 @@ async def test_a_state_that_makes_no_sense_is_refused_before_the_guest_is_ours(d
     await place.ready()
     with pytest.raises(MigrationError, match="makes no sense"):
         await place.prepare(state)
+        place.secure()
     pid = place.process.pid
     await place.discard()
     await asyncio.to_thread(wait_until, lambda: gone(pid))
@@ -349,6 +351,7 @@ def test_a_guest_that_became_ours_outlives_its_receiver(demo):
 from migrate.guests.demo import STATE_FORMAT
 state = STATE_FORMAT.pack(b"demo", 4096, 1024, 1000.0, 0, 0, 0)
 await place.prepare(state)
+place.secure()
 await place.start(state)
 """
     with Mover(PLACE + start) as mover:
@@ -586,6 +589,7 @@ async def test_an_output_appears_whole_or_not_at_all(place_of, tmp_path):
     place.sync()
     assert visible(tmp_path) == []
     await place.prepare(b"")
+    place.secure()
     assert visible(tmp_path) == []
     assert "out is complete" in await place.start(b"")
     place.close()
@@ -602,6 +606,7 @@ async def test_a_discarded_output_leaves_nothing(place_of, tmp_path, prepared):
     place.memory[:5] = b"half "
     if prepared:
         await place.prepare(b"")
+        place.secure()
     await place.discard()
     assert list(tmp_path.iterdir()) == []
 
@@ -617,6 +622,7 @@ async def test_pages_never_written_stay_holes(place_of, tmp_path):
     into = memoryview(bytearray(size))
     assert place.reads.read(0, into) == size
     await place.prepare(b"")
+    place.secure()
     await place.start(b"")
     place.close()
     assert path.stat().st_size == size
@@ -634,6 +640,7 @@ async def test_an_existing_output_is_refused(place_of, tmp_path):
     path.unlink()
     place = place_of(PAGE, path)
     await place.prepare(b"")
+    place.secure()
     path.write_bytes(b"came meanwhile")
     with pytest.raises(MigrationError, match="File exists"):
         await place.start(b"")
@@ -650,6 +657,7 @@ async def test_an_output_is_replaced_at_once_when_it_may(place_of, tmp_path):
     place.make_room(0)
     place.memory[:3] = b"new"
     await place.prepare(b"")
+    place.secure()
     assert path.read_bytes() == b"old"
     await place.start(b"")
     place.close()
@@ -663,6 +671,7 @@ async def test_a_discarded_replacement_leaves_the_old_one(place_of, tmp_path):
     path.write_bytes(b"old")
     place = place_of(3, path, overwrite=True)
     await place.prepare(b"")
+    place.secure()
     await place.discard()
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["out"]

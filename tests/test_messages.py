@@ -32,9 +32,11 @@ from proto.messages import (
     Join,
     Joined,
     MessageType,
+    Ownership,
     Pages,
     Ping,
     Pong,
+    Query,
     Ready,
     Round,
     RoundAck,
@@ -42,6 +44,7 @@ from proto.messages import (
     pack,
     unpack,
 )
+from proto.ownership import Claim
 
 M = MessageType
 encode = msgspec.msgpack.encode
@@ -62,6 +65,8 @@ EXAMPLES = {
     M.ERROR: Error(ErrorCode.LIMIT, "too large"),
     M.JOIN: Join(b"\xa5" * 16, 2),
     M.JOINED: Joined(),
+    M.QUERY: Query(b"\xa5" * 16),
+    M.OWNERSHIP: Ownership(Claim.OWNER),
 }
 
 COUNT = ([0, 1, (1 << 63) - 1], [-1, 1 << 63, (1 << 64) - 1, 1.0, True, "1", None, b"1", [1]])
@@ -106,6 +111,9 @@ FIELDS = {
     (M.GUEST, "description"): TEXT,
     (M.ACCEPT, "token"): SIXTEEN,
     (M.JOIN, "token"): SIXTEEN,
+    (M.QUERY, "token"): SIXTEEN,
+    # 2 and 4 are claims of a source
+    (M.OWNERSHIP, "claim"): ([0, 1, 3, 5], [2, 4, 6, -1, 255, 1.0, "1", None]),
     (M.JOIN, "channel"): (
         [1, 2, MAX_CHANNELS - 1], [0, -1, MAX_CHANNELS, 1 << 16, 1.0, True, "1", None],
     ),

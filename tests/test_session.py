@@ -21,15 +21,18 @@ from proto.messages import (
     Join,
     Joined,
     MessageType,
+    Ownership,
     Pages,
     Ping,
     Pong,
+    Query,
     Ready,
     Round,
     RoundAck,
     Running,
     pack,
 )
+from proto.ownership import Claim
 from proto.session import TABLE, Role, Session, State
 
 M = MessageType
@@ -52,12 +55,16 @@ MESSAGES = {
     M.ERROR: Error(ErrorCode.INTERNAL, ""),
     M.JOIN: Join(bytes(16), 1),
     M.JOINED: Joined(),
+    M.QUERY: Query(bytes(16)),
+    M.OWNERSHIP: Ownership(Claim.PREPARED),
 }
 
 # The table of proto/README.md ("States"), written a second time by hand: "type>state" where the
 # state changes.
 STATES = {
-    State.START: ("HELLO>GREETED JOIN>JOINING", ""),
+    State.START: ("HELLO>GREETED JOIN>JOINING QUERY>ASKED", ""),
+    State.ASKED: ("", "OWNERSHIP>ANSWERED"),
+    State.ANSWERED: ("QUERY>ASKED GO>COMMITTED", ""),
     State.JOINING: ("", "JOINED>LANE"),
     State.LANE: ("PAGES ROUND", ""),
     State.GREETED: ("", "HELLO>OPEN"),
@@ -214,7 +221,11 @@ def test_nothing_but_go_gives_the_guest_away():
         for (state, role, kind), following in LEGAL.items()
         if following in (State.COMMITTED, State.DONE) and state is not following
     }
-    assert ways == {(State.PREPARED, S, M.GO), (State.COMMITTED, D, M.RUNNING)}
+    assert ways == {
+        (State.PREPARED, S, M.GO),
+        (State.ANSWERED, S, M.GO),
+        (State.COMMITTED, D, M.RUNNING),
+    }
 
 
 # ---------------------------------------------------------------- reading
@@ -334,7 +345,19 @@ def test_acks_and_wishes_may_cross_with_complete():
 
 
 # Most walks would stay for long where anything may be repeated: they prefer what leads on.
-ONWARD = {M.HELLO, M.GUEST, M.ACCEPT, M.COMPLETE, M.READY, M.GO, M.RUNNING, M.JOIN, M.JOINED}
+ONWARD = {
+    M.HELLO,
+    M.GUEST,
+    M.ACCEPT,
+    M.COMPLETE,
+    M.READY,
+    M.GO,
+    M.RUNNING,
+    M.JOIN,
+    M.JOINED,
+    M.QUERY,
+    M.OWNERSHIP,
+}
 
 
 @settings(max_examples=300)

@@ -18,14 +18,17 @@ from migrate.cli.program import (
     migration_parser,
     peer_timeout,
     run,
+    seconds,
     switches,
 )
 from migrate.errors import MigrationError, OnCompleteError
+from migrate.journal import default_directory
 
 if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
+    from migrate.door import Door
     from migrate.guests.guest import Place
-    from migrate.link import Link, Listener
+    from migrate.link import Link
     from proto.messages import GuestInfo
 
 
@@ -56,6 +59,8 @@ class DestinationProgram:
 
     def __init__(self, args: argparse.Namespace) -> None:
         from migrate.guests.file import check_output
+        from migrate.guests.reopen import reopen_place
+        from migrate.handover import Records
 
         self.args = args
         self.address = parse_address(args.listen, listen=True)
@@ -66,10 +71,12 @@ class DestinationProgram:
         if args.output:
             check_output(args.output, args.overwrite)
         self.peer_timeout = peer_timeout(args)
+        self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
+        self.records = Records(args.journal or default_directory(), reopen_place)
         self.stop = Stop()
         self.destination: Destination | None = None
         self.place: Place | None = None
-        self._listener: Listener | None = None
+        self._door: Door | None = None
         self._asked: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -84,39 +91,67 @@ class DestinationProgram:
             return ""
 
         self.stop.install(cancel)
-        async with answering(self.args.qmp, self._commands()):
-            try:
-                arrival = await self._receive()
-            except asyncio.CancelledError:
-                print("migrate-dst: cancelled; nothing is left of the guest here", file=sys.stderr)
-                return 128 + self.stop.signal
-            if self.args.json:
-                print(json.dumps(self._query_migrate()), flush=True)
-            elif not self.args.quiet:
-                print(f"completed and verified: {arrival.running}", flush=True)
-            status = await self._on_complete()
-            if self.args.stay:
-                await self.stop.stay(self.place.pid if self.place else 0)
+        try:
+            async with answering(self.args.qmp, self._commands()), await self._open() as self._door:
+                try:
+                    arrival = await self._receive(self._door)
+                except asyncio.CancelledError:
+                    print(
+                        "migrate-dst: cancelled; nothing is left of the guest here",
+                        file=sys.stderr,
+                    )
+                    return 128 + self.stop.signal
+                return await self._arrived(arrival)
+        finally:
+            self.records.close()
+
+    async def _open(self) -> Door:
+        """Listens, after what an earlier program has left is done."""
+        from migrate import link
+        from migrate.door import Door
+
+        for said in await self.records.finish(self.resolve_timeout):
+            self._say(said)
+        listener = await link.listen(self.address, peer_timeout=self.peer_timeout)
+        self._say(f"listening on {listener.address}")
+        return Door(
+            listener, self.records,
+            busy=lambda: self.destination is not None and self.destination.started,
+            refused=self._refused,
+        )  # fmt: skip
+
+    def _refused(self, who: str, why: object) -> None:
+        print(f"migrate-dst: refused {who}: {why}", file=sys.stderr, flush=True)
+
+    async def _arrived(self, arrival: Arrival) -> int:
+        """The guest is ours: says so, does what is to be done then; the exit code."""
+        if self.args.json:
+            print(json.dumps(self._query_migrate()), flush=True)
+        elif not self.args.quiet:
+            print(f"completed and verified: {arrival.running}", flush=True)
+        status = await self._on_complete()
+        assert self.destination is not None
+        if self.args.stay:
+            await self.stop.stay(self.place.pid if self.place else 0)
+        elif not self.destination.acknowledged:
+            self._say(
+                "the source may not know that its guest runs here: it is waited for, "
+                f"{self.resolve_timeout:g} s at most"
+            )
+            await self.stop.until(self.destination.asked(), self.resolve_timeout)
         return status
 
-    async def _receive(self) -> Arrival:
+    async def _receive(self, door: Door) -> Arrival:
         """Serves connections until a guest has come, or was accepted and failed."""
-        from migrate import link
-
-        listener = self._listener = await link.listen(self.address, peer_timeout=self.peer_timeout)
-        self._say(f"listening on {listener.address}")
-        try:
-            while True:
-                peer = await listener.accept()
-                self.destination = destination = self._destination(peer)
-                try:
-                    return await destination.run()
-                except MigrationError as error:
-                    if destination.started:
-                        raise
-                    print(f"migrate-dst: refused {peer.peer_name}: {error}", file=sys.stderr)
-        finally:
-            await listener.close()
+        while True:
+            peer = await door.source()
+            self.destination = destination = self._destination(peer)
+            try:
+                return await destination.run()
+            except MigrationError as error:
+                if destination.started:
+                    raise
+                self._refused(peer.peer_name, error)
 
     def _destination(self, peer: Link) -> Destination:
         from migrate.destination import Destination
@@ -126,12 +161,20 @@ class DestinationProgram:
             if event == "accepted" and arrival.info is not None:
                 size = quantities.format_size(arrival.info.size)
                 self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
-                if self.wanted_cache:
-                    asking = peer.send(CacheSize(self.wanted_cache))
-                    self._asked.add(asyncio.get_running_loop().create_task(asking))
+            if event == "lost":
+                self._say(
+                    "the source is gone, and its guest is whole here: it may come back and ask, "
+                    f"within {self.resolve_timeout:g} s"
+                )
+            if event == "accepted" and self.wanted_cache:
+                asking = peer.send(CacheSize(self.wanted_cache))
+                self._asked.add(asyncio.get_running_loop().create_task(asking))
 
-        assert self._listener is not None
-        return Destination(peer, self._place, self.capabilities, observe, self._listener.accept)
+        assert self._door is not None
+        return Destination(
+            peer, self._place, self.capabilities, observe, self._door.lane,
+            records=self.records, resolve_timeout=self.resolve_timeout,
+        )  # fmt: skip
 
     def _place(self, info: GuestInfo) -> Place:
         """Where a guest lands. Raises NoPlaceError."""
@@ -220,4 +263,8 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["resolve"]:
+        from migrate.cli import resolve
+
+        resolve.main("migrate-dst", sys.argv[2:])
     sys.exit(run(destination_parser(), _run))

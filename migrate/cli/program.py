@@ -17,7 +17,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
@@ -53,6 +53,15 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     parser.add_argument(
         "--peer-timeout", default="30s", metavar="TIME", help="a peer silent for so long is lost"
     )
+    parser.add_argument(
+        "--journal", default="", metavar="DIR",
+        help="where it is written down whose the guest is (default: $MIGRATE_JOURNAL, "
+        "/var/lib/xbmigrate or ~/.local/state/xbmigrate)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resolve-timeout", default="60s", metavar="TIME",
+        help="how long to find out whose the guest is, where the hand-over is cut off",
+    )  # fmt: skip
     parser.add_argument(
         "--qmp", default="", metavar="unix:PATH",
         help="answer on this socket (migrate-ctl asks it; QEMU's machine protocol)",
@@ -126,6 +135,22 @@ class Stop:
         else:
             self.signal = number
 
+    async def until(self, done: Awaitable[object], timeout: float) -> None:
+        """Waits for `done`, for so many seconds at most, or for a signal or `quit`."""
+        told = asyncio.Event()
+
+        def tell() -> str:
+            told.set()
+            return ""
+
+        if self.signal or self.late:
+            return
+        self.install(tell)
+        waiting = [asyncio.ensure_future(done), asyncio.ensure_future(told.wait())]
+        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for one in waiting:
+            one.cancel()
+
     async def stay(self, pid: int) -> None:
         """Waits for a signal or `quit`, and ends process `pid` then, or for that process to end.
 
@@ -174,10 +199,14 @@ async def answering(address: str, commands: Mapping[str, Command]) -> AsyncItera
         await server.close()
 
 
-def run(parser: Parser, program: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> int:
-    """Runs a program on uvloop; its exit code."""
+def run(
+    parser: Parser,
+    program: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
+    words: list[str] | None = None,
+) -> int:
+    """Runs a program on uvloop, with these arguments or its own; its exit code."""
     try:
-        args = parser.parse_args()
+        args = parser.parse_args(words)
         import uvloop
 
         with contextlib.suppress(BrokenPipeError):

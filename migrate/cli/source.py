@@ -23,6 +23,7 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
+from migrate.journal import default_directory
 
 if TYPE_CHECKING:
     from migrate.guests.guest import Guest
@@ -150,6 +151,8 @@ class SourceProgram:
         self.parameters = parameters_of(args)
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
+        self.journal = args.journal or default_directory()
+        self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         self.opened = open_guest(args, self.parameters.page_size)
         self.progress: Progress = Progress("never" if args.quiet else args.progress)
         self.stop = Stop()
@@ -206,7 +209,10 @@ class SourceProgram:
         from migrate.statistics import info_migrate, query_migrate
 
         args, progress = self.args, self.progress
-        source = self.source = Source(guest, peer, self.parameters, progress.show, self.dial)
+        source = self.source = Source(
+            guest, peer, self.parameters, progress.show, self.dial,
+            journal=self.journal, resolve_timeout=self.resolve_timeout, address=str(self.address),
+        )  # fmt: skip
         task = asyncio.current_task()
         assert task is not None
 
@@ -292,4 +298,8 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["resolve"]:
+        from migrate.cli import resolve
+
+        resolve.main("migrate-src", sys.argv[2:])
     sys.exit(run(source_parser(), _run))

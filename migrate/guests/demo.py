@@ -8,13 +8,15 @@ Its memory is a memfd that the process, the source and the destination share:
     0     command: 1 run, 2 pause, 3 end
     1     state: 0 starting, 1 running, 2 paused
     2, 3  place: sweeps done, index of the next increment
-    4     owner: 0 ours; 1 given up to a destination, will not run here again; 2 not ours yet
+    4     owner: 0 ours; 1 given up to a destination, will not run here again; 2 not ours yet;
+          3 whole, and not ours yet
     5..   magic, size, hot, stride, rate (float bits), fill, page size, marks offset, memory offset
 
 Whoever pauses it holds a lock (flock) on the memfd. The kernel drops that lock when its holder
-dies, however it dies; a paused guest that can take the lock goes on if it is ours, stays paused if
-it was given up, and ends if it never became ours. So a killed source never leaves a stopped guest
-behind, a killed destination never a second one, and no two sources move the same guest.
+dies, however it dies; a paused guest that can take the lock goes on if it is ours, and ends if it
+is half a guest, which nobody will ever own. One that was given up, or that is whole and waits to be
+ours, stays paused: a journal tells whose it is. So a killed source never leaves a stopped guest
+behind that is its own, a killed destination never a second one, and no two sources move the same.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ import struct
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from migrate._memory import first_wrong
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
+from migrate.guests.process import start_time
 from migrate.memory import Memory
 from migrate.quantities import format_size, parse_size
 from migrate.tracking import DirtyTracker, MarkTracker
@@ -42,7 +46,7 @@ from proto.messages import GuestInfo
 MAGIC = 0x58424D44454D4F31
 CONTROL_BYTES = 4096
 COMMAND, STATE, SWEEP, INDEX, OWNER = range(5)
-OURS, GIVEN_UP, NOT_YET_OURS = 0, 1, 2
+OURS, GIVEN_UP, NOT_YET_OURS, PREPARED = range(4)
 SHAPE = 5
 RUN, PAUSE, END = 1, 2, 3
 STARTING, RUNNING, PAUSED = 0, 1, 2
@@ -244,6 +248,13 @@ class DemoProcess:
         os.close(self.fd)
 
 
+def _same_process(facts: dict[str, Any]) -> DemoProcess:
+    pid = int(facts["pid"])
+    if not facts["started"] or start_time(pid) != facts["started"]:
+        raise MigrationError(f"the demo guest in process {pid} has ended")
+    return DemoProcess.attach(pid)
+
+
 def _words(*values: int) -> memoryview:
     return memoryview(struct.pack(f"{len(values)}Q", *values)).cast("Q")
 
@@ -286,6 +297,11 @@ class DemoGuest(Guest):
 
     async def started(self) -> None:
         """Waits until the guest has filled its memory, however large, and counts."""
+        if self.process.words[OWNER] != OURS:
+            raise UsageError(
+                f"the demo guest in process {self.pid} is not ours to move: it was given up to "
+                "another machine (migrate-src resolve tells)"
+            )
         while self.process.state() == STARTING and self.process.alive():
             await asyncio.sleep(0.005)
         await self.process.command(RUN, RUNNING)
@@ -317,6 +333,14 @@ class DemoGuest(Guest):
 
     async def close(self) -> None:
         self.process.close()
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.kind, "pid": self.pid, "started": start_time(self.pid)}
+
+    @classmethod
+    def reopen(cls, facts: dict[str, Any]) -> DemoGuest:
+        """A guest that an earlier program had given up."""
+        return cls(_same_process(facts))
 
 
 class DemoPlace(Place):
@@ -357,6 +381,22 @@ class DemoPlace(Place):
         words[SHAPE + 4] = struct.unpack("Q", struct.pack("d", rate))[0]
         words[SHAPE + 5] = random
         words[SWEEP], words[INDEX] = sweep, index
+
+    def secure(self) -> None:
+        self.process.words[OWNER] = PREPARED
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "demo", "pid": self.pid, "started": start_time(self.pid)}
+
+    @classmethod
+    def reopen(cls, facts: dict[str, Any]) -> DemoPlace:
+        """A guest that an earlier program had prepared."""
+        place = cls.__new__(cls)
+        place.process = _same_process(facts)
+        place.pid = place.process.pid
+        if place.process.words[OWNER] not in (PREPARED, OURS):
+            raise MigrationError(f"the guest in process {place.pid} was never whole")
+        return place
 
     async def start(self, state: bytes) -> str:
         self.process.words[OWNER] = OURS

@@ -16,7 +16,7 @@ from migrate._memory import fill, run_load
 
 CONTROL_BYTES = 4096
 COMMAND, STATE, SWEEP, INDEX, OWNER = range(5)
-OURS, GIVEN_UP, NOT_YET_OURS = 0, 1, 2
+OURS, GIVEN_UP, NOT_YET_OURS, PREPARED = range(4)
 SHAPE = 5
 RUN, PAUSE, END = 1, 2, 3
 RUNNING, PAUSED = 1, 2
@@ -30,8 +30,9 @@ def wait_paused(words: memoryview, fd: int) -> None:
     while words[COMMAND] == PAUSE:
         time.sleep(LOOK)
         looks += 1
-        if looks % LOOKS_PER_LEASE == 0 and words[OWNER] != GIVEN_UP and holder_died(fd):
-            words[COMMAND] = RUN if words[OWNER] == OURS else END
+        if looks % LOOKS_PER_LEASE or words[OWNER] in (GIVEN_UP, PREPARED) or not holder_died(fd):
+            continue
+        words[COMMAND] = RUN if words[OWNER] == OURS else END
 
 
 def holder_died(fd: int) -> bool:

@@ -13,9 +13,11 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
+from migrate.guests.process import start_time
 from migrate.memory import Memory
 from migrate.quantities import format_size
 from proto.messages import MAX_PAGES, GuestInfo
@@ -164,6 +166,23 @@ class FileGuest(Guest):
     async def release(self) -> None:
         """The writer stays stopped: it would write to a copy that is no longer the guest."""
 
+    def facts(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "path": os.path.abspath(self.path),
+            "pids": [[pid, start_time(pid)] for pid in self.pids],
+            "resume_cmd": self.resume_cmd,
+        }
+
+    @classmethod
+    def reopen(cls, facts: dict[str, Any]) -> FileGuest:
+        """A guest that an earlier program had given up: its writer is stopped, and has no guard."""
+        pids = [pid for pid, started in facts["pids"] if started and start_time(pid) == started]
+        command = facts["resume_cmd"]
+        guest = cls(facts["path"], pids, "true" if command else "", command)
+        guest._paused = guest._given_up = True
+        return guest
+
     async def close(self) -> None:
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
@@ -207,6 +226,7 @@ class FilePlace(Place):
         self._page_size = info.page_size
         self._directory = os.path.dirname(os.path.abspath(path))
         self._temporary = ""
+        self._nameless = False
         self._overwrite = overwrite
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
@@ -244,21 +264,58 @@ class FilePlace(Place):
         try:
             os.ftruncate(self.fd, self._size)
             os.fsync(self.fd)
-            if not self._temporary:
-                name = self._hidden_name()
-                # A directory must be given for linkat(2) to be used, which follows the link.
-                own = os.open("/proc/self/fd", os.O_RDONLY)
-                try:
-                    os.link(str(self.fd), name, src_dir_fd=own, follow_symlinks=True)
-                finally:
-                    os.close(own)
-                self._temporary = name
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+        self._nameless = not self._temporary
+        self._temporary = self._temporary or self._hidden_name()
+
+    def secure(self) -> None:
+        if not self._nameless:
+            return
+        try:
+            # A directory must be given for linkat(2) to be used, which follows the link.
+            own = os.open("/proc/self/fd", os.O_RDONLY)
+            try:
+                os.link(str(self.fd), self._temporary, src_dir_fd=own, follow_symlinks=True)
+            finally:
+                os.close(own)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
 
+    def facts(self) -> dict[str, Any]:
+        here = os.fstat(self.fd)
+        return {
+            "kind": "file", "path": os.path.abspath(self.path), "temporary": self._temporary,
+            "overwrite": self._overwrite, "size": self._size, "inode": [here.st_dev, here.st_ino],
+        }  # fmt: skip
+
+    @classmethod
+    def reopen(cls, facts: dict[str, Any]) -> FilePlace:
+        """A file that an earlier program had prepared: complete, under its hidden name."""
+        place = cls.__new__(cls)
+        place.path, place._temporary = facts["path"], facts["temporary"]
+        place._overwrite, place._size = facts["overwrite"], facts["size"]
+        place._directory = os.path.dirname(place.path)
+        for name in (place._temporary, place.path):
+            with contextlib.suppress(OSError):
+                place.fd = os.open(name, os.O_RDWR)
+                here = os.fstat(place.fd)
+                if [here.st_dev, here.st_ino] == facts["inode"]:
+                    break
+                os.close(place.fd)
+        else:
+            raise MigrationError(f"what was prepared for {place.path} is gone")
+        if name == place.path:
+            place._temporary = ""  # it has its name already
+        place._map = mmap.mmap(place.fd, max(place._size, 1))
+        place.memory = memoryview(place._map)
+        return place
+
     async def start(self, state: bytes) -> str:
         try:
-            if self._overwrite:
+            if not self._temporary:
+                pass
+            elif self._overwrite:
                 os.rename(self._temporary, self.path)
             else:
                 os.link(self._temporary, self.path)

@@ -14,6 +14,7 @@ each kind arranges that with somebody who outlives us (see demo.py, guard.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from migrate.memory import Memory
 from migrate.tracking import DirtyTracker, ScanTracker
@@ -66,6 +67,10 @@ class Guest(ABC):
     async def close(self) -> None:
         """The migration is over; the guest stays as it is."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a later program needs to let the guest go on, or to end it (see reopen)."""
+        return {"kind": self.kind}
+
 
 class Place(ABC):
     """Where the destination puts a guest."""
@@ -102,6 +107,13 @@ class Place(ABC):
 
     async def prepare(self, state: bytes) -> None:
         """Everything that can fail before the guest is ours, so that `start` cannot."""
+
+    def secure(self) -> None:
+        """It is written that the guest is whole: from here on it outlives this program."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a later program needs to start a prepared guest, or to discard it (see reopen)."""
+        return {"kind": "buffer"}
 
     def close(self) -> None:
         """The guest runs and the source knows it: lets go of what was only needed to receive it.

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from migrate.guests.process import start_time
+
 SAMPLING_INTERVAL = 0.02
 
 
@@ -59,7 +61,7 @@ class Measured:
         )
         self.pid = self.process.pid
         self.memory = 0
-        self._family = {self.pid: _start_time(self.pid)}
+        self._family = {self.pid: start_time(self.pid)}
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         self._sampler.start()
@@ -76,7 +78,7 @@ class Measured:
         self._stop.set()
         self._sampler.join()
         for pid, started in self._family.items():
-            if started and _start_time(pid) == started:
+            if started and start_time(pid) == started:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         if self.process.returncode is None:
@@ -143,7 +145,7 @@ class Measured:
         while True:
             family = _family(self.pid)
             for pid in family:
-                self._family.setdefault(pid, _start_time(pid))
+                self._family.setdefault(pid, start_time(pid))
             self.memory = max(self.memory, sum(map(private_memory, family)))
             if self._stop.wait(SAMPLING_INTERVAL):
                 return
@@ -166,15 +168,6 @@ def _family(pid: int) -> list[int]:
             for thread in Path(f"/proc/{member}/task").iterdir():
                 family += map(int, (thread / "children").read_text().split())
     return family
-
-
-def _start_time(pid: int) -> str:
-    """Tells a process from a later one with the same number; "" for none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _read(descriptor: int) -> str:

@@ -1,0 +1,206 @@
+"""`migrate-src resolve` and `migrate-dst resolve`: settle a hand-over that was cut off.
+
+    migrate-src resolve              what is not settled here
+    migrate-src resolve ID           asks the destination, and does what follows from its answer
+    migrate-src resolve ID --keep source|destination    a person decides, who can prove it
+
+Proof is the other side's journal (`--proof FILE`, brought by hand): the source may keep the guest
+if the destination's says ABORTED, and must let it go if that says OWNER; the destination may run it
+if the source's says COMMITTED. Without proof `--force` does it: two may run then, or none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from migrate.address import Address, parse_address
+from migrate.cli.program import Parser, peer_timeout, run, seconds
+from migrate.errors import (
+    ConnectError,
+    HandOverUnknown,
+    MigrationError,
+    PeerLost,
+    UsageError,
+)
+from migrate.journal import Journal, claim_in, default_directory, journals, settled
+from proto.ownership import Claim, Event, Role
+
+# What the other side's journal must claim for one side to be kept, by the side that asks.
+PROOFS = {
+    (Role.SOURCE, "source"): {Claim.ABORTED},
+    (Role.SOURCE, "destination"): {Claim.OWNER},
+    (Role.DESTINATION, "destination"): {Claim.COMMITTED},
+}
+RISK = {
+    "source": "if the destination runs the guest, or will, there are two of it then",
+    "destination": "if the source runs the guest, or will, there are two of it then",
+}
+
+
+def resolve_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=f"{prog} resolve",
+        description="Settles a hand-over that was cut off: finds out whose the guest is.",
+        epilog="exit codes:\n    0 settled, or nothing to settle    1 failed    2 usage\n"
+        "    3 nobody answers there    9 still unknown",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("id", nargs="?", default="", metavar="ID", help="of the migration")
+    if prog == "migrate-src":
+        parser.add_argument(
+            "uri", nargs="?", default="", metavar="tcp:HOST:PORT|unix:PATH",
+            help="where migrate-dst listens (default: where it did)",
+        )  # fmt: skip
+        parser.add_argument("--connect-timeout", default="10s", metavar="TIME")
+        parser.add_argument("--peer-timeout", default="30s", metavar="TIME")
+    parser.add_argument("--keep", choices=["source", "destination"], help="a person's decision")
+    parser.add_argument("--proof", default="", metavar="FILE", help="the other side's journal")
+    parser.add_argument("--force", action="store_true", help="decide without proof")
+    parser.add_argument("--journal", default="", metavar="DIR", help="where the journals are")
+    return parser
+
+
+def find(args: argparse.Namespace, role: Role) -> Journal | None:
+    """The journal that is meant; None where there is nothing to settle, which is said."""
+    directory = args.journal or default_directory()
+    known = list(journals(role, directory))
+    if args.id:
+        found = [one for one in known if one.name.startswith(args.id.lower())]
+        if len(found) != 1:
+            raise UsageError(f"{args.id}: {len(found)} migrations of that name in {directory}")
+        return found[0]
+    open_ones = [one for one in known if not settled(one)]
+    if not open_ones:
+        print(f"nothing to settle in {directory}")
+    for one in open_ones:
+        print(f"{one.text()}; {_about(one)}")
+    return open_ones[0] if len(open_ones) == 1 else None
+
+
+def _about(journal: Journal) -> str:
+    facts = journal.facts
+    return f"{facts.get('description') or facts.get('place', {}).get('path') or 'a guest'}"
+
+
+def check_proof(args: argparse.Namespace, journal: Journal) -> None:
+    """Raises UsageError where a person's decision is neither proved nor forced."""
+    accepted = PROOFS.get((journal.role, args.keep))
+    if accepted is None or args.force:
+        return
+    if not args.proof:
+        raise UsageError(
+            f"--keep {args.keep} wants proof: the other side's journal, --proof "
+            f"{journal.name}.{journal.role.peer.value}; or --force: {RISK[args.keep]}"
+        )
+    role, identity, claim = claim_in(args.proof)
+    if (role, identity) != (journal.role.peer, journal.identity):
+        raise UsageError(f"{args.proof} is no journal of the other side of {journal.name}")
+    if claim not in accepted:
+        raise UsageError(f"{args.proof} says {claim.name}: that does not prove it")
+
+
+# ---------------------------------------------------------------- the source
+
+
+async def resolve_source(args: argparse.Namespace) -> int:
+    journal = find(args, Role.SOURCE)
+    if journal is None:
+        return 0
+    journal.open(create=False)
+    try:
+        if journal.claim is Claim.COMMITTED:
+            if args.keep:
+                check_proof(args, journal)
+                journal.move(Event.KEEP_SOURCE if args.keep == "source" else Event.KEEP_DESTINATION)
+            else:
+                await _ask(args, journal)
+        return await _act_on(journal)
+    finally:
+        journal.close()
+
+
+async def _ask(args: argparse.Namespace, journal: Journal) -> None:
+    from migrate import link
+    from migrate.handover import ask
+
+    address: Address = parse_address(args.uri or journal.facts["address"])
+    hint = "start migrate-dst there again, with the journal it had, and try again"
+    try:
+        peer = await link.connect(
+            address,
+            timeout=seconds(args.connect_timeout, "--connect-timeout"),
+            peer_timeout=peer_timeout(args),
+        )
+        try:
+            await ask(peer, journal)
+        finally:
+            await peer.close()
+    except TimeoutError:
+        raise ConnectError(f"{address} does not answer: {hint}") from None
+    except (ConnectError, PeerLost) as error:
+        raise ConnectError(f"{error}: {hint}") from None
+
+
+async def _act_on(journal: Journal) -> int:
+    """Does with the guest here what the claim says; doing it again changes nothing."""
+    from migrate.guests.reopen import reopen_guest
+
+    if journal.claim is Claim.COMMITTED:
+        # it was asked, and nobody knows
+        raise HandOverUnknown(
+            "the destination has no record of this migration: look at its guest, and say what is "
+            "to be kept (--keep)"
+        )
+    try:
+        guest = reopen_guest(journal.facts["guest"])
+    except MigrationError as error:
+        print(f"{journal.text()}; here {error}")
+        return 0
+    try:
+        if journal.claim is Claim.DONE:
+            await guest.release()
+            print(f"{journal.text()}: the guest runs at the destination, and no more here")
+        else:
+            await guest.take_back()
+            await guest.resume()
+            print(f"{journal.text()}: the guest runs here")
+    finally:
+        await guest.close()
+    return 0
+
+
+# ---------------------------------------------------------------- the destination
+
+
+async def resolve_destination(args: argparse.Namespace) -> int:
+    from migrate.guests.reopen import reopen_place
+    from migrate.handover import Records
+
+    journal = find(args, Role.DESTINATION)
+    if journal is None:
+        return 0
+    records = Records(args.journal or default_directory(), reopen_place)
+    try:
+        custody = await records.find(journal.identity)
+        assert custody is not None
+        claim = await custody.standing()
+        if claim is Claim.PREPARED and args.keep == "source":
+            await custody.give_up(Event.KEEP_SOURCE)
+        elif claim is Claim.PREPARED and args.keep == "destination":
+            check_proof(args, custody.journal)
+            await custody.take_over(Event.KEEP_DESTINATION)
+        elif claim is Claim.PREPARED:
+            raise HandOverUnknown(
+                "the source has not said GO, or it was lost: let it ask (migrate-src resolve, with "
+                "migrate-dst listening here), or say what is to be kept (--keep)"
+            )
+        print(f"{custody.journal.text()}{f': {custody.running}' if custody.running else ''}")
+        return 0
+    finally:
+        records.close()
+
+
+def main(prog: str, words: list[str]) -> None:
+    resolve = resolve_source if prog == "migrate-src" else resolve_destination
+    sys.exit(run(resolve_parser(prog), resolve, words))

@@ -1,0 +1,123 @@
+"""The door: whoever connects says first what for, and is led there.
+
+    HELLO  a guest comes          -> `source()`, or sent away while another one is received
+    JOIN   a channel of it        -> `lane()`
+    QUERY  what became of one?    -> answered here (migrate.handover)
+
+Somebody who says nothing is let stand, for a while; of too many, the one who has stood longest
+goes. So a crowd of them does not keep out a source, which speaks at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+
+from migrate.address import Address
+from migrate.errors import PeerLost
+from migrate.handover import Records, answer
+from migrate.link import Link, Listener
+from proto import ErrorCode, ProtoError
+from proto.messages import MAX_CHANNELS, MessageType
+
+FIRST_WORD_SECONDS = 15.0
+MAX_STANDING = 2 * MAX_CHANNELS
+
+
+class Door:
+    """Leads connections from a listener where they belong, as long as its context lasts.
+
+    busy -- tells whether a guest is being received: another one is sent away then
+    refused -- told of whoever is sent away: its name, and the reason
+    """
+
+    def __init__(
+        self, listener: Listener, records: Records, busy: Callable[[], bool],
+        refused: Callable[[str, str], None] = lambda _who, _why: None,
+    ) -> None:  # fmt: skip
+        self.records = records
+        self._busy = busy
+        self._refused = refused
+        self._listener = listener
+        self._sources: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
+        self._lanes: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
+        self._standing: dict[asyncio.Task[None], Link] = {}
+        self._opening: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> Address:
+        return self._listener.address
+
+    async def __aenter__(self) -> Door:
+        self._opening = asyncio.create_task(self._open())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._opening is not None
+        tasks = [self._opening, *self._standing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for queue in (self._sources, self._lanes):
+            while not queue.empty():
+                queue.get_nowait().abort()
+        await self._listener.close()
+
+    async def source(self) -> Link:
+        """The next connection that would bring a guest."""
+        return await self._sources.get()
+
+    async def lane(self) -> Link:
+        """The next connection that is to be a channel."""
+        return await self._lanes.get()
+
+    async def _open(self) -> None:
+        while True:
+            link = await self._listener.accept()
+            if len(self._standing) >= MAX_STANDING:
+                oldest = next(iter(self._standing))
+                oldest.cancel()
+                self._standing.pop(oldest).abort()
+            task = asyncio.create_task(self._lead(link))
+            self._standing[task] = link
+            task.add_done_callback(lambda done: self._standing.pop(done, None))
+
+    async def _lead(self, link: Link) -> None:
+        try:
+            async with asyncio.timeout(FIRST_WORD_SECONDS):
+                kind = await link.first_type()
+            if kind is MessageType.QUERY:
+                await answer(link, self.records)
+            elif kind is MessageType.JOIN and self._busy():
+                self._lanes.put_nowait(link)
+            elif kind is MessageType.HELLO and not self._busy():
+                self._sources.put_nowait(link)
+            elif kind is MessageType.HELLO:
+                reason = "another guest is being received here just now"
+                await self._send_away(link, ErrorCode.NO_PLACE, reason)
+            else:
+                reason = "no migration waits for a channel here"
+                await self._send_away(link, ErrorCode.PROTOCOL, reason)
+        except PeerLost:
+            await link.close()  # a probe, or somebody who has thought better of it
+        except TimeoutError:
+            await self._send_away(link, ErrorCode.PROTOCOL, "nothing was said")
+        except asyncio.QueueFull:
+            await self._send_away(link, ErrorCode.NO_PLACE, "too many connections wait here")
+        except ProtoError as error:
+            code = getattr(error, "code", ErrorCode.PROTOCOL)
+            await self._send_away(link, code, str(error))
+        except asyncio.CancelledError:
+            link.abort()
+            raise
+
+    async def _send_away(self, link: Link, code: ErrorCode, reason: str) -> None:
+        self._refused(link.peer_name, reason)
+        await link.give_reason(code, reason)
+        await link.close()

@@ -1,0 +1,32 @@
+"""Guests and places that an earlier program has left, from the facts in its journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from migrate.errors import MigrationError
+from migrate.guests.guest import Guest, Place
+
+
+def reopen_guest(facts: dict[str, Any]) -> Guest:
+    """A guest that was given up. Raises MigrationError where it is gone."""
+    from migrate.guests.demo import DemoGuest
+    from migrate.guests.file import FileGuest
+
+    if facts.get("kind") == "demo":
+        return DemoGuest.reopen(facts)
+    if facts.get("kind") == "file":
+        return FileGuest.reopen(facts)
+    raise MigrationError("that guest was memory of the program that moved it, and ended with it")
+
+
+def reopen_place(facts: dict[str, Any]) -> Place:
+    """A guest that was prepared. Raises MigrationError where it is gone."""
+    from migrate.guests.demo import DemoPlace
+    from migrate.guests.file import FilePlace
+
+    if facts.get("kind") == "demo":
+        return DemoPlace.reopen(facts)
+    if facts.get("kind") == "file":
+        return FilePlace.reopen(facts)
+    raise MigrationError("that guest was memory of the program that received it")

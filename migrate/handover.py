@@ -1,0 +1,285 @@
+"""The hand-over beyond one connection: what is asked after a break, and what is answered.
+
+    source                                      destination
+    Source  --COMMITTED, GO--> (break)          Custody: PREPARED, waits
+    ask()   --QUERY-->                          Records.find(token) -> Custody
+            <--OWNERSHIP--                      Custody.standing()
+            --GO-->                             Custody.take_over(): OWNER, the guest starts
+            <--RUNNING--
+
+What each side may do is in proto.ownership; what it has written is in its Journal, and each of the
+steps here is written there before it is taken. A Custody does one thing at a time, whoever asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from migrate.errors import MigrationError, NotStartedError, PeerError, peer_error
+from migrate.guests.guest import Place
+from migrate.journal import Journal, JournalError, journals, settled
+from migrate.link import Link
+from proto import ErrorCode, ProtoError
+from proto.messages import Error, Go, Ownership, Query, Running
+from proto.ownership import ANSWERS, Claim, Event, Role
+
+ANSWER_SECONDS = 15.0
+
+T = TypeVar("T")
+
+
+async def written(journal: Journal, event: Event, *, must: bool = True, **facts: Any) -> None:
+    """Journal.move, not in the loop's thread; a cancellation waits for it. Raises JournalError."""
+    await finished(asyncio.to_thread(journal.move, event, must=must, **facts))
+
+
+async def finished(work: Awaitable[T]) -> T:
+    """The result of what cannot be undone half-way: a cancellation is raised after its end."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            with contextlib.suppress(Exception):
+                await task
+        raise
+
+
+async def ask(link: Link, journal: Journal) -> Claim:
+    """Asks the destination at the other end of `link`; returns the claim of the source then.
+
+    DONE: the guest runs over there. ABORTED: it is ours. COMMITTED: nobody there knows of it.
+    Raises PeerError, PeerLost, TimeoutError, ProtoError, JournalError: nothing is known then.
+    """
+    async with asyncio.timeout(ANSWER_SECONDS):
+        await link.send(Query(journal.identity))
+        answer = await link.receive_message()
+        if isinstance(answer, Error):
+            raise peer_error(answer)
+        if not isinstance(answer, Ownership):
+            raise PeerError(f"{type(answer).__name__} came where OWNERSHIP was due")
+        event = ANSWERS[answer.claim]
+        if answer.claim is Claim.PREPARED:
+            await link.send(Go())
+            result = await link.receive_message()
+            if isinstance(result, Running):
+                event = Event.RUNNING
+            elif isinstance(result, Error) and result.code is ErrorCode.NOT_STARTED:
+                event = Event.NOT_STARTED
+            elif isinstance(result, Error):
+                raise peer_error(result)
+            else:
+                raise PeerError(f"{type(result).__name__} came where RUNNING was due")
+    await written(journal, event, must=False)
+    return journal.claim
+
+
+class Custody:
+    """A guest that is whole at the destination, until it is decided whose it is.
+
+    `decided` is set when it is: `journal.claim` is OWNER or ABORTED then. `told` is set when the
+    source has asked, and knows. `running` is the place's sentence on the guest that runs.
+    """
+
+    def __init__(self, place: Place, journal: Journal, state: bytes = b"") -> None:
+        self.place = place
+        self.journal = journal
+        self.running = ""
+        self.decided = asyncio.Event()
+        self.told = asyncio.Event()
+        self._state = state
+        self._lock = asyncio.Lock()
+
+    async def prepare(self, **facts: Any) -> None:
+        """PREPARED: written before READY. Raises MigrationError."""
+        async with self._lock:
+            await written(self.journal, Event.VERIFIED, place=self.place.facts(), **facts)
+            self.place.secure()
+
+    async def take_over(self, event: Event = Event.GO) -> str:
+        """GO: the guest is ours, and is started, once. Returns the sentence on it.
+
+        Raises NotStartedError: it never will be. Raises JournalError: nothing is decided.
+        """
+        taken: str = await finished(self._take_over(event))
+        return taken
+
+    async def _take_over(self, event: Event) -> str:
+        async with self._lock:
+            if self.journal.claim not in (Claim.PREPARED, Claim.OWNER):
+                raise NotStartedError("the guest was given up here before GO came")
+            if self.running:
+                return self.running
+            await written(self.journal, event)
+            try:
+                running = await self.place.start(self._state)
+            except MigrationError as error:
+                await written(self.journal, Event.NOT_STARTED)
+                await self.place.discard()
+                self.decided.set()
+                raise NotStartedError(str(error)) from error
+            self.running = running
+            with contextlib.suppress(JournalError):  # it would only be started once more
+                self.journal.mark_started()
+            self.decided.set()
+            return running
+
+    async def give_up(self, event: Event = Event.GIVE_UP) -> bool:
+        """ABORTED, where it is not ours already; whether it is given up. Raises JournalError."""
+        gone: bool = await finished(self._give_up(event))
+        return gone
+
+    async def _give_up(self, event: Event) -> bool:
+        async with self._lock:
+            if self.journal.claim is Claim.PREPARED:
+                await written(self.journal, event)
+                await self.place.discard()
+                self.decided.set()
+            return self.journal.claim is Claim.ABORTED
+
+    async def standing(self) -> Claim:
+        """What is to be answered to QUERY. A guest that is ours is started before it is said so."""
+        if self.journal.claim is Claim.OWNER and not self.running:
+            with contextlib.suppress(NotStartedError):
+                await self.take_over()
+        return self.journal.claim
+
+
+class Records:
+    """All migrations that a destination knows of: those of this program, and those on disk.
+
+    reopen -- gives the place that an earlier program has prepared, from its facts; raises
+              MigrationError where it is gone
+    """
+
+    def __init__(
+        self, directory: str = "", reopen: Callable[[dict[str, Any]], Place] | None = None
+    ) -> None:
+        self.directory = directory
+        self._reopen = reopen
+        self._known: dict[bytes, Custody] = {}
+        self._expiring: list[asyncio.Task[None]] = []
+
+    def journal(self, token: bytes) -> Journal:
+        """A new journal."""
+        return Journal(Role.DESTINATION, token, self.directory)
+
+    def keep(self, custody: Custody) -> None:
+        self._known[custody.journal.identity] = custody
+
+    async def find(self, token: bytes) -> Custody | None:
+        """None where there is no record. Raises JournalError."""
+        if token not in self._known and self.directory:
+            journal = Journal(Role.DESTINATION, token, self.directory)
+            found = [one for one in journals(Role.DESTINATION, self.directory)
+                     if one.identity == token]  # fmt: skip
+            if not found:
+                return None
+            journal.open(create=False)
+            self.keep(await self._reopened(journal))
+        return self._known.get(token)
+
+    async def _reopened(self, journal: Journal) -> Custody:
+        """What an earlier program has left. A guest that is gone was never run: it is given up."""
+        place: Place = GonePlace()
+        running = ""
+        if journal.claim is Claim.OWNER and journal.started:
+            running = "it was started by an earlier program"
+        elif journal.claim in (Claim.PREPARED, Claim.OWNER):
+            try:
+                if self._reopen is None:
+                    raise MigrationError("no place can be opened again here")
+                place = self._reopen(journal.facts["place"])
+            except (MigrationError, KeyError):
+                if journal.claim is Claim.PREPARED:
+                    await written(journal, Event.GIVE_UP)
+        custody = Custody(place, journal)
+        custody.running = running
+        return custody
+
+    async def finish(self, patience: float) -> list[str]:
+        """Goes on with what earlier programs have left; sentences on it.
+
+        What they had taken over is started. What they had prepared is given up after `patience`
+        seconds, unless its source comes and asks.
+        """
+        said = []
+        for journal in list(journals(Role.DESTINATION, self.directory)):
+            if settled(journal):
+                continue
+            try:
+                custody = await self.find(journal.identity)
+                assert custody is not None
+                if custody.journal.claim is Claim.OWNER:
+                    said.append(f"migration {journal.name}: {await custody.take_over()}")
+                elif custody.journal.claim is Claim.PREPARED:
+                    self._expiring.append(asyncio.create_task(_expire(custody, patience)))
+                    said.append(
+                        f"migration {journal.name}: a guest that is whole waits for its source, "
+                        f"{patience:g} s at most"
+                    )
+            except MigrationError as error:
+                said.append(f"migration {journal.name}: {error}")
+        return said
+
+    def close(self) -> None:
+        for task in self._expiring:
+            task.cancel()
+        for custody in self._known.values():
+            custody.journal.close()
+
+
+async def _expire(custody: Custody, patience: float) -> None:
+    await asyncio.sleep(patience)
+    with contextlib.suppress(MigrationError):
+        await custody.give_up()
+
+
+class GonePlace(Place):
+    """Where there is nothing any more."""
+
+    async def start(self, state: bytes) -> str:
+        raise MigrationError("the memory of the guest is gone")
+
+    async def discard(self) -> None:
+        pass
+
+
+async def answer(link: Link, records: Records) -> None:
+    """Serves a connection that began with QUERY, to its end."""
+    code, reason = ErrorCode.PROTOCOL, ""
+    try:
+        custody: Custody | None = None
+        while True:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                message = await link.receive_message()
+            if isinstance(message, Query):
+                custody = await records.find(message.token)
+                claim = await custody.standing() if custody else Claim.NONE
+                await link.send(Ownership(claim))
+                if custody is not None and claim is not Claim.PREPARED:
+                    custody.told.set()
+            elif isinstance(message, Go):
+                if custody is None:
+                    raise NotStartedError("there is no record of that migration here")
+                await custody.take_over()
+                await link.send(Running())
+                custody.told.set()
+                return
+            else:
+                return
+    except NotStartedError as error:
+        code, reason = ErrorCode.NOT_STARTED, str(error)
+    except MigrationError as error:
+        code, reason = ErrorCode.INTERNAL, str(error)
+    except ProtoError as error:
+        code, reason = getattr(error, "code", ErrorCode.PROTOCOL), str(error)
+    except TimeoutError:
+        reason = "nothing was asked"
+    finally:
+        if reason:
+            await link.give_reason(code, reason)
+        await link.close()

@@ -1,0 +1,238 @@
+"""The journal: what one side has written of one migration, on disk before it acts on it.
+
+    DIRECTORY/ID.source    DIRECTORY/ID.destination
+
+A file has a line for each claim (see proto.ownership), with a check; the last whole line holds.
+What a later program needs to go on with the guest, the facts, stands in the first. Whoever writes
+a journal holds a lock on it, so that no two programs decide about the same guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from migrate.errors import MigrationError, UsageError
+from proto.ownership import FINAL, Claim, Event, after
+from proto.session import Role
+
+# Journals of migrations that have ended are kept so long, for whoever wants to know.
+KEPT_SECONDS = 30 * 86400
+MAX_BYTES = 1 << 20
+
+
+class JournalError(MigrationError):
+    """The journal cannot be written or read; nothing is done that it would have had to allow."""
+
+
+def default_directory() -> str:
+    """Where journals are, unless a user says otherwise: MIGRATE_JOURNAL, or the usual places."""
+    if named := os.environ.get("MIGRATE_JOURNAL"):
+        return named
+    if os.geteuid() == 0:
+        return "/var/lib/xbmigrate"
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "xbmigrate")
+
+
+class Journal:
+    """The claim of one side of one migration.
+
+    directory -- "" keeps it in memory: for a guest that dies with this program anyway
+    """
+
+    def __init__(self, role: Role, identity: bytes, directory: str = "") -> None:
+        self.role = role
+        self.identity = identity
+        self.claim = Claim.NONE
+        self.facts: dict[str, Any] = {}
+        self.started = False
+        self._fd = -1
+        self._path = os.path.join(directory, f"{identity.hex()}.{role.value}") if directory else ""
+
+    @property
+    def name(self) -> str:
+        return self.identity.hex()
+
+    def open(self, *, create: bool = True) -> None:
+        """Takes the lock, and reads what is there. Raises JournalError."""
+        if not self._path or self._fd >= 0:
+            return
+        try:
+            if create:
+                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+            flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+            self._fd = os.open(self._path, flags, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _sync_directory(self._path)
+        except BlockingIOError:
+            self.close()
+            raise JournalError(
+                f"migration {self.name} is in the hands of another program here"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise JournalError(
+                f"journal {self._path}: {error.strerror}: name a directory that can be written "
+                "and outlasts a crash (--journal DIR)"
+            ) from None
+        lines, whole = read(self._path)
+        self._take(lines)
+        if whole < os.fstat(self._fd).st_size:
+            os.ftruncate(self._fd, whole)  # what a crash cut off: nothing may be written behind it
+
+    def _take(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if "claim" in line:
+                self.claim = Claim[line["claim"]]
+            self.started |= line.get("started", False)
+            self.facts |= line.get("facts", {})
+
+    def begin(self, **facts: Any) -> None:
+        """Writes facts while nothing is claimed yet, for whoever comes after a crash.
+
+        Raises JournalError, also where there is such a migration already: the other side made its
+        name up.
+        """
+        self.open()
+        if self.facts or self.claim is not Claim.NONE:
+            self.close()
+            raise JournalError(f"there was a migration {self.name} already")
+        self._append({"claim": self.claim.name, "facts": facts})
+        self.facts |= facts
+
+    def move(self, event: Event, *, must: bool = True, **facts: Any) -> None:
+        """Writes what follows on an event. When it returns, that outlasts a crash.
+
+        must -- without it the claim holds though it could not be written: for what can be found
+                out again, by asking
+
+        Raises JournalError: then nothing has changed, and nothing may be done.
+        """
+        following = after(self.role, self.claim, event)
+        if following is None:
+            raise JournalError(
+                f"migration {self.name}: {event.name} cannot follow on {self.claim.name}"
+            )
+        if following is not self.claim or facts:
+            try:
+                self._append({"claim": following.name, "event": event.name, "facts": facts})
+            except JournalError:
+                if must:
+                    raise
+            self.claim = following
+            self.facts |= facts
+
+    def mark_started(self) -> None:
+        """The guest was started: nobody need do it again. Says nothing about whose it is."""
+        self._append({"started": True})
+        self.started = True
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        if not self._path:
+            return
+        self.open()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        text = json.dumps({"at": now, **entry})
+        line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, end)
+                os.fsync(self._fd)
+            raise JournalError(f"journal {self._path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Lets go of the lock; a journal without a claim leaves nothing behind."""
+        if self._fd >= 0:
+            if self.claim is Claim.NONE:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+            os.close(self._fd)
+            self._fd = -1
+
+    def text(self) -> str:
+        return f"{self.role.value} of migration {self.name}: {self.claim.name}"
+
+
+def read(path: str) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, and their bytes: what a crash cut off is left out.
+
+    Raises JournalError.
+    """
+    try:
+        data = Path(path).read_bytes()[:MAX_BYTES]
+    except OSError as error:
+        raise JournalError(f"journal {path}: {error.strerror}") from None
+    lines, whole = [], 0
+    for line in data.split(b"\n")[:-1]:
+        check, _, text = line.partition(b" ")
+        if check != f"{zlib.crc32(text):08x}".encode():
+            break
+        lines.append(json.loads(text))
+        whole += len(line) + 1
+    return lines, whole
+
+
+def claim_in(path: str) -> tuple[Role, bytes, Claim]:
+    """Whose journal a file is, and what it claims: a person brings it as proof.
+
+    Raises UsageError where it is no journal.
+    """
+    identity, _, role = os.path.basename(path).partition(".")
+    try:
+        journal = Journal(Role(role), bytes.fromhex(identity))
+    except ValueError:
+        raise UsageError(f"{path} is no journal: its name is ID.source or ID.destination") from None
+    journal._take(read(path)[0])
+    return journal.role, journal.identity, journal.claim
+
+
+def journals(role: Role, directory: str) -> Iterator[Journal]:
+    """All journals of a side, as they are on disk, not locked. Old ones that are settled go."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(directory, name)
+            try:
+                found, identity, _ = claim_in(path)
+            except MigrationError:
+                continue  # not ours, or gone meanwhile
+            if found is not role:
+                continue
+            journal = Journal(role, identity, directory)
+            journal._take(read(path)[0])
+            if settled(journal) and time.time() - os.stat(path).st_mtime > KEPT_SECONDS:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                continue
+            yield journal
+
+
+def settled(journal: Journal) -> bool:
+    """Whether nothing is left to do for this side."""
+    if journal.role is Role.DESTINATION and journal.claim is Claim.OWNER:
+        return journal.started
+    if journal.role is Role.SOURCE and journal.claim is Claim.NONE:
+        return not journal.facts  # a program died with it: its guest may still be paused
+    return journal.claim in FINAL or journal.claim is Claim.NONE
+
+
+def _sync_directory(path: str) -> None:
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

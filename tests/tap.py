@@ -1,0 +1,92 @@
+"""A proxy between the two programs that sees each frame, and acts before it passes one on."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+
+from proto.frames import FrameReader
+from proto.messages import Join, MessageType, Round, unpack
+
+When = Callable[[MessageType, bytes, int], bool]
+
+
+class Tap:
+    """Stands between the two programs, and does something the moment a certain frame passes.
+
+    when -- told the type, head and channel of each frame
+    """
+
+    def __init__(self, address: str, when: When) -> None:
+        host, port = address.removeprefix("tcp:").split(":")
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self._there = (host, int(port))
+        self._when = when
+        self.act: Callable[[], None] = lambda: None
+        self.acted = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        """Every connection through the tap has one of its own to the other side."""
+        while True:
+            near, _ = self._server.accept()
+            try:
+                far = socket.create_connection(self._there)
+            except OSError:
+                near.close()
+                continue
+            threading.Thread(target=self._serve, args=(near, far), daemon=True).start()
+
+    def _serve(self, near: socket.socket, far: socket.socket) -> None:
+        readers = FrameReader(), FrameReader()
+        pumps = [
+            threading.Thread(target=self._pump, args=(come, go, reader, readers), daemon=True)
+            for (come, go), reader in zip(((near, far), (far, near)), readers, strict=True)
+        ]
+        for pump in pumps:
+            pump.start()
+        for pump in pumps:
+            pump.join()
+        near.close()
+        far.close()
+
+    def _pump(
+        self, come: socket.socket, go: socket.socket, reader: FrameReader,
+        both: tuple[FrameReader, FrameReader],
+    ) -> None:  # fmt: skip
+        try:
+            while data := come.recv(1 << 16):
+                reader.feed(data)
+                while (frame := reader.next_frame()) is not None:
+                    kind, head = frame.type, bytes(frame.head)
+                    frame.release()
+                    if kind is MessageType.JOIN:
+                        message = unpack(kind, head)
+                        assert isinstance(message, Join)
+                        for each in both:
+                            each.channel = message.channel
+                    if not self.acted.is_set() and self._when(kind, head, reader.channel):
+                        self.acted.set()
+                        self.act()
+                go.sendall(data)
+        except OSError:
+            pass
+        for end in (come, go):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def is_last_round(kind: MessageType, head: bytes, channel: int) -> bool:
+    if kind is not MessageType.ROUND or channel:
+        return False
+    message = unpack(kind, head)
+    assert isinstance(message, Round)
+    return message.last
+
+
+def of_kind(kind: MessageType, on: int = 0) -> When:
+    return lambda seen, head, channel: seen is kind and channel == on

@@ -1,0 +1,448 @@
+"""One owner, whatever fails: real programs, killed and cut off at each step of the hand-over.
+
+At no time may two guests run. When both sides are back and can talk, exactly one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate.errors import UsageError
+from migrate.guests.demo import DemoProcess
+from proto.messages import MessageType
+from tests.programs import Program, children, destination, end_guest
+from tests.tap import Tap, of_kind
+
+GUEST = "demo:8m,hot=2m,fill=random"
+
+
+def counts(pid: int) -> bool:
+    """Whether a demo guest runs, now."""
+    try:
+        process = DemoProcess.attach(pid)
+    except UsageError:
+        return False
+    try:
+        before = process.place()
+        time.sleep(0.05)
+        return process.place() != before
+    finally:
+        process.close()
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+class Two:
+    """A source and a destination with journals in one directory, and a tap between them."""
+
+    def __init__(self, directory: Path, when: Callable[..., bool] | None = None) -> None:
+        self.options = ["--journal", str(directory)]
+        self.landed: list[int] = []
+        self.patience = "15s"
+        self.start_destination()
+        self.port = self.address.rpartition(":")[2]
+        self.tap = Tap(self.address, when or of_kind(MessageType.GO))
+
+    def start_destination(self, *crash: str) -> None:
+        listen = f"127.0.0.1:{getattr(self, 'port', 0)}"
+        words = ["--listen", listen, "--resolve-timeout", self.patience, *self.options]
+        self.receiver = _program("migrate-dst", words, crash)
+        self.address = self.receiver.read_line(r"listening on (\S+)")[1]
+
+    def start_source(self, *crash: str) -> None:
+        words = ["--guest", GUEST, "--resolve-timeout", self.patience, *self.options]
+        self.source = _program("migrate-src", [*words, self.tap.address], crash)
+        self.here = int(self.source.read_line(r"moving demo guest, process (\d+)")[1])
+
+    def look(self) -> None:
+        """Remembers what has landed: it outlives the destination."""
+        for pid in children(self.receiver.process.pid):
+            if pid not in self.landed:
+                self.landed.append(pid)
+
+    def running(self) -> list[str]:
+        return ["source"] * counts(self.here) + [
+            "destination" for pid in self.landed if counts(pid)
+        ]
+
+    def resolve(self, *words: str, side: str = "migrate-src") -> tuple[int, str]:
+        program = Program(side, "resolve", *words, *self.options)
+        code = program.wait()
+        return code, program.out + program.err
+
+    def close(self) -> None:
+        for program in (getattr(self, "source", None), self.receiver):
+            if program is not None:
+                program.kill()
+                program.wait()
+        for pid in (getattr(self, "here", 0), *self.landed):
+            if pid:
+                end_guest(pid)
+
+
+def _program(name: str, words: list[str], crash: tuple[str, ...]) -> Program:
+    if not crash:
+        return Program(name, *words)
+    program = Program.__new__(Program)
+    program.process = subprocess.Popen(
+        [sys.executable, "-m", "tests.crash", *crash, name, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    program.out = program.err = ""
+    return program
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Callable[..., Two]]:
+    made: list[Two] = []
+
+    def make(when: Callable[..., bool] | None = None) -> Two:
+        made.append(Two(tmp_path, when))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# ---------------------------------------------------------------- the connection
+
+
+@pytest.mark.parametrize("lost", [MessageType.GO, MessageType.RUNNING])
+def test_a_cut_after_the_commit_is_found_out_about_and_completes(two, lost) -> None:
+    """GO or its answer is lost: the source asks, and both end as if nothing had been."""
+    both = two(of_kind(lost))
+
+    def cut() -> None:
+        both.look()
+        raise OSError("cut")
+
+    both.tap.act = cut
+    both.start_source()
+    assert both.source.wait() == 0, both.source.err
+    assert "asking whose the guest is" in both.source.err
+    assert both.receiver.wait() == 0, both.receiver.err
+    assert both.running() == ["destination"]
+
+
+def test_a_cut_before_the_commit_leaves_it_to_the_source(two) -> None:
+    """READY is lost: the source goes on at once; the destination waits a while, and gives up."""
+    both = two(of_kind(MessageType.READY))
+    both.receiver.kill(signal.SIGTERM)
+    both.receiver.wait()
+    both.patience = "1s"
+    both.start_destination()
+
+    def cut() -> None:
+        both.look()
+        raise OSError("cut")
+
+    both.tap.act = cut
+    both.start_source()
+    assert both.source.wait() == 1
+    assert both.running() == ["source"]
+    assert both.receiver.wait() == 1
+    assert "it may come back and ask" in both.receiver.err
+    assert both.running() == ["source"]
+    assert both.resolve() == (0, f"nothing to settle in {both.options[1]}\n")
+
+
+def test_go_that_comes_twice_starts_one_guest(two) -> None:
+    """The source says GO on a new connection, though the first one still waits: it is one guest."""
+    both = two(of_kind(MessageType.GO))
+
+    def stall() -> None:
+        both.look()
+        time.sleep(4)  # GO is under way for so long, then it comes after all
+
+    both.tap.act = stall
+    both.start_source()
+    both.source.process.send_signal(signal.SIGSTOP)
+    both.source.process.send_signal(signal.SIGCONT)
+    assert both.source.wait() == 0, both.source.err
+    assert both.receiver.wait() == 0, both.receiver.err
+    assert both.running() == ["destination"]
+
+
+# ---------------------------------------------------------------- killed at each line written
+
+SOURCE_LINES = {
+    # (moment, line): who has the guest in the end
+    ("before", 1): "source",
+    ("after", 1): "source",
+    ("before", 2): "source",
+    ("after", 2): "destination",
+    ("before", 3): "destination",
+    ("after", 3): "destination",
+}
+
+
+@pytest.mark.parametrize(("moment", "line"), SOURCE_LINES)
+def test_a_source_killed_at_a_line_of_its_journal(two, moment: str, line: int) -> None:
+    """1: facts, 2: COMMITTED, 3: DONE."""
+    both = two()
+    both.tap.act = both.look
+    both.start_source(moment, str(line))
+    assert both.source.wait() == -signal.SIGKILL
+    both.look()
+    assert len(both.running()) <= 1
+    if line == 3:  # the destination's work is done, and it ends: another one knows of it too
+        both.receiver.wait()
+        both.start_destination()
+    code, said = both.resolve()
+    assert code == 0, said
+    until(lambda: both.running() == [SOURCE_LINES[moment, line]])
+    both.receiver.kill(signal.SIGTERM)
+    both.receiver.wait()
+    assert both.resolve()[1].startswith("nothing to settle")
+    assert both.running() == [SOURCE_LINES[moment, line]]
+
+
+DESTINATION_LINES = {
+    ("before", 1): "source",
+    ("after", 1): "source",
+    ("before", 2): "destination",
+    ("after", 2): "destination",
+    ("before", 3): "destination",
+    ("after", 3): "destination",
+}
+
+
+@pytest.mark.parametrize(("moment", "line"), DESTINATION_LINES)
+def test_a_destination_killed_at_a_line_of_its_journal(two, moment: str, line: int) -> None:
+    """1: PREPARED, 2: OWNER, 3: started. Another one takes its place, with its journals."""
+    both = two(of_kind(MessageType.COMPLETE))
+    both.receiver.kill(signal.SIGTERM)
+    both.receiver.wait()
+    both.start_destination(moment, str(line))
+    both.tap.act = both.look
+    both.start_source()
+    assert both.receiver.wait() == -signal.SIGKILL
+    assert len(both.running()) <= 1
+    both.patience = "1s"
+    both.start_destination()
+    status = both.source.wait()
+    expected = DESTINATION_LINES[moment, line]
+    assert status == (1 if expected == "source" else 0), both.source.err
+    until(lambda: both.running() == [expected])
+    time.sleep(1.2)  # a guest that was only prepared is given up by now
+    assert both.running() == [expected]
+    both.receiver.kill(signal.SIGTERM)
+    both.receiver.wait()
+    assert both.resolve(side="migrate-dst")[1].startswith("nothing to settle")
+
+
+def test_both_killed_at_go_are_resolved_when_they_are_back(two) -> None:
+    both = two(of_kind(MessageType.GO))
+
+    def kill() -> None:
+        both.look()
+        both.receiver.kill()
+        both.source.kill()
+        raise OSError("cut")
+
+    both.tap.act = kill
+    both.start_source()
+    both.source.wait()
+    both.receiver.wait()
+    time.sleep(0.2)
+    assert both.running() == []
+    code, said = both.resolve()
+    assert code == 3
+    assert "start migrate-dst there again" in said
+    both.start_destination()
+    assert "a guest that is whole waits for its source" in both.receiver.err
+    code, said = both.resolve()
+    assert code == 0, said
+    assert "the guest runs at the destination" in said
+    assert both.running() == ["destination"]
+
+
+def test_a_destination_that_gave_up_gives_the_guest_back(two) -> None:
+    """Its operator says so, while the source cannot reach it: later the source hears, and runs."""
+    both = two(of_kind(MessageType.GO))
+
+    def kill() -> None:
+        both.look()
+        both.receiver.kill()
+        raise OSError("cut")
+
+    both.tap.act = kill
+    both.start_source()
+    both.receiver.wait()
+    code, said = both.resolve("", "--keep", "source", side="migrate-dst")
+    assert code == 0, said
+    assert "ABORTED" in said
+    both.start_destination()
+    assert both.source.wait() == 1, both.source.err
+    assert "the destination has given the guest up" in both.source.err
+    assert both.running() == ["source"]
+
+
+# ---------------------------------------------------------------- a person decides
+
+
+def cut_off(both: Two) -> str:
+    """Neither knows of the other, GO was lost; the id of the migration."""
+    both.patience = "1s"
+
+    def kill() -> None:
+        both.look()
+        both.receiver.kill()
+        raise OSError("cut")
+
+    both.tap.act = kill
+    both.start_source()
+    both.receiver.wait()
+    assert both.source.wait() == 9
+    assert "look there first" in both.source.err
+    assert both.running() == []
+    [name] = [file.stem for file in Path(both.options[1]).glob("*.source")]
+    assert f"`migrate-src resolve {name}`" in both.source.err
+    return name
+
+
+def test_without_proof_nothing_is_decided_and_with_it_or_by_force_it_is(two, tmp_path) -> None:
+    both = two()
+    name = cut_off(both)
+    code, said = both.resolve(name, "--keep", "source")
+    assert code == 2
+    assert f"--proof {name}.destination" in said
+    assert "there are two of it then" in said
+    code, said = both.resolve(name, "--keep", "source", "--proof", f"{tmp_path}/{name}.destination")
+    assert code == 2
+    assert "says PREPARED: that does not prove it" in said
+    code, said = both.resolve(name, "--keep", "source", "--proof", f"{tmp_path}/{name}.source")
+    assert code == 2
+    assert "is no journal of the other side" in said
+    assert both.running() == []
+    code, said = both.resolve(name, "--keep", "source", side="migrate-dst")
+    assert code == 0, said
+    code, said = both.resolve(name, "--keep", "source", "--proof", f"{tmp_path}/{name}.destination")
+    assert code == 0, said
+    assert both.running() == ["source"]
+
+
+def test_the_destination_may_be_kept_by_the_sources_journal(two, tmp_path) -> None:
+    both = two()
+    name = cut_off(both)
+    code, said = both.resolve(name, side="migrate-dst")
+    assert code == 9
+    assert "the source has not said GO, or it was lost" in said
+    code, said = both.resolve(
+        name, "--keep", "destination", "--proof", f"{tmp_path}/{name}.source", side="migrate-dst"
+    )
+    assert code == 0, said
+    assert both.running() == ["destination"]
+    both.start_destination()
+    assert both.resolve(name)[0] == 0
+    assert both.running() == ["destination"]
+
+
+def test_by_force(two) -> None:
+    both = two()
+    name = cut_off(both)
+    code, said = both.resolve(name, "--keep", "source", "--force")
+    assert code == 0, said
+    assert both.running() == ["source"]
+
+
+def test_a_guest_that_was_given_up_is_not_moved_again(two) -> None:
+    both = two()
+    cut_off(both)
+    receiver, address = destination()
+    again = Program("migrate-src", "--guest", f"demo:pid={both.here}", address)
+    assert again.wait() == 2
+    assert "is not ours to move: it was given up" in again.err
+    receiver.kill(signal.SIGTERM)
+    receiver.wait()
+    assert both.running() == []
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_file_that_was_only_prepared_is_completed_by_the_next_program(tmp_path) -> None:
+    """Killed between OWNER and the rename: the next migrate-dst gives the file its name."""
+    shm = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
+    memory, output = shm / "memory", shm / "output"
+    memory.write_bytes(os.urandom(4 << 20))
+    options = ["--journal", str(tmp_path)]
+    try:
+        with subprocess.Popen(["sleep", "100"]) as writer:
+            receiver = _program(
+                "migrate-dst",
+                ["--listen", "127.0.0.1:0", "--output", str(output), *options],
+                ("after", "2"),
+            )
+            address = receiver.read_line(r"listening on (\S+)")[1]
+            source = Program(
+                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), *options,
+                address,
+            )  # fmt: skip
+            assert receiver.wait() == -signal.SIGKILL
+            assert not output.exists()
+            assert [name for name in os.listdir(shm) if name.endswith(".xbmigrate")]
+            port = address.rpartition(":")[2]
+            second, _ = destination(*options, "--output", str(output) + "2", listen=port)
+            assert "is complete" in second.err
+            assert source.wait() == 0, source.err
+            assert output.read_bytes() == memory.read_bytes()
+            assert sorted(os.listdir(shm)) == ["memory", "output"]
+            state = Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state == "T"
+            second.kill(signal.SIGTERM)
+            second.wait()
+            writer.kill()
+    finally:
+        shutil.rmtree(shm)
+
+
+def test_a_writer_whose_source_was_killed_is_woken_by_resolve(tmp_path) -> None:
+    """Given up, but COMMITTED was never written: nobody else can have it."""
+    shm = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
+    memory = shm / "memory"
+    memory.write_bytes(os.urandom(1 << 20))
+    options = ["--journal", str(tmp_path)]
+    try:
+        with subprocess.Popen(["sleep", "100"]) as writer:
+            receiver, address = destination(
+                *options, "--output", str(shm / "output"), "--resolve-timeout", "1s"
+            )
+            source = _program(
+                "migrate-src",
+                ["--guest", f"file:{memory}", "--pid", str(writer.pid), *options, address],
+                ("before", "2"),
+            )
+            assert source.wait() == -signal.SIGKILL
+
+            def state() -> str:
+                return Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+            assert state() == "T"
+            resolve = Program("migrate-src", "resolve", *options)
+            assert resolve.wait() == 0, resolve.err
+            assert "the guest runs here" in resolve.out
+            assert state() == "S"
+            assert receiver.wait() == 1
+            assert not (shm / "output").exists()
+            writer.kill()
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(shm)
