@@ -360,9 +360,10 @@ def _have_watched(sock: socket.socket, timeout: float) -> None:
     """Lets the kernel, too, find that a TCP peer is gone, after so many seconds.
 
     TCP_USER_TIMEOUT ends what is not acknowledged, or not taken, for so long. Keepalive asks where
-    nothing is under way. A link that was down is tried again within a beat of its return: left
-    alone, the kernel doubles its pauses, and would find a link that was down for 0.6 of the timeout
-    after the timeout. Systems that lack one of these have the others, and our own PINGs.
+    nothing is under way. A link that was down is tried again within a beat of its return, where
+    the kernel, left alone, doubles its pauses: down for less than half of the timeout (a beat went
+    by before, another may after) it is found again in time. Systems that lack one of these have the
+    others, and our own PINGs.
     """
     beat = max(1, min(int(timeout / BEATS), MAX_KEEPALIVE))
     options = {
