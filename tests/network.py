@@ -102,17 +102,19 @@ class Link:
 
     # -- what can happen to it
 
-    def cut(self, *hosts: str) -> None:
-        """From now on nothing arrives at these hosts, "near" and "far" (default: at neither).
+    def cut(self, *hosts: str, above: int = 0) -> None:
+        """From now on no frame of more than `above` bytes arrives at these hosts, "near" and "far"
+        (default: at neither).
 
         Not even what is under way. No host can notice by anything but the silence: its interface
         is up and takes what is sent.
         """
+        # Load the length; jump if it is greater; TC_ACT_SHOT; TC_ACT_OK.
+        program = f"4,128 0 0 0,37 0 1 {above},6 0 0 2,6 0 0 0"
         for host in hosts or OTHER:
             call("tc", "-n", self._namespace(host), "-batch", "-", text=(
                 "qdisc add dev link0 clsact\n"
-                # The program says TC_ACT_SHOT to every frame.
-                "filter add dev link0 ingress protocol all bpf da bytecode 1,6\\ 0\\ 0\\ 2\n"
+                f"filter add dev link0 ingress protocol all bpf da bytecode '{program}'\n"
             ))  # fmt: skip
 
     def mend(self) -> None:

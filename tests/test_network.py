@@ -1,0 +1,489 @@
+"""What holds on networks that are slow, lossy, cut in silence, or blocked at the other end.
+
+Each test has hosts of its own (tests/network.py), and the programs run on them as a user's would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import uvloop
+
+from migrate import link as links
+from migrate.address import Address
+from migrate.errors import PeerLost
+from migrate.guests.demo import GIVEN_UP, OWNER, PAUSED, DemoProcess
+from migrate.link import RECEIVE_AHEAD_BYTES, SEND_HIGH
+from proto.messages import BATCH_BYTES, MAX_BODY
+from tests.bench.processes import Measured, private_memory
+from tests.bench.report import LeftOutError
+from tests.network import FAR, FAR6, Link, call
+from tests.programs import BIN, Program, destination, ended_or_given_up, guest_pid, look_at
+
+MIB = 1 << 20
+SO_RCVBUFFORCE = 33
+ESTABLISHED = "01"
+PEER_TIMEOUT = 2.0
+# What a program may take to end beside the timeout: the machine may be busy.
+SLACK = 2.5
+# Programs that should end and do not are an error after so long.
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network() -> None:
+    """Skips where there can be no network of our own, but not where CI relies on it."""
+    try:
+        with Link(delay=0.001):
+            pass
+    except LeftOutError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have a network: {error}")
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
+    yield path
+    shutil.rmtree(path)
+
+
+def until(condition: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {timeout:g} s"
+        time.sleep(0.001)
+
+
+def assert_guest_is_right(pid: int) -> None:
+    before, after, wrong = look_at(pid, 0.2)
+    assert wrong == -1
+    assert after > before
+
+
+class Move:
+    """A demo guest on its way from near to far. Whatever it starts ends with the link."""
+
+    def __init__(
+        self, link: Link, guest: str, *options: str, there: tuple[str, ...] = (), host: str = FAR,
+        timeout: float = PEER_TIMEOUT,
+    ) -> None:  # fmt: skip
+        both = ["--peer-timeout", f"{timeout:g}s"]
+        listen = f"[{host}]:0" if ":" in host else f"{host}:0"
+        self.receiver, self.address = destination(*both, *there, listen=listen, namespace=link.far)
+        self.source = Program(
+            "migrate-src", *both, "--guest", guest, "--json", *options, self.address,
+            namespace=link.near,
+        )  # fmt: skip
+        self.pid = int(self.source.read_line(r"moving demo guest, process (\d+)")[1])
+        self.guest = DemoProcess.attach(self.pid)
+
+    def __enter__(self) -> Move:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for program in (self.source, self.receiver):
+            if program.process.returncode is None:
+                program.kill()
+                program.wait(PATIENCE)
+
+    def assert_arrives(self) -> dict[str, object]:
+        """It completes, and every byte is right at the destination alone."""
+        assert self.source.wait(PATIENCE) == 0, self.source.err
+        assert self.receiver.wait(PATIENCE) == 0, self.receiver.err
+        assert_guest_is_right(guest_pid(self.receiver.out))
+        assert ended_or_given_up(self.pid)
+        return dict(json.loads(self.source.out))
+
+    def assert_kept(self, since: float, timeout: float = PEER_TIMEOUT) -> None:
+        """Both ends notice in time; the guest runs on at the source, whole, and only there."""
+        landed = self.landed()
+        assert self.source.wait(PATIENCE) == 1, self.source.err
+        assert time.monotonic() - since < timeout + SLACK
+        assert f"process {self.pid}" in self.source.err
+        assert self.receiver.wait(PATIENCE) == 1, self.receiver.err
+        assert time.monotonic() - since < timeout + SLACK
+        assert_guest_is_right(self.pid)
+        for pid in landed:
+            until(lambda pid=pid: gone(pid), "the end of what had arrived")
+
+    def landed(self) -> list[int]:
+        """The processes that the destination has made for the guest."""
+        return [
+            int(pid)
+            for task in Path(f"/proc/{self.receiver.process.pid}/task").iterdir()
+            for pid in (task / "children").read_text().split()
+        ]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+# ---------------------------------------------------------------- the network itself
+
+
+def test_the_network_does_what_it_is_told() -> None:
+    """Else the other tests show nothing: delay, loss, silence, and its end."""
+    with Link(delay=0.05, loss=0.2) as link:
+        with link.inside("far"):
+            receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * MIB)
+            receiver.bind((FAR, 0))
+            receiver.settimeout(0.3)
+        with link.inside("near"):
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with receiver, sender:
+
+            def came(count: int) -> int:
+                for _ in range(count):
+                    sender.sendto(b"x" * 1000, receiver.getsockname())
+                seen = 0
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        receiver.recv(2000)
+                        seen += 1
+                return seen
+
+            assert 700 < came(1000) < 900  # 800 +- 13: seven times that
+            link.cut()
+            assert came(1000) == 0
+            link.mend()
+            carried = link.carried()
+            assert came(1000) > 0
+            assert 700_000 < link.carried() - carried < 1_000_000
+    with Link(delay=0.05) as link:
+        with link.inside("far"):
+            server = socket.create_server((FAR, 0))
+        began = time.monotonic()
+        with server, link.inside("near"), socket.create_connection(server.getsockname()):
+            assert 0.1 <= time.monotonic() - began < 1
+    with pytest.raises(LeftOutError, match="Cannot open network namespace"):
+        call("ip", "-n", link.near, "link")
+
+
+# ---------------------------------------------------------------- delay and loss
+
+
+def test_a_path_that_loses_packets_is_filled_by_several_channels() -> None:
+    """50 ms of round trip and 1 % of loss each way leave one connection 2 to 4 Mbit/s, whatever
+    the link carries. It completes with the guest at work, and channels multiply the speed."""
+    with (
+        Link(20_000_000, delay=0.025, loss=0.01) as link,
+        Move(link, "demo:64m,hot=1m,rate=20000,fill=random") as lone,
+    ):
+        until(lambda: link.carried() > 300_000, "the first bytes")
+        before, began = link.carried(), time.monotonic()
+        time.sleep(4)
+        single = (link.carried() - before) / (time.monotonic() - began)
+        lone.source.kill()
+        lone.source.wait(PATIENCE)
+        lone.receiver.wait(PATIENCE)
+    with (
+        Link(20_000_000, delay=0.025, loss=0.01) as link,
+        Move(link, "demo:8m,hot=1m,rate=20000,fill=random", "--channels", "8") as many,
+    ):
+        result = many.assert_arrives()
+    took = float(str(result["total-time"])) / 1e3
+    assert 8 * MIB / took > 1.5 * single
+
+
+def test_frames_that_come_twice_late_and_not_at_all_over_ipv6() -> None:
+    """Each of these only costs time; the addresses of a host may be of either kind."""
+    with (
+        Link(delay=0.01, loss=0.01, duplicates=0.05, reordered=0.2) as link,
+        Move(
+            link,
+            "demo:8m,hot=2m,fill=random",
+            "--channels",
+            "4",
+            "--downtime-limit",
+            "1000",
+            host=FAR6,
+        ) as move,
+    ):
+        assert move.address.startswith(f"tcp:[{FAR6}]:")
+        move.assert_arrives()
+
+
+# ---------------------------------------------------------------- silence
+
+
+def in_round(link: Link, move: Move, number: int) -> None:
+    """Waits until it is in the middle of that round."""
+    if number > 1:
+        move.source.read_line(rf"round {number}: ")
+    carried = link.carried()
+    until(lambda: link.carried() > carried + 2 * MIB, f"the middle of round {number}")
+
+
+def in_pause(link: Link, move: Move, number: int) -> None:
+    """Waits until the guest is paused: there is a round trip to go to READY, of 0.2 s here."""
+    until(lambda: move.guest.state() == PAUSED, "the pause")
+
+
+MOMENTS = {"round 1": (in_round, 1), "round 2": (in_round, 2), "pause": (in_pause, 0)}
+# Rounds of at least two seconds, none of which is short enough to be the last.
+ENDLESS = ("demo:24m,hot=16m,fill=random", "--capability", "xbzrle=off", "--progress", "plain")
+# The pause is longer than the round trip alone, and it is allowed to be.
+SHORT = ("demo:4m,hot=1m,rate=20000,fill=random", "--downtime-limit", "3000")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_silence_before_the_commit_leaves_the_guest_at_the_source(moment: str) -> None:
+    """Both ends notice within --peer-timeout, say so, and end with 1; nobody else was told."""
+    wait_for, number = MOMENTS[moment]
+    slow = moment != "pause"
+    with (
+        Link(60_000_000 if slow else 0, delay=0.0 if slow else 0.1) as link,
+        Move(link, *(ENDLESS if slow else SHORT)) as move,
+    ):
+        wait_for(link, move, number)
+        link.cut()
+        cut_at = time.monotonic()
+        assert move.guest.words[OWNER] != GIVEN_UP
+        move.assert_kept(cut_at)
+        for program in (move.source, move.receiver):
+            assert re.search(r"has said nothing for 2(\.\d+)? s", program.err), program.err
+
+
+@pytest.mark.parametrize("deaf", ["near", "far"])
+def test_a_line_that_works_one_way_only_is_no_line(deaf: str) -> None:
+    """Who still hears the other is told, or finds that nothing it sends is acknowledged."""
+    with Link(60_000_000) as link, Move(link, *ENDLESS, "--channels", "4") as move:
+        in_round(link, move, 1)
+        link.cut(deaf)
+        move.assert_kept(time.monotonic())
+
+
+def test_a_path_that_swallows_large_packets_alone_is_noticed() -> None:
+    """The handshake and the pings pass: nothing is silent, and nothing moves."""
+    with Link() as link:
+        link.cut("far", above=1000)
+        with Move(link, *SHORT) as move:
+            move.assert_kept(time.monotonic())
+
+
+@pytest.mark.parametrize("lost", ["GO", "RUNNING"])
+def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
+    """The source ends with 9, its guest paused for ever; the destination runs it if GO came."""
+    with Link(delay=0.1) as link, Move(link, *SHORT) as move:
+        until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
+        # GO is on its way for 0.1 s.
+        link.cut(*(["near"] if lost == "RUNNING" else []))
+        cut_at = time.monotonic()
+        landed = move.landed()
+        assert len(landed) == 1
+        assert move.source.wait(PATIENCE) == 9, move.source.err
+        assert time.monotonic() - cut_at < PEER_TIMEOUT + SLACK
+        assert "look there first" in move.source.err
+        received = move.receiver.wait(PATIENCE)
+        assert time.monotonic() - cut_at < PEER_TIMEOUT + SLACK
+        assert ended_or_given_up(move.pid)
+        if lost == "RUNNING":
+            assert received == 0, move.receiver.err
+            assert guest_pid(move.receiver.out) == landed[0]
+            assert_guest_is_right(landed[0])
+        else:
+            assert received == 1
+            assert "has said nothing for" in move.receiver.err
+            until(lambda: gone(landed[0]), "the end of what had arrived")
+
+
+def test_a_silence_in_the_handshake_ends_it() -> None:
+    """And the destination waits for the next source: nothing was described to it."""
+    with Link(delay=0.1) as link, Move(link, *SHORT) as move:
+        there = Path(f"/proc/{move.receiver.process.pid}/net/tcp")
+        until(lambda: f" {ESTABLISHED} " in there.read_text(), "the connection")
+        link.cut()
+        cut_at = time.monotonic()
+        assert move.source.wait(PATIENCE) == 1, move.source.err
+        assert time.monotonic() - cut_at < PEER_TIMEOUT + SLACK
+        assert "has said nothing for" in move.source.err
+        move.receiver.read_line("refused .* has said nothing for")
+        assert_guest_is_right(move.pid)
+
+
+def test_a_host_that_does_not_answer_is_given_up_in_time() -> None:
+    with Link() as link:
+        link.cut()
+        began = time.monotonic()
+        source = Program(
+            "migrate-src", "--connect-timeout", "1s", f"tcp:{FAR}:4444", namespace=link.near
+        )
+        assert source.wait(PATIENCE) == 3
+        assert time.monotonic() - began < 1 + SLACK
+        assert f"no answer from tcp:{FAR}:4444 within 1 s" in source.err
+
+
+def test_a_link_that_comes_back_before_the_timeout_is_used_again() -> None:
+    """Down for almost half of --peer-timeout: nobody gives up, and nothing is lost."""
+    with (
+        Link(20_000_000, delay=0.1) as link,
+        Move(
+            link,
+            "demo:16m,hot=1m,rate=20000,fill=random",
+            "--channels",
+            "2",
+            "--downtime-limit",
+            "3000",
+            timeout=6,
+        ) as move,
+    ):
+        in_round(link, move, 1)
+        link.cut()
+        time.sleep(2.9)
+        link.mend()
+        move.assert_arrives()
+
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("mechanism", ["TCP_USER_TIMEOUT", "keepalive"])
+def test_the_kernel_notices_too(loop: str, mechanism: str) -> None:
+    """With our own pings switched off, what is not acknowledged ends a link, and so does silence
+    where nothing is under way."""
+    with Link() as link:
+        with link.inside("far"):
+            server = socket.create_server((FAR, 0))
+
+        async def lose() -> float:
+            peer = await links.connect(Address(*server.getsockname()), peer_timeout=PEER_TIMEOUT)
+            assert peer._heart is not None
+            peer._heart.cancel()
+            await asyncio.sleep(0.1)
+            link.cut()
+            began = time.monotonic()
+            if mechanism == "TCP_USER_TIMEOUT":
+                peer._write_now(bytearray(b"anything"))
+            async with asyncio.timeout(PATIENCE):
+                with pytest.raises(PeerLost, match="timed out"):
+                    await peer.receive()
+            return time.monotonic() - began
+
+        with server, link.inside("near"), asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+            assert PEER_TIMEOUT / 2 < runner.run(lose()) < PEER_TIMEOUT * 1.5 + SLACK
+
+
+# ---------------------------------------------------------------- a slow reader
+
+
+# The queue of the connection, which one batch may overshoot; a batch that is being made, one that
+# is done, and one whose memory is used again; and what the allocator holds in reserve.
+SENDER_BOUND = SEND_HIGH + 4 * BATCH_BYTES + 4 * MIB
+# What waits to be applied, one frame that overshoots and one that comes in, in arenas of two bodies
+# of which a part may be free, and as much for the allocator.
+RECEIVER_BOUND = RECEIVE_AHEAD_BYTES + 6 * MAX_BODY + 4 * MIB
+BIG = "demo:128m,hot=1m,rate=20000,fill=random"
+
+
+def peak(pid: int, seconds: float) -> int:
+    """The most memory beyond shared memory that a process has in the next seconds."""
+    most, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        most = max(most, private_memory(pid))
+        time.sleep(0.01)
+    return most
+
+
+def test_a_slow_link_does_not_fill_the_sources_memory() -> None:
+    """128 MiB for a link that would need 9 minutes: what waits is bounded."""
+    with Link(2_000_000) as link, Move(link, BIG, "--capability", "xbzrle=off", timeout=30) as move:
+        move.receiver.read_line("receiving a demo guest")
+        base = private_memory(move.source.process.pid)
+        assert peak(move.source.process.pid, 4) < base + SENDER_BOUND
+        move.source.kill(signal.SIGINT)
+        assert move.source.wait(PATIENCE) == 130
+        assert_guest_is_right(move.pid)
+
+
+def test_a_destination_that_stops_reading_does_not_fill_the_sources_memory() -> None:
+    """It is under SIGSTOP for less than --peer-timeout; then it goes on, and all is right."""
+    with Link() as link, Move(link, BIG, "--capability", "xbzrle=off", timeout=30) as move:
+        move.receiver.read_line("receiving a demo guest")
+        base = private_memory(move.source.process.pid)
+        carried = link.carried()
+        until(lambda: link.carried() > carried + 32 * MIB, "the first bytes")
+        move.receiver.kill(signal.SIGSTOP)
+        assert peak(move.source.process.pid, 3) < base + SENDER_BOUND
+        carried = link.carried()
+        time.sleep(0.5)
+        assert link.carried() - carried < MIB, "it went on sending"
+        move.receiver.kill(signal.SIGCONT)
+        move.assert_arrives()
+
+
+SLOW_WORKER = """
+import itertools, sys, time
+from migrate import cli, destination
+apply, numbers = destination.Destination._apply, itertools.count(1)
+def slowly(*arguments):
+    time.sleep({stall} if next(numbers) == 3 else {usual})
+    apply(*arguments)
+destination.Destination._apply = slowly
+cli.destination_main()
+"""
+
+
+@contextlib.contextmanager
+def slow_destination(
+    *options: str, usual: float = 0.0, stall: float = 0.0
+) -> Iterator[tuple[Measured, str]]:
+    """A migrate-dst that takes so long to put a batch into memory, as on a slow disk, and so long
+    for the third."""
+    program = [sys.executable, "-c", SLOW_WORKER.format(usual=usual, stall=stall)]
+    with Measured([*program, "--listen", "127.0.0.1:0", *options]) as receiver:
+        yield receiver, receiver.wait_for(r"listening on (\S+)")[1]
+
+
+def test_a_slow_disk_does_not_fill_the_destinations_memory(shm: Path) -> None:
+    (shm / "memory").write_bytes(os.urandom(64 * MIB))
+    with slow_destination("--output", str(shm / "output"), usual=0.05) as (receiver, address):
+        base = private_memory(receiver.pid)
+        command = [str(BIN / "migrate-src"), "--guest", f"file:{shm}/memory", address]
+        with Measured(command) as source:
+            assert source.wait(PATIENCE).status == 0, source.err
+        assert receiver.wait(PATIENCE).status == 0, receiver.err
+        assert receiver.memory < base + RECEIVER_BOUND
+    assert (shm / "memory").read_bytes() == (shm / "output").read_bytes()
+
+
+def test_a_destination_that_is_busy_for_longer_than_the_timeout_is_not_lost(shm: Path) -> None:
+    """A disk that stalls keeps it from reading, not from saying that it lives. All of the guest
+    has been sent: six batches, of which four may wait, so that the destination does not read, and
+    the source has nothing to do but to listen. (With more to send, it would find that nothing is
+    taken for so long, and give up: TCP_USER_TIMEOUT.)"""
+    (shm / "memory").write_bytes(os.urandom(12 * MIB))
+    options = ["--peer-timeout", "1s"]
+    output = ["--output", str(shm / "output")]
+    with slow_destination(*output, *options, stall=4) as (receiver, address):
+        command = [str(BIN / "migrate-src"), *options, "--guest", f"file:{shm}/memory", address]
+        with Measured(command) as source:
+            assert source.wait(PATIENCE).status == 0, source.err
+        assert receiver.wait(PATIENCE).status == 0, receiver.err
+    assert (shm / "memory").read_bytes() == (shm / "output").read_bytes()
