@@ -30,7 +30,8 @@ WEIGHT = 0.5
 TELLING_PAGES = 64
 # The pause itself: stopping the guest, and the messages of the hand-over, beside round trips.
 FIXED_SECONDS = 0.004
-ROUND_TRIPS = 3
+# The last round's end and READY, GO and RUNNING.
+ROUND_TRIPS = 2
 DIGEST_SECONDS = 1e-6
 # A pause within the limit is put off for a round as long as that makes it so much shorter, and
 # not once it is this short.
@@ -199,6 +200,12 @@ class Policy:
         if not limits.max_bandwidth:
             knobs = "--downtime-limit, or use a faster link"
         wire = pending.pages * model.bytes_per_page / bandwidth if bandwidth else 0
+        trips = ROUND_TRIPS * model.round_trip
+        if trips > expected / 2:
+            return (
+                f"{text}; {ROUND_TRIPS} round trips to the destination take {trips * 1e3:.0f} ms "
+                "of that: raise --downtime-limit"
+            )
         if pending.scan_seconds > limits.downtime_limit / 2:
             return (
                 f"{text}; finding what changed takes {pending.scan_seconds * 1e3:.0f} ms of that: "

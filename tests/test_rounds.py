@@ -176,6 +176,15 @@ def test_a_scan_that_eats_the_limit_is_named():
     assert "--downtime-limit" in text
 
 
+def test_a_destination_that_is_far_away_is_named():
+    model = model_of(RAW)
+    model.round_trip = 0.2
+    text = reason(model, NOTHING)
+    assert "2 round trips to the destination take 400 ms" in text
+    assert "--downtime-limit" in text
+    assert "speed" not in text
+
+
 # ---------------------------------------------------------------- the prediction
 
 
@@ -223,7 +232,7 @@ def test_every_part_of_the_pause_is_in_the_prediction():
     base = model.predict(NOTHING, Limits())
     assert base == FIXED_SECONDS
     model.round_trip = 0.1
-    assert model.predict(NOTHING, Limits()) >= base + 0.2
+    assert model.predict(NOTHING, Limits()) == pytest.approx(base + 0.2)
     assert model.predict(Pending(0, 0, 0.5), Limits()) >= base + 0.5
     model.learn_digest(1000, 1.0, peer=True)
     model.learn_digest(1000, 0.5, peer=False)
