@@ -104,8 +104,9 @@ class Door:
             else:
                 reason = "no migration waits for a channel here"
                 await self._send_away(link, ErrorCode.PROTOCOL, reason)
-        except PeerLost:
-            await link.close()  # a probe, or somebody who has thought better of it
+        except PeerLost as error:
+            self._refused(link.peer_name, str(error))
+            await link.close()
         except TimeoutError:
             await self._send_away(link, ErrorCode.PROTOCOL, "nothing was said")
         except asyncio.QueueFull:

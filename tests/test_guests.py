@@ -321,7 +321,6 @@ async def test_a_state_that_makes_no_sense_is_refused_before_the_guest_is_ours(d
     await place.ready()
     with pytest.raises(MigrationError, match="makes no sense"):
         await place.prepare(state)
-        place.secure()
     pid = place.process.pid
     await place.discard()
     await asyncio.to_thread(wait_until, lambda: gone(pid))

@@ -38,6 +38,8 @@ MIB = 1 << 20
 SO_RCVBUFFORCE = 33
 ESTABLISHED = "01"
 PEER_TIMEOUT = 2.0
+# How long both try to find out whose the guest is, where the hand-over is cut off.
+RESOLVE = 3.0
 # What a program may take to end beside the timeout: the machine may be busy.
 SLACK = 2.5
 # Programs that should end and do not are an error after so long.
@@ -83,7 +85,7 @@ class Move:
         self, link: Link, guest: str, *options: str, there: tuple[str, ...] = (), host: str = FAR,
         timeout: float = PEER_TIMEOUT,
     ) -> None:  # fmt: skip
-        both = ["--peer-timeout", f"{timeout:g}s"]
+        both = ["--peer-timeout", f"{timeout:g}s", "--resolve-timeout", f"{RESOLVE:g}s"]
         listen = f"[{host}]:0" if ":" in host else f"{host}:0"
         self.receiver, self.address = destination(*both, *there, listen=listen, namespace=link.far)
         self.source = Program(
@@ -289,7 +291,8 @@ def test_a_path_that_swallows_large_packets_alone_is_noticed() -> None:
 
 @pytest.mark.parametrize("lost", ["GO", "RUNNING"])
 def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
-    """The source ends with 9, its guest paused for ever; the destination runs it if GO came."""
+    """The source asks in vain, and ends with 9, its guest paused; the destination runs it if GO
+    came, and else gives it up."""
     with Link(delay=0.1) as link, Move(link, *SHORT) as move:
         until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
         # GO is on its way for 0.1 s.
@@ -298,19 +301,32 @@ def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
         landed = move.landed()
         assert len(landed) == 1
         assert move.source.wait(PATIENCE) == 9, move.source.err
-        assert time.monotonic() - cut_at < PEER_TIMEOUT + SLACK
+        assert time.monotonic() - cut_at < PEER_TIMEOUT + RESOLVE + SLACK
+        assert "asking whose the guest is" in move.source.err
         assert "look there first" in move.source.err
         received = move.receiver.wait(PATIENCE)
-        assert time.monotonic() - cut_at < PEER_TIMEOUT + SLACK
+        assert time.monotonic() - cut_at < PEER_TIMEOUT + RESOLVE + SLACK
         assert ended_or_given_up(move.pid)
         if lost == "RUNNING":
             assert received == 0, move.receiver.err
+            assert "the source may not know" in move.receiver.err
             assert guest_pid(move.receiver.out) == landed[0]
             assert_guest_is_right(landed[0])
         else:
             assert received == 1
             assert "has said nothing for" in move.receiver.err
             until(lambda: gone(landed[0]), "the end of what had arrived")
+
+
+@pytest.mark.parametrize("lost", ["GO", "RUNNING"])
+def test_a_silence_after_the_commit_that_ends_in_time_ends_well(lost: str) -> None:
+    """Both have noticed that the connection is dead; then the link is back, and the source asks."""
+    with Link(delay=0.1) as link, Move(link, *SHORT) as move:
+        until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
+        link.cut(*(["near"] if lost == "RUNNING" else []))
+        move.source.read_line("asking whose the guest is")
+        link.mend()
+        move.assert_arrives()
 
 
 def test_a_silence_in_the_handshake_ends_it() -> None:
@@ -440,13 +456,14 @@ def test_a_destination_that_stops_reading_does_not_fill_the_sources_memory() -> 
 
 SLOW_WORKER = """
 import itertools, sys, time
-from migrate import cli, destination
+from migrate import destination
+from migrate.cli.destination import main
 apply, numbers = destination.Destination._apply, itertools.count(1)
 def slowly(*arguments):
     time.sleep({stall} if next(numbers) == 3 else {usual})
     apply(*arguments)
 destination.Destination._apply = slowly
-cli.destination_main()
+main()
 """
 
 
