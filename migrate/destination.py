@@ -129,6 +129,7 @@ class Destination:
         self._resolve_timeout = resolve_timeout
         self._custody: Custody | None = None
         self._token = b""
+        self._described: GuestInfo | None = None
         self._worker = ThreadPoolExecutor(1, "apply")
         self._apply_seconds = 0.0
         self._round = 1
@@ -199,18 +200,28 @@ class Destination:
 
     # -- setup
 
-    async def _receive(self) -> None:
+    async def greet(self) -> None:
+        """The first words, up to the description of a guest: the next thing is to find a place.
+
+        Raises MigrationError or ProtoError; the link is not told yet.
+        """
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 hello = await self._expect(Hello)
                 answer, agreement = caps.answer(hello, caps.switched_on(self._capabilities))
                 await self.link.send(answer)
-                info = await self._expect(GuestInfo)
+                self._described = await self._expect(GuestInfo)
         except TimeoutError:
             raise PeerLost(
                 f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
             ) from None
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
+
+    async def _receive(self) -> None:
+        if self._described is None:
+            await self.greet()
+        info = self._described
+        assert info is not None
         if info.channels > 1 and self._accept is None:
             raise NoPlaceError("guests are received over one connection here")
         self.place = place = self._placer(info)
@@ -337,6 +348,8 @@ class Destination:
                 busy = loop.run_in_executor(
                     self._worker, self._apply, decoder, place, frame, self._round
                 )
+                # Nothing more may come, and a bad batch must be answered all the same.
+                busy.add_done_callback(link.fail_with)
         finally:
             if busy is not None:
                 with contextlib.suppress(BaseException):

@@ -1,11 +1,13 @@
 """The door: whoever connects says first what for, and is led there.
 
-    HELLO  a guest comes          -> `source()`, or sent away while another one is received
+    HELLO  a guest comes          -> `guest()`, once it is described; or sent away while another
+                                     one is received
     JOIN   a channel of it        -> `lane()`
     QUERY  what became of one?    -> answered here (migrate.handover)
 
-Somebody who says nothing is let stand, for a while; of too many, the one who has stood longest
-goes. So a crowd of them does not keep out a source, which speaks at once.
+Somebody who says nothing, or no more than half of it, is let stand for a while; of too many, the
+one who has stood longest goes. All of them are listened to at the same time, so a crowd does not
+keep out a source, which speaks at once.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from migrate.address import Address
-from migrate.errors import PeerLost
+from migrate.destination import Destination
+from migrate.errors import MigrationError, PeerLost
 from migrate.handover import Records, answer
 from migrate.link import Link, Listener
 from proto import ErrorCode, ProtoError
@@ -28,19 +31,22 @@ MAX_STANDING = 2 * MAX_CHANNELS
 class Door:
     """Leads connections from a listener where they belong, as long as its context lasts.
 
+    greeter -- makes a destination for a link that brings a guest
     busy -- tells whether a guest is being received: another one is sent away then
     refused -- told of whoever is sent away: its name, and the reason
     """
 
     def __init__(
-        self, listener: Listener, records: Records, busy: Callable[[], bool],
+        self, listener: Listener, records: Records, greeter: Callable[[Link], Destination],
+        busy: Callable[[], bool],
         refused: Callable[[str, str], None] = lambda _who, _why: None,
     ) -> None:  # fmt: skip
         self.records = records
+        self._greeter = greeter
         self._busy = busy
         self._refused = refused
         self._listener = listener
-        self._sources: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
+        self._guests: asyncio.Queue[Destination] = asyncio.Queue(MAX_CHANNELS)
         self._lanes: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
         self._standing: dict[asyncio.Task[None], Link] = {}
         self._opening: asyncio.Task[None] | None = None
@@ -64,14 +70,15 @@ class Door:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for queue in (self._sources, self._lanes):
-            while not queue.empty():
-                queue.get_nowait().abort()
+        while not self._lanes.empty():
+            self._lanes.get_nowait().abort()
+        while not self._guests.empty():
+            self._guests.get_nowait().link.abort()
         await self._listener.close()
 
-    async def source(self) -> Link:
-        """The next connection that would bring a guest."""
-        return await self._sources.get()
+    async def guest(self) -> Destination:
+        """The next guest that was described: run it."""
+        return await self._guests.get()
 
     async def lane(self) -> Link:
         """The next connection that is to be a channel."""
@@ -96,11 +103,8 @@ class Door:
                 await answer(link, self.records)
             elif kind is MessageType.JOIN and self._busy():
                 self._lanes.put_nowait(link)
-            elif kind is MessageType.HELLO and not self._busy():
-                self._sources.put_nowait(link)
             elif kind is MessageType.HELLO:
-                reason = "another guest is being received here just now"
-                await self._send_away(link, ErrorCode.NO_PLACE, reason)
+                await self._greet(link)
             else:
                 reason = "no migration waits for a channel here"
                 await self._send_away(link, ErrorCode.PROTOCOL, reason)
@@ -111,12 +115,22 @@ class Door:
             await self._send_away(link, ErrorCode.PROTOCOL, "nothing was said")
         except asyncio.QueueFull:
             await self._send_away(link, ErrorCode.NO_PLACE, "too many connections wait here")
-        except ProtoError as error:
+        except (ProtoError, MigrationError) as error:
             code = getattr(error, "code", ErrorCode.PROTOCOL)
             await self._send_away(link, code, str(error))
         except asyncio.CancelledError:
             link.abort()
             raise
+
+    async def _greet(self, link: Link) -> None:
+        destination = self._greeter(link)
+        if not self._busy():
+            await destination.greet()
+        if self._busy():
+            reason = "another guest is being received here just now"
+            await self._send_away(link, ErrorCode.NO_PLACE, reason)
+        else:
+            self._guests.put_nowait(destination)
 
     async def _send_away(self, link: Link, code: ErrorCode, reason: str) -> None:
         self._refused(link.peer_name, reason)

@@ -3,7 +3,8 @@
 MigrationError             1  failed; the source's guest is as it was
 ├── UsageError             2  what the user asked for cannot be
 ├── ConnectError           3  cannot connect or listen: trying again may help
-├── PeerError              4  the other side refused or broke the protocol, or its reason
+├── PeerError              4  the other side broke the protocol
+│   ├── PeerGaveUp         4  the other side refused, or gave up, and said why
 │   └── PeerLost           1  the connection broke or fell silent
 ├── MismatchError          6  the memories differ at the end
 ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
@@ -44,10 +45,14 @@ class ConnectError(MigrationError):
 
 
 class PeerError(MigrationError):
-    """The peer said why it gave up, or broke the protocol."""
+    """The peer broke the protocol."""
 
     exit_code = 4
     code = ErrorCode.PROTOCOL
+
+
+class PeerGaveUp(PeerError):  # noqa: N818 - what the peer did, not a kind of exception
+    """The peer said why it gave up."""
 
 
 class PeerLost(PeerError):  # noqa: N818 - a state of the peer, not a kind of exception
@@ -106,7 +111,7 @@ _REASONS: dict[ErrorCode, type[MigrationError]] = {
 def peer_error(message: Error) -> MigrationError:
     """The exception for the reason a peer gave; its text is made safe to print."""
     reason = "".join(c if c.isprintable() else "?" for c in message.reason)
-    return _REASONS.get(message.code, PeerError)(f"the other side gave up: {reason}")
+    return _REASONS.get(message.code, PeerGaveUp)(f"the other side gave up: {reason}")
 
 
 def failure_of(error: BaseException, memory_fault: str) -> MigrationError | None:

@@ -83,13 +83,18 @@ async def receive(
     records = Records()
     destination: Destination | None = None
     listener = await link.listen(parse_address(address, listen=True))
-    async with Door(listener, records, lambda: bool(destination and destination.started)) as door:
+
+    def greeter(peer: link.Link) -> Destination:
+        return Destination(peer, placer, accept=door.lane, records=records)
+
+    def busy() -> bool:
+        return destination is not None and destination.started
+
+    async with Door(listener, records, greeter, busy) as door:
         if listening is not None:
             listening(listener.address)
         while True:
-            destination = Destination(
-                await door.source(), placer, accept=door.lane, records=records
-            )
+            destination = await door.guest()
             try:
                 arrival = await destination.run()
                 break

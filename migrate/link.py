@@ -184,6 +184,11 @@ class Link(asyncio.BufferedProtocol):
             self._heard_at = time.monotonic()
             self._transport.resume_reading()
 
+    def fail_with(self, work: asyncio.Future[Any]) -> None:
+        """A done callback: what work on a frame has raised ends the waiting for the next one."""
+        if not work.cancelled() and isinstance(error := work.exception(), Exception):
+            self._fail(error)
+
     def _fail(self, fault: Exception) -> None:
         if self._fault is None:
             self._fault = fault

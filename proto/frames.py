@@ -22,6 +22,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import xxhash
@@ -103,11 +104,15 @@ class FrameReader:
     `get_buffer` and `received` are the two halves of a read into memory; `next_frame` returns None
     until a frame is whole, and raises FrameError at the first byte that cannot be one. After an
     error the reader is of no more use.
+
+    admit -- told the type of a frame as soon as its header is there; it may raise RemoteError, and
+             no memory is spent on a body that nobody wants
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admit: Callable[[MessageType], object] = lambda _kind: None) -> None:
         self.channel = 0
         """The channel that all frames must name; it may change until the next one is taken."""
+        self._admit = admit
         self._limits = BODY_LIMITS
         self._largest = max(BODY_LIMITS.values())
         self._arena = _Arena(self._largest)
@@ -189,6 +194,7 @@ class FrameReader:
             kind = MessageType(number)
         except ValueError:
             raise FrameError(f"unknown frame type {number}") from None
+        self._admit(kind)
         if flags:
             raise FrameError(f"{kind.name}: flags {flags:#x} are not in use")
         if channel != self.channel and kind is not MessageType.ERROR:

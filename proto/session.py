@@ -90,7 +90,7 @@ class Session:
     def __init__(self, role: Role) -> None:
         self.role = role
         self.state = State.START
-        self.reader = FrameReader()
+        self.reader = FrameReader(self._after_theirs)
 
     @property
     def channel(self) -> int:
@@ -125,13 +125,17 @@ class Session:
         frame = self.reader.next_frame()
         if frame is None:
             return None
-        following = TABLE[self.state].get((self.role.peer, frame.type))
+        self.state = self._after_theirs(frame.type)
+        return frame
+
+    def _after_theirs(self, kind: MessageType) -> State:
+        """The state that follows on what the peer says. Raises MessageError."""
+        following = TABLE[self.state].get((self.role.peer, kind))
         if following is None:
             raise MessageError(
-                f"the {self.role.peer.value} sent {frame.type.name} in state {self.state.name}"
+                f"the {self.role.peer.value} sent {kind.name} in state {self.state.name}"
             )
-        self.state = following
-        return frame
+        return following
 
     def end(self) -> None:
         """The peer closed the connection. Raises FrameError if that cut a frame in two."""

@@ -21,7 +21,7 @@ from migrate.cli.program import (
     seconds,
     switches,
 )
-from migrate.errors import MigrationError, OnCompleteError
+from migrate.errors import MigrationError, OnCompleteError, PeerError
 from migrate.journal import default_directory
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class DestinationProgram:
         listener = await link.listen(self.address, peer_timeout=self.peer_timeout)
         self._say(f"listening on {listener.address}")
         return Door(
-            listener, self.records,
+            listener, self.records, self._destination,
             busy=lambda: self.destination is not None and self.destination.started,
             refused=self._refused,
         )  # fmt: skip
@@ -144,14 +144,15 @@ class DestinationProgram:
     async def _receive(self, door: Door) -> Arrival:
         """Serves connections until a guest has come, or was accepted and failed."""
         while True:
-            peer = await door.source()
-            self.destination = destination = self._destination(peer)
+            self.destination = destination = await door.guest()
             try:
                 return await destination.run()
             except MigrationError as error:
-                if destination.started:
+                # A source may fail. Who breaks the protocol is none: the true one may come yet.
+                if destination.started and type(error) is not PeerError:
                     raise
-                self._refused(peer.peer_name, error)
+                self._refused(destination.link.peer_name, error)
+                self.destination = None
 
     def _destination(self, peer: Link) -> Destination:
         from migrate.destination import Destination
