@@ -1,8 +1,10 @@
 """Makes the batches of a round, in the source's worker thread.
 
-    dirty pages of a channel -> guest memory -> encoder -> one sealed PAGES frame
+    dirty pages, from where the last batch ended -> guest memory -> encoder -> a sealed PAGES frame
 
-A page always goes over the same channel: stripes of STRIPE_BYTES of the guest take turns.
+A channel gets the next pages whenever it can take a batch, so a slow one gets fewer, and none keeps
+the round waiting for long. A page is sent once in a round, and a round ends on all channels before
+the next begins: which of them carries a page makes no difference to what it builds on.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 from migrate.memory import Memory
 from proto.frames import seal
 from proto.kernel import PageEncoder
-from proto.messages import STRIPE_BYTES, MessageType
+from proto.messages import MessageType
 from proto.pageset import PageSet
 
 # A turn ends with a full batch, or after this many pages without one.
@@ -21,44 +23,46 @@ TURN_PAGES = 1 << 14
 
 
 class Turn(NamedTuple):
-    """batch: a sealed frame and its raw pages, or None; cursor: the page to go on from, the
-    number of pages at the end; pages: how many were done."""
+    """batch: a sealed frame and its raw pages, or None; pages: how many were done; over: nothing
+    is left of the round."""
 
     batch: tuple[memoryview, memoryview] | None
-    cursor: int
     pages: int
+    over: bool
 
 
 class Feeder:
-    """Walks the dirty pages of `channels` channels. `seconds` is the CPU time that it took."""
+    """Walks the dirty pages of a round, for all channels. `seconds` is the CPU time it took."""
 
-    def __init__(self, memory: Memory, encoder: PageEncoder, channels: int) -> None:
+    def __init__(self, memory: Memory, encoder: PageEncoder) -> None:
         self.seconds = 0.0
         self._memory = memory
         self._encoder = encoder
-        self._channels = channels
+        self._cursor = 0
 
-    def turn(self, dirty: PageSet, channel: int, cursor: int, *, holes: bool) -> Turn:
-        """The next batch of a channel, from page `cursor` on.
+    def begin_round(self, number: int) -> None:
+        self._encoder.begin_round(number)
+        self._cursor = 0
+
+    def turn(self, dirty: PageSet, channel: int, *, holes: bool) -> Turn:
+        """The next batch, for this channel.
 
         holes -- look for holes of a sparse file, which are zeros that nobody need read
         """
         began = time.thread_time()
-        cursor, pages = self._fill(dirty, channel, cursor, holes and self._memory.view is None)
+        pages = self._fill(dirty, holes and self._memory.view is None)
         batch = None
         if self._encoder.pending:
             batch = self._encoder.take()
             seal(batch[0], MessageType.PAGES, channel, len(batch[1]))
         self.seconds += time.thread_time() - began
-        return Turn(batch, cursor, pages)
+        return Turn(batch, pages, self._cursor >= self._encoder.pages)
 
-    def _fill(self, dirty: PageSet, channel: int, cursor: int, holes: bool) -> tuple[int, int]:
-        """Encodes until the batch is full, the turn is over or nothing is left."""
-        memory, encoder, done = self._memory, self._encoder, 0
-        while done < TURN_PAGES and not encoder.full:
-            cursor, end = self._stripe(channel, cursor)
-            if cursor >= encoder.pages:
-                break
+    def _fill(self, dirty: PageSet, holes: bool) -> int:
+        """Encodes until the batch is full, the turn is over or nothing is left; how many pages."""
+        memory, encoder, cursor, done = self._memory, self._encoder, self._cursor, 0
+        while done < TURN_PAGES and not encoder.full and cursor < encoder.pages:
+            end = encoder.pages
             if holes:
                 stop, data = memory.extent(cursor, encoder.page_size)
                 end = min(end, stop)
@@ -77,17 +81,5 @@ class Feeder:
                 )
                 encoder.feed(count, dirty.bits)
             done += count
-        return cursor, done
-
-    def _stripe(self, channel: int, page: int) -> tuple[int, int]:
-        """The next pages of a channel at or after `page`: where they begin and end."""
-        pages = self._encoder.pages
-        if self._channels == 1:
-            return page, pages
-        width = STRIPE_BYTES // self._encoder.page_size
-        stripe = page // width
-        ahead = (channel - stripe) % self._channels
-        if ahead:
-            stripe += ahead
-            page = stripe * width
-        return page, min((stripe + 1) * width, pages)
+        self._cursor = cursor
+        return done

@@ -350,7 +350,7 @@ class Source:
         )
         digest = Digest(memory, hashes)
         self._encoder = encoder
-        self._feeder = Feeder(memory, encoder, parameters.channels)
+        self._feeder = Feeder(memory, encoder)
         self._tracker = self.guest.track(encoder)
         self._wanted_cache = parameters.cache_size
         await self.link.send(CacheSize(self._cache_size))
@@ -446,7 +446,7 @@ class Source:
         assert self._feeder is not None
         sent_before, cpu_before = self.sent_bytes, self._feeder.seconds
         self._round_began, self._round_sent = began, sent_before
-        encoder.begin_round(self._round)
+        self._feeder.begin_round(self._round)
         pages = self._round_left = len(dirty)
         async with asyncio.TaskGroup() as group:
             for channel in range(len(self._links)):
@@ -475,15 +475,15 @@ class Source:
         )
 
     async def _send_channel(self, dirty: PageSet, channel: int, last: bool) -> None:
-        """Sends the pages of one channel: the next batch is made while one goes out."""
+        """Sends what a channel can take of a round: the next batch is made while one goes out."""
         loop = asyncio.get_running_loop()
         link = self._links[channel]
-        turn = loop.run_in_executor(self._worker, self._turn, dirty, channel, 0)
+        turn = loop.run_in_executor(self._worker, self._turn, dirty, channel)
         try:
             while True:
-                batch, cursor, done = await turn
-                if cursor < self._pages:
-                    turn = loop.run_in_executor(self._worker, self._turn, dirty, channel, cursor)
+                batch, done, over = await turn
+                if not over:
+                    turn = loop.run_in_executor(self._worker, self._turn, dirty, channel)
                 if batch is not None:
                     await link.send_batch(*batch)
                     batch = None  # its memory is free again when the transport is done with it
@@ -493,18 +493,18 @@ class Source:
                 if time.monotonic() >= self._next_update:
                     self._next_update = time.monotonic() + UPDATE_SECONDS
                     self._update(left=self._round_left)
-                if cursor >= self._pages:
+                if over:
                     return
         finally:
             turn.cancel()
 
-    def _turn(self, dirty: PageSet, channel: int, cursor: int) -> Turn:
+    def _turn(self, dirty: PageSet, channel: int) -> Turn:
         """In the worker thread: the next batch, after a change of the cache's size."""
         assert self._feeder is not None
         if self._cache is not None and self._wanted_cache != self._cache_size:
             self._cache.resize(self._useful(self._wanted_cache))
             self._cache_size = self._wanted_cache
-        return self._feeder.turn(dirty, channel, cursor, holes=self._round == 1)
+        return self._feeder.turn(dirty, channel, holes=self._round == 1)
 
     async def _confirm_cache(self) -> None:
         """Tells the destination the size in force, and counts it."""

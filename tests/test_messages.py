@@ -19,8 +19,6 @@ from proto.messages import (
     MAX_PAGES,
     MAX_SECONDS,
     MAX_STATE,
-    MIN_PAGE_SIZE,
-    STRIPE_BYTES,
     TYPE_OF,
     Accept,
     CacheSize,
@@ -306,8 +304,7 @@ def test_a_guest_has_as_many_pages_as_it_needs(page_size, size, whole):
     assert info.pages <= MAX_PAGES
 
 
-def test_a_batch_has_room_for_a_page_and_a_stripe_for_whole_pages():
+def test_a_batch_has_room_for_a_page():
     assert BATCH_BYTES <= MAX_BODY
     assert MAX_BODY >= MAX_CONTROL, "HELLO may say less than is always taken"
     assert BATCH_BYTES >= 2 * MAX_PAGE_SIZE
-    assert STRIPE_BYTES % MAX_PAGE_SIZE == STRIPE_BYTES % MIN_PAGE_SIZE == 0
