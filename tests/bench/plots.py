@@ -50,6 +50,30 @@ def draw_channels(data: dict[str, Any], figure: Figure) -> None:
     _plain(axes)
 
 
+def draw_lossy(data: dict[str, Any], figure: Figure) -> None:
+    """Speed over the number of channels, a line for each link; dashed: what it carries."""
+    figure.set_size_inches(7.5, 3.6)
+    axes = figure.add_subplot()
+    for link, colour in zip(data["links"], (GREY, RED, BLUE), strict=False):
+        medians = link["medians"]
+        counts = [name for name in medians if name.isdecimal()]
+        speeds = [medians[name]["speed"] * 8 / 1e6 for name in counts]
+        axes.plot(range(len(counts)), speeds, "o-", color=colour,
+                  label=f"{link['rate'] // 10**6} Mbit/s")  # fmt: skip
+        axes.axhline(medians["without loss"]["speed"] * 8 / 1e6, color=colour, linestyle="--",
+                     linewidth=1)  # fmt: skip
+        axes.set_xticks(range(len(counts)), counts)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("channels")
+    axes.set_ylabel("Mbit/s")
+    axes.set_title(
+        f"{data['delay'] * 2e3:.0f} ms of round trip, {data['loss']:.0%} of loss each way"
+        " (dashed: one connection without loss)"
+    )
+    axes.legend(loc="center left", frameon=False)
+    _plain(axes)
+
+
 def draw_bulk(data: dict[str, Any], figure: Figure) -> None:
     """Bars of speed, the ceiling as a line."""
     figure.set_size_inches(7.5, 2.8)
@@ -144,6 +168,7 @@ PLOTS: dict[str, Callable[[dict[str, Any], Figure], None]] = {
     "codec": draw_codec,
     "bulk": draw_bulk,
     "channels": draw_channels,
+    "lossy": draw_lossy,
     "scaling": draw_scaling,
     "rivals": draw_rivals,
 }

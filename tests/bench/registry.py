@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, channels, codec, rivals, scaling
+from tests.bench import bulk, channels, codec, lossy, rivals, scaling
 from tests.bench.report import Options, Part
 
 
@@ -23,5 +23,6 @@ PARTS: dict[str, PartModule] = {
     "bulk": bulk,
     "scaling": scaling,
     "channels": channels,
+    "lossy": lossy,
     "rivals": rivals,
 }
