@@ -51,7 +51,10 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.add_argument(
-        "--peer-timeout", default="30s", metavar="TIME", help="a peer silent for so long is lost"
+        "--peer-timeout",
+        default="30s",
+        metavar="TIME",
+        help="a peer that says or takes nothing for so long is lost (default: 30s)",
     )
     parser.add_argument(
         "--journal", default="", metavar="DIR",
