@@ -20,10 +20,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 from migrate.address import Address
-from migrate.errors import ConnectError, PeerLost
+from migrate.errors import ConnectError, PeerLost, UsageError
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
 from proto.messages import MAX_CHANNELS, Error, Message, MessageType, Ping, Pong, unpack
@@ -77,6 +78,8 @@ class Link(asyncio.BufferedProtocol):
     def __init__(self, role: Role, peer_timeout: float = SOCKET_TIMEOUT) -> None:
         self.session = Session(role)
         self.limit = RateLimit()
+        self.congestion = ""
+        """How TCP finds its pace; "" leaves it to the system."""
         self.peer_timeout = peer_timeout
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -107,6 +110,8 @@ class Link(asyncio.BufferedProtocol):
         self.peer_name = str(transport.get_extra_info("peername") or "a local process")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             _have_watched(sock, self.peer_timeout)
+            if self.congestion:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self.congestion.encode())
         self._heart = asyncio.get_running_loop().create_task(self._beat())
 
     def bound_sending(self, most: int) -> None:
@@ -390,15 +395,32 @@ def _have_watched(sock: socket.socket, timeout: float) -> None:
             )  # fmt: skip
 
 
+def check_congestion(name: str) -> None:
+    """Raises UsageError where TCP cannot find its pace that way here."""
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except (OSError, AttributeError):
+            there = "/proc/sys/net/ipv4/tcp_available_congestion_control"
+            known = Path(there).read_text().split() if os.path.exists(there) else []
+            raise UsageError(
+                f"--congestion {name!r}: this system does not have it, or does not allow it; there "
+                f"are {', '.join(known) or 'none to choose from'}"
+            ) from None
+
+
 async def connect(
-    address: Address, *, timeout: float = 10.0, peer_timeout: float = SOCKET_TIMEOUT
-) -> Link:
+    address: Address, *, timeout: float = 10.0, peer_timeout: float = SOCKET_TIMEOUT,
+    congestion: str = "",
+) -> Link:  # fmt: skip
     """Connects as the source. A refused connection is tried again until `timeout` seconds."""
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
 
     def make() -> Link:
-        return Link(Role.SOURCE, peer_timeout)
+        link = Link(Role.SOURCE, peer_timeout)
+        link.congestion = congestion
+        return link
 
     while True:
         try:

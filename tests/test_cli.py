@@ -77,6 +77,7 @@ def one_sentence(program: str, err: str) -> str:
         (["--channels", "abc", NOWHERE], "--channels: 'abc' is not a number"),
         (["--channels", "1.5", NOWHERE], "--channels: '1.5' is not a number"),
         (["--channels", "", NOWHERE], "--channels: '' is not a number"),
+        (["--congestion", "hope", NOWHERE], "'hope': this system does not have it"),
         (["--capability", "rdma=on", NOWHERE], "there is no capability 'rdma': known are xbzrle"),
         (["--capability", "xbzrle", NOWHERE], "write NAME=on or NAME=off"),
         (["--capability", "xbzrle=1", NOWHERE], "write NAME=on or NAME=off"),

@@ -69,6 +69,11 @@ def source_parser() -> Parser:
         help="connections to spread the pages over (default: 1): for paths that limit each one",
     )  # fmt: skip
     parser.add_argument(
+        "--congestion", default="", metavar="NAME",
+        help="how TCP finds its pace: bbr fills a path that loses packets with one connection "
+        "(default: as the system does)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-rounds", default="0", metavar="N", help="give up after so many (default: 0, never)"
     )
     parser.add_argument(
@@ -153,6 +158,10 @@ class SourceProgram:
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
         self.journal = args.journal or default_directory()
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
+        if args.congestion:
+            from migrate.link import check_congestion
+
+            check_congestion(args.congestion)
         self.opened = open_guest(args, self.parameters.page_size)
         self.progress: Progress = Progress("never" if args.quiet else args.progress)
         self.stop = Stop()
@@ -179,8 +188,9 @@ class SourceProgram:
         from migrate import link
 
         return link.connect(
-            self.address, timeout=self.connect_timeout, peer_timeout=self.peer_timeout
-        )
+            self.address, timeout=self.connect_timeout, peer_timeout=self.peer_timeout,
+            congestion=self.args.congestion,
+        )  # fmt: skip
 
     async def _connect(self) -> Link | None:
         """None where it was cancelled."""
