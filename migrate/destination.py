@@ -49,6 +49,7 @@ from proto.messages import (
     Accept,
     CacheSize,
     Complete,
+    Done,
     Error,
     Go,
     GuestInfo,
@@ -66,7 +67,7 @@ from proto.ownership import Claim
 
 HANDSHAKE_SECONDS = 15.0
 RESOLVE_SECONDS = 60.0
-# The source hangs up as soon as it has heard RUNNING.
+# The source says DONE as soon as it has heard RUNNING.
 ACKNOWLEDGE_SECONDS = 2.0
 
 T = TypeVar("T")
@@ -118,8 +119,6 @@ class Destination:
         self.arrival = Arrival()
         self.started = False
         self.owner = False
-        self.acknowledged = False
-        """Whether the source has hung up after RUNNING, as one does that has heard it."""
         self.place: Place | None = None
         self._placer = placer
         self._capabilities = capabilities or {}
@@ -475,13 +474,18 @@ class Destination:
             with contextlib.suppress(PeerLost):
                 await self.link.send(Running())
         self._complete(custody)
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, PeerLost, ProtoError):
             async with asyncio.timeout(ACKNOWLEDGE_SECONDS):
-                await self.link.ended()
-        self.acknowledged = self.link.closed_by_peer or custody.told.is_set()
+                if isinstance(await self.link.receive_message(), Done):
+                    custody.told.set()
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the source has said that it knows."""
+        return self._custody is not None and self._custody.told.is_set()
 
     async def asked(self) -> None:
-        """Returns when the source has asked what became of its guest, and was told."""
+        """Returns when the source has asked what became of its guest, and knows."""
         if self._custody is not None:
             await self._custody.told.wait()
 

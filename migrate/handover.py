@@ -18,12 +18,12 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from migrate.errors import MigrationError, NotStartedError, PeerError, peer_error
+from migrate.errors import MigrationError, NotStartedError, PeerError, PeerLost, peer_error
 from migrate.guests.guest import Place
 from migrate.journal import Journal, JournalError, journals, settled
 from migrate.link import Link
 from proto import ErrorCode, ProtoError
-from proto.messages import Error, Go, Ownership, Query, Running
+from proto.messages import Done, Error, Go, Ownership, Query, Running
 from proto.ownership import ANSWERS, Claim, Event, Role
 
 ANSWER_SECONDS = 15.0
@@ -74,6 +74,9 @@ async def ask(link: Link, journal: Journal) -> Claim:
             else:
                 raise PeerError(f"{type(result).__name__} came where RUNNING was due")
     await written(journal, event, must=False)
+    if journal.claim is Claim.DONE:
+        with contextlib.suppress(PeerLost, ProtoError):
+            await link.send(Done())
     return journal.claim
 
 
@@ -81,7 +84,7 @@ class Custody:
     """A guest that is whole at the destination, until it is decided whose it is.
 
     `decided` is set when it is: `journal.claim` is OWNER or ABORTED then. `told` is set when the
-    source has asked, and knows. `running` is the place's sentence on the guest that runs.
+    source has said that it knows. `running` is the place's sentence on the guest that runs.
     """
 
     def __init__(self, place: Place, journal: Journal, state: bytes = b"") -> None:
@@ -260,16 +263,14 @@ async def answer(link: Link, records: Records) -> None:
                 custody = await records.find(message.token)
                 claim = await custody.standing() if custody else Claim.NONE
                 await link.send(Ownership(claim))
-                if custody is not None and claim is not Claim.PREPARED:
-                    custody.told.set()
             elif isinstance(message, Go):
                 if custody is None:
                     raise NotStartedError("there is no record of that migration here")
                 await custody.take_over()
                 await link.send(Running())
-                custody.told.set()
-                return
             else:
+                if isinstance(message, Done) and custody is not None:
+                    custody.told.set()
                 return
     except NotStartedError as error:
         code, reason = ErrorCode.NOT_STARTED, str(error)

@@ -84,8 +84,6 @@ class Link(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self.peer_name = ""
-        self.closed_by_peer = False
-        """Whether the connection has ended in order."""
         self._transport: asyncio.Transport | None = None
         self._frames: deque[Frame] = deque()
         self._ahead = 0
@@ -141,7 +139,6 @@ class Link(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         fault: Exception = PeerLost(f"the connection to {self.peer_name} broke: {exc}")
         if exc is None:
-            self.closed_by_peer = True
             fault = PeerLost(f"{self.peer_name} closed the connection")
             with contextlib.suppress(ProtoError):
                 self._parse()

@@ -57,6 +57,7 @@ from proto.messages import (
     Accept,
     CacheSize,
     Complete,
+    Done,
     Error,
     Go,
     GuestInfo,
@@ -596,6 +597,8 @@ class Source:
         except TimeoutError:
             raise PeerLost(f"no answer to GO for {HAND_OVER_SECONDS:g} s") from None
         await written(self._journal, Event.RUNNING, must=False)
+        with contextlib.suppress(PeerLost, ProtoError):
+            await self.link.send(Done())
 
     async def _take_back(self) -> None:
         """It will never run over there: it is ours again, and still paused."""

@@ -59,6 +59,7 @@ class MessageType(IntEnum):
     JOINED = 16
     QUERY = 17
     OWNERSHIP = 18
+    DONE = 19
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -171,6 +172,10 @@ class Running(_Message, frozen=True):
     """The guest runs at the destination."""
 
 
+class Done(_Message, frozen=True):
+    """The source has heard that the guest runs at the destination: nobody need keep its record."""
+
+
 class Query(_Message, frozen=True):
     """First on a connection after a break: whose is the guest of the migration of this token?"""
 
@@ -204,7 +209,7 @@ class Pages:
 
 Message = (
     Hello | GuestInfo | Accept | Join | Joined | CacheSize | Pages | Round | RoundAck | Complete
-    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership
+    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership | Done
 )  # fmt: skip
 
 _TYPES: dict[MessageType, type[_Message]] = {
@@ -225,6 +230,7 @@ _TYPES: dict[MessageType, type[_Message]] = {
     MessageType.JOINED: Joined,
     MessageType.QUERY: Query,
     MessageType.OWNERSHIP: Ownership,
+    MessageType.DONE: Done,
 }
 TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
     Pages: MessageType.PAGES

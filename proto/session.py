@@ -3,6 +3,7 @@
     START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
     STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
+    DONE: --DONE-->
     a further channel: START --JOIN--> JOINING ==JOINED==> LANE; LANE: --PAGES-->, --ROUND-->
     after a break: START --QUERY--> ASKED ==OWNERSHIP==> ANSWERED --GO--> COMMITTED
     (-- from the source, == from the destination; PING and PONG in any state but START
@@ -50,7 +51,11 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
         (S, M.QUERY): State.ASKED,
     },
     State.ASKED: {(D, M.OWNERSHIP): State.ANSWERED},
-    State.ANSWERED: {(S, M.QUERY): State.ASKED, (S, M.GO): State.COMMITTED},
+    State.ANSWERED: {
+        (S, M.QUERY): State.ASKED,
+        (S, M.GO): State.COMMITTED,
+        (S, M.DONE): State.DONE,
+    },
     State.JOINING: {(D, M.JOINED): State.LANE},
     State.LANE: {(S, M.PAGES): State.LANE, (S, M.ROUND): State.LANE},
     State.GREETED: {(D, M.HELLO): State.OPEN},
@@ -73,7 +78,7 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
     },
     State.PREPARED: {(S, M.GO): State.COMMITTED},
     State.COMMITTED: {(D, M.RUNNING): State.DONE},
-    State.DONE: {},
+    State.DONE: {(S, M.DONE): State.DONE},
     State.FAILED: {},
 }
 for _state, _moves in TABLE.items():

@@ -23,6 +23,7 @@ from proto.messages import (
     Accept,
     CacheSize,
     Complete,
+    Done,
     Error,
     Go,
     GuestInfo,
@@ -65,6 +66,7 @@ EXAMPLES = {
     M.JOINED: Joined(),
     M.QUERY: Query(b"\xa5" * 16),
     M.OWNERSHIP: Ownership(Claim.OWNER),
+    M.DONE: Done(),
 }
 
 COUNT = ([0, 1, (1 << 63) - 1], [-1, 1 << 63, (1 << 64) - 1, 1.0, True, "1", None, b"1", [1]])

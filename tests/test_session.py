@@ -14,6 +14,7 @@ from proto.messages import (
     Accept,
     CacheSize,
     Complete,
+    Done,
     Error,
     Go,
     GuestInfo,
@@ -57,6 +58,7 @@ MESSAGES = {
     M.JOINED: Joined(),
     M.QUERY: Query(bytes(16)),
     M.OWNERSHIP: Ownership(Claim.PREPARED),
+    M.DONE: Done(),
 }
 
 # The table of proto/README.md ("States"), written a second time by hand: "type>state" where the
@@ -64,7 +66,7 @@ MESSAGES = {
 STATES = {
     State.START: ("HELLO>GREETED JOIN>JOINING QUERY>ASKED", ""),
     State.ASKED: ("", "OWNERSHIP>ANSWERED"),
-    State.ANSWERED: ("QUERY>ASKED GO>COMMITTED", ""),
+    State.ANSWERED: ("QUERY>ASKED GO>COMMITTED DONE>DONE", ""),
     State.JOINING: ("", "JOINED>LANE"),
     State.LANE: ("PAGES ROUND", ""),
     State.GREETED: ("", "HELLO>OPEN"),
@@ -74,7 +76,7 @@ STATES = {
     State.COMPLETED: ("", "ROUND_ACK CACHE_SIZE READY>PREPARED"),
     State.PREPARED: ("GO>COMMITTED", ""),
     State.COMMITTED: ("", "RUNNING>DONE"),
-    State.DONE: ("", ""),
+    State.DONE: ("DONE", ""),
     State.FAILED: ("", ""),
 }
 
@@ -225,6 +227,7 @@ def test_nothing_but_go_gives_the_guest_away():
         (State.PREPARED, S, M.GO),
         (State.ANSWERED, S, M.GO),
         (State.COMMITTED, D, M.RUNNING),
+        (State.ANSWERED, S, M.DONE),
     }
 
 
