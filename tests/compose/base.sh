@@ -25,7 +25,7 @@ trap 'rm -rf "$root"' EXIT
 mirror=$(grep -rhoE '^(URIs:|deb) +[^ ]+' /etc/apt/sources.list /etc/apt/sources.list.d/ \
     --include=sources.list --include=debian.sources | awk '{print $2; exit}')
 debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv,python-is-python3 \
-    bookworm "$root" "${mirror:-http://deb.debian.org/debian}" >&2
+    bookworm "$root" ${mirror:+"$mirror"} >&2
 rm -f "$root"/var/cache/apt/archives/*.deb "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
 for own in /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
     if [ -e "$own" ]; then
