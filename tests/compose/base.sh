@@ -22,8 +22,9 @@ command -v debootstrap >/dev/null || {
 }
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-mirror=$(grep -rhoE '^(URIs:|deb) +[^ ]+' /etc/apt/sources.list /etc/apt/sources.list.d/ \
-    --include=sources.list --include=debian.sources | awk '{print $2; exit}')
+# this machine's own mirror, if it names one; else debootstrap's
+mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources 2>/dev/null \
+    | awk '/^(URIs:|deb) +http/ && !found {found = 1; print $2}') || true
 debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv,python-is-python3 \
     bookworm "$root" ${mirror:+"$mirror"} >&2
 rm -f "$root"/var/cache/apt/archives/*.deb "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
