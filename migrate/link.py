@@ -27,7 +27,7 @@ from migrate.address import Address
 from migrate.errors import ConnectError, PeerLost, UsageError
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
-from proto.messages import MAX_CHANNELS, Error, Message, MessageType, Ping, Pong, unpack
+from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
 from proto.session import Role, Session, State
 
 # Both loops get explicit limits: uvloop's own high-water mark is 64 KiB with a low one of 16
@@ -38,6 +38,10 @@ SEND_LOW_SHARE = 4
 RECEIVE_AHEAD_BYTES = 3 << 20
 RECEIVE_AHEAD = 16
 SOCKET_TIMEOUT = 30.0
+# The kernel holds so many connections until they are taken, and so many wait for `accept`: a loop
+# takes all there are at once, and those that come meanwhile, before anybody else has his turn.
+BACKLOG = 64
+MAX_WAITING = 4 * BACKLOG
 # In each `peer_timeout` a silent peer is asked so often, by us and by the kernel.
 BEATS = 4
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
@@ -489,7 +493,7 @@ def _check_unused(address: Address) -> None:
 async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> Listener:
     """Listens as a destination. Raises ConnectError where the address is not to be had."""
     loop = asyncio.get_running_loop()
-    links: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
+    links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
 
     class Incoming(Link):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -505,12 +509,12 @@ async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> L
     try:
         if address.path:
             _check_unused(address)
-            server: Any = await loop.create_unix_server(make, address.path, backlog=MAX_CHANNELS)
+            server: Any = await loop.create_unix_server(make, address.path, backlog=BACKLOG)
         else:
             # A free port is picked once: on all IPv4 interfaces, not one number per family.
             host = address.host or (None if address.port else "0.0.0.0")
             server = await loop.create_server(
-                make, host, address.port, backlog=MAX_CHANNELS, reuse_address=True
+                make, host, address.port, backlog=BACKLOG, reuse_address=True
             )
     except OSError as error:
         raise ConnectError(f"cannot listen on {address}: {_why(error)}") from None

@@ -18,7 +18,6 @@ from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
     BATCH_BYTES,
     MAX_BODY,
-    MAX_CHANNELS,
     TYPE_OF,
     Accept,
     CacheSize,
@@ -632,11 +631,11 @@ async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_as_many_wait_as_a_migration_has_channels_and_the_next_is_turned_away():
+async def test_so_many_wait_and_the_next_is_turned_away():
     async with asyncio.timeout(30):
         listener = await link.listen(LOCAL)
         waiting = []
-        for number in range(MAX_CHANNELS):
+        for number in range(link.MAX_WAITING):
             waiting.append(await link.connect(listener.address))
             await until(lambda number=number: listener._links.qsize() == number + 1)
         one_more = await link.connect(listener.address)
