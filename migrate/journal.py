@@ -56,8 +56,6 @@ class Journal:
         self.claim = Claim.NONE
         self.facts: dict[str, Any] = {}
         self.started = False
-        self.seconds = 0.0
-        """What it took to have the last line on disk."""
         self._fd = -1
         self._path = os.path.join(directory, f"{identity.hex()}.{role.value}") if directory else ""
 
@@ -150,9 +148,7 @@ class Journal:
         try:
             if os.write(self._fd, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            began = time.monotonic()
             os.fsync(self._fd)
-            self.seconds = time.monotonic() - began
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, end)

@@ -32,8 +32,6 @@ TELLING_PAGES = 64
 FIXED_SECONDS = 0.004
 # The last round's end and READY, GO and RUNNING.
 ROUND_TRIPS = 2
-# PREPARED, COMMITTED and OWNER, one after the other.
-CLAIMS = 3
 DIGEST_SECONDS = 1e-6
 # A pause within the limit is put off for a round as long as that makes it so much shorter, and
 # not once it is this short.
@@ -83,8 +81,6 @@ class DowntimeModel:
 
     def __init__(self) -> None:
         self.round_trip = 0.0
-        self.claim = 0.0
-        """Seconds to have a claim on disk."""
         self.encode_per_page = 0.0
         self.apply_per_page = 0.0
         self.bytes_per_page = 0.0
@@ -119,8 +115,7 @@ class DowntimeModel:
 
     def overhead(self, pending: Pending) -> float:
         """Seconds of the pause that do not depend on how much is dirty."""
-        waiting = CLAIMS * self.claim + ROUND_TRIPS * self.round_trip
-        return FIXED_SECONDS + waiting + pending.scan_seconds
+        return FIXED_SECONDS + ROUND_TRIPS * self.round_trip + pending.scan_seconds
 
     def predict(self, pending: Pending, limits: Limits) -> float:
         """Seconds of downtime if the guest were stopped now."""

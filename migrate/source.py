@@ -331,7 +331,6 @@ class Source:
                     self._journal.begin, guest=self.guest.facts(), address=self._address,
                     description=self.guest.description,
                 )  # fmt: skip
-                self._model.claim = self._journal.seconds
                 await self._open_channels(accept.token)
                 self._model.round_trip = min([await self.link.round_trip() for _ in range(3)])
         except TimeoutError:

@@ -231,9 +231,6 @@ def test_every_part_of_the_pause_is_in_the_prediction():
     model = model_of(RAW)
     base = model.predict(NOTHING, Limits())
     assert base == FIXED_SECONDS
-    model.claim = 0.01
-    assert model.predict(NOTHING, Limits()) == pytest.approx(base + 0.03)
-    model.claim = 0.0
     model.round_trip = 0.1
     assert model.predict(NOTHING, Limits()) == pytest.approx(base + 0.2)
     assert model.predict(Pending(0, 0, 0.5), Limits()) >= base + 0.5
