@@ -21,7 +21,7 @@ import pytest
 from migrate.errors import UsageError
 from migrate.guests.demo import DemoProcess
 from proto.messages import MessageType
-from tests.programs import Program, children, destination, end_guest
+from tests.programs import Program, children, destination, end_guest, look_at
 from tests.tap import Tap, of_kind
 
 GUEST = "demo:8m,hot=2m,fill=random"
@@ -363,6 +363,28 @@ def test_by_force(two) -> None:
     assert both.running() == ["source"]
 
 
+def test_a_source_that_stays_does_not_end_a_guest_that_was_given_up(two) -> None:
+    """It may be the only one there is: neither the end of the program nor a signal takes it."""
+    both = two()
+    both.options.append("--stay")
+    both.patience = "1s"
+
+    def kill() -> None:
+        both.look()
+        both.source.kill(signal.SIGTERM)
+        both.receiver.kill()
+        raise OSError("cut")
+
+    both.tap.act = kill
+    both.start_source()
+    assert both.source.wait() == 9
+    both.options.remove("--stay")
+    assert both.running() == []
+    code, said = both.resolve("", "--keep", "source", "--force")
+    assert code == 0, said
+    assert both.running() == ["source"]
+
+
 def test_a_guest_that_was_given_up_is_not_moved_again(two) -> None:
     both = two()
     cut_off(both)
@@ -370,6 +392,8 @@ def test_a_guest_that_was_given_up_is_not_moved_again(two) -> None:
     again = Program("migrate-src", "--guest", f"demo:pid={both.here}", address)
     assert again.wait() == 2
     assert "is not ours to move: it was given up" in again.err
+    with pytest.raises(UsageError, match="is not ours to let run"):
+        look_at(both.here)
     receiver.kill(signal.SIGTERM)
     receiver.wait()
     assert both.running() == []

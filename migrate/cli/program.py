@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
 from migrate.errors import MigrationError, UsageError
+from migrate.guests.process import start_time
 
 if TYPE_CHECKING:
     from migrate.qmp import Command
@@ -154,10 +155,11 @@ class Stop:
         for one in waiting:
             one.cancel()
 
-    async def stay(self, pid: int) -> None:
+    async def stay(self, pid: int, born: str = "") -> None:
         """Waits for a signal or `quit`, and ends process `pid` then, or for that process to end.
 
-        pid -- of the demo guest that runs here, 0 where none does
+        pid  -- of the demo guest that runs here, 0 where none does
+        born -- its start_time: a later process with the same number is none of ours
         """
         loop = asyncio.get_running_loop()
         told = asyncio.Event()
@@ -165,9 +167,13 @@ class Stop:
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 guest = os.pidfd_open(pid)
-                loop.add_reader(guest, told.set)
+        if guest >= 0 and born and start_time(pid) not in (born, ""):
+            os.close(guest)
+            guest = -1
         if pid and guest < 0:
             return  # it has ended already
+        if guest >= 0:
+            loop.add_reader(guest, told.set)
 
         def tell() -> str:
             told.set()

@@ -23,6 +23,7 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
+from migrate.guests.process import start_time
 from migrate.journal import default_directory
 
 if TYPE_CHECKING:
@@ -178,10 +179,12 @@ class SourceProgram:
             except BaseException:
                 await peer.close()
                 raise
+            born = start_time(guest.pid)
             status = await self._move(guest, peer)
             if self.args.stay:
-                moved = status == 0
-                await self.stop.stay(0 if moved else guest.pid)
+                # A guest that was given up, and may be the only one, does not end with us.
+                ours = status not in (0, HandOverUnknown.exit_code)
+                await self.stop.stay(guest.pid if ours else 0, born)
             return status
 
     def dial(self) -> Awaitable[Link]:

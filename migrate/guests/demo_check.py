@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.demo import PAUSE, PAUSED, RUN, RUNNING, DemoProcess
+from migrate.guests.demo import OURS, OWNER, PAUSE, PAUSED, RUN, RUNNING, DemoProcess
 
 WATCHED_SECONDS = 1.0
 
@@ -51,6 +51,11 @@ async def check(pid: int, seconds: float = WATCHED_SECONDS) -> Verdict:
     process = DemoProcess.attach(pid)
     try:
         process.lock()
+        if process.words[OWNER] != OURS:
+            raise UsageError(
+                f"the demo guest in process {pid} is not ours to let run: it was given up to "
+                "another machine, or never became whole"
+            )
         before = process.place()[0]
         await asyncio.sleep(seconds)
         await process.command(PAUSE, PAUSED)
