@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -241,7 +242,8 @@ def _bind(path: str) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.stat(path).st_mode):
                 with socket.socket(socket.AF_UNIX) as probe:
-                    if probe.connect_ex(path) == 0:
+                    probe.setblocking(False)  # its owner may be stopped, and its backlog full
+                    if probe.connect_ex(path) in (0, errno.EAGAIN):
                         raise ConnectError(f"--qmp unix:{path}: another program listens there")
                 os.unlink(path)  # its program has died
         os.fchmod(sock.fileno(), 0o600)

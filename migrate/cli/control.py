@@ -160,7 +160,7 @@ def run(words: list[str] | None = None) -> int:
         timeout = quantities.parse_milliseconds(args.timeout, "--timeout", bare="s") / 1e3
         try:
             arguments = json.loads(args.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             control_parser().error(f"the arguments {args.arguments!r} are no JSON object")
