@@ -411,7 +411,10 @@ def test_a_stopped_writer_goes_on_when_one_side_is_killed(shm: Path, victim: str
     memory.write_bytes(os.urandom(4 << 20))
     with subprocess.Popen(["sleep", "100"]) as writer:
         try:
-            receiver, address = destination("--output", str(shm / "output"))
+            # The frame may be on its way when the source dies: then the destination waits for it.
+            receiver, address = destination(
+                "--output", str(shm / "output"), "--resolve-timeout", "1s"
+            )
             tap = Tap(address, MOMENTS["COMPLETE"])
             source = Program(
                 "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), tap.address
