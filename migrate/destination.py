@@ -6,10 +6,10 @@
     device  COMPLETE: the digest of the whole memory must match -> PREPARED is written -> READY
     done    GO -> OWNER is written -> the guest is started -> RUNNING
 
-Whatever fails before READY, the place is discarded: half a guest never runs. After it the guest is
-kept for a while even if the connection breaks: its source may come back, and ask (see
-migrate.handover). After GO the guest is ours; if it cannot be started, ERROR NOT_STARTED says so,
-and it never will be.
+Whatever fails before READY, the place is discarded: half a guest never runs. But where only the
+connection breaks it is kept for a while, for a source that comes back to resume; a file, also for
+a later program. After READY the source may come back, and ask (see migrate.handover). After GO the
+guest is ours; if it cannot be started, ERROR NOT_STARTED says so, and it never will be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from migrate.digest import Digest
 from migrate.errors import (
@@ -37,7 +37,7 @@ from migrate.errors import (
 )
 from migrate.guests.guest import Place
 from migrate.handover import Custody, Records
-from migrate.journal import JournalError
+from migrate.journal import Journal, JournalError
 from migrate.link import Link, close_all, give_reason_on
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
@@ -45,6 +45,7 @@ from proto.errors import MessageError
 from proto.frames import Frame
 from proto.kernel import PageDecoder, PageHashes
 from proto.messages import (
+    HELD_PAGES,
     TOKEN_BYTES,
     Accept,
     CacheSize,
@@ -53,6 +54,7 @@ from proto.messages import (
     Error,
     Go,
     GuestInfo,
+    Held,
     Hello,
     Join,
     Joined,
@@ -102,33 +104,43 @@ class NoPlaceError(MigrationError):
 
 
 class Destination:
-    """Receives one guest over one link.
+    """Receives one guest, over one link and those that replace it when it breaks.
 
     placer -- gives a Place for a described guest, or raises MigrationError: it is refused
     accept -- gives the next connection, for a guest that comes over several; None refuses those
     records -- of this and earlier migrations; whoever asks for them finds this one there
+    retry  -- seconds to keep half a guest when its source is gone; 0: a break is a failure
     resolve_timeout -- seconds to keep a whole guest when its source is gone
     """
 
     def __init__(
         self, link: Link, placer: Placer, capabilities: Mapping[str, bool] | None = None,
         observer: Observer | None = None, accept: Callable[[], Awaitable[Link]] | None = None,
-        *, records: Records | None = None, resolve_timeout: float = RESOLVE_SECONDS,
+        *, records: Records | None = None, retry: float = 0.0,
+        resolve_timeout: float = RESOLVE_SECONDS,
     ) -> None:  # fmt: skip
         self.link = link
         self.arrival = Arrival()
         self.started = False
         self.owner = False
         self.place: Place | None = None
+        self.kept = False
+        """Half a guest was left for a later program to go on with."""
         self._placer = placer
         self._capabilities = capabilities or {}
         self._observer = observer or (lambda _event, _arrival: None)
         self._accept = accept
         self._records = records or Records()
         self._resolve_timeout = resolve_timeout
+        self._retry = retry
         self._custody: Custody | None = None
-        self._token = b""
+        self._journal: Journal | None = None
+        self._resumed: Journal | None = None
+        self._seed = b""
+        self._visitor: asyncio.Future[Destination] | None = None
         self._described: GuestInfo | None = None
+        self._hashes: PageHashes | None = None
+        self._decoder: PageDecoder | None = None
         self._worker = ThreadPoolExecutor(1, "apply")
         self._apply_seconds = 0.0
         self._round = 1
@@ -143,23 +155,93 @@ class Destination:
         `started` tells whether the peer got as far as describing a guest that we accepted.
         """
         try:
-            await self._receive()
+            await self._attempts()
         except BaseException as error:
             if await self._let_go():
                 return self.arrival
             failure = self._failure(error)
             await self._give_reason(error, failure)
             await self._drain_worker()
-            if self.place is not None:
-                await asyncio.shield(self.place.discard())
+            await asyncio.shield(self._discard(keep=isinstance(error, PeerLost)))
+            if self.kept:
+                failure = PeerLost(f"{error}; what came is kept: run it again to resume")
             if failure is None or failure is error:
                 raise
             raise failure from error
         finally:
             await self._drain_worker()
+            self._close_journals()
+            if self._visitor is not None and self._visitor.done():
+                self._lanes[-1] = self._visitor.result().link  # where it came too late
             with contextlib.suppress(BaseException):
                 await asyncio.shield(close_all(self._links))
         return self.arrival
+
+    async def _attempts(self) -> None:
+        """Receives, over as many connections as it takes."""
+        while True:
+            self._visitor = asyncio.get_running_loop().create_future()
+            try:
+                await self._receive()
+                return
+            except PeerLost:
+                if not self._resumable:
+                    raise
+                await asyncio.shield(close_all(self._links))
+                if not self._visitor.done():
+                    self._observer("interrupted", self.arrival)
+                    await asyncio.wait({self._visitor}, timeout=self._retry)
+                if not self._visitor.done():
+                    raise
+            visitor = self._visitor.result()
+            self.link, self._described = visitor.link, visitor._described
+            self._lanes, self._ended = {}, {}
+            self._observer("back", self.arrival)
+
+    @property
+    def _resumable(self) -> bool:
+        """Whether a source that comes back could go on; not where it is decided whose it is."""
+        return bool(self._retry and self.arrival.info and self.place and self._custody is None)
+
+    def take_in(self, visitor: Destination) -> bool:
+        """Goes on over the link of a visitor that has been greeted, if it resumes this migration.
+
+        The link there was is given up: its other end knows best that it is broken.
+        """
+        described, ours = visitor._described, self.arrival.info
+        if (
+            described is None
+            or ours is None
+            or self._visitor is None
+            or self._visitor.done()
+            or (self._journal and self._journal.claim not in (Claim.NONE, Claim.PREPARED))
+            or not any(
+                hmac.compare_digest(described.resume, journal.identity)
+                for journal in filter(None, (self._journal, self._resumed))
+            )
+            or (described.kind, described.size, described.page_size)
+            != (ours.kind, ours.size, ours.page_size)
+        ):
+            return False
+        self._visitor.set_result(visitor)
+        for link in self._links:
+            link.abort()
+        return True
+
+    async def _discard(self, *, keep: bool) -> None:
+        """Leaves nothing behind, or what a later program can go on with."""
+        if self.place is None:
+            return
+        if keep and self._retry and self.place.lasting and self._resumable:
+            self.place.close()
+            self.kept = True
+        else:
+            await self.place.discard()
+
+    def _close_journals(self) -> None:
+        for journal in filter(None, (self._journal, self._resumed)):
+            if journal.claim is Claim.NONE:
+                journal.close(keep=self.kept)
 
     @property
     def _links(self) -> list[Link]:
@@ -223,24 +305,76 @@ class Destination:
         assert info is not None
         if info.channels > 1 and self._accept is None:
             raise NoPlaceError("guests are received over one connection here")
-        self.place = place = self._placer(info)
+        held = self.place is not None
+        if self.place is None:
+            earlier = await self._records.resume(info.resume)
+            self.place = self._placer(info)
+            held = self.place.held
+            self._resumed = earlier
+        place = self.place
+        first = self.arrival.info is None
         self.arrival.info = info
         self.started = True
-        hashes = PageHashes(info.pages, info.page_size, info.hash_seed)
-        decoder = PageDecoder(hashes, info.size, zeroed=place.zeroed)
-        digest = Digest(place.reads, hashes)
         await place.ready()
-        token = self._token = os.urandom(TOKEN_BYTES)
+        token = await self._begin_journal(place, info.resume)
         self.link.share_receiving(info.channels)
-        await self.link.send(Accept(token))
+        await self.link.send(Accept(token, held))
         if info.channels > 1:
             await self._gather_channels(token, info.channels - 1)
             self._ended = dict.fromkeys(self._lanes, 0)
         self.arrival.status = "active"
-        self._observer("accepted", self.arrival)
+        if first:
+            self._observer("accepted", self.arrival)
+        loop = asyncio.get_running_loop()
+        decoder, digest = await loop.run_in_executor(self._worker, self._take_stock, info, place)
+        if held:
+            assert self._hashes is not None
+            await self._say_what_is_held(self._hashes.table)
+        self._round = info.round
         complete = await self._rounds(decoder, digest, place)
         await self._verify(decoder, digest, place, complete)
         await self._take_over()
+
+    async def _begin_journal(self, place: Place, resume: bytes) -> bytes:
+        """Each attempt has a name of its own, under which no other can be handed over.
+
+        Where the place outlives this program, what a later one needs is written down. The name by
+        which the source has resumed holds until it has surely heard of the new one.
+        """
+        journal = self._records.journal(os.urandom(TOKEN_BYTES))
+        if place.lasting:
+            await asyncio.to_thread(journal.begin, place=place.facts())
+        earlier, self._resumed = (self._journal, self._resumed), None
+        for one in filter(None, earlier):
+            if one.identity == resume:
+                self._resumed = one
+            else:
+                one.close()
+        self._journal = journal
+        return journal.identity
+
+    def _take_stock(self, info: GuestInfo, place: Place) -> tuple[PageDecoder, Digest]:
+        """In the worker thread: hashes what an earlier attempt has left here."""
+        hashes, decoder = self._hashes, self._decoder
+        if hashes is not None and decoder is not None and self._seed == info.hash_seed:
+            # What never came is zeros still, and its hash says so, or anything.
+            decoder.hold(0, info.pages, not place.zeroed)
+        else:
+            anything = place.held or hashes is not None
+            hashes = PageHashes(info.pages, info.page_size, info.hash_seed)
+            decoder = PageDecoder(hashes, info.size, zeroed=place.zeroed)
+            if anything:
+                for page, count, data in place.reads.extents(info.page_size):
+                    decoder.hold(page, count, data)
+        decoder.end_round()
+        digest = Digest(place.reads, hashes)
+        digest.settle()
+        self._hashes, self._decoder, self._seed = hashes, decoder, info.hash_seed
+        return decoder, digest
+
+    async def _say_what_is_held(self, table: bytearray) -> None:
+        for at in range(0, len(table), 8 * HELD_PAGES):
+            await self.link.send(Held(at // 8, bytes(table[at : at + 8 * HELD_PAGES])))
 
     async def _expect(self, kind: type[T]) -> T:
         message = await self.link.receive_message()
@@ -372,7 +506,7 @@ class Destination:
 
     async def _lead(self, decoder: PageDecoder, digest: Digest, place: Place) -> Complete:
         """The first channel, which carries all the rest; returns at COMPLETE."""
-        apply_before = 0.0
+        apply_before = self._apply_seconds
         while True:
             kind, body = await self._batches(self.link, decoder, place)
             message = unpack(kind, body)
@@ -425,6 +559,9 @@ class Destination:
         )
         seconds = time.perf_counter() - began
         self._round += 1
+        if self._resumed is not None and self._resumed.claim is Claim.NONE:
+            self._resumed.close()
+        self._resumed = None
         await self.link.send(
             RoundAck(message.number, apply_seconds, seconds, digest.stale(), settled)
         )
@@ -459,10 +596,12 @@ class Destination:
                 "guest's writer, it wrote during the last round"
             )
         await place.prepare(complete.state)
-        self._custody = Custody(place, self._records.journal(self._token), complete.state)
+        assert self._journal is not None
+        self._custody = Custody(place, self._journal, complete.state)
         self._records.keep(self._custody)
         await self._custody.prepare(peer=self.link.peer_name)
-        await self.link.send(Ready(time.perf_counter() - began))
+        with contextlib.suppress(PeerLost):  # it may come back, as below
+            await self.link.send(Ready(time.perf_counter() - began))
 
     async def _take_over(self) -> None:
         """GO, on this connection or on one that asked; or the end of the patience."""
@@ -500,19 +639,29 @@ class Destination:
     async def _go(self, custody: Custody) -> bool:
         """Whether GO came here; it may have come elsewhere. Raises where it will not come at all.
 
-        A lost source may be back soon, and ask; a source that says why it gives up is not.
+        A lost source may be back soon, and ask, or resume, which it does where it never said GO; a
+        source that says why it gives up is not.
         """
+        assert self._visitor is not None
+        back = self._visitor
         go = asyncio.create_task(self._expect(Go))
         decided = asyncio.create_task(custody.decided.wait())
+        first = asyncio.FIRST_COMPLETED
         try:
-            await asyncio.wait({go, decided}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({go, decided}, return_when=first)
             try:
                 if go.done():
                     go.result()
                     return True
             except PeerLost:
-                self._observer("lost", self.arrival)
-                await asyncio.wait({decided}, timeout=self._resolve_timeout)
+                if not back.done():
+                    self._observer("lost", self.arrival)
+                    waited: set[asyncio.Future[Any]] = {decided, back}
+                    await asyncio.wait(waited, timeout=self._resolve_timeout, return_when=first)
+                if back.done() and await custody.give_up(keep_place=True):
+                    custody.place.unprepare()
+                    self._custody = None
+                    raise
                 if not decided.done() and await custody.give_up():
                     raise
             if custody.journal.claim is Claim.ABORTED:

@@ -1,7 +1,7 @@
 """The door: whoever connects says first what for, and is led there.
 
-    HELLO  a guest comes          -> `guest()`, once it is described; or sent away while another
-                                     one is received
+    HELLO  a guest comes          -> `guest()`, once it is described; or to the one that is received
+                                     where it is that one, come back; or sent away
     JOIN   a channel of it        -> `lane()`
     QUERY  what became of one?    -> answered here (migrate.handover)
 
@@ -33,17 +33,19 @@ class Door:
 
     greeter -- makes a destination for a link that brings a guest
     busy -- tells whether a guest is being received: another one is sent away then
+    resumes -- told of one that was greeted: takes it in where it is that guest, come back
     refused -- told of whoever is sent away: its name, and the reason
     """
 
     def __init__(
         self, listener: Listener, records: Records, greeter: Callable[[Link], Destination],
-        busy: Callable[[], bool],
+        busy: Callable[[], bool], resumes: Callable[[Destination], bool],
         refused: Callable[[str, str], None] = lambda _who, _why: None,
     ) -> None:  # fmt: skip
         self.records = records
         self._greeter = greeter
         self._busy = busy
+        self._resumes = resumes
         self._refused = refused
         self._listener = listener
         self._guests: asyncio.Queue[Destination] = asyncio.Queue(MAX_CHANNELS)
@@ -124,8 +126,9 @@ class Door:
 
     async def _greet(self, link: Link) -> None:
         destination = self._greeter(link)
-        if not self._busy():
-            await destination.greet()
+        await destination.greet()
+        if self._resumes(destination):
+            return
         if self._busy():
             reason = "another guest is being received here just now"
             await self._send_away(link, ErrorCode.NO_PLACE, reason)

@@ -24,9 +24,11 @@ from migrate.journal import Journal, JournalError, journals, settled
 from migrate.link import Link
 from proto import ErrorCode, ProtoError
 from proto.messages import Done, Error, Go, Ownership, Query, Running
-from proto.ownership import ANSWERS, Claim, Event, Role
+from proto.ownership import ANSWERS, FINAL, Claim, Event, Role
 
 ANSWER_SECONDS = 15.0
+# Between two attempts to ask: the first pause, and the longest.
+ASK_AGAIN_SECONDS = (0.1, 3.0)
 
 T = TypeVar("T")
 
@@ -80,6 +82,21 @@ async def ask(link: Link, journal: Journal) -> Claim:
     return journal.claim
 
 
+async def ask_until_known(dial: Callable[[], Awaitable[Link]], journal: Journal) -> None:
+    """Asks over new connections, until it is known whose the guest is."""
+    pause, longest = ASK_AGAIN_SECONDS
+    while True:
+        with contextlib.suppress(MigrationError, ProtoError, TimeoutError, OSError):
+            link = await dial()
+            try:
+                if await ask(link, journal) in FINAL:
+                    return
+            finally:
+                await link.close()
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, longest)
+
+
 class Custody:
     """A guest that is whole at the destination, until it is decided whose it is.
 
@@ -130,16 +147,20 @@ class Custody:
             self.decided.set()
             return running
 
-    async def give_up(self, event: Event = Event.GIVE_UP) -> bool:
-        """ABORTED, where it is not ours already; whether it is given up. Raises JournalError."""
-        gone: bool = await finished(self._give_up(event))
+    async def give_up(self, event: Event = Event.GIVE_UP, *, keep_place: bool = False) -> bool:
+        """ABORTED, where it is not ours already; whether it is given up. Raises JournalError.
+
+        keep_place -- the source resumes, under another name: the pages are still of use
+        """
+        gone: bool = await finished(self._give_up(event, keep_place))
         return gone
 
-    async def _give_up(self, event: Event) -> bool:
+    async def _give_up(self, event: Event, keep_place: bool) -> bool:
         async with self._lock:
             if self.journal.claim is Claim.PREPARED:
                 await written(self.journal, event)
-                await self.place.discard()
+                if not keep_place:
+                    await self.place.discard()
                 self.decided.set()
             return self.journal.claim is Claim.ABORTED
 
@@ -164,6 +185,7 @@ class Records:
         self.directory = directory
         self._reopen = reopen
         self._known: dict[bytes, Custody] = {}
+        self._attempts: dict[bytes, Journal] = {}
         self._expiring: list[asyncio.Task[None]] = []
 
     def journal(self, token: bytes) -> Journal:
@@ -179,11 +201,40 @@ class Records:
             journal = Journal(Role.DESTINATION, token, self.directory)
             found = [one for one in journals(Role.DESTINATION, self.directory)
                      if one.identity == token]  # fmt: skip
-            if not found:
+            if not found or found[0].claim is Claim.NONE:
                 return None
             journal.open(create=False)
             self.keep(await self._reopened(journal))
         return self._known.get(token)
+
+    def attempts(self) -> list[Journal]:
+        """Journals of attempts that broke off, whose pages are still here."""
+        every = journals(Role.DESTINATION, self.directory) if self.directory else ()
+        return [one for one in every if one.claim is Claim.NONE and "place" in one.facts]
+
+    def attempt(self, token: bytes) -> Journal | None:
+        """That of one attempt, locked; None where there is none. Raises JournalError."""
+        for journal in self.attempts() if token not in self._attempts else ():
+            if journal.identity == token:
+                journal.open(create=False)
+                self._attempts[token] = journal
+        return self._attempts.get(token)
+
+    async def resume(self, token: bytes) -> Journal | None:
+        """As `attempt`, where the source says that it goes on: also for a guest that was whole.
+
+        That source has never said GO, so it is given up, under this name.
+        """
+        custody = self._known.get(token)
+        if (
+            custody is not None
+            and custody.journal.claim is Claim.PREPARED
+            and custody.place.lasting
+            and await custody.give_up(keep_place=True)
+        ):
+            custody.place.close()
+            self._attempts[token] = custody.journal
+        return self.attempt(token)
 
     async def _reopened(self, journal: Journal) -> Custody:
         """What an earlier program has left. A guest that is gone was never run: it is given up."""

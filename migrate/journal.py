@@ -75,12 +75,12 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sync_directory(self._path)
         except BlockingIOError:
-            self.close()
+            self._release()
             raise JournalError(
                 f"migration {self.name} is in the hands of another program here"
             ) from None
         except OSError as error:
-            self.close()
+            self._release()
             raise JournalError(
                 f"journal {self._path}: {error.strerror}: name a directory that can be written "
                 "and outlasts a crash (--journal DIR)"
@@ -155,14 +155,47 @@ class Journal:
                 os.fsync(self._fd)
             raise JournalError(f"journal {self._path}: {error.strerror}") from None
 
-    def close(self) -> None:
-        """Lets go of the lock; a journal without a claim leaves nothing behind."""
+    def close(self, *, keep: bool = False) -> None:
+        """Lets go of the lock; a journal without a claim leaves nothing behind.
+
+        keep -- it does: for an attempt that may be resumed
+        """
         if self._fd >= 0:
-            if self.claim is Claim.NONE:
+            if keep and self.role is Role.SOURCE:
+                with contextlib.suppress(JournalError):
+                    self._append({"facts": {"ended": True}})
+            if self.claim is Claim.NONE and not keep:
                 with contextlib.suppress(OSError):
                     os.unlink(self._path)
+            self._release()
+
+    def _release(self) -> None:
+        """Lets go of the lock, and of nothing else."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def written_at(self) -> float:
+        """When something was last written to it, in seconds since 1970."""
+        with contextlib.suppress(OSError):
+            return os.stat(self._path).st_mtime
+        return 0.0
+
+    def forget(self, *, alone: bool = False) -> None:
+        """Removes the file, and that of a guest that never came whole; not where it is in use.
+
+        alone -- not the guest's file: another journal names it too
+        """
+        try:
+            self.open(create=False)
+        except JournalError:
+            return
+        temporary = self.facts.get("place", {}).get("temporary")
+        for path in (temporary if self.claim is Claim.NONE and not alone else "", self._path):
+            if path:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        self._release()
 
     def text(self) -> str:
         return f"{self.role.value} of migration {self.name}: {self.claim.name}"
@@ -215,10 +248,29 @@ def journals(role: Role, directory: str) -> Iterator[Journal]:
             journal = Journal(role, identity, directory)
             journal._take(read(path)[0])
             if settled(journal) and time.time() - os.stat(path).st_mtime > KEPT_SECONDS:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+                journal.forget()
                 continue
             yield journal
+
+
+def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | None:
+    """The newest journal of this guest on its way to this address, where the attempt broke off.
+
+    guest -- its facts; the processes that write a file may be others by now
+
+    Raises JournalError where another program has it.
+    """
+    if not directory:
+        return None
+    for journal in sorted(journals(Role.SOURCE, directory), key=Journal.written_at, reverse=True):
+        facts = journal.facts
+        there = facts.get("guest", {})
+        names = ("kind", "path", "pid", "started")
+        same = all(guest.get(name) == there.get(name) for name in names)
+        if journal.claim is Claim.NONE and facts.get("address") == address and same:
+            journal.open(create=False)
+            return journal
+    return None
 
 
 def settled(journal: Journal) -> bool:
@@ -226,7 +278,8 @@ def settled(journal: Journal) -> bool:
     if journal.role is Role.DESTINATION and journal.claim is Claim.OWNER:
         return journal.started
     if journal.role is Role.SOURCE and journal.claim is Claim.NONE:
-        return not journal.facts  # a program died with it: its guest may still be paused
+        # A program that died with it may have left its guest paused.
+        return not journal.facts or "ended" in journal.facts
     return journal.claim in FINAL or journal.claim is Claim.NONE
 
 

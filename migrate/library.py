@@ -15,7 +15,7 @@ from migrate.guests.buffer import BufferPlace
 from migrate.guests.guest import Guest
 from migrate.handover import Records
 from migrate.quantities import format_size
-from migrate.source import Observer, Parameters, Source
+from migrate.source import RETRY_SECONDS, Observer, Parameters, Source
 from migrate.statistics import Statistics
 from proto.messages import GuestInfo
 
@@ -36,8 +36,11 @@ async def send(
     *,
     observer: Observer | None = None,
     connect_timeout: float = 10.0,
+    retry: float = RETRY_SECONDS,
 ) -> Statistics:
     """Moves a guest to `tcp:HOST:PORT` or `unix:PATH` while it runs; returns the statistics.
+
+    retry -- seconds to connect again for when the connection breaks: the migration is resumed
 
     Raises MigrationError: the guest runs on here then, unless it is a HandOverUnknown.
     """
@@ -48,7 +51,7 @@ async def send(
     def dial() -> Awaitable[link.Link]:
         return link.connect(where, timeout=connect_timeout)
 
-    return await Source(guest, peer, parameters, observer, dial).run()
+    return await Source(guest, peer, parameters, observer, dial, retry=retry).run()
 
 
 async def receive(
@@ -57,6 +60,7 @@ async def receive(
     into: Any = None,
     max_size: int = 1 << 40,
     listening: Callable[[Address], None] | None = None,
+    retry: float = RETRY_SECONDS,
 ) -> Received:
     """Receives one guest at `[HOST:]PORT` or `unix:PATH`; returns when it is ours and verified.
 
@@ -64,6 +68,7 @@ async def receive(
                  fails; else new memory is made
     max_size  -- a larger guest is refused (bytes)
     listening -- told the address, with the real port where 0 was asked for
+    retry     -- seconds to wait for the source when the connection breaks: it may resume
 
     Raises MigrationError; then nothing was received.
     """
@@ -85,12 +90,15 @@ async def receive(
     listener = await link.listen(parse_address(address, listen=True))
 
     def greeter(peer: link.Link) -> Destination:
-        return Destination(peer, placer, accept=door.lane, records=records)
+        return Destination(peer, placer, accept=door.lane, records=records, retry=retry)
 
     def busy() -> bool:
         return destination is not None and destination.started
 
-    async with Door(listener, records, greeter, busy) as door:
+    def resumes(visitor: Destination) -> bool:
+        return destination is not None and destination.take_in(visitor)
+
+    async with Door(listener, records, greeter, busy, resumes) as door:
         if listening is not None:
             listening(listener.address)
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -55,19 +56,23 @@ class Progress:
         if self._redraw:
             columns = os.get_terminal_size(self._stream.fileno()).columns
             line = line[: columns - 1]
-            self._stream.write("\r" + line.ljust(self._width))
+            self._write("\r" + line.ljust(self._width))
             self._width = len(line)
         else:
-            self._stream.write(f"migrate-src: {line}\n")
-        self._stream.flush()
+            self._write(f"migrate-src: {line}\n")
+
+    def _write(self, text: str) -> None:
+        # Whoever reads it may be gone; that is no reason to stop.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
     def say(self, text: str) -> None:
         """A sentence on a line of its own."""
         self.clear()
-        self._stream.write(f"migrate-src: {text}\n")
-        self._stream.flush()
+        self._write(f"migrate-src: {text}\n")
 
     def clear(self) -> None:
         if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
+            self._write("\r" + " " * self._width + "\r")
             self._width = 0

@@ -9,6 +9,9 @@
 On any failure before the commit the dirty set is put back and the guest goes on here. After it,
 only the destination's word that it never will run the guest gives it back: NOT_STARTED, or ABORTED
 when it is asked. It is asked where the connection broke before it could say how it went.
+
+A connection that breaks before the commit is no failure: another one is made, the destination says
+what it holds, and only what differs from the guest is sent again (see `_take_stock`).
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from migrate.channels import Channels, Dial
 from migrate.digest import Digest
 from migrate.errors import (
     CancelledByPeer,
+    ConnectError,
     HandOverUnknown,
     MigrationError,
     MismatchError,
@@ -35,16 +39,16 @@ from migrate.errors import (
     UsageError,
     code_of,
     failure_of,
-    peer_error,
 )
 from migrate.feeder import Feeder, Turn
 from migrate.guests.guest import Guest
-from migrate.handover import ask, written
+from migrate.handover import ask_until_known, written
 from migrate.journal import Journal, JournalError
-from migrate.link import SEND_HIGH, Link, close_all, give_reason_on
+from migrate.link import Link
+from migrate.quantities import format_size
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
-from migrate.tracking import DirtyTracker
+from migrate.tracking import DirtyTracker, ScanTracker
 from proto import LocalError, ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
@@ -58,20 +62,17 @@ from proto.messages import (
     CacheSize,
     Complete,
     Done,
-    Error,
     Go,
     GuestInfo,
+    Held,
     Hello,
-    Join,
-    Joined,
-    Message,
     Ready,
     Round,
     RoundAck,
     Running,
     batch_bytes,
 )
-from proto.ownership import FINAL, Claim, Event, Role
+from proto.ownership import Claim, Event, Role
 from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
@@ -81,11 +82,15 @@ UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
 HAND_OVER_SECONDS = 60.0
 RESOLVE_SECONDS = 60.0
-ASK_AGAIN_SECONDS = (0.1, 3.0)
+RETRY_SECONDS = 60.0
+# The first pause before it is tried to connect again, and the longest.
+CONNECT_AGAIN_SECONDS = (0.1, 5.0)
 # A pause that takes so many times what was predicted, and this long, is given up: the guest has
 # been stopped long enough, and it is still ours.
 PAUSE_FACTOR = 10
 PAUSE_SECONDS = 5.0
+# So many pauses may be given up; each has stopped the guest for nothing.
+MAX_PAUSES = 3
 
 
 @dataclass(frozen=True)
@@ -116,49 +121,57 @@ class Parameters:
             raise UsageError(str(error)) from None
 
 
-T = TypeVar("T")
 Observer = Callable[[str, Statistics], None]
 
 
 class Source:
-    """One migration of one guest over one link.
+    """One migration of one guest, over one link and those that replace it when it breaks.
 
+    observer -- called with ("round" | "progress" | "notice: ...", statistics) as things happen
+    dial     -- connects to the destination once more: for channels beside `link`, and after a break
+    retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
     journal  -- the directory of the journals; "" keeps this one's in memory
+    earlier  -- the journal of an attempt that an earlier program has left: it is resumed
     address  -- the destination's, for whoever has to ask it later
     resolve_timeout -- seconds to find out whose the guest is after a break in the hand-over
-    observer -- called with ("round" | "progress" | "notice: ...", statistics) as things happen
-    dial     -- connects to the destination once more, for channels beside `link`
     """
 
     def __init__(
         self, guest: Guest, link: Link, parameters: Parameters | None = None,
-        observer: Observer | None = None, dial: Callable[[], Awaitable[Link]] | None = None,
-        *, journal: str = "", resolve_timeout: float = RESOLVE_SECONDS, address: str = "",
+        observer: Observer | None = None, dial: Dial | None = None,
+        *, retry: float = 0.0, journal: str = "", earlier: Journal | None = None,
+        resolve_timeout: float = RESOLVE_SECONDS, address: str = "",
     ) -> None:  # fmt: skip
         self.guest = guest
-        self.link = link
         self.parameters = parameters or Parameters()
         self.statistics = Statistics(total=guest.memory.size, page_size=self.parameters.page_size)
-        self.committed = False
+        self.channels = Channels(link, dial, self.set_cache_size)
         self._observer = observer or (lambda _event, _statistics: None)
         self._dial = dial
+        self._retry = retry
+        self._lost_at = 0.0
+        self._pauses_lost = 0
+        self._sent_before = self._lane_bytes = 0
+        self._seed = os.urandom(SEED_BYTES)
+        self._agreed: caps.Agreement | None = None
         self._journals = journal
-        self._journal = Journal(Role.SOURCE, bytes(TOKEN_BYTES))
+        self._journal = earlier or Journal(Role.SOURCE, bytes(TOKEN_BYTES))
+        self._resumes = earlier is not None
+        self.resumable = False
+        """It failed, and whoever tries again (with the journals) can go on with it."""
         self._resolve_timeout = resolve_timeout
         self._address = address
-        self._links = [link]
         self._worker = ThreadPoolExecutor(1, "encode")
-        self._inbox: asyncio.Queue[Message] = asyncio.Queue(64)
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
         self._pages = -(-guest.memory.size // self.parameters.page_size)
         self._began = time.monotonic()
         self._encoder: PageEncoder | None = None
+        self._digest: Digest | None = None
         self._feeder: Feeder | None = None
         self._cache: PageCache | None = None
         self._wanted_cache = 0
         self._cache_size = 0
-        self._lane_readers: list[asyncio.Task[None]] = []
         self._unsent: PageSet | None = None
         self._tracker: DirtyTracker | None = None
         self._round = 0
@@ -172,9 +185,14 @@ class Source:
         link.limit.rate = self.parameters.limits.max_bandwidth
 
     @property
+    def committed(self) -> bool:
+        """Whether the guest is given up: it does not run here again unless we hear so."""
+        return self.channels.handed_over
+
+    @property
     def sent_bytes(self) -> int:
-        """Over all channels."""
-        return sum(link.sent_bytes for link in self._links)
+        """Over all channels there were."""
+        return self._sent_before + self.channels.sent_bytes
 
     # -- the whole of it
 
@@ -187,14 +205,15 @@ class Source:
         self._began = time.monotonic()
         try:
             try:
-                await self._over_the_link()
-            except BaseException as raised:
-                error = _the_cause(raised)
+                await self._attempts()
+            except BaseException as broken:
                 if not self.committed:
-                    raise error from None
-                await self._find_out(error)
+                    raise
+                await self._find_out(broken)
         except BaseException as raised:
             error = _the_cause(raised)
+            lost = isinstance(error, PeerLost) and self._retry
+            self.resumable = self._resumes and bool(lost or self._agreed is None)
             failure = self._failure(error)
             await self._give_reason(error, failure)
             if failure is None:
@@ -202,21 +221,57 @@ class Source:
             raise failure from error
         finally:
             self._worker.shutdown(wait=True)
-            self._journal.close()
-            with contextlib.suppress(BaseException):
-                await asyncio.shield(close_all(self._links))
+            self._journal.close(keep=self.resumable)
+            await self.channels.close()
             self._update()
         return self.statistics
 
-    async def _over_the_link(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            self._readers = group
-            reader = group.create_task(self._read())
+    async def _attempts(self) -> None:
+        """Migrates, over as many connections as it takes."""
+        while True:
             try:
-                await self._migrate()
-            finally:
-                for task in (reader, *self._lane_readers):
-                    task.cancel()
+                async with self.channels.reading():
+                    await self._migrate()
+                return
+            except BaseException as raised:
+                error = _the_cause(raised)
+                if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
+                    raise error from None
+                await self._connect_again(error)
+
+    def _can_retry(self) -> bool:
+        """Not before the first ACCEPT: who has never been there is not to be waited for."""
+        return bool(self._retry and self._dial and self._agreed)
+
+    async def _connect_again(self, error: PeerLost) -> None:
+        """The guest runs here meanwhile. Raises PeerLost where it takes too long."""
+        assert self._dial is not None
+        now = time.monotonic()
+        if not self._lost_at:
+            self._lost_at = now
+            self._notice(f"{error}: connecting again, for {self._retry:g} s at most")
+        self._set_status("setup")
+        await self.channels.close()
+        limit = self.channels.link.limit
+        pause, longest = CONNECT_AGAIN_SECONDS
+        why: Exception = error
+        while True:
+            await asyncio.sleep(pause)
+            left = self._lost_at + self._retry - time.monotonic()
+            if left <= 0:
+                raise PeerLost(f"{error}; no other connection in {self._retry:g} s: {why}")
+            try:
+                async with asyncio.timeout(left):
+                    link = await self._dial()
+                break
+            except (ConnectError, PeerLost, TimeoutError) as fault:
+                why = fault if str(fault) else why
+            pause = min(2 * pause, longest)
+        link.limit = limit
+        self._lane_bytes += self.channels.sent_bytes - self.channels.link.sent_bytes
+        self._sent_before = self.sent_bytes
+        self.channels = Channels(link, self._dial, self.set_cache_size)
+        self.statistics = self.statistics.with_(reconnects=self.statistics.reconnects + 1)
 
     def _failure(self, error: BaseException) -> MigrationError | None:
         """The error as a user sees it; None for a cancellation."""
@@ -241,47 +296,12 @@ class Source:
         if isinstance(error, PeerLost | CancelledByPeer):
             return
         reason = str(failure or "cancelled at the source")
-        await give_reason_on(self._links, code_of(error, failure), reason)
-
-    async def _read(self) -> None:
-        """Sorts what the destination says."""
-        while True:
-            message = await self.link.receive_message()
-            if isinstance(message, CacheSize):
-                self.set_cache_size(message.size)
-            elif isinstance(message, Error) and not self.committed:
-                raise peer_error(message)
-            else:
-                await self._inbox.put(message)
-                if isinstance(message, Running | Error):
-                    return
-
-    async def _read_lane(self, lane: Link) -> None:
-        """A further channel has nothing to say but why it ends; after the commit, not even that."""
-        try:
-            message = await lane.receive_message()
-        except PeerLost:
-            if self.committed:
-                return
-            raise
-        if isinstance(message, Error):
-            if self.committed:
-                return  # the first channel says so too, and the answer to GO is taken there alone
-            raise peer_error(message)
-        raise PeerError(f"{type(message).__name__} came on a channel that only carries pages")
-
-    async def _expect(self, kind: type[T]) -> T:
-        message = await self._inbox.get()
-        if isinstance(message, Error):
-            raise peer_error(message)
-        if not isinstance(message, kind):
-            raise PeerError(f"{type(message).__name__} came where {kind.__name__} was due")
-        return message
+        await self.channels.give_reason(code_of(error, failure), reason)
 
     async def _migrate(self) -> None:
         try:
-            encoder, digest = await self._set_up()
-            await self._rounds(encoder, digest)
+            encoder, digest, dirty = await self._set_up()
+            await self._rounds(encoder, digest, dirty)
             await self._hand_over(encoder, digest)
         except BaseException:
             if not self.committed:
@@ -292,56 +312,99 @@ class Source:
         """Undoes everything: no dirty page forgotten, the guest runs here."""
         if self._tracker is not None and self._unsent is not None:
             self._tracker.put_back(self._unsent)
+            self._unsent = None
         if self._paused_at is not None:
             await self.guest.resume()
             self._paused_at = None
 
     # -- setup
 
-    async def _set_up(self) -> tuple[PageEncoder, Digest]:
+    async def _set_up(self) -> tuple[PageEncoder, Digest, PageSet]:
+        """Returns what sends the pages, what hashes them, and the pages to begin with."""
         self._set_status("setup")
-        parameters = self.parameters
+        parameters, resumes = self.parameters, self._resumes
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                hello = caps.offer(caps.switched_on(parameters.capabilities))
-                await self.link.send(hello)
-                answer = await self._expect(Hello)
-                agreement = caps.agree(hello, answer)
-                if self._pages > answer.max_pages:
-                    raise MigrationError(
-                        f"the guest has {self._pages} pages, the destination takes no more than "
-                        f"{answer.max_pages}: use a larger --page-size"
-                    )
-                for name in sorted(agreement.dropped):
-                    self._notice(f"the destination has no {name}: it is not used")
-                memory = self.guest.memory
-                await self.link.send(
-                    GuestInfo(
-                        self.guest.kind,
-                        memory.size,
-                        parameters.page_size,
-                        seed := os.urandom(SEED_BYTES),
-                        parameters.channels,
-                        self.guest.description,
-                    )
-                )
-                accept = await self._expect(Accept)
-                self._journal = Journal(Role.SOURCE, accept.token, self._journals)
-                await asyncio.to_thread(
-                    self._journal.begin, guest=self.guest.facts(), address=self._address,
-                    description=self.guest.description,
-                )  # fmt: skip
-                await self._open_channels(accept.token)
-                self._model.round_trip = min([await self.link.round_trip() for _ in range(3)])
+                agreement, accept = await self._greet()
+                await self._begin_journal(accept.token)
+                await self.channels.open(parameters.channels, accept.token)
+                link = self.channels.link
+                self._model.round_trip = min([await link.round_trip() for _ in range(3)])
         except TimeoutError:
             raise PeerLost(
                 f"the destination does not answer within {HANDSHAKE_SECONDS:g} s"
             ) from None
-        page_size = parameters.page_size
+        if self._encoder is None:
+            self._make_encoder(agreement)
+        elif agreement != self._agreed:
+            raise MigrationError("the destination has other capabilities now: begin again")
+        self._agreed = agreement
+        assert self._encoder is not None
+        assert self._digest is not None
+        if accept.held and not resumes:
+            raise PeerError("the destination holds pages of a guest that nobody told it to keep")
+        dirty = PageSet.full(self._pages)
+        # First the marks are taken, then memory is looked at: what is written meanwhile is marked.
+        assert self._tracker is not None
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._tracker.start)
+        if resumes:
+            dirty = await self._take_stock(self._encoder, held=accept.held)
+        await link.send(CacheSize(self._cache_size))
+        self._lost_at = 0.0
+        self.statistics = self.statistics.with_(
+            capabilities={"xbzrle": agreement.xbzrle},
+            channels=parameters.channels,
+            cache_size=self._cache_size,
+            remaining=min(len(dirty) * parameters.page_size, self.guest.memory.size),
+        )
+        if not self._round:
+            self.statistics = self.statistics.with_(setup_time=time.monotonic() - self._began)
+        return self._encoder, self._digest, dirty
+
+    async def _greet(self) -> tuple[caps.Agreement, Accept]:
+        parameters, link = self.parameters, self.channels.link
+        hello = caps.offer(caps.switched_on(parameters.capabilities))
+        await link.send(hello)
+        answer = await self.channels.expect(Hello)
+        agreement = caps.agree(hello, answer)
+        if self._pages > answer.max_pages:
+            raise MigrationError(
+                f"the guest has {self._pages} pages, the destination takes no more than "
+                f"{answer.max_pages}: use a larger --page-size"
+            )
+        if self._agreed is None:
+            for name in sorted(agreement.dropped):
+                self._notice(f"the destination has no {name}: it is not used")
+        await link.send(
+            GuestInfo(
+                self.guest.kind,
+                self.guest.memory.size,
+                parameters.page_size,
+                self._seed,
+                parameters.channels,
+                self.guest.description,
+                self._journal.identity if self._resumes else b"",
+                self._round + 1,
+            )
+        )
+        return agreement, await self.channels.expect(Accept)
+
+    async def _begin_journal(self, token: bytes) -> None:
+        """Each attempt has its own name, and so its own journal; that of the last one goes."""
+        journal = Journal(Role.SOURCE, token, self._journals)
+        await asyncio.to_thread(
+            journal.begin, guest=self.guest.facts(), address=self._address,
+            description=self.guest.description,
+        )  # fmt: skip
+        self._journal.close()
+        self._journal, self._resumes = journal, True
+
+    def _make_encoder(self, agreement: caps.Agreement) -> None:
+        parameters, page_size = self.parameters, self.parameters.page_size
         if agreement.xbzrle:
             self._cache_size = parameters.cache_size
             self._cache = PageCache(self._useful(parameters.cache_size), page_size)
-        hashes = PageHashes(self._pages, page_size, seed)
+        hashes = PageHashes(self._pages, page_size, self._seed)
         encoder = PageEncoder(
             hashes,
             self._cache,
@@ -349,47 +412,39 @@ class Source:
             headroom=HEADER_BYTES,
             room=batch_bytes(parameters.channels),
         )
-        digest = Digest(memory, hashes)
         self._encoder = encoder
-        self._feeder = Feeder(memory, encoder)
+        self._digest = Digest(self.guest.memory, hashes)
+        self._feeder = Feeder(self.guest.memory, encoder)
         self._tracker = self.guest.track(encoder)
         self._wanted_cache = parameters.cache_size
-        await self.link.send(CacheSize(self._cache_size))
-        self.statistics = self.statistics.with_(
-            capabilities={"xbzrle": agreement.xbzrle},
-            channels=parameters.channels,
-            setup_time=time.monotonic() - self._began,
-            cache_size=self._cache_size,
-            remaining=memory.size,
-        )
-        return encoder, digest
 
-    async def _open_channels(self, token: bytes) -> None:
-        """Opens the further channels, all at once: one after the other costs two round trips each,
-        and a second for each SYN that is lost."""
-        async with asyncio.TaskGroup() as group:
-            for channel in range(1, self.parameters.channels):
-                group.create_task(self._open_channel(channel, token))
-        self._links.sort(key=lambda link: link.session.channel)
-        for link in self._links:
-            # All of them together queue what a single one would, and a batch each.
-            link.bound_sending(SEND_HIGH // len(self._links))
-            if link is not self.link:
-                self._lane_readers.append(self._readers.create_task(self._read_lane(link)))
+    async def _take_stock(self, encoder: PageEncoder, *, held: bool) -> PageSet:
+        """What the destination lacks after an attempt that broke off.
 
-    async def _open_channel(self, channel: int, token: bytes) -> None:
-        if self._dial is None:
-            raise UsageError("several channels need a way to connect again")
-        lane = await self._dial()
-        lane.limit = self.link.limit
-        self._links.append(lane)
-        await lane.send(Join(token, channel))
-        lane.session.channel = channel
-        answer = await lane.receive_message()
-        if isinstance(answer, Error):
-            raise peer_error(answer)
-        if not isinstance(answer, Joined):
-            raise PeerError(f"{type(answer).__name__} came where JOINED was due")
+        What it holds it says itself, by the hash of each page; that is compared with the guest, and
+        at the end the digest proves it, whatever it said.
+        """
+        loop = asyncio.get_running_loop()
+        self._peer_stale = 0
+        if not held:
+            self._notice("the destination has kept nothing of the guest: beginning again")
+            await loop.run_in_executor(self._worker, encoder.forget)
+            return PageSet.full(self._pages)
+        page = 0
+        while page < self._pages:
+            said = await self.channels.expect(Held)
+            if said.first != page:
+                raise PeerError(f"HELD began at page {said.first} while {page} was due")
+            if page + len(said.hashes) // 8 > self._pages:
+                raise PeerError(f"HELD goes beyond the {self._pages} pages of the guest")
+            await loop.run_in_executor(self._worker, encoder.adopt, page, said.hashes)
+            page += len(said.hashes) // 8
+        scan = ScanTracker(self.guest.memory, encoder).take
+        dirty = await loop.run_in_executor(self._worker, scan)
+        left = min(len(dirty) * encoder.page_size, self.guest.memory.size)
+        share = 100 * (self._pages - len(dirty)) // self._pages
+        self._notice(f"resuming at {share} %: {format_size(left)} to go")
+        return dirty
 
     def set_cache_size(self, size: int) -> None:
         """Asks for another cache size; it is in force within a batch, keeping what still fits."""
@@ -405,12 +460,10 @@ class Source:
 
     # -- rounds
 
-    async def _rounds(self, encoder: PageEncoder, digest: Digest) -> None:
+    async def _rounds(self, encoder: PageEncoder, digest: Digest, dirty: PageSet) -> None:
         assert self._tracker is not None
         loop = asyncio.get_running_loop()
         self._set_status("active")
-        await loop.run_in_executor(self._worker, self._tracker.start)
-        dirty = PageSet.full(self._pages)
         while True:
             began = time.monotonic()
             measured = await self._send_round(encoder, digest, dirty, last=False)
@@ -450,18 +503,18 @@ class Source:
         self._feeder.begin_round(self._round)
         pages = self._round_left = len(dirty)
         async with asyncio.TaskGroup() as group:
-            for channel in range(len(self._links)):
+            for channel in range(len(self.channels.links)):
                 group.create_task(self._send_channel(dirty, channel, last))
         self.statistics = self.statistics.with_(dirty_sync_count=self._round)
         transferred = self.sent_bytes - sent_before
-        for link in reversed(self._links):
+        for link in reversed(self.channels.links):
             await link.send(Round(self._round, pages, transferred, last))
         if last:
             await loop.run_in_executor(self._worker, digest.settle)
             return Measured(pages, transferred, 0.0, 0.0, 0.0)
         if self.guest.marks:
             await loop.run_in_executor(self._worker, digest.settle, dirty.bits)
-        ack = await self._expect(RoundAck)
+        ack = await self.channels.expect(RoundAck)
         if ack.number != self._round:
             raise PeerError(f"round {ack.number} was confirmed while {self._round} was due")
         self._unsent = None
@@ -478,7 +531,7 @@ class Source:
     async def _send_channel(self, dirty: PageSet, channel: int, last: bool) -> None:
         """Sends what a channel can take of a round: the next batch is made while one goes out."""
         loop = asyncio.get_running_loop()
-        link = self._links[channel]
+        link = self.channels.links[channel]
         turn = loop.run_in_executor(self._worker, self._turn, dirty, channel)
         try:
             while True:
@@ -512,7 +565,7 @@ class Source:
         size = self._cache_size
         if size != self.statistics.cache_size:
             self.statistics = self.statistics.with_(cache_size=size)
-            await self.link.send(CacheSize(size))
+            await self.channels.link.send(CacheSize(size))
 
     # -- hand-over
 
@@ -528,18 +581,20 @@ class Source:
             async with asyncio.timeout(patience):
                 await self._last_round(encoder, digest)
         except TimeoutError:
-            raise PeerLost(
+            self._pauses_lost += 1
+            kind = PeerLost if self._pauses_lost < MAX_PAUSES else MigrationError
+            raise kind(
                 f"the last round and its check were not done after {patience:.0f} s, "
                 f"{expected * 1e3:.0f} ms were expected"
             ) from None
         self._sent_before_pause = before
         await self.guest.give_up()
-        self.committed = True
+        self.channels.handed_over = True
         try:
             await written(self._journal, Event.READY)
         except JournalError:
             await self.guest.take_back()
-            self.committed = False
+            self.channels.handed_over = False
             raise
         await self._commit()
         await self._done()
@@ -572,9 +627,9 @@ class Source:
             raise MigrationError(
                 f"the guest's state has {len(state)} bytes, no more than {MAX_STATE} travel"
             )
-        await self.link.send(Complete(whole, state))
-        await self._expect(RoundAck)
-        await self._expect(Ready)
+        await self.channels.link.send(Complete(whole, state))
+        await self.channels.expect(RoundAck)
+        await self.channels.expect(Ready)
         if not self.guest.stoppable:
             late = await loop.run_in_executor(self._worker, self._tracker.take)
             if len(late):
@@ -587,8 +642,8 @@ class Source:
         """GO, and the answer. The guest runs there, or nowhere until somebody looks."""
         try:
             async with asyncio.timeout(HAND_OVER_SECONDS):
-                await self.link.send(Go())
-                await self._expect(Running)
+                await self.channels.link.send(Go())
+                await self.channels.expect(Running)
         except NotStartedError:
             await written(self._journal, Event.NOT_STARTED, must=False)
             await self._take_back()
@@ -597,12 +652,12 @@ class Source:
             raise PeerLost(f"no answer to GO for {HAND_OVER_SECONDS:g} s") from None
         await written(self._journal, Event.RUNNING, must=False)
         with contextlib.suppress(PeerLost, ProtoError):
-            await self.link.send(Done())
+            await self.channels.link.send(Done())
 
     async def _take_back(self) -> None:
         """It will never run over there: it is ours again, and still paused."""
         await self.guest.take_back()
-        self.committed = False
+        self.channels.handed_over = False
 
     async def _find_out(self, error: BaseException) -> None:
         """The connection broke after the commit: asks until it is known whose the guest is.
@@ -617,7 +672,7 @@ class Source:
             self._notice(f"the hand-over was cut off ({why}): asking whose the guest is")
             try:
                 async with asyncio.timeout(self._resolve_timeout):
-                    await self._ask(self._dial)
+                    await ask_until_known(self._dial, self._journal)
             except TimeoutError:
                 raise self._unknown(why) from error
         if self._journal.claim is Claim.DONE:
@@ -628,19 +683,6 @@ class Source:
         raise NotStartedError(
             f"the hand-over was cut off ({why}), and the destination has given the guest up"
         )
-
-    async def _ask(self, dial: Callable[[], Awaitable[Link]]) -> None:
-        pause, longest = ASK_AGAIN_SECONDS
-        while True:
-            with contextlib.suppress(MigrationError, ProtoError, TimeoutError, OSError):
-                link = await dial()
-                try:
-                    if await ask(link, self._journal) in FINAL:
-                        return
-                finally:
-                    await link.close()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, longest)
 
     # -- statistics
 
@@ -685,7 +727,10 @@ class Source:
             )
         s = s.with_(
             transferred=transferred,
-            channel_bytes=transferred - self.link.sent_bytes,
+            channel_bytes=self._lane_bytes
+            + transferred
+            - self._sent_before
+            - self.channels.link.sent_bytes,
             total_time=time.monotonic() - self._began,
             precopy_bytes=transferred - s.downtime_bytes,
         )

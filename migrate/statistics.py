@@ -53,6 +53,7 @@ class Statistics:
     evictions: int = 0
     channels: int = 1
     channel_bytes: int = 0
+    reconnects: int = 0
 
     @property
     def cache_miss_rate(self) -> float:
@@ -119,6 +120,8 @@ def info_migrate(s: Statistics) -> str:
             f"xbzrle encoding rate: {s.encoding_rate:.2f}",
             f"xbzrle cache evictions: {s.evictions}",
         ]
+    if s.reconnects:
+        lines.append(f"reconnects: {s.reconnects}")
     if s.channels > 1:
         lines += [f"channels: {s.channels}", f"multifd bytes: {s.channel_bytes // KIB} kbytes"]
     return "\n".join(lines)
@@ -164,6 +167,8 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
             "encoding-rate": round(s.encoding_rate, 3),
             "overflow": s.overflow,
         }
+    if s.reconnects:
+        result["reconnects"] = s.reconnects
     if s.error:
         result["error-desc"] = s.error
     return result

@@ -311,6 +311,58 @@ cdef class PageEncoder:
             raise ValueError(f"round {number} after round {self.now}")
         self.now = number
 
+    cdef void drop_batch(self):
+        self.slab = None
+        self.out = self.data = NULL
+        self.used = self.raw_at = self.raw_pages = self.offered = 0
+        self.zero_count = self.check = 0
+
+    def adopt(self, uint64_t first, const uint8_t[::1] table not None):
+        """Takes in what the peer says it holds: the hashes of pages from `first` on, 8 bytes each.
+
+        All of those pages count as sent. The cache keeps what has the hash that is said. An open
+        batch is dropped: it will not be sent. Raises ValueError for pages outside the guest.
+        """
+        cdef uint64_t count = <uint64_t>table.shape[0] // 8, i, page, value
+        cdef uint32_t slot
+        if table.shape[0] % 8 or first > self.pages or count > self.pages - first:
+            raise ValueError(f"{table.shape[0]} bytes of hashes from page {first} on")
+        self.drop_batch()
+        with nogil:
+            for i in range(count):
+                page = first + i
+                memcpy(&value, &table[8 * i], 8)
+                value = le64toh(value)
+                self.hashes.note(page, value)
+                set_bit(self.sent, page)
+                if value == self.hashes.zero:
+                    set_bit(self.zeros, page)
+                else:
+                    clear_bit(self.zeros, page)
+                if self.cache is None:
+                    continue
+                slot = self.cache.find(page)
+                if slot != NO_SLOT and (
+                    value == self.hashes.zero
+                    or self.hashes.hash_of(self.cache.at(slot)) != value
+                ):
+                    self.cache.remove(slot)
+
+    def forget(self):
+        """The peer holds nothing that is known of: every page is to be sent as in round 1."""
+        cdef uint64_t page
+        cdef uint32_t slot
+        self.drop_batch()
+        memset(self.sent, 0, (self.pages + 63) // 64 * 8)
+        memset(self.zeros, 0, (self.pages + 63) // 64 * 8)
+        with nogil:
+            for page in range(self.pages):
+                self.hashes.note(page, self.hashes.zero)
+                if self.cache is not None:
+                    slot = self.cache.find(page)
+                    if slot != NO_SLOT:
+                        self.cache.remove(slot)
+
     @property
     def pending(self):
         """Whether the open batch has anything to send."""
@@ -783,6 +835,20 @@ cdef class PageDecoder:
     def __dealloc__(self):
         free(self.received)
         free(self.written)
+
+    def hold(self, uint64_t first, uint64_t count, bint written):
+        """These pages are here from before: a delta may change them.
+
+        written -- whether anything but zeros may be there: their hashes are stale then
+        """
+        cdef uint64_t page
+        if first > self.pages or count > self.pages - first:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        for page in range(first, first + count):
+            self.note_received(page)
+            if written:
+                set_bit(self.written, page)
+                set_bit(self.hashes.stale_at, page)
 
     def end_round(self):
         """Forgets which pages are `recent`."""

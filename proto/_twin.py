@@ -508,6 +508,46 @@ class PageEncoder:
             raise ValueError(f"round {number} after round {self._now}")
         self._now = number
 
+    def _drop_batch(self) -> None:
+        self._out, self._data = bytearray(), bytearray()
+        self._snapshot = memoryview(bytearray())
+        self._raw_at = self._check = self._zero_count = 0
+
+    def adopt(self, first: int, table: Buffer) -> None:
+        """Takes in what the peer says it holds: the hashes of pages from `first` on, 8 bytes each.
+
+        All of those pages count as sent. The cache keeps what has the hash that is said. An open
+        batch is dropped: it will not be sent. Raises ValueError for pages outside the guest.
+        """
+        raw = bytes(table)
+        if len(raw) % 8 or first + len(raw) // 8 > self.pages:
+            raise ValueError(f"{len(raw)} bytes of hashes from page {first} on")
+        self._drop_batch()
+        for i in range(len(raw) // 8):
+            page, value = first + i, int.from_bytes(raw[8 * i : 8 * i + 8], "little")
+            self._hashes.note(page, value)
+            self._sent.add(page)
+            self._zeros.discard(page)
+            if value == self._hashes.zero:
+                self._zeros.add(page)
+            if self._cache is None:
+                continue
+            cached = self._cache.get(page)
+            if cached is not None and (
+                value == self._hashes.zero or self._hashes.hash_of(cached) != value
+            ):
+                self._cache.drop(page)
+
+    def forget(self) -> None:
+        """The peer holds nothing that is known of: every page is to be sent as in round 1."""
+        self._drop_batch()
+        self._sent.clear()
+        self._zeros.clear()
+        for page in range(self.pages):
+            self._hashes.note(page, self._hashes.zero)
+            if self._cache is not None:
+                self._cache.drop(page)
+
     @property
     def pending(self) -> bool:
         """Whether the open batch has anything to send."""
@@ -807,6 +847,20 @@ class PageDecoder:
     @property
     def received_pages(self) -> int:
         return len(self._received)
+
+    def hold(self, first: int, count: int, written: bool) -> None:
+        """These pages are here from before: a delta may change them.
+
+        written -- whether anything but zeros may be there: their hashes are stale then
+        """
+        if first + count > self.pages:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        pages = range(first, first + count)
+        self._received.update(pages)
+        if written:
+            self._written.update(pages)
+            for page in pages:
+                self._hashes.touch(page)
 
     def end_round(self) -> None:
         """Forgets which pages are `recent`."""

@@ -29,6 +29,7 @@ LEAST_BATCH = 256 << 10
 BATCH_SLACK = 1 << 16
 MAX_BODY = BATCH_BYTES + BATCH_SLACK
 MAX_CONTROL = 64 << 10
+HELD_PAGES = 8000
 MAX_SECONDS = 1e9
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -60,6 +61,7 @@ class MessageType(IntEnum):
     QUERY = 17
     OWNERSHIP = 18
     DONE = 19
+    HELD = 20
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +87,8 @@ class GuestInfo(_Message, frozen=True):
 
     hash_seed -- random; both sides make the key of the page hashes from it
     channels  -- connections that the pages will come over, this one among them
+    resume    -- the token of an attempt that broke off, or nothing: its pages may still be there
+    round     -- the number of the first round that will be sent
     """
 
     kind: Name
@@ -93,6 +97,8 @@ class GuestInfo(_Message, frozen=True):
     hash_seed: Annotated[bytes, msgspec.Meta(min_length=SEED_BYTES, max_length=SEED_BYTES)]
     channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)] = 1
     description: Text = ""
+    resume: Annotated[bytes, msgspec.Meta(max_length=TOKEN_BYTES)] = b""
+    round: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)] = 1
 
     @property
     def pages(self) -> int:
@@ -104,9 +110,18 @@ class Accept(_Message, frozen=True):
 
     token -- random, and the name of this migration: on JOIN for a further channel, on QUERY for
              whoever asks what became of it
+    held  -- the pages of the attempt to be resumed are here: HELD says which
     """
 
     token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+    held: bool = False
+
+
+class Held(_Message, frozen=True):
+    """What the destination holds: hashes of the pages from `first` on, 8 bytes each, in order."""
+
+    first: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
+    hashes: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8 * HELD_PAGES)]
 
 
 class Join(_Message, frozen=True):
@@ -209,7 +224,7 @@ class Pages:
 
 Message = (
     Hello | GuestInfo | Accept | Join | Joined | CacheSize | Pages | Round | RoundAck | Complete
-    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership | Done
+    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership | Done | Held
 )  # fmt: skip
 
 _TYPES: dict[MessageType, type[_Message]] = {
@@ -231,6 +246,7 @@ _TYPES: dict[MessageType, type[_Message]] = {
     MessageType.QUERY: Query,
     MessageType.OWNERSHIP: Ownership,
     MessageType.DONE: Done,
+    MessageType.HELD: Held,
 }
 TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
     Pages: MessageType.PAGES
@@ -277,6 +293,10 @@ def unpack(kind: MessageType, body: memoryview | bytes) -> Message:
         raise MessageError(f"{kind.name}: {error}") from None
     if isinstance(message, GuestInfo) and message.page_size & (message.page_size - 1):
         raise MessageError(f"GUEST: a page of {message.page_size} bytes is no power of two")
+    if isinstance(message, GuestInfo) and len(message.resume) not in (0, TOKEN_BYTES):
+        raise MessageError(f"GUEST: `resume` has {len(message.resume)} bytes, no token has")
+    if isinstance(message, Held) and len(message.hashes) % 8:
+        raise MessageError(f"HELD: {len(message.hashes)} bytes are no hashes of 8 bytes each")
     if isinstance(message, Ownership) and message.claim not in ANSWERS:
         raise MessageError(f"OWNERSHIP: no destination claims {message.claim.name}")
     return message  # type: ignore[return-value]

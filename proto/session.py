@@ -1,7 +1,7 @@
 """The protocol as a table: in which state who may send what, and where that leads.
 
     START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
-    STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way
+    STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way; ==HELD==>
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
     DONE: --DONE-->
     a further channel: START --JOIN--> JOINING ==JOINED==> LANE; LANE: --PAGES-->, --ROUND-->
@@ -65,6 +65,7 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
         (S, M.PAGES): State.STREAM,
         (S, M.ROUND): State.STREAM,
         (D, M.ROUND_ACK): State.STREAM,
+        (D, M.HELD): State.STREAM,
         (S, M.CACHE_SIZE): State.STREAM,
         (D, M.CACHE_SIZE): State.STREAM,
         (S, M.COMPLETE): State.COMPLETED,

@@ -10,12 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from migrate.guests.demo import GIVEN_UP, DemoProcess
 from migrate.guests.demo_check import check
 
 BIN = Path(sys.executable).parent
+
+
+def breaks_are_final(name: str, arguments: Sequence[str]) -> list[str]:
+    """A connection that breaks is the end of a migration in tests, unless they say otherwise."""
+    final = name != "migrate-ctl" and not {"--retry", "resolve"} & set(arguments)
+    return [*arguments, *(["--retry", "0"] if final else [])]
 
 
 class Program:
@@ -27,7 +34,7 @@ class Program:
     def __init__(self, name: str, *arguments: str, show: bool = False, namespace: str = "") -> None:
         entering = ["ip", "netns", "exec", namespace] if namespace else []
         self.process = subprocess.Popen(
-            [*entering, str(BIN / name), *arguments],
+            [*entering, str(BIN / name), *breaks_are_final(name, arguments)],
             stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
         )  # fmt: skip
         self.out = self.err = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -20,24 +21,53 @@ class Tap:
 
     def __init__(self, address: str, when: When) -> None:
         host, port = address.removeprefix("tcp:").split(":")
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self._server: socket.socket | None = socket.create_server(("127.0.0.1", 0))
+        self._name = self._server.getsockname()
+        self.address = f"tcp:127.0.0.1:{self._name[1]}"
         self._there = (host, int(port))
         self._when = when
+        self._open: list[socket.socket] = []
         self.act: Callable[[], None] = lambda: None
         self.acted = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(self._server,), daemon=True).start()
 
-    def _run(self) -> None:
+    def _run(self, server: socket.socket) -> None:
         """Every connection through the tap has one of its own to the other side."""
         while True:
-            near, _ = self._server.accept()
+            try:
+                near, _ = server.accept()
+            except OSError:
+                return  # closed
+            if server is not self._server:
+                near.close()
+                return
             try:
                 far = socket.create_connection(self._there)
             except OSError:
                 near.close()
                 continue
+            self._open += [near, far]
             threading.Thread(target=self._serve, args=(near, far), daemon=True).start()
+
+    def close(self) -> None:
+        """Nothing passes, and nobody can connect."""
+        assert self._server is not None
+        server, self._server = self._server, None
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        self.cut()
+
+    def open(self) -> None:
+        """As it was before `close`."""
+        self._server = socket.create_server(self._name)
+        threading.Thread(target=self._run, args=(self._server,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Breaks all connections there are; new ones can be made."""
+        cut, self._open = self._open, []
+        for end in cut:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, near: socket.socket, far: socket.socket) -> None:
         readers = FrameReader(), FrameReader()

@@ -475,6 +475,11 @@ class HandDestination:
         self.seen: list[tuple[int, str, int]] = []
 
     async def accept(self, capable: frozenset[str] = capabilities.OPTIONAL) -> None:
+        await self.accept_as(Accept(bytes(16)), capable)
+
+    async def accept_as(
+        self, answer: Accept, capable: frozenset[str] = capabilities.OPTIONAL
+    ) -> None:
         main = await self.listener.accept()
         self.links.append(main)
         hello = await main.receive_message()
@@ -484,7 +489,7 @@ class HandDestination:
         assert isinstance(info, GuestInfo)
         self.info = info
         self.decoder = PageDecoder(PageHashes(PAGES, PAGE, info.hash_seed), SIZE)
-        await main.send(Accept(bytes(16)))
+        await main.send(answer)
 
     async def admit(self) -> None:
         lane = await self.listener.accept()
@@ -545,7 +550,8 @@ async def hand_destination(channels: int = 3, **options: Any):
         guest = migrate.BufferGuest(buffer)
         near = await link.connect(listener.address)
         parameters = migrate.Parameters(channels=channels, **options)
-        source = Source(guest, near, parameters, dial=lambda: link.connect(listener.address))
+        address = listener.address
+        source = Source(guest, near, parameters, dial=lambda: link.connect(address))
         hand = HandDestination(listener)
         running = asyncio.create_task(source.run())
         try:
@@ -634,7 +640,7 @@ async def test_a_source_whose_channel_does_not_open_keeps_its_guest(answer, says
 @pytest.mark.asyncio
 async def test_several_channels_need_a_way_to_connect_again():
     async with hand_destination(2) as (hand, source, running):
-        source._dial = None
+        source.channels._dial = None
         await hand.accept()
         with pytest.raises(UsageError, match="a way to connect again"):
             await running
@@ -760,9 +766,9 @@ async def test_what_waits_to_be_sent_is_bounded_over_all_channels(channels):
         await hand.admit_all()
 
         def queued() -> list[int]:
-            return [lane._transport.get_write_buffer_size() for lane in source._links]
+            return [lane._transport.get_write_buffer_size() for lane in source.channels.links]
 
-        await until(lambda: not any(lane._writable.is_set() for lane in source._links))
+        await until(lambda: not any(lane._writable.is_set() for lane in source.channels.links))
         await asyncio.sleep(0.2)
         each = SEND_HIGH // channels + BATCH_BYTES // channels + 100
         assert max(queued()) <= each

@@ -547,27 +547,15 @@ def test_what_is_no_guest_file_is_refused(tmp_path):
 # ---------------------------------------------------------------- where a file lands
 
 PAGE = 4096
-HOLES = ["named-at-the-end", "hidden-name"]
 
 
-@pytest.fixture(params=HOLES)
-def place_of(request, monkeypatch, tmp_path):
-    """Makes file places, on file systems with and without files that have no name."""
-    real = os.open
-    opened = []
+@pytest.fixture
+def place_of():
+    """Makes file places."""
 
-    def without_tmpfile(path, flags, *mode, **more):
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(95, "Operation not supported")
-        return real(path, flags, *mode, **more)
-
-    if request.param == "hidden-name":
-        monkeypatch.setattr(os, "open", without_tmpfile)
-
-    def make(size: int, path: Path, *, overwrite: bool = False) -> FilePlace:
-        place = FilePlace(GuestInfo("file", size, PAGE, bytes(16)), str(path), overwrite)
-        opened.append(place)
-        return place
+    def make(size: int, path: Path, *, overwrite: bool = False, temporary: str = "") -> FilePlace:
+        info = GuestInfo("file", size, PAGE, bytes(16))
+        return FilePlace(info, str(path), overwrite, temporary)
 
     return make
 
@@ -688,7 +676,7 @@ async def test_a_full_disk_is_an_error_not_a_crash(place_of, tmp_path, monkeypat
     await place.discard()
 
 
-def test_a_killed_receiver_leaves_no_file(tmp_path):
+def test_what_a_killed_receiver_leaves_can_be_gone_on_with(place_of, tmp_path):
     code = """
 from migrate.guests.file import FilePlace
 from proto.messages import GuestInfo
@@ -699,7 +687,14 @@ place.memory[:] = b"x" * (1 << 20)
 """
     with Mover(code, tmp_path / "out") as mover:
         mover.kill()
-        assert list(tmp_path.iterdir()) == []
+        [left] = tmp_path.iterdir()
+        assert visible(tmp_path) == []
+    place = place_of(1 << 20, tmp_path / "out", temporary=str(left))
+    assert place.held
+    assert bytes(place.memory) == b"x" * (1 << 20)
+    assert list(place.reads.extents(PAGE)) == [(0, 256, True)]
+    asyncio.run(place.discard())
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- buffers

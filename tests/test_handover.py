@@ -21,7 +21,14 @@ import pytest
 from migrate.errors import UsageError
 from migrate.guests.demo import DemoProcess
 from proto.messages import MessageType
-from tests.programs import Program, children, destination, end_guest, look_at
+from tests.programs import (
+    Program,
+    breaks_are_final,
+    children,
+    destination,
+    end_guest,
+    look_at,
+)
 from tests.tap import Tap, of_kind
 
 GUEST = "demo:8m,hot=2m,fill=random"
@@ -101,7 +108,7 @@ def _program(name: str, words: list[str], crash: tuple[str, ...]) -> Program:
         return Program(name, *words)
     program = Program.__new__(Program)
     program.process = subprocess.Popen(
-        [sys.executable, "-m", "tests.crash", *crash, name, *words],
+        [sys.executable, "-m", "tests.crash", *crash, name, *breaks_are_final(name, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     program.out = program.err = ""
@@ -413,7 +420,7 @@ def test_a_file_that_was_only_prepared_is_completed_by_the_next_program(tmp_path
             receiver = _program(
                 "migrate-dst",
                 ["--listen", "127.0.0.1:0", "--output", str(output), *options],
-                ("after", "2"),
+                ("after", "3"),
             )
             address = receiver.read_line(r"listening on (\S+)")[1]
             source = Program(

@@ -11,6 +11,7 @@ from proto import messages
 from proto.errors import ErrorCode, MessageError
 from proto.messages import (
     BATCH_BYTES,
+    HELD_PAGES,
     MAX_BODY,
     MAX_CAPABILITIES,
     MAX_CHANNELS,
@@ -27,6 +28,7 @@ from proto.messages import (
     Error,
     Go,
     GuestInfo,
+    Held,
     Hello,
     Join,
     Joined,
@@ -67,6 +69,7 @@ EXAMPLES = {
     M.QUERY: Query(b"\xa5" * 16),
     M.OWNERSHIP: Ownership(Claim.OWNER),
     M.DONE: Done(),
+    M.HELD: Held(8000, bytes(16)),
 }
 
 COUNT = ([0, 1, (1 << 63) - 1], [-1, 1 << 63, (1 << 64) - 1, 1.0, True, "1", None, b"1", [1]])
@@ -109,6 +112,16 @@ FIELDS = {
         [1, 2, MAX_CHANNELS], [0, -1, MAX_CHANNELS + 1, 1 << 32, 1.0, True, "1", None],
     ),
     (M.GUEST, "description"): TEXT,
+    (M.GUEST, "resume"): (
+        [b"", bytes(16)], [bytes(1), bytes(8), bytes(15), bytes(17), "x" * 16, 0, None],
+    ),
+    (M.GUEST, "round"): NUMBER,
+    (M.ACCEPT, "held"): ([True, False], [0, 1, "true", None]),
+    (M.HELD, "first"): ([0, 1, (1 << 32) - 1], [-1, 1 << 32, 1.0, True, "1", None]),
+    (M.HELD, "hashes"): (
+        [bytes(8), bytes(8 * HELD_PAGES)],
+        [b"", bytes(7), bytes(9), bytes(8 * HELD_PAGES + 8), "x" * 8, 0, None],
+    ),
     (M.ACCEPT, "token"): SIXTEEN,
     (M.JOIN, "token"): SIXTEEN,
     (M.QUERY, "token"): SIXTEEN,
@@ -140,6 +153,9 @@ DEFAULTS = {
     (M.HELLO, "max_pages"): MAX_PAGES,
     (M.GUEST, "channels"): 1,
     (M.GUEST, "description"): "",
+    (M.GUEST, "resume"): b"",
+    (M.GUEST, "round"): 1,
+    (M.ACCEPT, "held"): False,
     (M.ROUND, "last"): False,
 }
 

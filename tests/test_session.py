@@ -18,6 +18,7 @@ from proto.messages import (
     Error,
     Go,
     GuestInfo,
+    Held,
     Hello,
     Join,
     Joined,
@@ -59,6 +60,7 @@ MESSAGES = {
     M.QUERY: Query(bytes(16)),
     M.OWNERSHIP: Ownership(Claim.PREPARED),
     M.DONE: Done(),
+    M.HELD: Held(0, bytes(8)),
 }
 
 # The table of proto/README.md ("States"), written a second time by hand: "type>state" where the
@@ -72,7 +74,7 @@ STATES = {
     State.GREETED: ("", "HELLO>OPEN"),
     State.OPEN: ("GUEST>DESCRIBED", ""),
     State.DESCRIBED: ("", "ACCEPT>STREAM"),
-    State.STREAM: ("PAGES ROUND CACHE_SIZE COMPLETE>COMPLETED", "ROUND_ACK CACHE_SIZE"),
+    State.STREAM: ("PAGES ROUND CACHE_SIZE COMPLETE>COMPLETED", "ROUND_ACK CACHE_SIZE HELD"),
     State.COMPLETED: ("", "ROUND_ACK CACHE_SIZE READY>PREPARED"),
     State.PREPARED: ("GO>COMMITTED", ""),
     State.COMMITTED: ("", "RUNNING>DONE"),

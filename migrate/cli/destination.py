@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
     from migrate.door import Door
     from migrate.guests.guest import Place
+    from migrate.journal import Journal
     from migrate.link import Link
     from proto.messages import GuestInfo
 
@@ -71,6 +74,7 @@ class DestinationProgram:
         if args.output:
             check_output(args.output, args.overwrite)
         self.peer_timeout = peer_timeout(args)
+        self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         self.records = Records(args.journal or default_directory(), reopen_place)
         self.stop = Stop()
@@ -112,16 +116,22 @@ class DestinationProgram:
 
         for said in await self.records.finish(self.resolve_timeout):
             self._say(said)
+        for file in {one.facts["place"]["temporary"] for one in self._attempts()}:
+            self._say(f"a guest came half-way here ({file}): its source can go on with it")
         listener = await link.listen(self.address, peer_timeout=self.peer_timeout)
         self._say(f"listening on {listener.address}")
         return Door(
             listener, self.records, self._destination,
             busy=lambda: self.destination is not None and self.destination.started,
+            resumes=lambda visitor: (
+                self.destination is not None and self.destination.take_in(visitor)
+            ),
             refused=self._refused,
         )  # fmt: skip
 
     def _refused(self, who: str, why: object) -> None:
-        print(f"migrate-dst: refused {who}: {why}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"migrate-dst: refused {who}: {why}", file=sys.stderr, flush=True)
 
     async def _arrived(self, arrival: Arrival) -> int:
         """The guest is ours: says so, does what is to be done then; the exit code."""
@@ -158,23 +168,32 @@ class DestinationProgram:
         from migrate.destination import Destination
         from proto.messages import CacheSize
 
+        def link() -> Link:
+            return self.destination.link if self.destination else peer
+
         def observe(event: str, arrival: Arrival) -> None:
             if event == "accepted" and arrival.info is not None:
                 size = quantities.format_size(arrival.info.size)
                 self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
+            if event == "interrupted":
+                self._say(
+                    f"the connection broke: the source may come back, within {self.retry:g} s"
+                )
+            if event == "back":
+                self._say(f"the source is back, from {link().peer_name}")
             if event == "lost":
                 self._say(
                     "the source is gone, and its guest is whole here: it may come back and ask, "
                     f"within {self.resolve_timeout:g} s"
                 )
-            if event == "accepted" and self.wanted_cache:
-                asking = peer.send(CacheSize(self.wanted_cache))
+            if event in ("accepted", "back") and self.wanted_cache:
+                asking = link().send(CacheSize(self.wanted_cache))
                 self._asked.add(asyncio.get_running_loop().create_task(asking))
 
         assert self._door is not None
         return Destination(
             peer, self._place, self.capabilities, observe, self._door.lane,
-            records=self.records, resolve_timeout=self.resolve_timeout,
+            records=self.records, retry=self.retry, resolve_timeout=self.resolve_timeout,
         )  # fmt: skip
 
     def _place(self, info: GuestInfo) -> Place:
@@ -189,7 +208,7 @@ class DestinationProgram:
                 raise NoPlaceError(
                     "a file guest has nowhere to land: start migrate-dst with --output PATH"
                 )
-            self.place = FilePlace(info, args.output, args.overwrite)
+            self.place = FilePlace(info, args.output, args.overwrite, self._left_of(info))
         elif info.kind == "demo":
             if args.output:
                 raise NoPlaceError(
@@ -202,6 +221,26 @@ class DestinationProgram:
                 "migrate.receive()"
             )
         return self.place
+
+    def _attempts(self) -> list[Journal]:
+        """Journals of guests that came half-way to our output."""
+        output = os.path.abspath(self.args.output)
+        every = self.records.attempts() if self.args.output else []
+        return [one for one in every if one.facts["place"].get("path") == output]
+
+    def _left_of(self, info: GuestInfo) -> str:
+        """The file in which this guest came half-way, or ""; those of others are removed."""
+        attempt, left = self.records.attempt(info.resume), ""
+        if attempt is not None:
+            facts = attempt.facts["place"]
+            ours = facts["path"] == os.path.abspath(self.args.output)
+            if ours and facts["size"] == info.size and os.path.exists(facts["temporary"]):
+                left = facts["temporary"]
+        for journal in self._attempts():
+            same = journal.facts["place"]["temporary"] == left
+            if not same or journal.identity != info.resume:
+                journal.forget(alone=same)
+        return left
 
     async def _on_complete(self) -> int:
         """Runs the user's command; the exit code: the guest is here whatever comes of it."""
@@ -222,7 +261,8 @@ class DestinationProgram:
 
     def _say(self, text: str) -> None:
         if not self.args.quiet:
-            print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # whoever reads it may be gone
+                print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
 
     # -- the control socket
 

@@ -58,6 +58,11 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
         help="a peer that says or takes nothing for so long is lost (default: 30s)",
     )
     parser.add_argument(
+        "--retry", default="60s", metavar="TIME",
+        help="when the connection breaks, how long to wait for another one and resume "
+        "(default: 60s; 0: give up at once)",
+    )  # fmt: skip
+    parser.add_argument(
         "--journal", default="", metavar="DIR",
         help="where it is written down whose the guest is (default: $MIGRATE_JOURNAL, "
         "/var/lib/xbmigrate or ~/.local/state/xbmigrate)",

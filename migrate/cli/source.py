@@ -24,7 +24,7 @@ from migrate.cli.program import (
 )
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
-from migrate.journal import default_directory
+from migrate.journal import attempt, default_directory
 
 if TYPE_CHECKING:
     from migrate.guests.guest import Guest
@@ -158,6 +158,7 @@ class SourceProgram:
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
         self.journal = args.journal or default_directory()
+        self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         if args.congestion:
             from migrate.link import check_congestion
@@ -223,8 +224,9 @@ class SourceProgram:
 
         args, progress = self.args, self.progress
         source = self.source = Source(
-            guest, peer, self.parameters, progress.show, self.dial,
-            journal=self.journal, resolve_timeout=self.resolve_timeout, address=str(self.address),
+            guest, peer, self.parameters, progress.show, self.dial, retry=self.retry,
+            journal=self.journal, earlier=attempt(guest.facts(), str(self.address), self.journal),
+            resolve_timeout=self.resolve_timeout, address=str(self.address),
         )  # fmt: skip
         task = asyncio.current_task()
         assert task is not None
@@ -249,6 +251,8 @@ class SourceProgram:
             status = error.exit_code
             progress.clear()
             fate = "" if isinstance(error, HandOverUnknown) else f"; {self._where(guest)}"
+            if source.resumable:
+                fate += "; run it again to resume"
             print(f"migrate-src: {error}{fate}", file=sys.stderr)
         finally:
             await guest.close()

@@ -385,6 +385,9 @@ class DemoPlace(Place):
     def secure(self) -> None:
         self.process.words[OWNER] = PREPARED
 
+    def unprepare(self) -> None:
+        self.process.words[OWNER] = NOT_YET_OURS
+
     def facts(self) -> dict[str, Any]:
         return {"kind": "demo", "pid": self.pid, "started": start_time(self.pid)}
 

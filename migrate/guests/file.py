@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import mmap
 import os
 import secrets
@@ -215,40 +214,41 @@ async def run_command(command: str, what: str, **environment: str) -> None:
 class FilePlace(Place):
     """`--output PATH`: appears under its name when it is complete, or not at all.
 
-    Until then it has no name (O_TMPFILE) where the file system can do that, so that not even
-    kill -9 leaves it behind; else a hidden name beside the target. Pages that were never written
-    stay holes.
+    Until then it has a hidden name beside that. Pages that were never written stay holes.
     """
 
-    def __init__(self, info: GuestInfo, path: str, overwrite: bool) -> None:
+    lasting = True
+
+    def __init__(self, info: GuestInfo, path: str, overwrite: bool, temporary: str = "") -> None:
+        """temporary -- what an earlier program has left of this guest: it is gone on with.
+
+        Raises UsageError.
+        """
         self.path = path
+        self.held = bool(temporary)
         self._size = info.size
         self._page_size = info.page_size
+        self._padded = info.pages * info.page_size
         self._directory = os.path.dirname(os.path.abspath(path))
-        self._temporary = ""
-        self._nameless = False
+        self._temporary = temporary or self._hidden_name()
         self._overwrite = overwrite
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
         check_output(path, overwrite)
+        made = 0 if temporary else os.O_CREAT | os.O_EXCL
         try:
-            self.fd = self._open()
-            padded = info.pages * info.page_size
-            os.ftruncate(self.fd, padded)
-            self._map = mmap.mmap(self.fd, padded)
+            self.fd = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC | made, 0o600)
+            try:
+                os.ftruncate(self.fd, self._padded)
+                self._map = mmap.mmap(self.fd, self._padded)
+            except OSError:
+                os.close(self.fd)
+                os.unlink(self._temporary)
+                raise
         except OSError as error:
             raise UsageError(f"--output {path}: {error.strerror}") from None
         self.memory = memoryview(self._map)
         self.reads = Memory(info.size, fd=self.fd)
-
-    def _open(self) -> int:
-        try:
-            return os.open(self._directory, os.O_TMPFILE | os.O_RDWR, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                raise
-        self._temporary = self._hidden_name()
-        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
 
     def _hidden_name(self) -> str:
         name = f".{os.path.basename(self.path)}.{secrets.token_hex(4)}.xbmigrate"
@@ -266,21 +266,9 @@ class FilePlace(Place):
             os.fsync(self.fd)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
-        self._nameless = not self._temporary
-        self._temporary = self._temporary or self._hidden_name()
 
-    def secure(self) -> None:
-        if not self._nameless:
-            return
-        try:
-            # A directory must be given for linkat(2) to be used, which follows the link.
-            own = os.open("/proc/self/fd", os.O_RDONLY)
-            try:
-                os.link(str(self.fd), self._temporary, src_dir_fd=own, follow_symlinks=True)
-            finally:
-                os.close(own)
-        except OSError as error:
-            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+    def unprepare(self) -> None:
+        os.ftruncate(self.fd, self._padded)
 
     def facts(self) -> dict[str, Any]:
         here = os.fstat(self.fd)

@@ -78,7 +78,11 @@ class Place(ABC):
     memory: memoryview
     """Writable, whole pages."""
     zeroed = True
-    """Whether `memory` is all zeros at first."""
+    """Whether `memory` is all zeros at first, but for what is `held`."""
+    held = False
+    """Whether an earlier program has received some of the guest here."""
+    lasting = False
+    """Whether it outlives this program: a later one can go on with it."""
     fd = -1
     """Of the file that `memory` maps, or -1: raw pages are written to it."""
     fd_offset = 0
@@ -107,6 +111,9 @@ class Place(ABC):
 
     async def prepare(self, state: bytes) -> None:
         """Everything that can fail before the guest is ours, so that `start` cannot."""
+
+    def unprepare(self) -> None:
+        """Undoes `prepare` and `secure`: more pages will come."""
 
     def secure(self) -> None:
         """It is written that the guest is whole: from here on it outlives this program."""
