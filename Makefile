@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test compose headline bench lint build clean
+.PHONY: demo test compose soak headline bench lint build clean
 
 demo: build
 	$(BIN)/python -m tests.demo
@@ -13,6 +13,10 @@ test: build
 # The two-node demo of docker-compose.yml, and what it does when a node is killed in the middle.
 compose: build
 	$(BIN)/pytest -q tests/compose
+
+# 200 migrations with faults at random, each verified: make soak SOAK='--rounds 20 --seed 7'
+soak: build
+	$(BIN)/python -m tests.soak $(SOAK)
 
 # HEADLINE='--picture FILE' says where the plot goes.
 headline: build

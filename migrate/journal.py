@@ -258,7 +258,8 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
 
     guest -- its facts; the processes that write a file may be others by now
 
-    Raises JournalError where another program has it.
+    Raises JournalError where another program has it, UsageError where the guest was handed over to
+    anywhere, and nobody knows yet what became of that.
     """
     if not directory:
         return None
@@ -267,6 +268,11 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
         there = facts.get("guest", {})
         names = ("kind", "path", "pid", "started")
         same = all(guest.get(name) == there.get(name) for name in names)
+        if journal.claim is Claim.COMMITTED and same:
+            raise UsageError(
+                f"this guest was handed over to {facts.get('address')}, and it is not known "
+                f"whether it runs there: `migrate-src resolve {journal.name}` asks"
+            )
         if journal.claim is Claim.NONE and facts.get("address") == address and same:
             journal.open(create=False)
             return journal

@@ -71,10 +71,11 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
         (S, M.COMPLETE): State.COMPLETED,
     },
     # COMPLETE follows the last ROUND at once, while the destination still digests: its ack, and
-    # a wish for another cache size, may cross with it.
+    # a wish for another cache size, may cross with it. (So may HELD, for all this table knows.)
     State.COMPLETED: {
         (D, M.READY): State.PREPARED,
         (D, M.ROUND_ACK): State.COMPLETED,
+        (D, M.HELD): State.COMPLETED,
         (D, M.CACHE_SIZE): State.COMPLETED,
     },
     State.PREPARED: {(S, M.GO): State.COMMITTED},

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 import migrate
 from migrate import link
 from migrate.address import Address
-from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost
+from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost, UsageError
 from migrate.journal import Journal, attempt, journals, settled
 from proto import ErrorCode, capabilities
 from proto.kernel import PageHashes
@@ -44,7 +44,7 @@ from proto.messages import (
     MessageType,
     Running,
 )
-from proto.ownership import Claim, Role
+from proto.ownership import Claim, Event, Role
 from tests.programs import Program, destination, end_guest, ended_or_given_up, guest_pid, look_at
 from tests.tap import Tap, is_last_round, of_kind
 from tests.test_channels import (
@@ -702,3 +702,16 @@ def test_the_journal_of_an_attempt_is_found_by_its_guest(tmp_path: Path) -> None
     assert settled(found)
     found.close()
     assert attempt(facts, "tcp:there:4444", here) is None
+
+
+def test_a_guest_that_was_handed_over_is_not_moved_again_before_that_is_settled(tmp_path) -> None:
+    here, facts = str(tmp_path), {"kind": "file", "path": "/dev/shm/db", "pids": []}
+    journal = Journal(Role.SOURCE, b"\7" * 16, here)
+    journal.begin(guest=facts, address="tcp:there:4444", description="db")
+    journal.move(Event.READY)
+    journal.close()
+    with pytest.raises(UsageError, match="not known whether it runs there"):
+        attempt(facts, "tcp:elsewhere:4444", here)
+    journal.move(Event.NOT_STARTED)
+    journal.close()
+    assert attempt(facts, "tcp:elsewhere:4444", here) is None

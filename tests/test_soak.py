@@ -1,0 +1,15 @@
+"""The soak, briefly: some rounds with faults, the same in each run. `make soak` is the long one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.soak import soak
+
+
+@pytest.mark.timeout(300)
+def test_a_few_rounds_of_the_soak() -> None:
+    tally = soak(6, seed=4444)
+    assert tally.rounds.total() == 6
+    assert tally.faults.total() > 0
+    assert tally.compared > 0
