@@ -86,7 +86,7 @@ XB_INLINE size_t xb_list(uint64_t bits, unsigned base, uint16_t *at)
 XB_INLINE ssize_t xb_words_to_runs(struct xb_words *words, size_t blocks, size_t room, int merge,
                                    struct xb_runs *runs)
 {
-    uint64_t *m = words->m + 1;
+    uint64_t *m = words->m + 1, *before = words->m;
     size_t changed = 0, count = 0, starts = 0, ends = 0, busy = 0;
     size_t groups = (blocks + 63) / 64;
     for (size_t g = 0; g < groups; g++)
@@ -107,18 +107,18 @@ XB_INLINE ssize_t xb_words_to_runs(struct xb_words *words, size_t blocks, size_t
     if (2 * busy > blocks) {
         for (size_t i = 0; i < blocks; i++) {
             changed += (size_t)__builtin_popcountll(m[i]);
-            count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | m[i - 1] >> 63));
+            count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | before[i] >> 63));
         }
     } else {
         XB_EACH_WORD(i) {
             changed += (size_t)__builtin_popcountll(m[i]);
-            count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | m[i - 1] >> 63));
+            count += (size_t)__builtin_popcountll(m[i] & ~(m[i] << 1 | before[i] >> 63));
         }
     }
     if (changed + 2 * count > room)
         return -1;
     XB_EACH_WORD(i) {
-        uint64_t first = m[i] & ~(m[i] << 1 | m[i - 1] >> 63);
+        uint64_t first = m[i] & ~(m[i] << 1 | before[i] >> 63);
         uint64_t last = m[i] & ~(m[i] >> 1 | m[i + 1] << 63);
         starts += xb_list(first, (unsigned)(64 * i), runs->start + starts);
         ends += xb_list(last, (unsigned)(64 * i + 1), runs->end + ends);
