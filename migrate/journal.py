@@ -18,7 +18,6 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
@@ -85,7 +84,11 @@ class Journal:
                 f"journal {self._path}: {error.strerror}: name a directory that can be written "
                 "and outlasts a crash (--journal DIR)"
             ) from None
-        lines, whole = read(self._path)
+        try:
+            lines, whole = read(self._path)
+        except JournalError:
+            self._release()
+            raise
         self._take(lines)
         if whole < os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, whole)  # what a crash cut off: nothing may be written behind it
@@ -170,7 +173,7 @@ class Journal:
             self._release()
 
     def _release(self) -> None:
-        """Lets go of the lock, and of nothing else."""
+        """Lets go of the lock alone: what could not be read is not ours to remove."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -204,20 +207,44 @@ class Journal:
 def read(path: str) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of a journal, and their bytes: what a crash cut off is left out.
 
-    Raises JournalError.
+    Raises JournalError, also where a bad line has a good one behind it: no crash does that, and
+    what the good one claims must not be forgotten.
     """
     try:
-        data = Path(path).read_bytes()[:MAX_BYTES]
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise JournalError(f"journal {path}: {error.strerror}") from None
-    lines, whole = [], 0
+    if len(data) > MAX_BYTES:
+        raise JournalError(f"journal {path} is longer than any journal: what is it?")
+    lines, whole, torn = [], 0, False
     for line in data.split(b"\n")[:-1]:
         check, _, text = line.partition(b" ")
         if check != f"{zlib.crc32(text):08x}".encode():
-            break
-        lines.append(json.loads(text))
-        whole += len(line) + 1
+            torn = True
+        elif torn:
+            raise JournalError(
+                f"journal {path} is damaged: a line before its last one does not match its check"
+            )
+        else:
+            lines.append(_entry(path, text))
+            whole += len(line) + 1
     return lines, whole
+
+
+def _entry(path: str, text: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(text)
+        if (
+            isinstance(entry, dict)
+            and entry.get("claim", Claim.NONE.name) in Claim.__members__
+            and isinstance(entry.get("started", False), bool)
+            and isinstance(entry.get("facts", {}), dict)
+        ):
+            return entry
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise JournalError(f"journal {path} has a line that is not understood: another release's?")
 
 
 def claim_in(path: str) -> tuple[Role, bytes, Claim]:
@@ -241,13 +268,14 @@ def journals(role: Role, directory: str) -> Iterator[Journal]:
             path = os.path.join(directory, name)
             try:
                 found, identity, _ = claim_in(path)
-            except MigrationError:
+                if found is not role:
+                    continue
+                journal = Journal(role, identity, directory)
+                journal._take(read(path)[0])
+                age = time.time() - os.stat(path).st_mtime
+            except (MigrationError, OSError):
                 continue  # not ours, or gone meanwhile
-            if found is not role:
-                continue
-            journal = Journal(role, identity, directory)
-            journal._take(read(path)[0])
-            if settled(journal) and time.time() - os.stat(path).st_mtime > KEPT_SECONDS:
+            if settled(journal) and age > KEPT_SECONDS:
                 journal.forget()
                 continue
             yield journal
