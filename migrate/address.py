@@ -17,7 +17,7 @@ class Address:
 
     def __str__(self) -> str:
         if self.path:
-            return f"unix:{self.path}"
+            return f"unix:{'//' if self.path.startswith('//') else ''}{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp:{host}:{self.port}"
 

@@ -17,11 +17,13 @@ from migrate.errors import UsageError
         ("unix:/run/x.sock", Address(path="/run/x.sock")),
         ("unix:///run/x.sock", Address(path="/run/x.sock")),
         ("unix:here", Address(path="here")),
+        ("unix:////run/x.sock", Address(path="//run/x.sock")),
     ],
 )
 def test_where_to_connect(text, address):
     assert parse_address(text) == address
     assert parse_address(text, listen=True) == address
+    assert parse_address(str(address)) == address
 
 
 @pytest.mark.parametrize(
