@@ -6,9 +6,9 @@ import re
 
 from migrate.errors import UsageError
 
-_SIZE = re.compile(r"(\d{1,20})([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20})([kmgt]?)(?:i?b)?", re.ASCII | re.IGNORECASE)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_TIME = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h|)", re.IGNORECASE)
+_TIME = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h|)", re.ASCII | re.IGNORECASE)
 _MILLISECONDS = {"ms": 1.0, "s": 1e3, "m": 60e3, "h": 3600e3}
 
 

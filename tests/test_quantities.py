@@ -22,7 +22,9 @@ def test_sizes_as_people_write_them(text, size):
     assert parse_size(text, "x") == size
 
 
-@pytest.mark.parametrize("text", ["", "m", "-1", "1.5g", "64 m", "0x10", "1e6", "64q", "64mm", "∞"])
+@pytest.mark.parametrize(
+    "text", ["", "m", "-1", "1.5g", "64 m", "0x10", "1e6", "64q", "64mm", "∞", "\u0663k"]
+)
 def test_what_is_no_size_is_refused_with_examples(text):
     with pytest.raises(UsageError, match="--page-size: .* is not a size: write bytes, or 64k") as e:
         parse_size(text, "--page-size")
@@ -101,7 +103,7 @@ def test_times_as_people_write_them(text, bare, value):
         assert parse_milliseconds(text, "x", bare) == value
 
 
-@pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "1e3", ".5s", "5 s", "1d"])
+@pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "1e3", ".5s", "5 s", "1d", "2\u017f"])
 def test_what_is_no_time_is_refused_with_examples(text):
     with pytest.raises(UsageError, match=r"--timeout: .* write 300ms, 1\.5s or 2m"):
         parse_milliseconds(text, "--timeout")
