@@ -38,6 +38,8 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
     host, _, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     number = int(port) if port.isdecimal() and len(port) <= 5 else -1
+    if not set(host).isdisjoint("/[]"):
+        number = -1  # it would be read in another way than it was meant
     if not 0 <= number <= 65535 or (not listen and (not host or number == 0)):
         raise UsageError(f"address {text!r} is not understood: write {forms}")
     return Address(host=host, port=number)

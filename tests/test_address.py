@@ -42,7 +42,8 @@ def test_where_to_listen_may_leave_out_host_and_port(text, address):
     "text",
     ["", "4444", "host:4444", "tcp:", "tcp:host", "tcp:host:", "tcp::4444", "tcp:4444",
      "tcp:host:0", "tcp:host:65536", "tcp:host:-1", "tcp:host:http", "udp:host:1", "unix:",
-     "unix://", "tcp:host:" + "9" * 5000],
+     "unix://", "tcp:host:" + "9" * 5000, "tcp:////host:1", "tcp:[[::1]:1",
+     "tcp:]:1", "tcp://host/x:1"],
 )  # fmt: skip
 def test_where_nobody_can_connect(text):
     with pytest.raises(UsageError, match="write tcp:HOST:PORT or unix:PATH"):
