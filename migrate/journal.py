@@ -27,6 +27,7 @@ from proto.session import Role
 # Journals of migrations that have ended are kept so long, for whoever wants to know.
 KEPT_SECONDS = 30 * 86400
 MAX_BYTES = 1 << 20
+_FACTS: dict[str, type] = {"guest": dict, "place": dict, "address": str}
 
 
 class JournalError(MigrationError):
@@ -234,15 +235,15 @@ def read(path: str) -> tuple[list[dict[str, Any]], int]:
 
 def _entry(path: str, text: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(text)
+        entry: dict[str, Any] = json.loads(text)
+        facts = entry.get("facts", {})
         if (
-            isinstance(entry, dict)
-            and entry.get("claim", Claim.NONE.name) in Claim.__members__
+            entry.get("claim", Claim.NONE.name) in Claim.__members__
             and isinstance(entry.get("started", False), bool)
-            and isinstance(entry.get("facts", {}), dict)
+            and all(isinstance(facts.get(name, kind()), kind) for name, kind in _FACTS.items())
         ):
             return entry
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise JournalError(f"journal {path} has a line that is not understood: another release's?")
 

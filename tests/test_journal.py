@@ -65,7 +65,8 @@ def test_a_claim_behind_damage_is_not_forgotten(tmp_path, journal, at):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "7", "null", '"x"', '{"claim": 7}', '{"claim": "ours"}', '{"claim": []}',
-     '{"claim": null}', '{"facts": 7}', '{"started": "yes"}', "[" * 100_000,
+     '{"claim": null}', '{"facts": 7}', '{"facts": {"guest": 7}}', '{"facts": {"place": null}}',
+     '{"facts": {"address": []}}', '{"started": "yes"}', "[" * 100_000,
      '{"claim": ' + "9" * 5000 + "}", '{"x": "\udcff"}'],
 )  # fmt: skip
 def test_a_line_of_anything_else_is_refused(tmp_path, journal, text):
