@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test compose soak headline bench lint build clean
+.PHONY: demo test fuzz compose soak headline bench lint build clean
 
 demo: build
 	$(BIN)/python -m tests.demo
 
 test: build
 	$(BIN)/pytest -q
+
+# What hostile bytes reach, with sanitizers: a minute for each target, or FUZZ='pages --seconds 600'.
+fuzz: build
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 # The two-node demo of docker-compose.yml, and what it does when a node is killed in the middle.
 compose: build

@@ -1,0 +1,191 @@
+"""What people and their programs say: the control socket, journals, addresses, sizes and times.
+
+Control: which of these, and how it is said. A piece is a part of the text; in a journal it is a
+line, with a right check if its kind is odd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from migrate import address, journal, qmp, quantities
+from migrate.errors import MigrationError, UsageError
+from proto.ownership import TABLE, Claim, Event, Role
+from tests.fuzz.pieces import Piece, split
+
+PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else None
+IDENTITY = bytes(range(16))
+QUIT = qmp.CommandError("not now")
+SIZE_TEXT = 200
+
+
+def text(data: bytes) -> None:
+    control, pieces = split(data)
+    content = b"".join(piece.content for piece in pieces)
+    readers: tuple[Callable[[], None], ...] = (
+        lambda: _control_socket(content, [len(piece.content) for piece in pieces]),
+        lambda: _journal(control, pieces),
+        lambda: _address(content[:SIZE_TEXT].decode(errors="surrogateescape")),
+        lambda: _quantities(content[:SIZE_TEXT].decode(errors="surrogateescape")),
+    )
+    readers[control[0] % len(readers)]()
+
+
+# ---------------------------------------------------------------- the control socket
+
+
+def _refuse(arguments: dict[str, Any]) -> None:
+    raise QUIT
+
+
+COMMANDS: dict[str, qmp.Command] = {
+    "query-status": lambda _arguments: {"running": True},
+    "echo": lambda arguments: arguments,
+    "quit": _refuse,
+    "nothing": lambda _arguments: None,
+}
+
+
+def _control_socket(content: bytes, sizes: list[int]) -> None:
+    whole = _answers(content, [len(content)])
+    assert whole == _answers(content, sizes)
+    if len(content) < 300:
+        assert whole == _answers(content, [1] * len(content))
+    texts = list(qmp.JsonStream().feed(content))
+    alone = [list(qmp.JsonStream().feed(part)) for part in content.split(b"\xff")]
+    assert texts == [text for part in alone for text in part], "something is left after 0xFF"
+
+
+def _answers(content: bytes, sizes: list[int]) -> list[str]:
+    """What is sent back, text by text; a client that must be dropped hears why last."""
+    conversation = qmp.Conversation(COMMANDS, {"qemu": {"major": 0}})
+    said, at = [], 0
+    try:
+        for size in sizes:
+            for answer in conversation.answers(content[at : at + size]):
+                assert answer.keys() - {"id"} in ({"return"}, {"error"}), answer
+                said.append(json.dumps(answer))
+            at += size
+    except qmp.CommandError as error:
+        said.append(str(error))
+    return said
+
+
+# ---------------------------------------------------------------- journals
+
+
+def _journal(control: bytes, pieces: list[Piece]) -> None:
+    role = Role.SOURCE if control[1] & 1 else Role.DESTINATION
+    lines = [_line(piece) for piece in pieces]
+    with tempfile.TemporaryDirectory(dir=PLACE) as directory:
+        path = os.path.join(directory, f"{IDENTITY.hex()}.{role.value}")
+        content = b"".join(lines)
+        with open(path, "wb") as file:
+            file.write(content)
+        with contextlib.suppress(MigrationError):
+            assert journal.claim_in(path)[:2] == (role, IDENTITY)
+        for found in journal.journals(role, directory):
+            assert isinstance(journal.settled(found), bool)
+        with contextlib.suppress(journal.JournalError):
+            if found := journal.attempt({"kind": "demo"}, "tcp:there:1", directory):
+                found._release()
+        event = list(Event)[control[2] % len(Event)]
+        with contextlib.suppress(journal.JournalError):
+            _write_on(journal.Journal(role, IDENTITY, directory), path, event)
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                _assert_kept(content, lines, file.read())
+
+
+def _line(piece: Piece) -> bytes:
+    if not piece.kind & 1:
+        return piece.content
+    line = piece.content.replace(b"\n", b" ")
+    return b"%08x %b\n" % (zlib.crc32(line), line)
+
+
+def _write_on(found: journal.Journal, path: str, event: Event) -> None:
+    """What is written stands there for the next who reads, and so does what stood there."""
+    found.open()
+    try:
+        assert isinstance(found.claim, Claim)
+        json.dumps(found.facts)
+        before = found.claim, dict(found.facts)
+        with contextlib.suppress(journal.JournalError):
+            found.move(event, must=True, place={"path": "x"})
+            assert found.claim is TABLE[found.role][before[0], event]
+            assert found.facts == before[1] | {"place": {"path": "x"}}
+        assert journal.claim_in(path) == (found.role, found.identity, found.claim)
+    finally:
+        found.close()
+
+
+def _assert_kept(content: bytes, lines: list[bytes], after: bytes) -> None:
+    """Only what a crash can have cut off is gone: nothing that a whole line stands behind."""
+    kept = next(
+        (i for i, pair in enumerate(zip(content, after, strict=False)) if pair[0] != pair[1]),
+        min(len(content), len(after)),
+    )
+    lost = content[kept:]
+    for line in lost.split(b"\n")[1:-1]:
+        check, _, rest = line.partition(b" ")
+        assert check != b"%08x" % zlib.crc32(rest), "a whole line is lost"
+
+
+# ---------------------------------------------------------------- words on a command line
+
+
+def _address(said: str) -> None:
+    for listen in (False, True):
+        with contextlib.suppress(UsageError):
+            found = address.parse_address(said, listen=listen)
+            assert 0 <= found.port <= 65535
+            assert found.path or listen or (found.host and found.port)
+            assert address.parse_address(str(found), listen=listen) == found, str(found)
+    with contextlib.suppress(UsageError):
+        assert qmp.parse_path(said)
+
+
+def _quantities(said: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert 0 <= quantities.parse_size(said, "it") < 1 << 62
+    for page in (1, 4096):
+        with contextlib.suppress(UsageError):
+            size = quantities.parse_cache_size(said, page)
+            assert size.bit_count() == 1
+            assert size >= page
+    for bare in ("ms", "s"):
+        with contextlib.suppress(UsageError):
+            assert 0 <= quantities.parse_milliseconds(said, "it", bare=bare) < 1e20
+
+
+# ---------------------------------------------------------------- what to begin with
+
+# (which reader, the pieces); the odd lines of journals get their check.
+TEXTS: list[tuple[int, list[tuple[int, bytes]]]] = [
+    (0, [(0, b'{"execute": "qmp_capabilities"}\r\n'),
+         (0, b'{"execute": "query-status", "id": 7}{"execute":"quit"} '),
+         (0, b'{"execute": "echo", "arguments": {"a": [1, "\\"}", null]}, "id": "x"}')]),
+    (0, [(0, b'\xff{"execute": "qmp_capabilities", "arguments": {"enable": []}}'),
+         (0, b'{"execute": "query-commands"} {"execute": "query-version"} nonsense [] {}')]),
+    (0, [(0, b'{"execute": "half\\'), (0, b'\xff{"execute": "qmp_capabilities"}')]),
+    (1, [(1, b'{"claim": "NONE", "facts": {"description": "demo", "place": {"path": "/x"}}}'),
+         (1, b'{"claim": "COMMITTED", "event": "READY", "facts": {}}')]),
+    (1, [(1, b'{"claim": "PREPARED", "event": "VERIFIED", "facts": {"place": {}}}'),
+         (1, b'{"claim": "OWNER", "event": "GO", "facts": {}}'), (1, b'{"started": true}'),
+         (0, b'deadbeef {"cla')]),
+    (1, [(1, b'{"claim": "NONE", "facts": {"guest": {"kind": "demo"}, "address": "tcp:there:1"}}'),
+         (1, b'{"facts": {"ended": true}}')]),
+    (1, [(1, b'{"claim": "NONE"}'), (0, b"00000000 {}\n"), (1, b'{"claim": "OWNER"}')]),
+    *((2, [(0, said)]) for said in (
+        b"tcp:host:4444", b"tcp:[::1]:4444", b"unix:/run/x", b"unix:///run/x", b"4444", b":0",
+        b"tcp://host:1", b"[::]:4444")),
+    *((3, [(0, said)]) for said in (
+        b"64m", b"1GiB", b"4096", b" 2t ", b"300ms", b"1.5s", b"2h", b"5", b"1e9", b"-1")),
+]  # fmt: skip
