@@ -50,14 +50,12 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     def __init__(
         self, credentials: Credentials, inner: asyncio.BufferedProtocol, name: str = "",
         done: Callable[[MigrationError | None], object] = lambda _fault: None,
-        timeout: float = HANDSHAKE_SECONDS,
     ) -> None:  # fmt: skip
         super().__init__()
         self.inner = inner
         self._credentials = credentials
         self._name = name
         self._done = done
-        self._timeout = timeout
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = credentials.context.wrap_bio(
             self._incoming, self._outgoing,
@@ -77,7 +75,7 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._raw = cast(asyncio.Transport, transport)
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._timeout, self._give_up, "finish the TLS handshake")
+        self._timer = loop.call_later(HANDSHAKE_SECONDS, self._give_up)
         self._shake()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -160,9 +158,10 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
         self._settled.set()
         self.abort()
 
-    def _give_up(self, what: str) -> None:
+    def _give_up(self) -> None:
         if not self._settled.is_set():
-            self._settle(ConnectError(f"the other side did not {what} in {self._timeout:g} s"))
+            text = f"the other side did not finish the TLS handshake in {HANDSHAKE_SECONDS:g} s"
+            self._settle(ConnectError(text))
         self.abort()
 
     def _fail(self, fault: MigrationError, alert: bytes = b"") -> None:
