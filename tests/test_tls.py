@@ -528,6 +528,24 @@ async def test_a_destination_that_breaks_off_may_be_tried_again(good: SimpleName
         gc.collect()
 
 
+@pytest.mark.asyncio
+async def test_a_door_that_is_cancelled_as_it_closes_leaves_nothing_open() -> None:
+    """A destination fails, its source hears of it, and whoever runs both then cancels the rest."""
+    closing = asyncio.Event()
+
+    async def serve() -> None:
+        async with listening(None):
+            closing.set()
+
+    task = asyncio.create_task(serve())
+    await closing.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.02)
+    gc.collect()
+
+
 # ---------------------------------------------------------------- the connection
 
 
