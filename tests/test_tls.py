@@ -632,6 +632,35 @@ async def test_a_migration_that_is_cut_is_resumed(good: SimpleNamespace, channel
 
 
 @pytest.mark.asyncio
+async def test_who_is_no_longer_trusted_does_not_connect_again(good: SimpleNamespace) -> None:
+    """Trying again would not help: it ends at once, not when --retry is up."""
+    array = numpy.random.default_rng(3).integers(0, 256, 24_000_000, dtype="u1")
+    there, here = both(good)
+    address = asyncio.get_running_loop().create_future()
+
+    def observe(event: str, _statistics: migrate.Statistics) -> None:
+        if "connecting again" in event:
+            Authority("another").issue(good.here, "client")
+            here.context.load_cert_chain(
+                good.here / "client-cert.pem", good.here / "client-key.pem"
+            )
+
+    async with asyncio.timeout(20):
+        receiver = asyncio.create_task(
+            migrate.receive("127.0.0.1:0", listening=address.set_result, credentials=there)
+        )
+        with Relay(str(await address), (6_000_000,)) as relay:
+            with pytest.raises(TlsError, match="signed it is not the one in its ca-cert"):
+                await migrate.send(
+                    migrate.BufferGuest(array), relay.address, observer=observe, credentials=here
+                )
+            receiver.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await receiver
+    gc.collect()
+
+
+@pytest.mark.asyncio
 async def test_nothing_of_the_guest_can_be_read_on_the_way(good: SimpleNamespace) -> None:
     array = numpy.frombuffer(b"a secret word" * 100_000, dtype="u1").copy()
     for secret in (False, True):
