@@ -32,15 +32,19 @@ if _TYPE_CHECKING:
     from migrate.rounds import Limits
     from migrate.source import Parameters
     from migrate.statistics import Statistics
+    from migrate.tls import Credentials
+    from proto.ownership import Role
 
 # Imported when first asked for: the programs and the guests' own processes start faster.
 _HOMES = {
     "BufferGuest": "migrate.guests.buffer",
+    "Credentials": "migrate.tls",
     "GuestMoved": "migrate.guests.buffer",
     "Limits": "migrate.rounds",
     "MigrationError": "migrate.errors",
     "Parameters": "migrate.source",
     "Received": "migrate.library",
+    "Role": "proto.ownership",
     "Statistics": "migrate.statistics",
     "receive": "migrate.library",
     "send": "migrate.library",
@@ -48,11 +52,13 @@ _HOMES = {
 
 __all__ = [
     "BufferGuest",
+    "Credentials",
     "GuestMoved",
     "Limits",
     "MigrationError",
     "Parameters",
     "Received",
+    "Role",
     "Statistics",
     "receive",
     "send",

@@ -71,12 +71,14 @@ class Door:
         tasks = [self._opening, *self._standing]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        while not self._lanes.empty():
-            self._lanes.get_nowait().abort()
-        while not self._guests.empty():
-            self._guests.get_nowait().link.abort()
-        await self._listener.close()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:  # also where this is cancelled
+            while not self._lanes.empty():
+                self._lanes.get_nowait().abort()
+            while not self._guests.empty():
+                self._guests.get_nowait().link.abort()
+            await self._listener.close()
 
     async def guest(self) -> Destination:
         """The next guest that was described: run it."""

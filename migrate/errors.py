@@ -6,6 +6,7 @@ MigrationError             1  failed; the source's guest is as it was
 ├── PeerError              4  the other side broke the protocol
 │   ├── PeerGaveUp         4  the other side refused, or gave up, and said why
 │   └── PeerLost           1  the connection broke or fell silent
+├── TlsError               5  a certificate, or who may connect: trying again does not help
 ├── MismatchError          6  the memories differ at the end
 ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
 ├── CancelledByPeer        8  somebody cancelled at the other side
@@ -61,6 +62,13 @@ class PeerLost(PeerError):  # noqa: N818 - a state of the peer, not a kind of ex
     exit_code = 1
 
 
+class TlsError(MigrationError):
+    """One side does not trust the other, or may not talk to it."""
+
+    exit_code = 5
+    code = ErrorCode.DENIED
+
+
 class MismatchError(MigrationError):
     """The digests of the two memories differ."""
 
@@ -105,6 +113,7 @@ _REASONS: dict[ErrorCode, type[MigrationError]] = {
     ErrorCode.MISMATCH: MismatchError,
     ErrorCode.INTERNAL: MigrationError,
     ErrorCode.NOT_STARTED: NotStartedError,
+    ErrorCode.DENIED: TlsError,
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import warnings
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,14 @@ from migrate.handover import Records
 from migrate.quantities import format_size
 from migrate.source import RETRY_SECONDS, Observer, Parameters, Source
 from migrate.statistics import Statistics
+from migrate.tls import PLAIN, Credentials, networks
 from proto.messages import GuestInfo
+
+
+def _warn(peer: link.Link) -> None:
+    """Once in a program, as Python's warnings go."""
+    if peer.exposed:
+        warnings.warn(PLAIN.replace("--tls-creds", "credentials="), RuntimeWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,24 @@ async def send(
     observer: Observer | None = None,
     connect_timeout: float = 10.0,
     retry: float = RETRY_SECONDS,
+    credentials: Credentials | None = None,
 ) -> Statistics:
     """Moves a guest to `tcp:HOST:PORT` or `unix:PATH` while it runs; returns the statistics.
 
     retry -- seconds to connect again for when the connection breaks: the migration is resumed
+    credentials -- speak TLS with these (of the source); None: plain, which another host is warned
+                   of
 
     Raises MigrationError: the guest runs on here then, unless it is a HandOverUnknown.
     """
     where = parse_address(address)
-    peer = await link.connect(where, timeout=connect_timeout)
-    await guest.started()
 
     def dial() -> Awaitable[link.Link]:
-        return link.connect(where, timeout=connect_timeout)
+        return link.connect(where, timeout=connect_timeout, credentials=credentials)
+
+    peer = await dial()
+    _warn(peer)
+    await guest.started()
 
     return await Source(guest, peer, parameters, observer, dial, retry=retry).run()
 
@@ -61,6 +74,8 @@ async def receive(
     max_size: int = 1 << 40,
     listening: Callable[[Address], None] | None = None,
     retry: float = RETRY_SECONDS,
+    credentials: Credentials | None = None,
+    allow: Iterable[str] = (),
 ) -> Received:
     """Receives one guest at `[HOST:]PORT` or `unix:PATH`; returns when it is ours and verified.
 
@@ -69,6 +84,8 @@ async def receive(
     max_size  -- a larger guest is refused (bytes)
     listening -- told the address, with the real port where 0 was asked for
     retry     -- seconds to wait for the source when the connection breaks: it may resume
+    credentials -- speak TLS with these (of the destination); None: plain
+    allow     -- only these may connect: ADDRESS or ADDRESS/BITS; none: everybody
 
     Raises MigrationError; then nothing was received.
     """
@@ -87,7 +104,9 @@ async def receive(
 
     records = Records()
     destination: Destination | None = None
-    listener = await link.listen(parse_address(address, listen=True))
+    listener = await link.listen(
+        parse_address(address, listen=True), credentials=credentials, allow=networks(allow)
+    )
 
     def greeter(peer: link.Link) -> Destination:
         return Destination(peer, placer, accept=door.lane, records=records, retry=retry)
@@ -103,6 +122,7 @@ async def receive(
             listening(listener.address)
         while True:
             destination = await door.guest()
+            _warn(destination.link)
             try:
                 arrival = await destination.run()
                 break

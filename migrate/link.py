@@ -19,12 +19,14 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from migrate import tls
 from migrate.address import Address
-from migrate.errors import ConnectError, PeerLost, UsageError
+from migrate.errors import ConnectError, MigrationError, PeerLost, TlsError, UsageError
+from migrate.secure import RECORD_TYPES, Secured
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
 from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
@@ -42,6 +44,10 @@ SOCKET_TIMEOUT = 30.0
 # takes all there are at once, and those that come meanwhile, before anybody else has his turn.
 BACKLOG = 64
 MAX_WAITING = 4 * BACKLOG
+# So many may be in the TLS handshake: of more, the one that has been in it longest goes.
+MAX_HANDSHAKES = 2 * BACKLOG
+# Who is sent away is told so when it has said something, or after so long.
+FIRST_WORD_SECONDS = 5.0
 # In each `peer_timeout` a silent peer is asked so often, by us and by the kernel.
 BEATS = 4
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
@@ -88,6 +94,8 @@ class Link(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self.peer_name = ""
+        self.exposed = False
+        """It leaves this host, and everybody on the way can read it."""
         self._transport: asyncio.Transport | None = None
         self._frames: deque[Frame] = deque()
         self._ahead = 0
@@ -102,6 +110,7 @@ class Link(asyncio.BufferedProtocol):
         self._tokens = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float]] = {}
         self._heart: asyncio.Task[None] | None = None
+        self._buffer = memoryview(b"")
 
     # -- what the transport calls
 
@@ -109,7 +118,11 @@ class Link(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self.bound_sending(SEND_HIGH)
         sock = transport.get_extra_info("socket")
-        self.peer_name = str(transport.get_extra_info("peername") or "a local process")
+        far = transport.get_extra_info("peername")
+        self.peer_name = _name_of(far)
+        self.exposed = not isinstance(transport, Secured) and tls.another_host(
+            transport.get_extra_info("sockname"), far
+        )
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             _have_watched(sock, self.peer_timeout)
             if self.congestion:
@@ -128,9 +141,12 @@ class Link(asyncio.BufferedProtocol):
         self._ahead_bytes = RECEIVE_AHEAD_BYTES // channels
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self.session.reader.get_buffer()
+        self._buffer = self.session.reader.get_buffer()
+        return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        if not self.received_bytes and self._buffer[0] in RECORD_TYPES:
+            self._fail(tls.tls_there(self.session.role))
         self.session.reader.received(nbytes)
         self.received_bytes += nbytes
         self._heard_at = time.monotonic()
@@ -142,7 +158,9 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         fault: Exception = PeerLost(f"the connection to {self.peer_name} broke: {exc}")
-        if exc is None:
+        if isinstance(exc, MigrationError):
+            fault = exc
+        elif exc is None:
             fault = PeerLost(f"{self.peer_name} closed the connection")
             with contextlib.suppress(ProtoError):
                 self._parse()
@@ -410,26 +428,33 @@ def check_congestion(name: str) -> None:
             ) from None
 
 
+def _name_of(far: Any) -> str:
+    """HOST:PORT or [HOST]:PORT of what `getpeername` gives."""
+    if not isinstance(far, tuple):
+        return "a local process"
+    return f"[{far[0]}]:{far[1]}" if ":" in far[0] else f"{far[0]}:{far[1]}"
+
+
 async def connect(
     address: Address, *, timeout: float = 10.0, peer_timeout: float = SOCKET_TIMEOUT,
-    congestion: str = "",
+    congestion: str = "", credentials: tls.Credentials | None = None,
 ) -> Link:  # fmt: skip
-    """Connects as the source. A refused connection is tried again until `timeout` seconds."""
+    """Connects as the source. A refused connection is tried again until `timeout` seconds.
+
+    credentials -- speak TLS with these; None: plain
+
+    Raises ConnectError, and TlsError where one side does not trust the other, or where TLS is
+    required and there are no credentials.
+    """
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
 
-    def make() -> Link:
+    while True:
         link = Link(Role.SOURCE, peer_timeout)
         link.congestion = congestion
-        return link
-
-    while True:
         try:
             async with asyncio.timeout_at(end):
-                if address.path:
-                    _, link = await loop.create_unix_connection(make, address.path)
-                else:
-                    _, link = await loop.create_connection(make, address.host, address.port)
+                await _connect(address, link, credentials)
                 return link
         except TimeoutError:
             raise ConnectError(f"no answer from {address} within {timeout:g} s") from None
@@ -448,23 +473,63 @@ async def connect(
             raise ConnectError(f"cannot connect to {address}: {_why(error)}") from None
 
 
+async def _connect(address: Address, link: Link, credentials: tls.Credentials | None) -> None:
+    """Once. The link is ready to speak then, or nothing is left of it."""
+    loop = asyncio.get_running_loop()
+    protocol: Link | Secured = link
+    if credentials is not None:
+        protocol = Secured(credentials, link, credentials.name_of(address))
+    required = tls.required()
+    if address.path:
+        await loop.create_unix_connection(lambda: protocol, address.path)
+    else:
+        await loop.create_connection(lambda: protocol, address.host, address.port)
+    if isinstance(protocol, Secured):
+        try:
+            await protocol.ready()
+        except ConnectError as error:
+            raise ConnectError(f"cannot connect to {address}: {error}") from None
+        except TlsError as error:
+            raise TlsError(f"{address}: {error}") from None
+    elif link.exposed and required:
+        link.abort()
+        await link.close()
+        raise tls.plain_refused()
+
+
 def _why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
-class Listener:
-    """Waits for sources and their further channels; `address` says where, with the real port."""
+Refused = Callable[[str, str], object]
 
-    def __init__(self, server: asyncio.Server, links: asyncio.Queue[Link], path: str) -> None:
-        self._server = server
-        self._links = links
+
+class Listener:
+    """Waits for sources and their further channels; `address` says where, with the real port.
+
+    refused -- told of whoever is sent away here: its name, and why
+    """
+
+    def __init__(
+        self, path: str, peer_timeout: float, credentials: tls.Credentials | None,
+        allow: Sequence[tls.Network], refused: Refused,
+    ) -> None:  # fmt: skip
+        self.server: asyncio.Server | None = None
         self._path = path
+        self._peer_timeout = peer_timeout
+        self._credentials = credentials
+        self._allow = allow
+        self._refused = refused
+        self._links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
+        self._shaking: dict[Secured, None] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def address(self) -> Address:
         if self._path:
             return Address(path=self._path)
-        name = self._server.sockets[0].getsockname()
+        assert self.server is not None
+        name = self.server.sockets[0].getsockname()
         return Address(host=name[0], port=name[1])
 
     async def accept(self) -> Link:
@@ -472,12 +537,111 @@ class Listener:
         return await self._links.get()
 
     async def close(self) -> None:
-        self._server.close()
+        if self.server is not None:
+            self.server.close()
+        for secured in [*self._shaking]:
+            secured.abort()
+        for task in [*self._leaving]:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         while not self._links.empty():
             self._links.get_nowait().abort()
         if self._path:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
+
+    def protocol(self) -> asyncio.BufferedProtocol:
+        """For the next connection."""
+        link = _Incoming(self._peer_timeout, self._come)
+        if self._credentials is None:
+            return link
+        return _Shaking(self._credentials, link, self)
+
+    # -- what a connection tells
+
+    def admits(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether its address may connect; where not, that is said here."""
+        far = transport.get_extra_info("peername")
+        if tls.allowed(far, self._allow):
+            return True
+        self._refused(_name_of(far), "its address may not connect (--allow)")
+        return False
+
+    def shakes(self, secured: Secured) -> None:
+        while len(self._shaking) >= MAX_HANDSHAKES:
+            oldest = next(iter(self._shaking))
+            del self._shaking[oldest]
+            oldest.abort()
+        self._shaking[secured] = None
+
+    def shaken(self, secured: Secured, fault: MigrationError | None) -> None:
+        self._shaking.pop(secured, None)
+        if fault is not None:
+            self._refused(_name_of(secured.get_extra_info("peername")), str(fault))
+
+    def _come(self, link: Link, transport: asyncio.BaseTransport) -> None:
+        why = ""
+        if isinstance(transport, Secured):
+            why = transport.denial
+        elif not self.admits(transport):
+            why = "your address may not connect here"
+        if why:
+            if isinstance(transport, Secured):
+                self._refused(link.peer_name, why)
+            self._send_away(link, why)
+            return
+        try:
+            self._links.put_nowait(link)
+        except asyncio.QueueFull:
+            link.abort()
+
+    def _send_away(self, link: Link, why: str) -> None:
+        async def say() -> None:
+            try:
+                # Who has not said anything yet may not expect an answer.
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(FIRST_WORD_SECONDS):
+                        await link.first_type()
+                await link.give_reason(ErrorCode.DENIED, why)
+                await link.close()
+            finally:
+                link.abort()
+
+        if len(self._leaving) >= MAX_HANDSHAKES:
+            link.abort()
+            return
+        task = asyncio.get_running_loop().create_task(say())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+
+class _Incoming(Link):
+    """Tells the listener when it can be spoken over."""
+
+    def __init__(
+        self, peer_timeout: float, come: Callable[[Link, asyncio.BaseTransport], None]
+    ) -> None:
+        super().__init__(Role.DESTINATION, peer_timeout)
+        self._come = come
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._come(self, transport)
+
+
+class _Shaking(Secured):
+    """Tells the listener of its handshake."""
+
+    def __init__(self, credentials: tls.Credentials, link: Link, listener: Listener) -> None:
+        super().__init__(credentials, link, done=lambda fault: listener.shaken(self, fault))
+        self._listener = listener
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if self._listener.admits(transport):
+            self._listener.shakes(self)
+            super().connection_made(transport)
+        else:
+            self.turn_away(transport)
 
 
 def _check_unused(address: Address) -> None:
@@ -490,32 +654,39 @@ def _check_unused(address: Address) -> None:
     raise ConnectError(f"cannot listen on {address}: another program does")
 
 
-async def listen(address: Address, *, peer_timeout: float = SOCKET_TIMEOUT) -> Listener:
-    """Listens as a destination. Raises ConnectError where the address is not to be had."""
+async def listen(
+    address: Address, *, peer_timeout: float = SOCKET_TIMEOUT,
+    credentials: tls.Credentials | None = None, allow: Sequence[tls.Network] = (),
+    refused: Refused = lambda _who, _why: None,
+) -> Listener:  # fmt: skip
+    """Listens as a destination.
+
+    credentials -- speak TLS with these; None: plain
+    allow       -- only these may connect; none: everybody
+    refused     -- told of whoever is sent away before it has said anything: its name, and why
+
+    Raises ConnectError where the address is not to be had, TlsError where TLS is required, there
+    are no credentials, and other hosts could connect.
+    """
     loop = asyncio.get_running_loop()
-    links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
-
-    class Incoming(Link):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            super().connection_made(transport)
-            try:
-                links.put_nowait(self)
-            except asyncio.QueueFull:
-                self.abort()
-
-    def make() -> Link:
-        return Incoming(Role.DESTINATION, peer_timeout)
-
+    required = tls.required()
+    listener = Listener(address.path, peer_timeout, credentials, allow, refused)
     try:
         if address.path:
             _check_unused(address)
-            server: Any = await loop.create_unix_server(make, address.path, backlog=BACKLOG)
+            server: Any = await loop.create_unix_server(
+                listener.protocol, address.path, backlog=BACKLOG
+            )
         else:
             # A free port is picked once: on all IPv4 interfaces, not one number per family.
             host = address.host or (None if address.port else "0.0.0.0")
             server = await loop.create_server(
-                make, host, address.port, backlog=BACKLOG, reuse_address=True
+                listener.protocol, host, address.port, backlog=BACKLOG, reuse_address=True
             )
     except OSError as error:
         raise ConnectError(f"cannot listen on {address}: {_why(error)}") from None
-    return Listener(server, links, address.path)
+    listener.server = server
+    if required and credentials is None and not tls.only_local(server.sockets):
+        await listener.close()
+        raise tls.plain_refused()
+    return listener

@@ -27,6 +27,7 @@ class ErrorCode(IntEnum):
     NOT_CONVERGED = 7
     NOT_STARTED = 8
     INTERNAL = 9
+    DENIED = 10
 
 
 class ProtoError(Exception):

@@ -11,7 +11,7 @@ import pytest
 
 from tests import network
 from tests.bench import __main__ as program
-from tests.bench import bulk, codec, rivals, scaling
+from tests.bench import bulk, codec, rivals, scaling, tls
 from tests.bench.boot_sector import boot_sector
 from tests.bench.guest_files import (
     random_file,
@@ -317,6 +317,13 @@ def test_codec_runs(monkeypatch):
         assert merged <= plain or plain == 0, pattern.name
     assert sizes["canonical: 1 byte per KiB"] == 15
     assert any(row[0] == "every 2nd byte of the first half" for row in merging.rows)
+
+
+def test_tls_runs():
+    part = tls.measure(MIB, QUIET)
+    assert [row[0] for row in part.tables[0].rows] == list(part.data["runs"])
+    assert len(part.data["runs"]) == 4
+    assert part.tables[0].rows[0][-1] == "1.00"
 
 
 def test_a_case_is_left_as_it_was():

@@ -145,7 +145,7 @@ FIELDS = {
     (M.READY, "verify_seconds"): SECONDS,
     (M.PING, "token"): COUNT,
     (M.PONG, "token"): COUNT,
-    (M.ERROR, "code"): ([int(code) for code in ErrorCode], [0, -1, 10, 255, 1.0, "1", None]),
+    (M.ERROR, "code"): ([int(code) for code in ErrorCode], [0, -1, 11, 255, 1.0, "1", None]),
     (M.ERROR, "reason"): TEXT,
 }  # fmt: skip
 DEFAULTS = {

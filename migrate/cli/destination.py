@@ -17,6 +17,7 @@ from migrate.cli.program import (
     Parser,
     Stop,
     answering,
+    credentials,
     migration_parser,
     peer_timeout,
     run,
@@ -25,6 +26,7 @@ from migrate.cli.program import (
 )
 from migrate.errors import MigrationError, OnCompleteError, PeerError
 from migrate.journal import default_directory
+from proto.ownership import Role
 
 if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
@@ -46,6 +48,15 @@ def destination_parser() -> Parser:
         "--listen", required=True, metavar="[HOST:]PORT|unix:PATH",
         help="where to listen; port 0 picks a free one and prints it",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="ADDRESS[/BITS]",
+        help="only these may connect (repeatable; default: everybody)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tls-authz", action="append", default=[], metavar="NAME",
+        help="only clients of this name may bring a guest: the certificate's distinguished name "
+        "(CN=host,O=...), common name or DNS name (repeatable; default: all it vouches for)",
+    )  # fmt: skip
     parser.add_argument("--output", default="", metavar="PATH", help="where a file guest lands")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -64,6 +75,7 @@ class DestinationProgram:
         from migrate.guests.file import check_output
         from migrate.guests.reopen import reopen_place
         from migrate.handover import Records
+        from migrate.tls import networks
 
         self.args = args
         self.address = parse_address(args.listen, listen=True)
@@ -74,6 +86,9 @@ class DestinationProgram:
         if args.output:
             check_output(args.output, args.overwrite)
         self.peer_timeout = peer_timeout(args)
+        self.allow = networks(args.allow)
+        self.credentials = credentials(args, Role.DESTINATION)
+        self.warned = False
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         self.records = Records(args.journal or default_directory(), reopen_place)
@@ -118,7 +133,10 @@ class DestinationProgram:
             self._say(said)
         for file in {one.facts["place"]["temporary"] for one in self._attempts()}:
             self._say(f"a guest came half-way here ({file}): its source can go on with it")
-        listener = await link.listen(self.address, peer_timeout=self.peer_timeout)
+        listener = await link.listen(
+            self.address, peer_timeout=self.peer_timeout, credentials=self.credentials,
+            allow=self.allow, refused=self._refused,
+        )  # fmt: skip
         self._say(f"listening on {listener.address}")
         return Door(
             listener, self.records, self._destination,
@@ -175,6 +193,7 @@ class DestinationProgram:
             if event == "accepted" and arrival.info is not None:
                 size = quantities.format_size(arrival.info.size)
                 self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
+                self._warn(peer)
             if event == "interrupted":
                 self._say(
                     f"the connection broke: the source may come back, within {self.retry:g} s"
@@ -195,6 +214,13 @@ class DestinationProgram:
             peer, self._place, self.capabilities, observe, self._door.lane,
             records=self.records, retry=self.retry, resolve_timeout=self.resolve_timeout,
         )  # fmt: skip
+
+    def _warn(self, peer: Link) -> None:
+        if peer.exposed and not self.warned:
+            from migrate.tls import PLAIN
+
+            self.warned = True
+            self._say(f"warning: {PLAIN}")
 
     def _place(self, info: GuestInfo) -> Place:
         """Where a guest lands. Raises NoPlaceError."""

@@ -3,7 +3,8 @@
 Results go to standard output, everything else to standard error. Exit codes:
 
     0 completed and verified    1 failed, the source's guest as it was    2 usage
-    3 cannot connect or listen  4 protocol or capability                  6 memories differ
+    3 cannot connect or listen  4 protocol or capability
+    5 TLS: a certificate, or who may connect                              6 memories differ
     7 did not converge          8 cancelled at the other side
     9 handed over, but not confirmed   10 the guest is here, but --on-complete failed
     130 SIGINT   143 SIGTERM
@@ -23,9 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from migrate import quantities
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import start_time
+from proto.ownership import Role
 
 if TYPE_CHECKING:
     from migrate.qmp import Command
+    from migrate.tls import Credentials
 
 VERSION = "0.1.0"
 CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
@@ -71,6 +74,7 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
         "--resolve-timeout", default="60s", metavar="TIME",
         help="how long to find out whose the guest is, where the hand-over is cut off",
     )  # fmt: skip
+    add_tls_creds(parser)
     parser.add_argument(
         "--qmp", default="", metavar="unix:PATH",
         help="answer on this socket (migrate-ctl asks it; QEMU's machine protocol)",
@@ -81,6 +85,37 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
         "guest that runs here then, or when that guest ends: for containers and services",
     )  # fmt: skip
     return parser
+
+
+def add_tls_creds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tls-creds", default="", metavar="DIR",
+        help="speak TLS, with the certificates in this directory (QEMU's file names; the README "
+        "shows how to make them)",
+    )  # fmt: skip
+
+
+def add_tls_hostname(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tls-hostname", default="", metavar="NAME",
+        help="the name that the destination's certificate must have (default: that of its address)",
+    )  # fmt: skip
+
+
+def credentials(args: argparse.Namespace, role: Role) -> Credentials | None:
+    """What --tls-creds and its kin say. Raises UsageError, TlsError; warns of loose keys."""
+    authz, hostname = getattr(args, "tls_authz", []), getattr(args, "tls_hostname", "")
+    if not args.tls_creds:
+        if authz or hostname:
+            raise UsageError("--tls-authz and --tls-hostname are of use with --tls-creds")
+        return None
+    from migrate.tls import Credentials
+
+    result = Credentials(args.tls_creds, role, authz=authz, hostname=hostname)
+    if not getattr(args, "quiet", False):
+        for notice in result.notices:
+            print(f"migrate: {notice}", file=sys.stderr)
+    return result
 
 
 def switches(items: list[str]) -> dict[str, bool]:

@@ -15,7 +15,15 @@ import argparse
 import sys
 
 from migrate.address import Address, parse_address
-from migrate.cli.program import Parser, peer_timeout, run, seconds
+from migrate.cli.program import (
+    Parser,
+    add_tls_creds,
+    add_tls_hostname,
+    credentials,
+    peer_timeout,
+    run,
+    seconds,
+)
 from migrate.errors import (
     ConnectError,
     HandOverUnknown,
@@ -43,7 +51,7 @@ def resolve_parser(prog: str) -> Parser:
         prog=f"{prog} resolve",
         description="Settles a hand-over that was cut off: finds out whose the guest is.",
         epilog="exit codes:\n    0 settled, or nothing to settle    1 failed    2 usage\n"
-        "    3 nobody answers there    9 still unknown",
+        "    3 nobody answers there    5 TLS    9 still unknown",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("id", nargs="?", default="", metavar="ID", help="of the migration")
@@ -54,6 +62,8 @@ def resolve_parser(prog: str) -> Parser:
         )  # fmt: skip
         parser.add_argument("--connect-timeout", default="10s", metavar="TIME")
         parser.add_argument("--peer-timeout", default="30s", metavar="TIME")
+        add_tls_creds(parser)
+        add_tls_hostname(parser)
     parser.add_argument("--keep", choices=["source", "destination"], help="a person's decision")
     parser.add_argument("--proof", default="", metavar="FILE", help="the other side's journal")
     parser.add_argument("--force", action="store_true", help="decide without proof")
@@ -131,6 +141,7 @@ async def _ask(args: argparse.Namespace, journal: Journal) -> None:
             address,
             timeout=seconds(args.connect_timeout, "--connect-timeout"),
             peer_timeout=peer_timeout(args),
+            credentials=credentials(args, Role.SOURCE),
         )
         try:
             await ask(peer, journal)

@@ -14,7 +14,9 @@ from migrate.address import Address, parse_address
 from migrate.cli.program import (
     Parser,
     Stop,
+    add_tls_hostname,
     answering,
+    credentials,
     migration_parser,
     number,
     peer_timeout,
@@ -25,6 +27,7 @@ from migrate.cli.program import (
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
 from migrate.journal import attempt, default_directory
+from proto.ownership import Role
 
 if TYPE_CHECKING:
     from migrate.guests.guest import Guest
@@ -88,6 +91,7 @@ def source_parser() -> Parser:
         "--connect-timeout", default="10s", metavar="TIME",
         help="keep trying to connect for so long (default: 10s)",
     )  # fmt: skip
+    add_tls_hostname(parser)
     parser.add_argument(
         "--progress", choices=["auto", "plain", "never"], default="auto",
         help="a redrawn line on a terminal, plain lines, or none",
@@ -155,6 +159,7 @@ class SourceProgram:
         self.args = args
         self.address: Address = parse_address(args.uri)
         self.parameters = parameters_of(args)
+        self.credentials = credentials(args, Role.SOURCE)
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
         self.journal = args.journal or default_directory()
@@ -193,7 +198,7 @@ class SourceProgram:
 
         return link.connect(
             self.address, timeout=self.connect_timeout, peer_timeout=self.peer_timeout,
-            congestion=self.args.congestion,
+            congestion=self.args.congestion, credentials=self.credentials,
         )  # fmt: skip
 
     async def _connect(self) -> Link | None:
@@ -209,7 +214,12 @@ class SourceProgram:
         if not self.args.quiet:
             self.progress.say(f"connecting to {self.address}")
         try:
-            return await self.dial()
+            peer = await self.dial()
+            if peer.exposed and not self.args.quiet:
+                from migrate.tls import PLAIN
+
+                self.progress.say(f"warning: {PLAIN}")
+            return peer
         except asyncio.CancelledError:
             print(
                 "migrate-src: cancelled before it was connected: nothing was moved",

@@ -1,7 +1,9 @@
 """A big array that moves between two Python programs, by the library: both ends hold warm memory.
 
-    python -m tests.bench.arrays receive SIZE             says "listening on ADDRESS"
-    python -m tests.bench.arrays send SIZE FILL ADDRESS   FILL: random or zero; prints JSON
+    python -m tests.bench.arrays receive SIZE [CREDS]     says "listening on ADDRESS"
+    python -m tests.bench.arrays send SIZE FILL ADDRESS [CHANNELS [CREDS]]
+
+FILL is random or zero; CREDS is a directory with certificates, for TLS. `send` prints JSON.
 
 The memory of both ends has been written before, so that nothing but the migration is measured:
 memory that a virtual machine touches for the first time can cost it several times as much.
@@ -29,27 +31,34 @@ def warm(size: int, fill: str) -> mmap.mmap:
     return memory
 
 
-def receive(size: int) -> None:
+def credentials(directory: str, role: migrate.Role) -> migrate.Credentials | None:
+    return migrate.Credentials(directory, role) if directory else None
+
+
+def receive(size: int, creds: str = "") -> None:
     memory = warm(size, "random")
     uvloop.run(
         migrate.receive(
             "127.0.0.1:0", into=memory,
             listening=lambda address: print(f"listening on {address}", file=sys.stderr, flush=True),
+            credentials=credentials(creds, migrate.Role.DESTINATION),
         )
     )  # fmt: skip
 
 
-def send(size: int, fill: str, address: str) -> None:
+def send(size: int, fill: str, address: str, channels: str = "1", creds: str = "") -> None:
     # It says itself what it writes, which is nothing: no scan looks for it.
     guest = migrate.BufferGuest(warm(size, fill), marks=True)
-    statistics = uvloop.run(migrate.send(guest, address))
+    parameters = migrate.Parameters(channels=int(channels))
+    secret = credentials(creds, migrate.Role.SOURCE)
+    statistics = uvloop.run(migrate.send(guest, address, parameters, credentials=secret))
     print(json.dumps({"bytes": size, "seconds": statistics.total_time}))
 
 
 def main() -> None:
     role, size, *rest = sys.argv[1:]
     if role == "receive":
-        receive(int(size))
+        receive(int(size), *rest)
     else:
         send(int(size), *rest)
 

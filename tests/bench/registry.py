@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, channels, codec, lossy, rivals, scaling
+from tests.bench import bulk, channels, codec, lossy, rivals, scaling, tls
 from tests.bench.report import Options, Part
 
 
@@ -24,5 +24,6 @@ PARTS: dict[str, PartModule] = {
     "scaling": scaling,
     "channels": channels,
     "lossy": lossy,
+    "tls": tls,
     "rivals": rivals,
 }

@@ -1,0 +1,93 @@
+"""A proxy that passes bytes on, keeps a copy of them, and can break the connections."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+
+class Relay:
+    """Between a source and the destination at `address` ("tcp:127.0.0.1:PORT").
+
+    breaks -- after so many bytes from the source, once for each number, all connections break
+    seen   -- all bytes that passed, both ways, where `keep`
+    """
+
+    def __init__(self, address: str, breaks: tuple[int, ...] = (), *, keep: bool = False) -> None:
+        host, port = address.removeprefix("tcp:").split(":")
+        self._there = (host, int(port))
+        self._breaks = list(breaks)
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._passed = 0
+        self._open: list[socket.socket] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self.seen = bytearray()
+        self._threads = [threading.Thread(target=self._run)]
+        self._threads[0].start()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._cut()
+        for thread in self._threads:
+            thread.join(10)
+
+    @property
+    def broken(self) -> bool:
+        """Whether all breaks have happened."""
+        return not self._breaks
+
+    def _run(self) -> None:
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._there)
+            with self._lock:
+                self._open += [near, far]
+                pumps = [
+                    threading.Thread(target=self._pump, args=(near, far, True)),
+                    threading.Thread(target=self._pump, args=(far, near, False)),
+                ]
+                self._threads += [
+                    threading.Thread(target=self._end, args=(pumps, near, far)), *pumps
+                ]  # fmt: skip
+            for thread in self._threads[-3:][::-1]:
+                thread.start()
+
+    def _end(self, pumps: list[threading.Thread], near: socket.socket, far: socket.socket) -> None:
+        for pump in pumps:
+            pump.join()
+        near.close()
+        far.close()
+
+    def _pump(self, come: socket.socket, go: socket.socket, forth: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := come.recv(1 << 16):
+                with self._lock:
+                    if self._keep:
+                        self.seen += data
+                    self._passed += len(data) if forth else 0
+                    cut = bool(self._breaks) and self._passed >= self._breaks[0]
+                    if cut:
+                        del self._breaks[0]
+                if cut:
+                    self._cut()
+                go.sendall(data)
+        for end in (come, go):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _cut(self) -> None:
+        with self._lock:
+            cut, self._open = self._open, []
+        for end in cut:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,824 @@
+"""Who may read a guest on its way, and who may bring one: each fault is named on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import re
+import shlex
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+
+import migrate
+from migrate import link, secure, tls
+from migrate.address import Address
+from migrate.destination import Destination, NoPlaceError
+from migrate.door import Door
+from migrate.errors import ConnectError, MigrationError, TlsError, UsageError
+from migrate.handover import Records
+from proto import ErrorCode, capabilities
+from proto.messages import Error, GuestInfo
+from proto.ownership import Role
+from tests.authority import Authority, name_of
+from tests.network import FAR
+from tests.network import Link as Network
+from tests.programs import Program, destination, end_guest, guest_pid, look_at
+from tests.relay import Relay
+from tests.requirements import need
+
+LOCAL = Address("127.0.0.1", 0)
+S, D = Role.SOURCE, Role.DESTINATION
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture
+def good(authority: Authority, tmp_path: Path) -> SimpleNamespace:
+    """Directories of a source and a destination with which nothing is wrong."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for directory, party in ((there, "server"), (here, "client")):
+        authority.trust(directory)
+        authority.issue(directory, party, organization="Ours, Ltd")
+    return SimpleNamespace(there=there, here=here)
+
+
+def both(good: SimpleNamespace, **options) -> tuple[tls.Credentials, tls.Credentials]:
+    """Credentials of the destination and of the source."""
+    return (
+        tls.Credentials(str(good.there), D, authz=options.get("authz", ())),
+        tls.Credentials(str(good.here), S, hostname=options.get("hostname", "")),
+    )
+
+
+class Doorstep:
+    """A destination that listens, and keeps a record of whom it refuses, and why."""
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+        self.who: list[str] = []
+        self.door: Door
+        self.listener: link.Listener
+
+    def note(self, who: str, why: str) -> None:
+        self.who.append(who)
+        self.refused.append(why)
+
+    async def said(self) -> str:
+        """Why the only one that came was refused."""
+        while not self.refused:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        assert len(self.refused) == 1, self.refused
+        return self.refused[0]
+
+
+@contextlib.asynccontextmanager
+async def listening(credentials: tls.Credentials | None, **options) -> AsyncIterator[Doorstep]:
+    """Whatever is left open when this is over is a ResourceWarning, and so an error."""
+    step = Doorstep()
+
+    def placer(_info: GuestInfo):
+        raise NoPlaceError("no guest comes here")
+
+    async with asyncio.timeout(30):
+        step.listener = await link.listen(
+            options.pop("address", LOCAL), credentials=credentials, refused=step.note, **options
+        )
+        door = Door(
+            step.listener, Records(), lambda peer: Destination(peer, placer), lambda: False,
+            lambda _visitor: False, step.note,
+        )  # fmt: skip
+        async with door as step.door:
+            yield step
+        await asyncio.sleep(0.02)
+        gc.collect()
+
+
+async def fault_of(address: Address, credentials: tls.Credentials | None) -> MigrationError:
+    """What a source hears that greets a destination which refuses it."""
+    peer = None
+    try:
+        peer = await link.connect(address, timeout=10, credentials=credentials)
+        await peer.send(capabilities.offer(frozenset()))
+        message = await peer.receive_message()
+        assert isinstance(message, Error), message
+        return migrate.errors.peer_error(message)
+    except MigrationError as error:
+        return error
+    finally:
+        if peer is not None:
+            await peer.close()
+
+
+# ---------------------------------------------------------------- what is wrong with a certificate
+
+
+def stranger(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    other = Authority("another")
+    other.issue(directory, party)
+
+
+def namesake(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    """Of an authority that calls itself as ours does."""
+    Authority().issue(directory, party)
+
+
+def expired(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    authority.issue(directory, party, begins=-3, ends=-0.001)
+
+
+def early(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    authority.issue(directory, party, begins=0.01, ends=3)
+
+
+def other_party(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    authority.issue(directory, party, purpose="server" if party == "client" else "client")
+
+
+def revoked(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    certificate = authority.issue(directory, party)
+    authority.revoke(good.here if party == "server" else good.there, certificate)
+
+
+def old_list(authority: Authority, good: SimpleNamespace, party: str, directory: Path) -> None:
+    authority.revoke(good.here if party == "server" else good.there, ends=-0.1)
+
+
+FAULTS = {
+    stranger: (
+        "authority that signed it is not the one in our ca-cert.pem", "signed it is not the one in"
+    ),
+    namesake: (
+        "authority that signed it is not the one in our ca-cert.pem", "signed it is not the one in"
+    ),
+    expired: ("it has expired", "-cert.pem: expired"),
+    early: ("it is not valid yet", "-cert.pem: not valid yet, or not for the host name"),
+    other_party: ("it is not made for a {party}", "-cert.pem: made for another purpose"),
+    revoked: ("it was revoked", "-cert.pem: revoked"),
+    old_list: ("our ca-crl.pem cannot tell whether it is revoked: it has expired", "expired"),
+}  # fmt: skip
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("party", ["server", "client"])
+@pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
+async def test_a_bad_certificate_is_refused_and_both_say_why(
+    authority: Authority, good: SimpleNamespace, spoil, party: str
+) -> None:
+    spoil(authority, good, party, good.there if party == "server" else good.here)
+    verdict, heard = FAULTS[spoil]
+    verdict = verdict.format(party=party)
+    there, here = both(good)
+    async with listening(there) as step:
+        fault = await fault_of(step.listener.address, here)
+        said = await step.said()
+    assert isinstance(fault, TlsError)
+    assert fault.exit_code == 5
+    if party == "server":
+        assert "certificate of the destination is refused" in str(fault)
+        assert verdict in str(fault)
+        assert "the source refused" in said
+        assert heard in said
+    else:
+        assert "certificate of the source is refused" in said
+        assert verdict in said
+        assert f"the destination refused {good.here}/client-cert.pem" in str(fault)
+        assert heard in str(fault)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("host", ["elsewhere.example", "127.0.0.2"])
+async def test_a_certificate_for_another_host_is_refused(
+    authority: Authority, good: SimpleNamespace, host: str
+) -> None:
+    authority.issue(good.there, "server", host=host)
+    there, here = both(good)
+    async with listening(there) as step:
+        fault = await fault_of(step.listener.address, here)
+        said = await step.said()
+    assert isinstance(fault, TlsError)
+    assert "it is not for 127.0.0.1" in str(fault)
+    assert "--tls-hostname" in str(fault)
+    assert "or not for the host name it was asked under" in said
+
+
+@pytest.mark.asyncio
+async def test_a_host_has_the_name_that_it_is_said_to_have(
+    authority: Authority, good: SimpleNamespace, tmp_path: Path
+) -> None:
+    authority.issue(good.there, "server", host="elsewhere.example")
+    there, here = both(good, hostname="elsewhere.example")
+    async with listening(there) as step:
+        (await link.connect(step.listener.address, credentials=here)).abort()
+    local = Address(path=str(tmp_path / "socket"))
+    async with listening(there, address=local) as step:
+        (await link.connect(local, credentials=here)).abort()
+    _, here = both(good)
+    async with listening(there, address=local) as step:
+        assert "it is not for localhost" in str(await fault_of(local, here))
+
+
+# ---------------------------------------------------------------- our own files
+
+
+@pytest.mark.parametrize("role", [S, D])
+def test_a_missing_file_is_named_with_how_to_make_it(good: SimpleNamespace, role: Role) -> None:
+    directory = good.here if role is S else good.there
+    party = "client" if role is S else "server"
+    for name in ("ca-cert.pem", f"{party}-cert.pem", f"{party}-key.pem"):
+        hidden = (directory / name).rename(directory / "hidden")
+        with pytest.raises(
+            TlsError, match=re.escape(f"there is no {directory / name}: the README")
+        ):
+            tls.Credentials(str(directory), role)
+        hidden.rename(directory / name)
+    with pytest.raises(TlsError, match="there is no .*nowhere/ca-cert.pem"):
+        tls.Credentials(str(directory / "nowhere"), role)
+
+
+def test_a_file_that_is_not_what_it_should_be_is_named(
+    authority: Authority, good: SimpleNamespace
+) -> None:
+    here = good.here
+    key = (here / "client-key.pem").read_bytes()
+    authority.issue(here, "client")
+    (here / "client-key.pem").write_bytes(key)
+    with pytest.raises(TlsError, match=r"client-key\.pem: the key is not that of the certificate"):
+        tls.Credentials(str(here), S)
+    (here / "client-key.pem").write_bytes(b"nonsense")
+    with pytest.raises(TlsError, match=r"client-key\.pem: they cannot be read"):
+        tls.Credentials(str(here), S)
+    authority.issue(here, "client")
+    (here / "ca-crl.pem").write_bytes(b"nonsense")
+    with pytest.raises(TlsError, match=r"ca-crl\.pem is no list of revoked"):
+        tls.Credentials(str(here), S)
+    (here / "ca-cert.pem").write_bytes(b"nonsense")
+    with pytest.raises(TlsError, match=r"ca-cert\.pem holds no certificate"):
+        tls.Credentials(str(here), S)
+    (here / "ca-cert.pem").unlink()
+    (here / "ca-cert.pem").mkdir()
+    with pytest.raises(TlsError, match=r"ca-cert\.pem cannot be read: Is a directory"):
+        tls.Credentials(str(here), S)
+
+
+def test_an_encrypted_key_is_no_prompt(good: SimpleNamespace) -> None:
+    key = good.here / "client-key.pem"
+    clear = key.rename(good.here / "clear")
+    subprocess.run(
+        ["openssl", "pkey", "-in", clear, "-aes128", "-passout", "pass:secret", "-out", key],
+        check=True,
+    )
+    with pytest.raises(TlsError, match="the key is encrypted"):
+        tls.Credentials(str(good.here), S)
+
+
+def test_a_key_that_others_can_read_is_said(good: SimpleNamespace) -> None:
+    assert tls.Credentials(str(good.here), S).notices == []
+    (good.here / "client-key.pem").chmod(0o644)
+    (said,) = tls.Credentials(str(good.here), S).notices
+    assert said.endswith(f"chmod 600 {good.here}/client-key.pem")
+
+
+# ---------------------------------------------------------------- who may
+
+
+DN = "CN=client,O=Ours\\, Ltd"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("authz", "may"),
+    [
+        ((DN,), True),
+        (("client",), True),
+        (("127.0.0.1", "somebody", DN), True),
+        (("laptop.example",), True),
+        (("O=Ours\\, Ltd,CN=client",), False),
+        (("clien",), False),
+        (("",), False),
+    ],
+)
+async def test_only_who_is_named_may_bring_a_guest(
+    authority: Authority, good: SimpleNamespace, authz: tuple[str, ...], may: bool
+) -> None:
+    authority.issue(good.here, "client", organization="Ours, Ltd", host="laptop.example")
+    there, here = both(good, authz=authz)
+    async with listening(there) as step:
+        if may:
+            peer = await link.connect(step.listener.address, credentials=here)
+            await peer.send(capabilities.offer(frozenset()))
+            assert not isinstance(await peer.receive_message(), Error)
+            await peer.close()
+            return
+        fault = await fault_of(step.listener.address, here)
+        said = await step.said()
+    assert isinstance(fault, TlsError)
+    assert DN in str(fault)
+    assert DN in said
+    assert "--tls-authz" in said
+
+
+def test_names_are_written_as_the_standard_has_it() -> None:
+    def name(*pairs: tuple[str, str]) -> str:
+        return tls.distinguished_name({"subject": tuple((pair,) for pair in pairs)})
+
+    assert name(("countryName", "DE"), ("commonName", "a")) == "CN=a,C=DE"
+    assert name(("commonName", ' #a+b"\\ ')) == 'CN=\\ #a\\+b\\"\\\\\\ '
+    assert name(("commonName", "#1")) == "CN=\\#1"
+    assert name(("commonName", "a\nb")) == "CN=a\\0Ab"
+    assert tls.distinguished_name({}) == ""
+    two = {"subject": ((("commonName", "a"), ("userId", "u")),)}
+    assert tls.distinguished_name(two) == "CN=a+UID=u"
+    assert name_of("a", "o").rfc4514_string() == "CN=a,O=o"
+
+
+@pytest.mark.asyncio
+async def test_only_from_where_it_is_allowed(good: SimpleNamespace) -> None:
+    there, here = both(good)
+    far, near = tls.networks(["10.0.0.0/8", "::1"]), tls.networks(["127.0.0.0/8"])
+    for credentials in ((None, None), (there, here)):
+        async with listening(credentials[0], allow=near) as step:
+            (await link.connect(step.listener.address, credentials=credentials[1])).abort()
+        async with listening(credentials[0], allow=far) as step:
+            fault = await fault_of(step.listener.address, credentials[1])
+            assert "(--allow)" in await step.said()
+        if credentials[0] is None:
+            assert isinstance(fault, TlsError)
+            assert "your address may not connect here" in str(fault)
+        else:  # not even a handshake
+            assert isinstance(fault, ConnectError)
+
+
+def test_networks_are_read() -> None:
+    assert tls.allowed(("10.1.2.3", 1), tls.networks(["10.0.0.0/8"]))
+    assert tls.allowed(("::ffff:10.1.2.3", 1, 0, 0), tls.networks(["10.0.0.0/8"]))
+    assert not tls.allowed(("11.1.2.3", 1), tls.networks(["10.0.0.0/8", "::1"]))
+    assert tls.allowed(("fe80::1%eth0", 1, 0, 2), tls.networks(["fe80::/10"]))
+    assert tls.allowed("", tls.networks(["10.0.0.1"]))
+    for wrong in ("10.0.0.1/8", "host", "", "10.0.0.0/33"):
+        with pytest.raises(UsageError, match="--allow"):
+            tls.networks([wrong])
+
+
+# ---------------------------------------------------------------- one speaks TLS, the other not
+
+
+@pytest.mark.asyncio
+async def test_a_plain_source_is_told_that_the_destination_speaks_tls(
+    good: SimpleNamespace,
+) -> None:
+    there, _ = both(good)
+    async with listening(there) as step:
+        fault = await fault_of(step.listener.address, None)
+        assert "the source speaks no TLS" in await step.said()
+    assert isinstance(fault, TlsError)
+    assert "the destination speaks TLS, and this side does not" in str(fault)
+
+
+@pytest.mark.asyncio
+async def test_a_source_with_tls_is_told_that_the_destination_has_none(
+    good: SimpleNamespace,
+) -> None:
+    _, here = both(good)
+    async with listening(None) as step:
+        fault = await fault_of(step.listener.address, here)
+        assert "the source speaks TLS, and this side does not" in await step.said()
+    assert isinstance(fault, TlsError)
+    assert "the destination speaks no TLS" in str(fault)
+
+
+def bare_context(good: SimpleNamespace, certificate: bool = True) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(good.there / "ca-cert.pem"))
+    if certificate:
+        context.load_cert_chain(good.here / "client-cert.pem", good.here / "client-key.pem")
+    return context
+
+
+def bare_client(address: Address, context: ssl.SSLContext) -> str:
+    """What OpenSSL says to a client of its own."""
+    with socket.create_connection((address.host, address.port), 10) as plain:
+        try:
+            with context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+                sock.recv(1)
+        except ssl.SSLError as error:
+            return error.reason or str(error)
+    return ""
+
+
+@pytest.mark.asyncio
+async def test_tls_1_2_is_refused(good: SimpleNamespace) -> None:
+    there, _ = both(good)
+    context = bare_context(good)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with listening(there) as step:
+        heard = await asyncio.to_thread(bare_client, step.listener.address, context)
+        assert "the source does not speak TLS 1.3" in await step.said()
+    assert "PROTOCOL_VERSION" in heard
+
+
+@pytest.mark.asyncio
+async def test_a_destination_of_tls_1_2_is_refused(good: SimpleNamespace) -> None:
+    _, here = both(good)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(good.there / "server-cert.pem", good.there / "server-key.pem")
+
+    def serve() -> None:
+        with server.accept()[0] as plain, contextlib.suppress(OSError):
+            context.wrap_socket(plain, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(TlsError, match=r"TLS 1\.3"):
+            await link.connect(Address("127.0.0.1", server.getsockname()[1]), credentials=here)
+        thread.join()
+    gc.collect()
+
+
+@pytest.mark.asyncio
+async def test_who_gives_no_certificate_is_refused(good: SimpleNamespace) -> None:
+    there, _ = both(good)
+    async with listening(there) as step:
+        context = bare_context(good, certificate=False)
+        heard = await asyncio.to_thread(bare_client, step.listener.address, context)
+        assert "the source gave no certificate" in await step.said()
+    assert "CERTIFICATE_REQUIRED" in heard
+
+
+# ---------------------------------------------------------------- who stalls
+
+
+@pytest.mark.asyncio
+async def test_who_stalls_in_the_handshake_does_not_keep_out_the_source(
+    good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = both(good)
+    monkeypatch.setattr(secure, "HANDSHAKE_SECONDS", 0.8)
+    hello, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    half = bare_context(good).wrap_bio(hello, outgoing, server_hostname="127.0.0.1")
+    with pytest.raises(ssl.SSLWantReadError):
+        half.do_handshake()
+    words = outgoing.read()
+    stalled = []
+    async with listening(there) as step:
+        address = step.listener.address
+        for number in range(2 * link.MAX_HANDSHAKES):
+            sock = socket.create_connection((address.host, address.port))
+            sock.sendall((b"", words[:-1], words)[number % 3])
+            stalled.append(sock)
+            if number % 16 == 0:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert len(step.listener._shaking) <= link.MAX_HANDSHAKES
+        began = asyncio.get_running_loop().time()
+        peer = await link.connect(address, timeout=5, credentials=here)
+        assert asyncio.get_running_loop().time() - began < 2
+        peer.abort()
+        while step.listener._shaking:
+            await asyncio.sleep(0.05)
+        assert any("did not finish the TLS handshake in 0.8 s" in why for why in step.refused)
+        for sock in stalled:
+            sock.close()
+
+
+@pytest.mark.asyncio
+async def test_a_destination_that_stalls_is_given_up(good: SimpleNamespace) -> None:
+    _, here = both(good)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = Address("127.0.0.1", server.getsockname()[1])
+        with pytest.raises(ConnectError, match=r"no answer from .* within 0\.3 s"):
+            await link.connect(address, timeout=0.3, credentials=here)
+    gc.collect()
+
+
+@pytest.mark.asyncio
+async def test_a_destination_that_breaks_off_may_be_tried_again(good: SimpleNamespace) -> None:
+    """A handshake that is cut says nothing of trust."""
+    _, here = both(good)
+    for reset in (False, True):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = Address("127.0.0.1", server.getsockname()[1])
+
+            def serve(server=server, reset=reset) -> None:
+                sock = server.accept()[0]
+                if not reset:
+                    sock.recv(1 << 16)
+                sock.close()
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            with pytest.raises(ConnectError, match="TLS handshake"):
+                await link.connect(address, credentials=here)
+            thread.join()
+        gc.collect()
+
+
+@pytest.mark.asyncio
+async def test_a_door_that_is_cancelled_as_it_closes_leaves_nothing_open() -> None:
+    """A destination fails, its source hears of it, and whoever runs both then cancels the rest."""
+    closing = asyncio.Event()
+
+    async def serve() -> None:
+        async with listening(None):
+            closing.set()
+
+    task = asyncio.create_task(serve())
+    await closing.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.02)
+    gc.collect()
+
+
+# ---------------------------------------------------------------- the connection
+
+
+@pytest.mark.asyncio
+async def test_the_socket_is_set_as_that_of_a_plain_connection(good: SimpleNamespace) -> None:
+    there, here = both(good)
+    async with listening(there) as step:
+        peer = await link.connect(
+            step.listener.address, credentials=here, congestion="cubic", peer_timeout=8
+        )
+        assert peer._transport is not None
+        sock = peer._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 8000
+        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert name.rstrip(b"\0") == b"cubic"
+        assert peer.peer_name == f"127.0.0.1:{step.listener.address.port}"
+        assert not peer.exposed
+        peer.abort()
+
+
+@pytest.mark.asyncio
+async def test_a_record_that_was_changed_is_a_broken_connection(good: SimpleNamespace) -> None:
+    """Who can change bytes on the way can cut the connection as well: neither is more than that."""
+    there, here = both(good)
+    listener = await link.listen(LOCAL, credentials=there)
+    near = await link.connect(listener.address, credentials=here)
+    far = await listener.accept()
+    assert isinstance(far._transport, secure.Secured)
+    forged = b"\x17\x03\x03\x00\x20" + bytes(32)
+    far._transport.get_buffer(-1)[: len(forged)] = forged
+    far._transport.buffer_updated(len(forged))
+    with pytest.raises(migrate.errors.PeerLost, match="TLS connection broke"):
+        await far.receive()
+    with pytest.raises(MigrationError):
+        await near.receive()
+    for one in (near, far):
+        await one.close()
+    await listener.close()
+    gc.collect()
+
+
+async def move(
+    good: SimpleNamespace, array: numpy.ndarray, *, breaks: tuple[int, ...] = (),
+    secret: bool = True, keep: bool = False, channels: int = 1,
+) -> tuple[migrate.Statistics, migrate.Received, Relay]:  # fmt: skip
+    """Moves an array through a relay, from thread to thread as it were."""
+    there, here = both(good) if secret else (None, None)
+    address = asyncio.get_running_loop().create_future()
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        receiver = group.create_task(
+            migrate.receive("127.0.0.1:0", listening=address.set_result, credentials=there)
+        )
+        with Relay(str(await address), breaks, keep=keep) as relay:
+            statistics = await migrate.send(
+                migrate.BufferGuest(array), relay.address,
+                migrate.Parameters(channels=channels), credentials=here,
+            )  # fmt: skip
+            received = await receiver
+    gc.collect()
+    return statistics, received, relay
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("channels", [1, 4])
+async def test_a_guest_moves(good: SimpleNamespace, channels: int) -> None:
+    array = numpy.random.default_rng(1).integers(0, 256, 24_000_001, dtype="u1")
+    statistics, received, _ = await move(good, array, channels=channels)
+    assert statistics.channels == channels
+    assert statistics.status == "completed"
+    assert numpy.array_equal(numpy.frombuffer(received.memory, dtype="u1"), array)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("channels", [1, 4])
+async def test_a_migration_that_is_cut_is_resumed(good: SimpleNamespace, channels: int) -> None:
+    array = numpy.random.default_rng(2).integers(0, 256, 24_000_000, dtype="u1")
+    breaks = (6_000_000, 15_000_000)
+    statistics, received, relay = await move(good, array, breaks=breaks, channels=channels)
+    assert relay.broken
+    assert statistics.reconnects == 2
+    assert statistics.transferred < 1.9 * len(array)
+    assert numpy.array_equal(numpy.frombuffer(received.memory, dtype="u1"), array)
+
+
+@pytest.mark.asyncio
+async def test_who_is_no_longer_trusted_does_not_connect_again(good: SimpleNamespace) -> None:
+    """Trying again would not help: it ends at once, not when --retry is up."""
+    array = numpy.random.default_rng(3).integers(0, 256, 24_000_000, dtype="u1")
+    there, here = both(good)
+    address = asyncio.get_running_loop().create_future()
+
+    def observe(event: str, _statistics: migrate.Statistics) -> None:
+        if "connecting again" in event:
+            Authority("another").issue(good.here, "client")
+            here.context.load_cert_chain(
+                good.here / "client-cert.pem", good.here / "client-key.pem"
+            )
+
+    async with asyncio.timeout(20):
+        receiver = asyncio.create_task(
+            migrate.receive("127.0.0.1:0", listening=address.set_result, credentials=there)
+        )
+        with Relay(str(await address), (6_000_000,)) as relay:
+            with pytest.raises(TlsError, match="signed it is not the one in its ca-cert"):
+                await migrate.send(
+                    migrate.BufferGuest(array), relay.address, observer=observe, credentials=here
+                )
+            receiver.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await receiver
+    gc.collect()
+
+
+@pytest.mark.asyncio
+async def test_nothing_of_the_guest_can_be_read_on_the_way(good: SimpleNamespace) -> None:
+    array = numpy.frombuffer(b"a secret word" * 100_000, dtype="u1").copy()
+    for secret in (False, True):
+        _, _, relay = await move(good, array, secret=secret, keep=True)
+        seen = bytes(relay.seen)
+        for word in (b"a secret word", b"XBM1", b"buffer", b"page-hash", b"Ours, Ltd"):
+            plain = word != b"Ours, Ltd"  # certificates are encrypted, too
+            assert (word in seen) == (plain and not secret), word
+
+
+# ---------------------------------------------------------------- plain, to another host
+
+
+def test_what_another_host_is() -> None:
+    assert tls.another_host(("10.0.0.1", 1), ("10.0.0.2", 2))
+    assert tls.another_host(("fe80::1%eth0", 1, 0, 2), ("fe80::2%eth0", 2, 0, 2))
+    assert not tls.another_host(("10.0.0.1", 1), ("10.0.0.1", 2))
+    assert not tls.another_host(("127.0.0.1", 1), ("127.0.0.2", 2))
+    assert not tls.another_host(("::ffff:127.0.0.1", 1, 0, 0), ("::ffff:127.0.0.1", 2, 0, 0))
+    assert not tls.another_host("", "/run/socket")
+
+
+@pytest.mark.asyncio
+async def test_tls_can_be_required(
+    good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MIGRATE_REQUIRE_TLS", "1")
+    there, here = both(good)
+    with pytest.raises(TlsError, match="plain TCP to another host"):
+        await link.listen(Address("", 0))
+    await (await link.listen(Address("", 0), credentials=there)).close()
+    async with listening(None, address=Address(path=str(tmp_path / "socket"))):
+        pass
+    async with listening(None) as step:
+        (await link.connect(step.listener.address)).abort()
+        monkeypatch.setattr(tls, "another_host", lambda _near, _far: True)
+        with pytest.raises(TlsError, match="MIGRATE_REQUIRE_TLS is set: give --tls-creds"):
+            await link.connect(step.listener.address)
+        monkeypatch.setenv("MIGRATE_REQUIRE_TLS", "perhaps")
+        with pytest.raises(UsageError, match="MIGRATE_REQUIRE_TLS='perhaps': it is 1 or 0"):
+            await link.connect(step.listener.address)
+    monkeypatch.setenv("MIGRATE_REQUIRE_TLS", "1")
+    async with listening(there) as step:
+        (await link.connect(step.listener.address, credentials=here)).abort()
+    gc.collect()
+
+
+@pytest.mark.asyncio
+async def test_a_python_program_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls, "another_host", lambda _near, _far: True)
+    array = numpy.ones(10_000)
+    with pytest.warns(RuntimeWarning, match=r"unencrypted.*credentials="):
+        await move(SimpleNamespace(), array, secret=False)
+
+
+# ---------------------------------------------------------------- the programs
+
+
+def test_the_commands_in_the_readme_make_what_the_programs_take(tmp_path: Path) -> None:
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    section = readme.partition("### Encryption")[2].partition("\n### ")[0]
+    commands = re.findall(r"(?m)^    (openssl .*)$", section)
+    assert len(commands) == 3
+    for command in commands:
+        subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True)
+    for directory, party in (("there", "server"), ("here", "client")):
+        (tmp_path / directory).mkdir()
+        for name in (f"{party}-cert.pem", f"{party}-key.pem"):
+            (tmp_path / name).rename(tmp_path / directory / name)
+        (tmp_path / directory / "ca-cert.pem").write_bytes((tmp_path / "ca-cert.pem").read_bytes())
+    authz = re.findall(r"--tls-authz (\w+)", section)
+    receiver, address = destination(
+        "--tls-creds", str(tmp_path / "there"), "--tls-authz", authz[0], "--allow", "127.0.0.1"
+    )
+    sender = Program(
+        "migrate-src", "--tls-creds", str(tmp_path / "here"), "--tls-hostname", "host",
+        "--guest", "demo:8m,hot=1m", "--channels", "2", address,
+    )  # fmt: skip
+    assert sender.wait() == 0, sender.err
+    assert receiver.wait() == 0, receiver.err
+    pid = guest_pid(receiver.out)
+    assert look_at(pid)[2] < 0
+    end_guest(pid)
+    assert "warning" not in sender.err + receiver.err
+
+
+def test_a_refused_program_ends_with_5_and_the_destination_waits_on(
+    authority: Authority, good: SimpleNamespace
+) -> None:
+    receiver, address = destination("--tls-creds", str(good.there), "--tls-authz", DN)
+    words = ["migrate-src", "--guest", "demo:8m", "--progress", "never"]
+    try:
+        plain = Program(*words, address)
+        assert plain.wait() == 5
+        assert "the destination speaks TLS" in plain.err
+        end_guest(guest_pid(plain.err))
+        authority.issue(good.here, "client", begins=-3, ends=-1)
+        refused = Program(*words, "--tls-creds", str(good.here), address)
+        assert refused.wait() == 5
+        assert "client-cert.pem: expired" in refused.err
+        assert "process" not in refused.err  # no guest was begun
+        authority.issue(good.here, "client", organization="Theirs")
+        denied = Program(*words, "--tls-creds", str(good.here), address)
+        assert denied.wait() == 5
+        assert "CN=client,O=Theirs is none of those who may" in denied.err
+        end_guest(guest_pid(denied.err))
+        authority.issue(good.here, "client", organization="Ours, Ltd")
+        (good.here / "client-key.pem").chmod(0o640)
+        resolve = Program("migrate-src", "resolve", "--tls-creds", str(good.here))
+        assert resolve.wait() == 0
+        welcome = Program(*words, "--tls-creds", str(good.here), address)
+        assert welcome.wait() == 0, welcome.err
+        assert "client-key.pem can be read by others" in welcome.err
+        assert receiver.wait() == 0
+        end_guest(guest_pid(receiver.out))
+        for why in ("speaks no TLS", "it has expired", "CN=client,O=Theirs is none"):
+            assert re.search(rf"refused 127\.0\.0\.1:\d+: .*{why}", receiver.err), receiver.err
+    finally:
+        receiver.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--tls-authz", "x"], 2, "of use with --tls-creds"),
+        (["--allow", "nonsense"], 2, "--allow"),
+        (["--tls-creds", "/nowhere"], 5, "there is no /nowhere/ca-cert.pem"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(words: list[str], code: int, said: str) -> None:
+    program = Program("migrate-dst", "--listen", "127.0.0.1:0", *words)
+    assert program.wait() == code
+    assert said in program.err
+
+
+def test_plain_tcp_to_another_host_warns_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    need(os.geteuid() == 0 and shutil.which("ip"), "network namespaces: root and iproute2")
+    with Network() as net:
+        receiver, address = destination(listen=f"{FAR}:0", namespace=net.far)
+        words = ["migrate-src", "--guest", "demo:8m", "--channels", "3", "--progress", "never"]
+        try:
+            with monkeypatch.context() as patch:
+                patch.setenv("MIGRATE_REQUIRE_TLS", "1")
+                refused = Program(*words, address, namespace=net.near)
+                assert refused.wait() == 5
+                assert "plain TCP to another host" in refused.err
+                other = Program("migrate-dst", "--listen", f"{FAR}:0", namespace=net.far)
+                assert other.wait() == 5
+            sender = Program(*words, address, namespace=net.near)
+            assert sender.wait() == 0, sender.err
+            assert receiver.wait() == 0
+            end_guest(guest_pid(receiver.out))
+            assert sender.err.count("unencrypted") == 1
+            assert receiver.err.count("unencrypted") == 1
+        finally:
+            receiver.kill()
+
+
+def test_the_code_for_who_is_denied() -> None:
+    fault = migrate.errors.peer_error(Error(ErrorCode.DENIED, "you may not"))
+    assert (type(fault), fault.exit_code) == (TlsError, 5)
