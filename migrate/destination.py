@@ -344,6 +344,7 @@ class Destination:
         journal = self._records.journal(os.urandom(TOKEN_BYTES))
         if place.lasting:
             await asyncio.to_thread(journal.begin, place=place.facts())
+            place.persist()
         earlier, self._resumed = (self._journal, self._resumed), None
         for one in filter(None, earlier):
             if one.identity == resume:

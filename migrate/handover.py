@@ -210,7 +210,14 @@ class Records:
     def attempts(self) -> list[Journal]:
         """Journals of attempts that broke off, whose pages are still here."""
         every = journals(Role.DESTINATION, self.directory) if self.directory else ()
-        return [one for one in every if one.claim is Claim.NONE and "place" in one.facts]
+        wanted = {"path": str, "temporary": str, "size": int}
+        return [
+            one for one in every
+            if one.claim is Claim.NONE and all(
+                isinstance(one.facts.get("place", {}).get(name), kind)
+                for name, kind in wanted.items()
+            )
+        ]  # fmt: skip
 
     def attempt(self, token: bytes) -> Journal | None:
         """That of one attempt, locked; None where there is none. Raises JournalError."""

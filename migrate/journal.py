@@ -194,8 +194,9 @@ class Journal:
             self.open(create=False)
         except JournalError:
             return
-        temporary = self.facts.get("place", {}).get("temporary")
-        for path in (temporary if self.claim is Claim.NONE and not alone else "", self._path):
+        temporary = str(self.facts.get("place", {}).get("temporary", ""))
+        ours = temporary.endswith(".xbmigrate") and self.claim is Claim.NONE and not alone
+        for path in (temporary if ours else "", self._path):
             if path:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
@@ -280,6 +281,21 @@ def journals(role: Role, directory: str) -> Iterator[Journal]:
                 journal.forget()
                 continue
             yield journal
+
+
+def damaged(role: Role, directory: str) -> list[str]:
+    """What is wrong with each journal of a side that cannot be read: nobody goes by those."""
+    wrong = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in sorted(os.listdir(directory)):
+            if name.endswith(f".{role.value}"):
+                try:
+                    claim_in(os.path.join(directory, name))
+                except JournalError as error:
+                    wrong.append(str(error))
+                except UsageError:
+                    continue
+    return wrong
 
 
 def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | None:

@@ -549,9 +549,18 @@ def test_what_is_no_guest_file_is_refused(tmp_path):
 PAGE = 4096
 
 
-@pytest.fixture
-def place_of():
-    """Makes file places."""
+@pytest.fixture(params=["named-later", "hidden-name"])
+def place_of(request, monkeypatch):
+    """Makes file places, on file systems with and without files that have no name."""
+    real = os.open
+
+    def without_tmpfile(path, flags, *mode, **more):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(95, "Operation not supported")
+        return real(path, flags, *mode, **more)
+
+    if request.param == "hidden-name":
+        monkeypatch.setattr(os, "open", without_tmpfile)
 
     def make(size: int, path: Path, *, overwrite: bool = False, temporary: str = "") -> FilePlace:
         info = GuestInfo("file", size, PAGE, bytes(16))
@@ -575,6 +584,7 @@ async def test_an_output_appears_whole_or_not_at_all(place_of, tmp_path):
     place.memory[:size] = content
     place.sync()
     assert visible(tmp_path) == []
+    place.persist()
     await place.prepare(b"")
     place.secure()
     assert visible(tmp_path) == []
@@ -592,6 +602,7 @@ async def test_a_discarded_output_leaves_nothing(place_of, tmp_path, prepared):
     place.make_room(0)
     place.memory[:5] = b"half "
     if prepared:
+        place.persist()
         await place.prepare(b"")
         place.secure()
     await place.discard()
@@ -608,6 +619,7 @@ async def test_pages_never_written_stay_holes(place_of, tmp_path):
     os.pwrite(place.fd, b"d" * PAGE, place.fd_offset + 101 * PAGE)
     into = memoryview(bytearray(size))
     assert place.reads.read(0, into) == size
+    place.persist()
     await place.prepare(b"")
     place.secure()
     await place.start(b"")
@@ -626,6 +638,7 @@ async def test_an_existing_output_is_refused(place_of, tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
     path.unlink()
     place = place_of(PAGE, path)
+    place.persist()
     await place.prepare(b"")
     place.secure()
     path.write_bytes(b"came meanwhile")
@@ -643,6 +656,7 @@ async def test_an_output_is_replaced_at_once_when_it_may(place_of, tmp_path):
     place = place_of(3, path, overwrite=True)
     place.make_room(0)
     place.memory[:3] = b"new"
+    place.persist()
     await place.prepare(b"")
     place.secure()
     assert path.read_bytes() == b"old"
@@ -657,6 +671,7 @@ async def test_a_discarded_replacement_leaves_the_old_one(place_of, tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old")
     place = place_of(3, path, overwrite=True)
+    place.persist()
     await place.prepare(b"")
     place.secure()
     await place.discard()
@@ -685,6 +700,10 @@ for page in range(256):
     place.make_room(page)
 place.memory[:] = b"x" * (1 << 20)
 """
+    with Mover(code, tmp_path / "out") as mover:
+        mover.kill()
+    assert list(tmp_path.iterdir()) == [], "nothing is written down of it"
+    code += "place.persist()"
     with Mover(code, tmp_path / "out") as mover:
         mover.kill()
         [left] = tmp_path.iterdir()

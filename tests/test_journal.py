@@ -4,7 +4,7 @@ import zlib
 
 import pytest
 
-from migrate.journal import MAX_BYTES, Journal, JournalError, claim_in, journals
+from migrate.journal import MAX_BYTES, Journal, JournalError, claim_in, damaged, journals
 from proto.ownership import Claim, Event, Role
 
 IDENTITY = bytes(16)
@@ -58,6 +58,9 @@ def test_a_claim_behind_damage_is_not_forgotten(tmp_path, journal, at):
         journal.open()
     journal.close()
     assert list(journals(Role.DESTINATION, str(tmp_path))) == []
+    [said] = damaged(Role.DESTINATION, str(tmp_path))
+    assert "damaged" in said
+    assert damaged(Role.SOURCE, str(tmp_path)) == []
     with open(path, "rb") as file:
         assert file.read() == content
 

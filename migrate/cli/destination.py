@@ -25,7 +25,7 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import MigrationError, OnCompleteError, PeerError
-from migrate.journal import default_directory
+from migrate.journal import damaged, default_directory
 from proto.ownership import Role
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ class DestinationProgram:
 
         for said in await self.records.finish(self.resolve_timeout):
             self._say(said)
+        for wrong in damaged(Role.DESTINATION, self.records.directory):
+            self._say(f"not looked at: {wrong}")
         for file in {one.facts["place"]["temporary"] for one in self._attempts()}:
             self._say(f"a guest came half-way here ({file}): its source can go on with it")
         listener = await link.listen(

@@ -31,7 +31,7 @@ from migrate.errors import (
     PeerLost,
     UsageError,
 )
-from migrate.journal import Journal, claim_in, default_directory, journals, settled
+from migrate.journal import Journal, claim_in, damaged, default_directory, journals, settled
 from proto.ownership import Claim, Event, Role
 
 # What the other side's journal must claim for one side to be kept, by the side that asks.
@@ -75,6 +75,8 @@ def find(args: argparse.Namespace, role: Role) -> Journal | None:
     """The journal that is meant; None where there is nothing to settle, which is said."""
     directory = args.journal or default_directory()
     known = list(journals(role, directory))
+    for wrong in damaged(role, directory):
+        print(f"not looked at: {wrong}", file=sys.stderr)
     if args.id:
         found = [one for one in known if one.name.startswith(args.id.lower())]
         if len(found) != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 import secrets
@@ -214,7 +215,8 @@ async def run_command(command: str, what: str, **environment: str) -> None:
 class FilePlace(Place):
     """`--output PATH`: appears under its name when it is complete, or not at all.
 
-    Until then it has a hidden name beside that. Pages that were never written stay holes.
+    Until then it has a hidden name beside that, and none at all before that name is written down,
+    where the file system can do that (O_TMPFILE). Pages that were never written stay holes.
     """
 
     lasting = True
@@ -235,20 +237,46 @@ class FilePlace(Place):
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
         check_output(path, overwrite)
-        made = 0 if temporary else os.O_CREAT | os.O_EXCL
+        self._nameless = False
         try:
-            self.fd = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC | made, 0o600)
+            self.fd = os.open(temporary, os.O_RDWR | os.O_CLOEXEC) if temporary else self._make()
             try:
                 os.ftruncate(self.fd, self._padded)
                 self._map = mmap.mmap(self.fd, self._padded)
             except OSError:
                 os.close(self.fd)
-                os.unlink(self._temporary)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._temporary)
                 raise
         except OSError as error:
             raise UsageError(f"--output {path}: {error.strerror}") from None
         self.memory = memoryview(self._map)
         self.reads = Memory(info.size, fd=self.fd)
+
+    def _make(self) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            fd = os.open(self._directory, flags | os.O_TMPFILE, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                raise
+            return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        self._nameless = True
+        return fd
+
+    def persist(self) -> None:
+        if not self._nameless:
+            return
+        try:
+            # A directory must be given for linkat(2) to be used, which follows the link.
+            own = os.open("/proc/self/fd", os.O_RDONLY)
+            try:
+                os.link(str(self.fd), self._temporary, src_dir_fd=own, follow_symlinks=True)
+            finally:
+                os.close(own)
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+        self._nameless = False
 
     def _hidden_name(self) -> str:
         name = f".{os.path.basename(self.path)}.{secrets.token_hex(4)}.xbmigrate"

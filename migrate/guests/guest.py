@@ -112,6 +112,10 @@ class Place(ABC):
     async def prepare(self, state: bytes) -> None:
         """Everything that can fail before the guest is ours, so that `start` cannot."""
 
+    def persist(self) -> None:
+        """Its facts are written down: where it is `lasting`, it outlives this program from here
+        on. Raises MigrationError."""
+
     def unprepare(self) -> None:
         """Undoes `prepare` and `secure`: more pages will come."""
 
