@@ -44,6 +44,19 @@ def default_directory() -> str:
     return os.path.join(state, "xbmigrate")
 
 
+def check_directory(path: str) -> None:
+    """Raises UsageError where no journal can be written, before anything is begun."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UsageError(
+            f"journals in {path}: {error.strerror}: name a directory that can be written and "
+            "outlasts a crash (--journal DIR)"
+        ) from None
+
+
 class Journal:
     """The claim of one side of one migration.
 

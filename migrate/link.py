@@ -48,6 +48,9 @@ MAX_WAITING = 4 * BACKLOG
 MAX_HANDSHAKES = 2 * BACKLOG
 # Who is sent away is told so when it has said something, or after so long.
 FIRST_WORD_SECONDS = 5.0
+# Inside a frame a peer sends so many bytes per second at least: who sends one now and then is not
+# silent, and would be listened to for ever.
+LEAST_RATE = 256
 # In each `peer_timeout` a silent peer is asked so often, by us and by the kernel.
 BEATS = 4
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
@@ -107,6 +110,7 @@ class Link(asyncio.BufferedProtocol):
         self._closed = asyncio.Event()
         self._reading = True
         self._heard_at = time.monotonic()
+        self._frame_began: tuple[float, int] | None = None
         self._tokens = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float]] = {}
         self._heart: asyncio.Task[None] | None = None
@@ -152,6 +156,10 @@ class Link(asyncio.BufferedProtocol):
         self._heard_at = time.monotonic()
         if self.session.reader.has_news:
             self._parse()
+        if not self.session.reader.partial or not self._reading:
+            self._frame_began = None
+        elif self._frame_began is None:
+            self._frame_began = self._heard_at, self.received_bytes
 
     def eof_received(self) -> bool:
         return False
@@ -203,6 +211,7 @@ class Link(asyncio.BufferedProtocol):
             return
         self._reading = not full
         if full:
+            self._frame_began = None
             self._transport.pause_reading()
         else:
             self._heard_at = time.monotonic()
@@ -309,7 +318,13 @@ class Link(asyncio.BufferedProtocol):
             now = time.monotonic()
             if now - due > interval:
                 # We were stopped ourselves: what the peer said meanwhile is still unread.
-                self._heard_at = now
+                self._heard_at, self._frame_began = now, None
+            if self._trickles(now):
+                self._fail(
+                    PeerLost(f"{self.peer_name} sends less than {LEAST_RATE} bytes a second")
+                )
+                self.abort()
+                return
             silence = now - self._heard_at
             if self._reading and silence >= self.peer_timeout:
                 self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.3g} s"))
@@ -318,6 +333,14 @@ class Link(asyncio.BufferedProtocol):
             if now >= ping_at:
                 ping_at = now + interval
                 self._ping()
+
+    def _trickles(self, now: float) -> bool:
+        """Whether a frame that was begun comes so slowly that it is never meant to be whole."""
+        if self._frame_began is None or not self._reading:
+            return False
+        began, had = self._frame_began
+        seconds = now - began
+        return seconds > self.peer_timeout and self.received_bytes - had < LEAST_RATE * seconds
 
     def _ping(self) -> None:
         # What waits to be sent will say as much, and a peer that takes nothing gets no queue.

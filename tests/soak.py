@@ -151,6 +151,10 @@ class Move:
         """Bytes that were compared."""
         raise NotImplementedError
 
+    def moved(self) -> bool:
+        """Nobody would start migrate-src again."""
+        return False
+
     def end(self) -> None:
         for program in (self.receiver, getattr(self, "source", None)):
             if program is not None and program.process.poll() is None:
@@ -186,7 +190,8 @@ class Move:
         if side == "source":
             self.source.kill()
             self.ended(self.source)
-            self.source = self.send()
+            if not self.moved():
+                self.source = self.send()
         else:
             self.receiver.kill()
             self.ended(self.receiver)
@@ -331,9 +336,16 @@ class FileMove(Move):
         self.writer.stdout.readline()
 
     def listen(self) -> Program:
-        if "--output" not in self.destination_words:
-            self.destination_words += ["--output", str(self.output)]
-        return super().listen()
+        # One that is only to answer needs another output.
+        output = f"{self.output}-2" if self.moved() else str(self.output)
+        words = self.destination_words
+        self.destination_words = [*words, "--output", output]
+        program = super().listen()
+        self.destination_words = words
+        return program
+
+    def moved(self) -> bool:
+        return self.output.exists()
 
     def guest(self) -> list[str]:
         return [f"file:{self.memory}", "--pid", str(self.writer.pid)]

@@ -25,7 +25,7 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import MigrationError, OnCompleteError, PeerError
-from migrate.journal import damaged, default_directory
+from migrate.journal import check_directory, damaged, default_directory
 from proto.ownership import Role
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ class DestinationProgram:
         self.warned = False
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
-        self.records = Records(args.journal or default_directory(), reopen_place)
+        journal = args.journal or default_directory()
+        check_directory(journal)
+        self.records = Records(journal, reopen_place)
         self.stop = Stop()
         self.destination: Destination | None = None
         self.place: Place | None = None

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from migrate.tls import Credentials
 
 VERSION = "0.1.0"
+# All channels there can be, twice as many strangers, and some.
+OPEN_FILES = 1024
+LEAST_OPEN_FILES = 256
 CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
 
 
@@ -248,6 +252,19 @@ async def answering(address: str, commands: Mapping[str, Command]) -> AsyncItera
         await server.close()
 
 
+def check_open_files() -> None:
+    """Takes what there may be of file descriptors. Raises UsageError where that is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES:
+        soft = OPEN_FILES if hard < 0 else min(OPEN_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if 0 <= soft < LEAST_OPEN_FILES:
+        raise UsageError(
+            f"no more than {soft} files may be open here, and {LEAST_OPEN_FILES} may be needed: "
+            "raise the limit (ulimit -n)"
+        )
+
+
 def run(
     parser: Parser,
     program: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
@@ -256,13 +273,20 @@ def run(
     """Runs a program on uvloop, with these arguments or its own; its exit code."""
     try:
         args = parser.parse_args(words)
+        check_open_files()
         import uvloop
 
-        with contextlib.suppress(BrokenPipeError):
-            return uvloop.run(program(args))
-        return 1
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(program(args))
     except MigrationError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        why = f"{error.strerror or error}"
+        print(f"{parser.prog}: {why}{f': {error.filename}' if error.filename else ''}",
+              file=sys.stderr)  # fmt: skip
+        return 1
     except KeyboardInterrupt:
         return 130

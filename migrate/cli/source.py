@@ -26,7 +26,7 @@ from migrate.cli.program import (
 )
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
-from migrate.journal import attempt, default_directory
+from migrate.journal import attempt, check_directory, default_directory
 from proto.ownership import Role
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class SourceProgram:
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
         self.journal = args.journal or default_directory()
+        check_directory(self.journal)
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         if args.congestion:
