@@ -157,7 +157,7 @@ class Move:
 
     def end(self) -> None:
         for program in (self.receiver, getattr(self, "source", None)):
-            if program is not None and program.process.poll() is None:
+            if program is not None:
                 program.kill()
                 program.wait()
         self.tap.close()

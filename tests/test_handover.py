@@ -218,7 +218,7 @@ def test_a_source_killed_at_a_line_of_its_journal(two, moment: str, line: int) -
     both.receiver.kill(signal.SIGTERM)
     both.receiver.wait()
     assert both.resolve()[1].startswith("nothing to settle")
-    assert both.running() == [SOURCE_LINES[moment, line]]
+    until(lambda: both.running() == [SOURCE_LINES[moment, line]])
 
 
 DESTINATION_LINES = {

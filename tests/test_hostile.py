@@ -141,7 +141,7 @@ def header(kind: int, length: int, head: int | None = None, channel: int = 0) ->
 # What a stranger says first, and what it is told.
 FIRST_WORDS = {
     "http": (b"GET / HTTP/1.1\r\n\r\n", "not an xbmigrate stream"),
-    "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), "not an xbmigrate"),
+    "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), "the source speaks TLS"),
     "zeros": (bytes(4096), "not an xbmigrate stream"),
     "an unknown type": (header(99, 0), "unknown frame type 99"),
     "pages": (header(5, 2 * MIB, 28), "sent PAGES in state START"),
