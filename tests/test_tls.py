@@ -9,9 +9,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,7 +35,14 @@ from proto.ownership import Role
 from tests.authority import Authority, name_of
 from tests.network import FAR
 from tests.network import Link as Network
-from tests.programs import Program, destination, end_guest, guest_pid, look_at
+from tests.programs import (
+    Program,
+    breaks_are_final,
+    destination,
+    end_guest,
+    guest_pid,
+    look_at,
+)
 from tests.relay import Relay
 from tests.requirements import need
 
@@ -780,6 +789,36 @@ def test_a_refused_program_ends_with_5_and_the_destination_waits_on(
             assert re.search(rf"refused 127\.0\.0\.1:\d+: .*{why}", receiver.err), receiver.err
     finally:
         receiver.kill()
+
+
+def test_whose_the_guest_is_is_asked_over_tls(good: SimpleNamespace, tmp_path: Path) -> None:
+    """The source is killed after GO: `resolve` shows the same certificate, or hears why not."""
+    journal = ["--journal", str(tmp_path)]
+    receiver, address = destination(
+        *journal, "--tls-creds", str(good.there), "--resolve-timeout", "30s"
+    )
+    words = breaks_are_final(
+        "migrate-src", [*journal, "--tls-creds", str(good.here), "--guest", "demo:8m", address]
+    )
+    source = subprocess.run(
+        [sys.executable, "-m", "tests.crash", "before", "3", "migrate-src", *words],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    try:
+        assert source.returncode == -signal.SIGKILL
+        plain = Program("migrate-src", "resolve", *journal)
+        assert plain.wait() != 0
+        assert "speaks TLS" in plain.err
+        known = Program("migrate-src", "resolve", *journal, "--tls-creds", str(good.here))
+        assert known.wait() == 0, known.err
+        assert "the guest runs at the destination" in known.out
+        assert receiver.wait() == 0, receiver.err
+    finally:
+        receiver.kill()
+        receiver.wait()
+        end_guest(guest_pid(source.stderr))
+        if receiver.out:
+            end_guest(guest_pid(receiver.out))
 
 
 @pytest.mark.parametrize(
