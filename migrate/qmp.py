@@ -154,9 +154,14 @@ class Conversation:
         return {} if answer is None else answer
 
 
+def _no_number(name: str) -> None:
+    """Python would take these, and give them back in an `id`; they are no JSON."""
+    raise ValueError(name)
+
+
 def _request(text: bytes) -> dict[str, Any]:
     try:
-        request = json.loads(text)
+        request = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise CommandError("JSON parse error, expecting value") from None
     if not isinstance(request, dict):
@@ -178,16 +183,20 @@ class Server:
         self._turn = asyncio.Lock()
         self._clients: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
+        self._ours: tuple[int, int] | None = None
 
     async def open(self) -> None:
         """Raises ConnectError where the path is not to be had."""
-        self._server = await asyncio.start_unix_server(self._serve, sock=_bind(self._path))
+        sock = _bind(self._path)
+        self._ours = _identity(self._path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock)
 
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            if self._ours is not None and _identity(self._path) == self._ours:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
         for writer in self._clients:
             _hang_up(writer)
 
@@ -212,6 +221,14 @@ class Server:
         finally:
             self._clients.discard(writer)
             _hang_up(writer)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which file a path names: somebody may have put another one there."""
+    with contextlib.suppress(OSError):
+        named = os.stat(path)
+        return named.st_dev, named.st_ino
+    return None
 
 
 def _hang_up(writer: asyncio.StreamWriter) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from migrate.cli import control
-from tests.programs import Program, destination, end_guest, guest_pid, look_at
+from tests.programs import BIN, Program, destination, end_guest, guest_pid, look_at
 
 SMALL = "demo:16m,hot=4m,fill=random"
 
@@ -226,6 +226,17 @@ def test_what_migrate_ctl_says_when_it_cannot(tmp_path: Path, capsys, pair) -> N
     assert "fly: The command fly has not been found" in capsys.readouterr().err
     assert control.run([f"unix:{both.src}", "query-commands"]) == 0
     assert '"quit"' in capsys.readouterr().out
+
+
+def test_an_answer_that_cannot_be_written_is_a_sentence(pair) -> None:
+    both = pair()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [BIN / "migrate-ctl", str(both.dst), "query-status"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "migrate-ctl: No space left on device"
 
 
 def test_a_socket_that_is_no_control_socket_is_told_from_one(tmp_path: Path, capsys) -> None:

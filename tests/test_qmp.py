@@ -194,6 +194,22 @@ async def test_a_socket_that_a_dead_program_left_is_replaced_and_a_living_one_is
 
 
 @pytest.mark.asyncio
+async def test_what_another_program_has_put_there_stays(tmp_path) -> None:
+    path = tmp_path / "socket"
+    async with serving(str(path)):
+        path.unlink()
+        path.write_text("another's")
+    assert path.read_text() == "another's"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_json_is_not_given_back(number: str) -> None:
+    [said] = Conversation({}, VERSION).answers(f'{{"execute": "x", "id": {number}}}'.encode())
+    assert said["error"]["desc"].startswith("JSON parse error")
+    assert "id" not in said
+
+
+@pytest.mark.asyncio
 async def test_a_client_that_sends_without_end_is_dropped_with_a_reason(tmp_path) -> None:
     path = str(tmp_path / "socket")
     async with serving(path):

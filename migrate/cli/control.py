@@ -143,7 +143,7 @@ def wait(control: Control) -> int:
             break
         time.sleep(WAIT_INTERVAL)
     if state["status"] == "completed":
-        print(json.dumps(state))
+        print(json.dumps(state), flush=True)
         return 0
     why = state.get("error-desc", "")
     print(f"migrate-ctl: the migration has {_ended(state['status'])}: {why}", file=sys.stderr)
@@ -167,11 +167,14 @@ def run(words: list[str] | None = None) -> int:
         with Control(args.path, timeout) as control, contextlib.suppress(BrokenPipeError):
             if args.command == "wait":
                 return wait(control)
-            print(json.dumps(control.execute(args.command, arguments)))
+            print(json.dumps(control.execute(args.command, arguments)), flush=True)
         return 0
     except MigrationError as error:
         print(f"migrate-ctl: {error}", file=sys.stderr)
         return 1 if isinstance(error, PeerError) else error.exit_code
+    except OSError as error:
+        print(f"migrate-ctl: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
