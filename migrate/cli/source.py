@@ -266,6 +266,7 @@ class SourceProgram:
                 fate += "; run it again to resume"
             print(f"migrate-src: {error}{fate}", file=sys.stderr)
         finally:
+            self.stop.install(lambda: "migrate-src: it is over already")
             await guest.close()
         progress.clear()
         if args.json:
