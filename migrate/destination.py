@@ -138,6 +138,8 @@ class Destination:
         self._resumed: Journal | None = None
         self._seed = b""
         self._visitor: asyncio.Future[Destination] | None = None
+        self._heard = False
+        """Whether the source has shown that it got ACCEPT: else it will not come back."""
         self._described: GuestInfo | None = None
         self._hashes: PageHashes | None = None
         self._decoder: PageDecoder | None = None
@@ -187,6 +189,9 @@ class Destination:
             except PeerLost:
                 if not self._resumable:
                     raise
+                if not self._heard and self._resumed is None and not self._visitor.done():
+                    self.started = False  # nobody can know the name of this attempt
+                    raise
                 await asyncio.shield(close_all(self._links))
                 if not self._visitor.done():
                     self._observer("interrupted", self.arrival)
@@ -232,7 +237,7 @@ class Destination:
         """Leaves nothing behind, or what a later program can go on with."""
         if self.place is None:
             return
-        if keep and self._retry and self.place.lasting and self._resumable:
+        if keep and self.started and self.place.lasting and self._resumable:
             self.place.close()
             self.kept = True
         else:
@@ -429,6 +434,7 @@ class Destination:
             link.session.channel = message.channel
             link.share_receiving(count + 1)
             self._lanes[message.channel] = link
+            self._heard = True
             self._news.set()
             await link.send(Joined())
         except (ProtoError, PeerLost) as error:
@@ -468,6 +474,7 @@ class Destination:
         try:
             while True:
                 frame = await link.receive()
+                self._heard = True
                 if busy is not None:
                     await busy
                     busy = None

@@ -37,6 +37,7 @@ from proto.kernel import PageHashes
 from proto.messages import (
     HELD_PAGES,
     Accept,
+    CacheSize,
     Complete,
     Error,
     GuestInfo,
@@ -412,11 +413,45 @@ async def test_nobody_else_gets_the_pages(what):
 async def test_a_source_that_does_not_come_back_is_waited_for_no_longer_than_that():
     async with hand_source(retry=0.5) as (come, received):
         peer, _ = await come()
+        await peer.send(CacheSize(0))
+        await peer.round_trip()
         began = time.monotonic()
         peer.abort()
         with pytest.raises(PeerLost):
             await received
         assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.asyncio
+async def test_a_source_that_may_not_have_heard_of_its_attempt_is_not_waited_for():
+    """It cannot say its name: the next one is let in at once."""
+    async with hand_source() as (come, _):
+        first, accept = await come()
+        assert isinstance(accept, Accept)
+        first.abort()
+        while True:
+            _, answer = await come()
+            if isinstance(answer, Accept):
+                break
+        assert answer.token != accept.token
+        assert not answer.held
+
+
+@pytest.mark.parametrize("moment", [MessageType.ACCEPT, MessageType.CACHE_SIZE])
+def test_a_break_before_the_first_page_keeps_nobody_out(moment: MessageType) -> None:
+    receiver, address = destination("--retry", "30s")
+    tap = Tap(address, of_kind(moment))
+
+    def cut() -> None:
+        raise OSError("cut")
+
+    tap.act = cut
+    source = Program("migrate-src", "--retry", "20s", "--guest", GUEST, tap.address)
+    if moment is MessageType.ACCEPT:
+        assert source.wait() == 1
+        pid = guest_pid(source.err)
+        source = Program("migrate-src", "--guest", f"demo:pid={pid}", tap.address)
+    arrived(source, receiver)
 
 
 @pytest.mark.asyncio
@@ -479,8 +514,8 @@ MOMENTS = {
     **{
         kind.name: of_kind(kind)
         for kind in (
-            MessageType.CACHE_SIZE, MessageType.PAGES, MessageType.ROUND, MessageType.ROUND_ACK,
-            MessageType.COMPLETE, MessageType.READY,
+            MessageType.PAGES, MessageType.ROUND, MessageType.ROUND_ACK, MessageType.COMPLETE,
+            MessageType.READY,
         )
     },
     "LAST_ROUND": is_last_round,
