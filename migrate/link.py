@@ -26,7 +26,7 @@ from typing import Any, cast
 from migrate import tls
 from migrate.address import Address
 from migrate.errors import ConnectError, MigrationError, PeerLost, TlsError, UsageError
-from migrate.secure import RECORD_TYPES, Secured
+from migrate.secure import RECORD_TYPES, HungUp, Secured
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
 from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
@@ -481,6 +481,10 @@ async def connect(
                 return link
         except TimeoutError:
             raise ConnectError(f"no answer from {address} within {timeout:g} s") from None
+        except HungUp as error:
+            if loop.time() + 0.2 > end:
+                raise ConnectError(f"cannot connect to {address}: {error}") from None
+            await asyncio.sleep(0.1)
         except (ConnectionRefusedError, FileNotFoundError) as error:
             if loop.time() + 0.2 > end:
                 raise ConnectError(
@@ -510,6 +514,8 @@ async def _connect(address: Address, link: Link, credentials: tls.Credentials | 
     if isinstance(protocol, Secured):
         try:
             await protocol.ready()
+        except HungUp:
+            raise
         except ConnectError as error:
             raise ConnectError(f"cannot connect to {address}: {error}") from None
         except TlsError as error:
@@ -598,9 +604,13 @@ class Listener:
         self._shaking[secured] = None
 
     def shaken(self, secured: Secured, fault: MigrationError | None) -> None:
-        self._shaking.pop(secured, None)
         if fault is not None:
             self._refused(_name_of(secured.get_extra_info("peername")), str(fault))
+        else:
+            self.gone(secured)
+
+    def gone(self, secured: Secured) -> None:
+        self._shaking.pop(secured, None)
 
     def _come(self, link: Link, transport: asyncio.BaseTransport) -> None:
         why = ""
@@ -660,11 +670,15 @@ class _Shaking(Secured):
         self._listener = listener
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._listener.shakes(self)
         if self._listener.admits(transport):
-            self._listener.shakes(self)
             super().connection_made(transport)
         else:
             self.turn_away(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.gone(self)
+        super().connection_lost(exc)
 
 
 def _check_unused(address: Address) -> None:

@@ -21,8 +21,8 @@ import ssl
 from collections.abc import Callable
 from typing import Any, cast
 
-from migrate.errors import ConnectError, MigrationError, PeerLost
-from migrate.tls import Credentials, no_tls
+from migrate.errors import ConnectError, MigrationError, PeerLost, TlsError
+from migrate.tls import Credentials, is_verdict, no_tls
 from proto.ownership import Role
 
 HANDSHAKE_SECONDS = 10.0
@@ -35,6 +35,12 @@ READ_BYTES = 256 << 10
 RECORD_TYPES = range(20, 24)
 # For who speaks no TLS and may know this for what it is: a fatal alert, unexpected_message.
 UNEXPECTED = bytes.fromhex("15 0303 0002 02 0a")
+# For who may not connect at all: a fatal alert, access_denied.
+DENIED = bytes.fromhex("15 0303 0002 02 31")
+
+
+class HungUp(ConnectError):  # noqa: N818 - what the peer did, not a kind of exception
+    """The connection ended in the handshake, and nobody said why: trying again may help."""
 
 
 class Secured(asyncio.BufferedProtocol, asyncio.Transport):
@@ -97,9 +103,9 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     def eof_received(self) -> bool:
         if not self._settled.is_set():
             self._fail(
-                ConnectError(
-                    "the connection was closed in the TLS handshake: the other side may not allow "
-                    "this address, or not speak TLS"
+                HungUp(
+                    "the connection was closed in the TLS handshake: the other side may have too "
+                    "many, or not speak TLS"
                 )
             )
         return False
@@ -111,7 +117,7 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
             self._open = False
             self.inner.connection_lost(fault)
         elif not self._settled.is_set():
-            self._settle(ConnectError(f"the connection broke in the TLS handshake: {exc}"))
+            self._settle(HungUp(f"the connection broke in the TLS handshake: {exc}"))
         self._lost.set()
 
     def pause_writing(self) -> None:
@@ -153,10 +159,11 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
         self._done(fault)
 
     def turn_away(self, transport: asyncio.BaseTransport) -> None:
-        """Instead of `connection_made`: not a word is said."""
+        """Instead of `connection_made`: nothing is said but that."""
         self._raw = cast(asyncio.Transport, transport)
+        self._fault = TlsError("its address may not connect (--allow)")
         self._settled.set()
-        self.abort()
+        self._leave(DENIED)
 
     def _give_up(self) -> None:
         if not self._settled.is_set():
@@ -168,6 +175,9 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
         """Tells the peer, and closes once it has heard; `inner` never hears of it."""
         self._stop_timer()
         self._settle(fault)
+        self._leave(alert)
+
+    def _leave(self, alert: bytes = b"") -> None:
         assert self._raw is not None
         self._closing = True
         if not self._raw.is_closing():
@@ -215,12 +225,12 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
         while not self._paused and not self._closing:
             room = cast(memoryview, self.inner.get_buffer(-1))
             filled, ended = self._decrypt(room)
-            if self._fault is not None:
-                return
             if not self._settled.is_set() and (filled or self._ticket_came()):
                 self._welcome()
-            if filled:
-                self.inner.buffer_updated(filled)
+            if filled and self._open:
+                self.inner.buffer_updated(filled)  # also what came before a fault
+            if self._fault is not None:
+                return
             if ended:
                 self._close_inner()
             if filled < len(room):
@@ -254,7 +264,8 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
         if not self._settled.is_set():
             self._fail(fault)
             return
-        if "ALERT" not in (error.reason or ""):
+        if not is_verdict(error):
+            # A record that was damaged on its way is alert enough: the migration may be resumed.
             fault = PeerLost(f"the TLS connection broke: {error.reason or error}")
         self._fault = fault
         self._flush()

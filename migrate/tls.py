@@ -185,9 +185,16 @@ ALERTS = {
     "ALERT_BAD_CERTIFICATE": "{ours}: not valid yet, or not for the host name it was asked under",
     "ALERT_CERTIFICATE_UNKNOWN": "{ours}, and does not say why",
     "ALERT_CERTIFICATE_REQUIRED": "to go on without a certificate",
-    "ALERT_ACCESS_DENIED": "access",
+    "ALERT_ACCESS_DENIED": "to let this address in (--allow)",
     "ALERT_PROTOCOL_VERSION": "TLS 1.3",
 }
+
+
+def is_verdict(error: ssl.SSLError) -> bool:
+    """Whether the peer says by it that it does not trust us; else the connection is at fault."""
+    return any((error.reason or "").endswith(alert) for alert in ALERTS)
+
+
 NO_COMMON_VERSION = (
     "UNSUPPORTED_PROTOCOL", "NO_PROTOCOLS_AVAILABLE", "VERSION_TOO_LOW", "WRONG_SSL_VERSION",
 )  # fmt: skip

@@ -11,13 +11,17 @@ class Relay:
     """Between a source and the destination at `address` ("tcp:127.0.0.1:PORT").
 
     breaks -- after so many bytes from the source, once for each number, all connections break
+    flips  -- there a bit is changed, instead
     seen   -- all bytes that passed, both ways, where `keep`
     """
 
-    def __init__(self, address: str, breaks: tuple[int, ...] = (), *, keep: bool = False) -> None:
+    def __init__(
+        self, address: str, breaks: tuple[int, ...] = (), *, flips: bool = False, keep: bool = False
+    ) -> None:  # fmt: skip
         host, port = address.removeprefix("tcp:").split(":")
         self._there = (host, int(port))
         self._breaks = list(breaks)
+        self._flips = flips
         self._keep = keep
         self._lock = threading.Lock()
         self._passed = 0
@@ -75,10 +79,12 @@ class Relay:
                     if self._keep:
                         self.seen += data
                     self._passed += len(data) if forth else 0
-                    cut = bool(self._breaks) and self._passed >= self._breaks[0]
+                    cut = forth and bool(self._breaks) and self._passed >= self._breaks[0]
                     if cut:
                         del self._breaks[0]
-                if cut:
+                if cut and self._flips:
+                    data = data[:-1] + bytes([data[-1] ^ 1])
+                elif cut:
                     self._cut()
                 go.sendall(data)
         for end in (come, go):
