@@ -137,7 +137,8 @@ class Destination:
         self._journal: Journal | None = None
         self._resumed: Journal | None = None
         self._seed = b""
-        self._visitor: asyncio.Future[Destination] | None = None
+        self._visitor: asyncio.Future[None] | None = None
+        self._came: Destination | None = None
         self._heard = False
         """Whether the source has shown that it got ACCEPT: else it will not come back."""
         self._described: GuestInfo | None = None
@@ -173,8 +174,8 @@ class Destination:
         finally:
             await self._drain_worker()
             self._close_journals()
-            if self._visitor is not None and self._visitor.done():
-                self._lanes[-1] = self._visitor.result().link  # where it came too late
+            if self._came is not None:
+                self._lanes[-1] = self._came.link  # where it came too late
             with contextlib.suppress(BaseException):
                 await asyncio.shield(close_all(self._links))
         return self.arrival
@@ -198,7 +199,8 @@ class Destination:
                     await asyncio.wait({self._visitor}, timeout=self._retry)
                 if not self._visitor.done():
                     raise
-            visitor = self._visitor.result()
+            visitor, self._came = self._came, None
+            assert visitor is not None
             self.link, self._described = visitor.link, visitor._described
             self._lanes, self._ended = {}, {}
             self._observer("back", self.arrival)
@@ -218,7 +220,6 @@ class Destination:
             described is None
             or ours is None
             or self._visitor is None
-            or self._visitor.done()
             or (self._journal and self._journal.claim not in (Claim.NONE, Claim.PREPARED))
             or not any(
                 hmac.compare_digest(described.resume, journal.identity)
@@ -228,7 +229,11 @@ class Destination:
             != (ours.kind, ours.size, ours.page_size)
         ):
             return False
-        self._visitor.set_result(visitor)
+        earlier, self._came = self._came, visitor
+        if earlier is not None:
+            earlier.link.abort()  # we were busy, and it has come once more
+        if not self._visitor.done():
+            self._visitor.set_result(None)
         for link in self._links:
             link.abort()
         return True
@@ -415,7 +420,7 @@ class Destination:
                     if watching.done():
                         await self._expect(Joined)  # it has hung up: for the reason why
         except TimeoutError:
-            raise MigrationError(
+            raise PeerLost(
                 f"only {len(self._lanes)} of {count} further channels came within "
                 f"{HANDSHAKE_SECONDS:g} s"
             ) from None

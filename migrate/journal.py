@@ -73,6 +73,10 @@ class Journal:
         self._path = os.path.join(directory, f"{identity.hex()}.{role.value}") if directory else ""
 
     @property
+    def directory(self) -> str:
+        return os.path.dirname(self._path)
+
+    @property
     def name(self) -> str:
         return self.identity.hex()
 
@@ -191,6 +195,13 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def drop_temporary(self) -> None:
+        """Removes the file of a guest that was given up."""
+        temporary = str(self.facts.get("place", {}).get("temporary", ""))
+        if temporary.endswith(".xbmigrate"):
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
     def written_at(self) -> float:
         """When something was last written to it, in seconds since 1970."""
@@ -321,20 +332,43 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
     """
     if not directory:
         return None
+    found: Journal | None = None
     for journal in sorted(journals(Role.SOURCE, directory), key=Journal.written_at, reverse=True):
         facts = journal.facts
         there = facts.get("guest", {})
-        names = ("kind", "path", "pid", "started")
-        same = all(guest.get(name) == there.get(name) for name in names)
+        same = same_guest(guest, there)
         if journal.claim is Claim.COMMITTED and same:
             raise UsageError(
                 f"this guest was handed over to {facts.get('address')}, and it is not known "
                 f"whether it runs there: `migrate-src resolve {journal.name}` asks"
             )
-        if journal.claim is Claim.NONE and facts.get("address") == address and same:
+        if journal.claim is Claim.DONE and same and _stopped(guest, there):
+            raise UsageError(
+                f"this guest was moved to {facts.get('address')}, and its writer here is stopped "
+                "since: if this one is to be moved all the same, wake it first (kill -CONT)"
+            )
+        if journal.claim is Claim.NONE and same:
             journal.open(create=False)
-            return journal
-    return None
+            if found is None and facts.get("address") == address:
+                found = journal
+            else:
+                journal.forget()  # it goes another way now
+    return found
+
+
+def same_guest(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """By their facts; the processes that write a file may be others."""
+    return all(one.get(name) == other.get(name) for name in ("kind", "path", "pid", "started"))
+
+
+def _stopped(guest: dict[str, Any], there: dict[str, Any]) -> bool:
+    """Whether one of the processes that write the guest is stopped, and was so when it moved."""
+    for pid, started in guest.get("pids", []):
+        if [pid, started] in there.get("pids", []):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] in "Tt":
+                    return True
+    return False
 
 
 def settled(journal: Journal) -> bool:

@@ -36,6 +36,7 @@ from migrate.errors import (
     NotStartedError,
     PeerError,
     PeerLost,
+    TlsError,
     UsageError,
     code_of,
     failure_of,
@@ -157,6 +158,7 @@ class Source:
         self._journals = journal
         self._journal = earlier or Journal(Role.SOURCE, bytes(TOKEN_BYTES))
         self._resumes = earlier is not None
+        self._greeting = False
         self.resumable = False
         """It failed, and whoever tries again (with the journals) can go on with it."""
         self._resolve_timeout = resolve_timeout
@@ -212,8 +214,9 @@ class Source:
                 await self._find_out(broken)
         except BaseException as raised:
             error = _the_cause(raised)
-            lost = isinstance(error, PeerLost) and self._retry
-            self.resumable = self._resumes and bool(lost or self._agreed is None)
+            # Not where the destination has given up, and keeps nothing.
+            lost = isinstance(error, PeerLost | ConnectError | TlsError) or self._greeting
+            self.resumable = self._resumes and bool((lost and self._retry) or self._agreed is None)
             failure = self._failure(error)
             await self._give_reason(error, failure)
             if failure is None:
@@ -257,6 +260,7 @@ class Source:
         why: Exception = error
         while True:
             await asyncio.sleep(pause)
+            self._check_timeout(last=False)
             left = self._lost_at + self._retry - time.monotonic()
             if left <= 0:
                 raise PeerLost(f"{error}; no other connection in {self._retry:g} s: {why}")
@@ -325,7 +329,9 @@ class Source:
         parameters, resumes = self.parameters, self._resumes
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
+                self._greeting = True
                 agreement, accept = await self._greet()
+                self._greeting = False
                 await self._begin_journal(accept.token)
                 await self.channels.open(parameters.channels, accept.token)
                 link = self.channels.link

@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -30,6 +31,7 @@ from hypothesis import strategies as st
 import migrate
 from migrate import link
 from migrate.address import Address
+from migrate.destination import Destination
 from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost, UsageError
 from migrate.journal import Journal, attempt, journals, settled
 from proto import ErrorCode, capabilities
@@ -730,13 +732,70 @@ def test_the_journal_of_an_attempt_is_found_by_its_guest(tmp_path: Path) -> None
         attempt(facts, "tcp:there:4444", here)
     journal.close(keep=True)
     assert attempt({**facts, "path": "/dev/shm/other"}, "tcp:there:4444", here) is None
-    assert attempt(facts, "tcp:elsewhere:4444", here) is None
     found = attempt({**facts, "pids": []}, "tcp:there:4444", here)
     assert found is not None
     assert found.identity == journal.identity
     assert settled(found)
-    found.close()
-    assert attempt(facts, "tcp:there:4444", here) is None
+    found.close(keep=True)
+    assert attempt(facts, "tcp:elsewhere:4444", here) is None
+    assert attempt(facts, "tcp:there:4444", here) is None, "it went another way since"
+
+
+def test_a_guest_that_was_moved_is_neither_moved_again_nor_woken(shm: Path) -> None:
+    """Its writer is stopped: an older journal, and another migration, must not wake it."""
+    (shm / "memory").write_bytes(random.Random(24).randbytes(4 << 20))
+    options = ["--journal", str(shm)]
+    with subprocess.Popen(["sleep", "100"]) as writer:
+        try:
+            guest = ["--guest", f"file:{shm / 'memory'}", "--pid", str(writer.pid)]
+            stale = Journal(Role.SOURCE, b"\7" * 16, str(shm))
+            facts = {"kind": "file", "path": str(shm / "memory"), "pids": [], "resume_cmd": ""}
+            stale.begin(guest=facts, address="tcp:127.0.0.1:9", description="db")
+            receiver, address = destination(*options, "--output", str(shm / "output"))
+            rival = Program("migrate-src", *options, *guest, address)
+            assert rival.wait() == 1
+            assert "in the hands of another program" in rival.err
+            stale.close(keep=True)
+            source = Program("migrate-src", *options, *guest, address)
+            assert source.wait() == 0, source.err
+            assert receiver.wait() == 0, receiver.err
+            resolve = Program("migrate-src", "resolve", *options)
+            assert resolve.wait() == 0
+            assert "nothing to settle" in resolve.out
+            receiver, address = destination(*options, "--output", str(shm / "output2"))
+            again = Program("migrate-src", *options, *guest, address)
+            assert again.wait() == 2
+            assert "its writer here is stopped since" in again.err
+            receiver.kill()
+            receiver.wait()
+            state = Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state == "T"
+        finally:
+            writer.kill()
+
+
+@pytest.mark.asyncio
+async def test_a_source_that_comes_again_while_the_destination_is_busy_is_let_in(monkeypatch):
+    """It hashes, or waits for its disk: the last one that came is the one to go on with."""
+    real, busy = Destination._take_stock, threading.Event()
+
+    def slow(self, info, place):
+        busy.wait(10)
+        return real(self, info, place)
+
+    async with hand_source() as (come, _):
+        _, first = await come()
+        monkeypatch.setattr(Destination, "_take_stock", slow)
+        _, second = await come(first.token)
+        coming = [asyncio.create_task(come(second.token)) for _ in range(2)]
+        await asyncio.sleep(0.3)
+        busy.set()
+        done, waiting = await asyncio.wait(coming, timeout=5)
+        answers = [one.result()[1] for one in done if one.exception() is None]
+        assert any(isinstance(one, Accept) and one.held for one in answers)
+        assert not any(isinstance(one, Error) for one in answers)
+        for one in waiting:
+            one.cancel()
 
 
 def test_a_guest_that_was_handed_over_is_not_moved_again_before_that_is_settled(tmp_path) -> None:

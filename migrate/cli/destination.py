@@ -26,7 +26,7 @@ from migrate.cli.program import (
 )
 from migrate.errors import MigrationError, OnCompleteError, PeerError
 from migrate.journal import check_directory, damaged, default_directory
-from proto.ownership import Role
+from proto.ownership import Claim, Role
 
 if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
@@ -266,6 +266,8 @@ class DestinationProgram:
             ours = facts["path"] == os.path.abspath(self.args.output)
             if ours and facts["size"] == info.size and os.path.exists(facts["temporary"]):
                 left = facts["temporary"]
+            elif attempt.claim is not Claim.NONE:
+                attempt.drop_temporary()
         for journal in self._attempts():
             same = journal.facts["place"]["temporary"] == left
             if not same or journal.identity != info.resume:

@@ -31,7 +31,15 @@ from migrate.errors import (
     PeerLost,
     UsageError,
 )
-from migrate.journal import Journal, claim_in, damaged, default_directory, journals, settled
+from migrate.journal import (
+    Journal,
+    claim_in,
+    damaged,
+    default_directory,
+    journals,
+    same_guest,
+    settled,
+)
 from proto.ownership import Claim, Event, Role
 
 # What the other side's journal must claim for one side to be kept, by the side that asks.
@@ -165,6 +173,11 @@ async def _act_on(journal: Journal) -> int:
             "the destination has no record of this migration: look at its guest, and say what is "
             "to be kept (--keep)"
         )
+    if journal.claim is Claim.NONE:
+        later = _given_up_later(journal)
+        if later is not None:
+            print(f"{journal.text()}; it was given up since: {later.text()}")
+            return 0
     try:
         guest = reopen_guest(journal.facts["guest"])
     except MigrationError as error:
@@ -181,6 +194,18 @@ async def _act_on(journal: Journal) -> int:
     finally:
         await guest.close()
     return 0
+
+
+def _given_up_later(journal: Journal) -> Journal | None:
+    """A later migration of the same guest, by which it is not here any more."""
+    for other in journals(Role.SOURCE, journal.directory):
+        if (
+            other.claim in (Claim.COMMITTED, Claim.DONE)
+            and other.written_at() >= journal.written_at()
+            and same_guest(other.facts.get("guest", {}), journal.facts.get("guest", {}))
+        ):
+            return other
+    return None
 
 
 # ---------------------------------------------------------------- the destination
