@@ -108,6 +108,8 @@ class Custody:
         self.place = place
         self.journal = journal
         self.running = ""
+        self.on_taken: Callable[[Custody], None] = lambda _custody: None
+        """Told when the guest has been started."""
         self.decided = asyncio.Event()
         self.told = asyncio.Event()
         self._state = state
@@ -145,6 +147,7 @@ class Custody:
             with contextlib.suppress(JournalError):  # it would only be started once more
                 self.journal.mark_started()
             self.decided.set()
+            self.on_taken(self)
             return running
 
     async def give_up(self, event: Event = Event.GIVE_UP, *, keep_place: bool = False) -> bool:
@@ -183,6 +186,8 @@ class Records:
         self, directory: str = "", reopen: Callable[[dict[str, Any]], Place] | None = None
     ) -> None:
         self.directory = directory
+        self.on_taken: Callable[[Custody], None] = lambda _custody: None
+        """Told of a guest that an earlier program had prepared, when it is started."""
         self._reopen = reopen
         self._known: dict[bytes, Custody] = {}
         self._attempts: dict[bytes, Journal] = {}
@@ -259,6 +264,7 @@ class Records:
                     await written(journal, Event.GIVE_UP)
         custody = Custody(place, journal)
         custody.running = running
+        custody.on_taken = self.on_taken
         return custody
 
     async def finish(self, patience: float) -> list[str]:

@@ -477,3 +477,43 @@ def test_a_writer_whose_source_was_killed_is_woken_by_resolve(tmp_path) -> None:
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(shm)
+
+
+def test_what_is_to_be_done_on_completion_is_done_by_the_next_program(tmp_path) -> None:
+    """Killed as GO comes: the next migrate-dst with the same words does all of it."""
+    shm = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
+    memory, output, done = shm / "memory", shm / "output", shm / "done"
+    memory.write_bytes(os.urandom(4 << 20))
+    options = [
+        "--journal",
+        str(tmp_path),
+        "--output",
+        str(output),
+        "--on-complete",
+        f"touch {done}",
+    ]
+    try:
+        with subprocess.Popen(["sleep", "100"]) as writer:
+            receiver, address = destination(*options)
+            tap = Tap(address, of_kind(MessageType.GO))
+
+            def kill() -> None:
+                receiver.kill()
+                raise OSError("cut")
+
+            tap.act = kill
+            source = Program(
+                "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid),
+                "--journal", str(tmp_path), tap.address,
+            )  # fmt: skip
+            receiver.wait()
+            assert not output.exists()
+            second, _ = destination(*options, listen=address.removeprefix("tcp:"))
+            assert source.wait() == 0, source.err
+            assert second.wait() == 0, second.err
+            assert "completed and verified" in second.out
+            assert done.exists()
+            assert output.read_bytes() == memory.read_bytes()
+            writer.kill()
+    finally:
+        shutil.rmtree(shm)

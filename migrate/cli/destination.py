@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from migrate.destination import Arrival, Destination
     from migrate.door import Door
     from migrate.guests.guest import Place
+    from migrate.handover import Custody
     from migrate.journal import Journal
     from migrate.link import Link
     from proto.messages import GuestInfo
@@ -98,15 +99,18 @@ class DestinationProgram:
         self.destination: Destination | None = None
         self.place: Place | None = None
         self._door: Door | None = None
+        self._taken: asyncio.Future[Custody]
         self._asked: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         """Receives a guest, stays if it is to; the exit code."""
         task = asyncio.current_task()
         assert task is not None
+        self._taken = asyncio.get_running_loop().create_future()
+        self.records.on_taken = self._take
 
         def cancel() -> str:
-            if self.destination is not None and self.destination.owner:
+            if self._taken.done() or (self.destination is not None and self.destination.owner):
                 return "migrate-dst: too late to cancel: the guest is ours"
             task.cancel()
             return ""
@@ -122,6 +126,8 @@ class DestinationProgram:
                         file=sys.stderr,
                     )
                     return 128 + self.stop.signal
+                if arrival is None:
+                    return await self._gone_on(self._taken.result())
                 return await self._arrived(arrival)
         finally:
             self.records.close()
@@ -161,7 +167,7 @@ class DestinationProgram:
             print(json.dumps(self._query_migrate()), flush=True)
         elif not self.args.quiet:
             print(f"completed and verified: {arrival.running}", flush=True)
-        status = await self._on_complete()
+        status = await self._on_complete(arrival.info.kind if arrival.info else "")
         assert self.destination is not None
         if self.args.stay:
             await self.stop.stay(self.place.pid if self.place else 0)
@@ -173,10 +179,39 @@ class DestinationProgram:
             await self.stop.until(self.destination.asked(), self.resolve_timeout)
         return status
 
-    async def _receive(self, door: Door) -> Arrival:
-        """Serves connections until a guest has come, or was accepted and failed."""
+    def _take(self, custody: Custody) -> None:
+        """A guest that an earlier program had prepared runs; it is ours if it is our output."""
+        path = getattr(custody.place, "path", "")
+        ours = self.args.output and os.path.abspath(path) == os.path.abspath(self.args.output)
+        if ours and not self._taken.done():
+            self._taken.set_result(custody)
+
+    async def _gone_on(self, custody: Custody) -> int:
+        """What an earlier program would have done when its guest ran; the exit code."""
+        if not self.args.quiet and not self.args.json:
+            print(f"completed and verified: {custody.running}", flush=True)
+        status = await self._on_complete("file")
+        if self.args.stay:
+            await self.stop.stay(0)
+        else:
+            await self.stop.until(custody.told.wait(), self.resolve_timeout)
+        return status
+
+    async def _receive(self, door: Door) -> Arrival | None:
+        """Serves connections until a guest has come, or was accepted and failed.
+
+        None: a guest runs that an earlier program had prepared.
+        """
         while True:
-            self.destination = destination = await door.guest()
+            coming = asyncio.ensure_future(door.guest())
+            waited: set[asyncio.Future[Any]] = {coming, self._taken}
+            try:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if self._taken.done():
+                    return None
+                self.destination = destination = coming.result()
+            finally:
+                coming.cancel()
             try:
                 return await destination.run()
             except MigrationError as error:
@@ -274,17 +309,16 @@ class DestinationProgram:
                 journal.forget(alone=same)
         return left
 
-    async def _on_complete(self) -> int:
+    async def _on_complete(self, kind: str) -> int:
         """Runs the user's command; the exit code: the guest is here whatever comes of it."""
         if not self.args.on_complete:
             return 0
         from migrate.guests.file import run_command
 
-        info = self.destination.arrival.info if self.destination else None
         try:
             await run_command(
                 self.args.on_complete, "--on-complete",
-                MIGRATE_OUTPUT=self.args.output, MIGRATE_KIND=info.kind if info else "",
+                MIGRATE_OUTPUT=self.args.output, MIGRATE_KIND=kind,
             )  # fmt: skip
         except MigrationError as error:
             print(f"migrate-dst: the guest is here and whole, but {error}", file=sys.stderr)
