@@ -33,7 +33,7 @@ from pathlib import Path
 
 import migrate
 from migrate.address import Address
-from migrate.errors import UsageError
+from migrate.errors import ConnectError, PeerLost, UsageError
 from migrate.guests.demo import OURS, OWNER, DemoProcess
 from tests.programs import Program, end_guest, look_at
 from tests.tap import Tap
@@ -410,12 +410,17 @@ async def buffer_round(chance: random.Random, tally: Tally) -> str:
             max_bandwidth=int(len(memory) / chance.uniform(0.4, 2.0)), downtime_limit=5.0
         ),
     )
-    sending = asyncio.create_task(
-        migrate.send(
-            guest, tap.address, parameters, retry=20,
-            observer=lambda event, _: said.append(event) if event.startswith("n") else None,
-        )
-    )  # fmt: skip
+
+    async def send() -> migrate.Statistics:
+        """Until it is heard of at the other end, a break is a failure: then once more."""
+        while True:
+            with contextlib.suppress(PeerLost, ConnectError):
+                return await migrate.send(
+                    guest, tap.address, parameters, retry=20,
+                    observer=lambda event, _: said.append(event) if event.startswith("n") else None,
+                )  # fmt: skip
+
+    sending = asyncio.create_task(send())
     try:
         for _ in range(chance.choice([0, 1, 1, 2, 3, 6])):
             await asyncio.sleep(chance.uniform(0, 1.0))
