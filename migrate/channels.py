@@ -43,6 +43,11 @@ class Channels:
     def sent_bytes(self) -> int:
         return sum(link.sent_bytes for link in self.links)
 
+    @property
+    def lane_bytes(self) -> int:
+        """What of it went over further channels."""
+        return self.sent_bytes - self.link.sent_bytes
+
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:
         """As long as this lasts, what the destination says is taken in.

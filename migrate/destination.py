@@ -174,10 +174,9 @@ class Destination:
         finally:
             await self._drain_worker()
             self._close_journals()
-            if self._came is not None:
-                self._lanes[-1] = self._came.link  # where it came too late
+            late = [] if self._came is None else [self._came.link]
             with contextlib.suppress(BaseException):
-                await asyncio.shield(close_all(self._links))
+                await asyncio.shield(close_all([*self._links, *late]))
         return self.arrival
 
     async def _attempts(self) -> None:

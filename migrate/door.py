@@ -32,20 +32,16 @@ class Door:
     """Leads connections from a listener where they belong, as long as its context lasts.
 
     greeter -- makes a destination for a link that brings a guest
-    busy -- tells whether a guest is being received: another one is sent away then
-    resumes -- told of one that was greeted: takes it in where it is that guest, come back
     refused -- told of whoever is sent away: its name, and the reason
     """
 
     def __init__(
         self, listener: Listener, records: Records, greeter: Callable[[Link], Destination],
-        busy: Callable[[], bool], resumes: Callable[[Destination], bool],
         refused: Callable[[str, str], None] = lambda _who, _why: None,
     ) -> None:  # fmt: skip
         self.records = records
         self._greeter = greeter
-        self._busy = busy
-        self._resumes = resumes
+        self._current: Destination | None = None
         self._refused = refused
         self._listener = listener
         self._guests: asyncio.Queue[Destination] = asyncio.Queue(MAX_CHANNELS)
@@ -81,8 +77,14 @@ class Door:
             await self._listener.close()
 
     async def guest(self) -> Destination:
-        """The next guest that was described: run it."""
-        return await self._guests.get()
+        """The next guest that was described: run it. The last one is no concern any more."""
+        self._current = None
+        self._current = await self._guests.get()
+        return self._current
+
+    def _busy(self) -> bool:
+        """Whether a guest is being received: another one is sent away then."""
+        return self._current is not None and self._current.started
 
     async def lane(self) -> Link:
         """The next connection that is to be a channel."""
@@ -129,7 +131,7 @@ class Door:
     async def _greet(self, link: Link) -> None:
         destination = self._greeter(link)
         await destination.greet()
-        if self._resumes(destination):
+        if self._current is not None and self._current.take_in(destination):
             return
         if self._busy():
             reason = "another guest is being received here just now"

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
+from migrate.guests.process import state
 from proto.ownership import FINAL, Claim, Event, after
 from proto.session import Role
 
@@ -218,12 +219,10 @@ class Journal:
             self.open(create=False)
         except JournalError:
             return
-        temporary = str(self.facts.get("place", {}).get("temporary", ""))
-        ours = temporary.endswith(".xbmigrate") and self.claim is Claim.NONE and not alone
-        for path in (temporary if ours else "", self._path):
-            if path:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+        if self.claim is Claim.NONE and not alone:
+            self.drop_temporary()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
         self._release()
 
     def text(self) -> str:
@@ -273,53 +272,54 @@ def _entry(path: str, text: bytes) -> dict[str, Any]:
     raise JournalError(f"journal {path} has a line that is not understood: another release's?")
 
 
-def claim_in(path: str) -> tuple[Role, bytes, Claim]:
-    """Whose journal a file is, and what it claims: a person brings it as proof.
-
-    Raises UsageError where it is no journal.
-    """
+def _stored(path: str) -> Journal:
+    """A journal as it is on disk, not locked. Raises UsageError where it is none, JournalError."""
     identity, _, role = os.path.basename(path).partition(".")
     try:
-        journal = Journal(Role(role), bytes.fromhex(identity))
+        journal = Journal(Role(role), bytes.fromhex(identity), os.path.dirname(path))
     except ValueError:
         raise UsageError(f"{path} is no journal: its name is ID.source or ID.destination") from None
     journal._take(read(path)[0])
+    return journal
+
+
+def claim_in(path: str) -> tuple[Role, bytes, Claim]:
+    """Whose journal a file is, and what it claims: a person brings it as proof.
+
+    Raises UsageError where it is no journal, JournalError where it cannot be read.
+    """
+    journal = _stored(path)
     return journal.role, journal.identity, journal.claim
 
 
-def journals(role: Role, directory: str) -> Iterator[Journal]:
-    """All journals of a side, as they are on disk, not locked. Old ones that are settled go."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for name in sorted(os.listdir(directory)):
-            path = os.path.join(directory, name)
-            try:
-                found, identity, _ = claim_in(path)
-                if found is not role:
-                    continue
-                journal = Journal(role, identity, directory)
-                journal._take(read(path)[0])
-                age = time.time() - os.stat(path).st_mtime
-            except (MigrationError, OSError):
-                continue  # not ours, or gone meanwhile
-            if settled(journal) and age > KEPT_SECONDS:
-                journal.forget()
-                continue
-            yield journal
-
-
-def damaged(role: Role, directory: str) -> list[str]:
-    """What is wrong with each journal of a side that cannot be read: nobody goes by those."""
-    wrong = []
+def _all_stored(role: Role, directory: str) -> Iterator[Journal | JournalError]:
+    """Each journal of a side, or what is wrong with it."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in sorted(os.listdir(directory)):
             if name.endswith(f".{role.value}"):
                 try:
-                    claim_in(os.path.join(directory, name))
+                    yield _stored(os.path.join(directory, name))
                 except JournalError as error:
-                    wrong.append(str(error))
+                    yield error
                 except UsageError:
                     continue
-    return wrong
+
+
+def journals(role: Role, directory: str) -> Iterator[Journal]:
+    """All journals of a side, as they are on disk, not locked. Old ones that are settled go."""
+    for one in _all_stored(role, directory):
+        written = 0.0 if isinstance(one, JournalError) else one.written_at()
+        if isinstance(one, JournalError) or not written:
+            continue  # damaged, or gone meanwhile
+        if settled(one) and time.time() - written > KEPT_SECONDS:
+            one.forget()
+            continue
+        yield one
+
+
+def damaged(role: Role, directory: str) -> list[str]:
+    """What is wrong with each journal of a side that cannot be read: nobody goes by those."""
+    return [str(one) for one in _all_stored(role, directory) if isinstance(one, JournalError)]
 
 
 def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | None:
@@ -336,18 +336,19 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
     for journal in sorted(journals(Role.SOURCE, directory), key=Journal.written_at, reverse=True):
         facts = journal.facts
         there = facts.get("guest", {})
-        same = same_guest(guest, there)
-        if journal.claim is Claim.COMMITTED and same:
+        if not same_guest(guest, there):
+            continue
+        if journal.claim is Claim.COMMITTED:
             raise UsageError(
                 f"this guest was handed over to {facts.get('address')}, and it is not known "
                 f"whether it runs there: `migrate-src resolve {journal.name}` asks"
             )
-        if journal.claim is Claim.DONE and same and _stopped(guest, there):
+        if journal.claim is Claim.DONE and _stopped(guest, there):
             raise UsageError(
                 f"this guest was moved to {facts.get('address')}, and its writer here is stopped "
                 "since: if this one is to be moved all the same, wake it first (kill -CONT)"
             )
-        if journal.claim is Claim.NONE and same:
+        if journal.claim is Claim.NONE:
             journal.open(create=False)
             if found is None and facts.get("address") == address:
                 found = journal
@@ -363,12 +364,8 @@ def same_guest(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _stopped(guest: dict[str, Any], there: dict[str, Any]) -> bool:
     """Whether one of the processes that write the guest is stopped, and was so when it moved."""
-    for pid, started in guest.get("pids", []):
-        if [pid, started] in there.get("pids", []):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] in "Tt":
-                    return True
-    return False
+    then = there.get("pids", [])
+    return any(one in then and state(one[0]) in ("T", "t") for one in guest.get("pids", []))
 
 
 def settled(journal: Journal) -> bool:

@@ -103,7 +103,6 @@ async def receive(
         return place
 
     records = Records()
-    destination: Destination | None = None
     listener = await link.listen(
         parse_address(address, listen=True), credentials=credentials, allow=networks(allow)
     )
@@ -111,13 +110,7 @@ async def receive(
     def greeter(peer: link.Link) -> Destination:
         return Destination(peer, placer, accept=door.lane, records=records, retry=retry)
 
-    def busy() -> bool:
-        return destination is not None and destination.started
-
-    def resumes(visitor: Destination) -> bool:
-        return destination is not None and destination.take_in(visitor)
-
-    async with Door(listener, records, greeter, busy, resumes) as door:
+    async with Door(listener, records, greeter) as door:
         if listening is not None:
             listening(listener.address)
         while True:

@@ -272,7 +272,7 @@ class Source:
                 why = fault if str(fault) else why
             pause = min(2 * pause, longest)
         link.limit = limit
-        self._lane_bytes += self.channels.sent_bytes - self.channels.link.sent_bytes
+        self._lane_bytes += self.channels.lane_bytes
         self._sent_before = self.sent_bytes
         self.channels = Channels(link, self._dial, self.set_cache_size)
         self.statistics = self.statistics.with_(reconnects=self.statistics.reconnects + 1)
@@ -349,19 +349,20 @@ class Source:
         assert self._digest is not None
         if accept.held and not resumes:
             raise PeerError("the destination holds pages of a guest that nobody told it to keep")
-        dirty = PageSet.full(self._pages)
         # First the marks are taken, then memory is looked at: what is written meanwhile is marked.
         assert self._tracker is not None
         await asyncio.get_running_loop().run_in_executor(self._worker, self._tracker.start)
         if resumes:
             dirty = await self._take_stock(self._encoder, held=accept.held)
+        else:
+            dirty = PageSet.full(self._pages)
         await link.send(CacheSize(self._cache_size))
         self._lost_at = 0.0
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle},
             channels=parameters.channels,
             cache_size=self._cache_size,
-            remaining=min(len(dirty) * parameters.page_size, self.guest.memory.size),
+            remaining=self._bytes_in(dirty),
         )
         if not self._round:
             self.statistics = self.statistics.with_(setup_time=time.monotonic() - self._began)
@@ -447,10 +448,12 @@ class Source:
             page += len(said.hashes) // 8
         scan = ScanTracker(self.guest.memory, encoder).take
         dirty = await loop.run_in_executor(self._worker, scan)
-        left = min(len(dirty) * encoder.page_size, self.guest.memory.size)
         share = 100 * (self._pages - len(dirty)) // self._pages
-        self._notice(f"resuming at {share} %: {format_size(left)} to go")
+        self._notice(f"resuming at {share} %: {format_size(self._bytes_in(dirty))} to go")
         return dirty
+
+    def _bytes_in(self, dirty: PageSet) -> int:
+        return min(len(dirty) * self.parameters.page_size, self.guest.memory.size)
 
     def set_cache_size(self, size: int) -> None:
         """Asks for another cache size; it is in force within a batch, keeping what still fits."""
@@ -480,7 +483,7 @@ class Source:
             elapsed = time.monotonic() - began
             self.statistics = self.statistics.with_(
                 dirty_pages_rate=len(dirty) / elapsed if elapsed else 0.0,
-                remaining=min(len(dirty) * encoder.page_size, self.guest.memory.size),
+                remaining=self._bytes_in(dirty),
             )
             # Where nothing stops the guest, looking for what changed keeps nobody waiting.
             scan = self._tracker.take_seconds
@@ -733,10 +736,7 @@ class Source:
             )
         s = s.with_(
             transferred=transferred,
-            channel_bytes=self._lane_bytes
-            + transferred
-            - self._sent_before
-            - self.channels.link.sent_bytes,
+            channel_bytes=self._lane_bytes + self.channels.lane_bytes,
             total_time=time.monotonic() - self._began,
             precopy_bytes=transferred - s.downtime_bytes,
         )

@@ -7,7 +7,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -22,6 +23,14 @@ atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True
 # The machine decides how long an example takes, not the code under test.
 settings.register_profile("machine", deadline=None)
 settings.load_profile("machine")
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A directory in memory."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
+    yield path
+    shutil.rmtree(path)
 
 
 def pytest_asyncio_loop_factories(

@@ -8,12 +8,10 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,13 +32,6 @@ from tests.programs import (
 from tests.tap import Tap, is_last_round, of_kind
 
 SMALL = "demo:32m,hot=8m,stride=1024,fill=random"
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
-    yield path
-    shutil.rmtree(path)
 
 
 def sha256(path: Path) -> str:

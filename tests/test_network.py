@@ -10,11 +10,9 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,13 +53,6 @@ def network() -> None:
             pass
     except LeftOutError as error:
         need(False, str(error))
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
-    yield path
-    shutil.rmtree(path)
 
 
 def until(condition: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:

@@ -12,14 +12,11 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -522,13 +519,6 @@ MOMENTS = {
     },
     "LAST_ROUND": is_last_round,
 }  # fmt: skip
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
-    yield path
-    shutil.rmtree(path)
 
 
 def arrived(source: Program, receiver: Program) -> None:

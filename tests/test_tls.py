@@ -107,10 +107,7 @@ async def listening(credentials: tls.Credentials | None, **options) -> AsyncIter
         step.listener = await link.listen(
             options.pop("address", LOCAL), credentials=credentials, refused=step.note, **options
         )
-        door = Door(
-            step.listener, Records(), lambda peer: Destination(peer, placer), lambda: False,
-            lambda _visitor: False, step.note,
-        )  # fmt: skip
+        door = Door(step.listener, Records(), lambda peer: Destination(peer, placer), step.note)
         async with door as step.door:
             yield step
         await asyncio.sleep(0.02)

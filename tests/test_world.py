@@ -6,12 +6,9 @@ import asyncio
 import os
 import random
 import resource
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +22,6 @@ from proto.messages import MessageType, Ping, pack
 from proto.session import Role
 from tests.programs import BIN, Program, destination
 from tests.requirements import need
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
-    yield path
-    shutil.rmtree(path)
 
 
 def one_sentence(text: str, name: str) -> str:

@@ -148,18 +148,10 @@ class DestinationProgram:
             allow=self.allow, refused=self._refused,
         )  # fmt: skip
         self._say(f"listening on {listener.address}")
-        return Door(
-            listener, self.records, self._destination,
-            busy=lambda: self.destination is not None and self.destination.started,
-            resumes=lambda visitor: (
-                self.destination is not None and self.destination.take_in(visitor)
-            ),
-            refused=self._refused,
-        )  # fmt: skip
+        return Door(listener, self.records, self._destination, refused=self._refused)
 
     def _refused(self, who: str, why: object) -> None:
-        with contextlib.suppress(OSError):
-            print(f"migrate-dst: refused {who}: {why}", file=sys.stderr, flush=True)
+        self._print(f"refused {who}: {why}")
 
     async def _arrived(self, arrival: Arrival) -> int:
         """The guest is ours: says so, does what is to be done then; the exit code."""
@@ -327,8 +319,11 @@ class DestinationProgram:
 
     def _say(self, text: str) -> None:
         if not self.args.quiet:
-            with contextlib.suppress(OSError):  # whoever reads it may be gone
-                print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # whoever reads it may be gone
+            print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
 
     # -- the control socket
 

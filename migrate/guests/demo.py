@@ -36,7 +36,7 @@ from typing import Any
 from migrate._memory import first_wrong
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
-from migrate.guests.process import start_time
+from migrate.guests.process import start_time, state
 from migrate.memory import Memory
 from migrate.quantities import format_size, parse_size
 from migrate.tracking import DirtyTracker, MarkTracker
@@ -223,11 +223,7 @@ class DemoProcess:
             pause = min(pause * 1.5, 0.01)
 
     def alive(self) -> bool:
-        try:
-            with open(f"/proc/{self.pid}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] not in "ZX"
-        except OSError:
-            return False
+        return state(self.pid) not in ("Z", "X", "")
 
     def place(self) -> tuple[int, int]:
         """(sweeps, index): how far it has counted."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from proto import _batch, _cache, _codec, _twin
 from proto.errors import ProtoError
 
+# The compiled kernel is three modules; the twin is one.
 COMPILED = SimpleNamespace(
     PageCache=_cache.PageCache,
     PageDecoder=_batch.PageDecoder,
