@@ -66,23 +66,57 @@ QUIET = (State.START, State.GREETED, State.JOINING, State.FAILED)
 
 
 class RateLimit:
-    """Spreads bytes evenly: `rate` bytes per second, 0 for no limit; may change at any time."""
+    """Spreads bytes evenly: `rate` bytes per second, 0 for no limit.
+
+    The rate may change at any time, and holds at once, for those who wait already too.
+    """
 
     BURST_SECONDS = 0.02
 
     def __init__(self, rate: int = 0) -> None:
-        self.rate = rate
-        self._free_at = 0.0
+        self._rate = rate
+        self._asked = 0.0  # bytes that somebody wanted to send
+        self._gone = 0.0  # bytes that might have gone by `_seen_at`
+        self._seen_at = 0.0
+        self._changed = asyncio.Event()
+
+    @property
+    def rate(self) -> int:
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: int) -> None:
+        self._look()
+        if not rate:
+            self._gone = self._asked  # who waits is let go
+        self._rate = rate
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _look(self) -> None:
+        """Lets go what has had its time since the last look; a pause saves up no more than a
+        burst."""
+        now = time.monotonic()
+        gone = self._gone + self._rate * (now - self._seen_at)
+        self._gone = min(gone, self._asked + self._rate * self.BURST_SECONDS)
+        self._seen_at = now
 
     async def take(self, count: int) -> None:
         """Returns when `count` bytes may go."""
-        if not self.rate:
+        if not self._rate:
             return
-        now = time.monotonic()
-        start = max(self._free_at, now - self.BURST_SECONDS)
-        self._free_at = start + count / self.rate
-        if self._free_at > now:
-            await asyncio.sleep(self._free_at - now)
+        self._look()
+        self._asked += count
+        mine = self._asked
+        while self._rate and mine - self._gone >= 1:
+            await self._wait((mine - self._gone) / self._rate)
+            self._look()
+
+    async def _wait(self, seconds: float) -> None:
+        """For so long, or until the rate changes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
 
 class Link(asyncio.BufferedProtocol):

@@ -67,10 +67,15 @@ class Pending:
 
 @dataclass(frozen=True)
 class Limits:
-    """downtime_limit and timeout in seconds, max_bandwidth in bytes/s; 0 means none."""
+    """downtime_limit and timeout in seconds, bandwidths in bytes/s; 0 means none.
+
+    avail_switchover_bandwidth -- what the link is taken to carry in the pause, in place of what was
+                                  measured
+    """
 
     downtime_limit: float = 0.3
     max_bandwidth: int = 0
+    avail_switchover_bandwidth: int = 0
     max_rounds: int = 0
     timeout: float = 0.0
     stall_timeout: float = 30.0
@@ -119,7 +124,7 @@ class DowntimeModel:
 
     def predict(self, pending: Pending, limits: Limits) -> float:
         """Seconds of downtime if the guest were stopped now."""
-        bandwidth = self.bandwidth
+        bandwidth = limits.avail_switchover_bandwidth or self.bandwidth
         if limits.max_bandwidth:
             bandwidth = min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
         wire = pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0

@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from migrate.channels import Channels, Dial
 from migrate.digest import Digest
@@ -123,12 +123,20 @@ class Parameters:
 
 
 Observer = Callable[[str, Statistics], None]
+# What an operator may change while a migration runs; the rest is agreed on with the destination.
+LIVE = ("cache_size", "limits")
 
 
 class Source:
     """One migration of one guest, over one link and those that replace it when it breaks.
 
-    observer -- called with ("round" | "progress" | "notice: ...", statistics) as things happen
+    observer -- called with an event and the statistics as things happen:
+                "status"           it has changed
+                "pass"             a round begins, the one after dirty_sync_count
+                "progress"         some of it is sent
+                "round"            it is over, and the destination has it
+                "paused"           the guest is stopped;  "resumed" it goes on here after all
+                "notice: ..."      a sentence for the user
     dial     -- connects to the destination once more: for channels beside `link`, and after a break
     retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
     journal  -- the directory of the journals; "" keeps this one's in memory
@@ -320,6 +328,7 @@ class Source:
         if self._paused_at is not None:
             await self.guest.resume()
             self._paused_at = None
+            self._observer("resumed", self.statistics)
 
     # -- setup
 
@@ -455,6 +464,22 @@ class Source:
     def _bytes_in(self, dirty: PageSet) -> int:
         return min(len(dirty) * self.parameters.page_size, self.guest.memory.size)
 
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Takes other parameters while the migration runs; they hold from the next batch on, or
+        from the end of the round.
+
+        Raises UsageError for a change of what was agreed on with the destination.
+        """
+        ours = self.parameters
+        for name in (one.name for one in fields(Parameters)):
+            if name not in LIVE and getattr(parameters, name) != getattr(ours, name):
+                raise UsageError(f"{name.replace('_', ' ')} cannot change during a migration")
+        self.parameters = parameters
+        self._policy.limits = parameters.limits
+        self.channels.link.limit.rate = parameters.limits.max_bandwidth
+        if parameters.cache_size != ours.cache_size:
+            self.set_cache_size(parameters.cache_size)
+
     def set_cache_size(self, size: int) -> None:
         """Asks for another cache size; it is in force within a batch, keeping what still fits."""
         if self._cache is not None and size >= self.parameters.page_size and not size & (size - 1):
@@ -510,6 +535,7 @@ class Source:
         sent_before, cpu_before = self.sent_bytes, self._feeder.seconds
         self._round_began, self._round_sent = began, sent_before
         self._feeder.begin_round(self._round)
+        self._observer("pass", self.statistics)
         pages = self._round_left = len(dirty)
         async with asyncio.TaskGroup() as group:
             for channel in range(len(self.channels.links)):
@@ -696,7 +722,14 @@ class Source:
     # -- statistics
 
     def _set_status(self, status: str, error: str = "") -> None:
+        changed = status != self.statistics.status
         self.statistics = self.statistics.with_(status=status, error=error)
+        if changed:
+            self._observer("status", self.statistics)
+
+    def cancelling(self) -> None:
+        """Says that it is being cancelled; whoever runs this cancels it."""
+        self._set_status("cancelling")
 
     def _notice(self, text: str) -> None:
         self._observer(f"notice: {text}", self.statistics)

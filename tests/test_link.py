@@ -263,14 +263,14 @@ async def test_small_messages_pass_the_rate_limit_and_batches_keep_to_it(monkeyp
     """Time is passed in: ten batches at 1 MiB/s go out evenly, whatever this machine does."""
     now, asked = 1000.0, []
 
-    async def sleep(seconds: float) -> None:
+    async def wait(_limit: RateLimit, seconds: float) -> None:
         nonlocal now
         assert seconds > 0
         now += seconds
         asked.append(seconds)
 
     monkeypatch.setattr(link, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(link, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(RateLimit, "_wait", wait)
     limit = RateLimit(MIB)
     went = []
     for _ in range(10):
@@ -296,6 +296,19 @@ async def test_small_messages_pass_the_rate_limit_and_batches_keep_to_it(monkeyp
     asked.clear()
     await limit.take(1 << 40)
     assert asked == []
+
+
+@pytest.mark.asyncio
+async def test_a_new_rate_holds_for_those_who_wait_too():
+    """A batch that would have taken seventeen minutes goes at once; the next obey the new rate."""
+    for rate in (0, 1024 * MIB):
+        limit = RateLimit(1024)
+        waiting = [asyncio.create_task(limit.take(MIB)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        assert not any(task.done() for task in waiting)
+        limit.rate = rate
+        async with asyncio.timeout(10):
+            await asyncio.gather(*waiting)
 
 
 @pytest.mark.asyncio
