@@ -128,7 +128,7 @@ Observer = Callable[[str, Statistics], None]
 class Source:
     """One migration of one guest, over one link and those that replace it when it breaks.
 
-    observer -- called with ("round" | "progress" | "notice: ...", statistics) as things happen
+    observer -- called with ("round" | "progress" | "paused" | "status" | "notice: ...", statistics)
     dial     -- connects to the destination once more: for channels beside `link`, and after a break
     retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
     journal  -- the directory of the journals; "" keeps this one's in memory
@@ -696,7 +696,10 @@ class Source:
     # -- statistics
 
     def _set_status(self, status: str, error: str = "") -> None:
+        changed = status != self.statistics.status
         self.statistics = self.statistics.with_(status=status, error=error)
+        if changed:
+            self._observer("status", self.statistics)
 
     def _notice(self, text: str) -> None:
         self._observer(f"notice: {text}", self.statistics)

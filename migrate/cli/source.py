@@ -27,12 +27,12 @@ from migrate.cli.program import (
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
 from migrate.journal import attempt, check_directory, default_directory
+from migrate.views.options import Views, add_view_options
 from proto.ownership import Role
 
 if TYPE_CHECKING:
     from migrate.guests.guest import Guest
     from migrate.link import Link
-    from migrate.progress import Progress
     from migrate.source import Parameters, Source
 
 
@@ -92,10 +92,7 @@ def source_parser() -> Parser:
         help="keep trying to connect for so long (default: 10s)",
     )  # fmt: skip
     add_tls_hostname(parser)
-    parser.add_argument(
-        "--progress", choices=["auto", "plain", "never"], default="auto",
-        help="a redrawn line on a terminal, plain lines, or none",
-    )  # fmt: skip
+    add_view_options(parser)
     return parser
 
 
@@ -154,8 +151,6 @@ class SourceProgram:
     """One run of migrate-src. What is wrong with its arguments is raised by the constructor."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from migrate.progress import Progress
-
         self.args = args
         self.address: Address = parse_address(args.uri)
         self.parameters = parameters_of(args)
@@ -171,7 +166,7 @@ class SourceProgram:
 
             check_congestion(args.congestion)
         self.opened = open_guest(args, self.parameters.page_size)
-        self.progress: Progress = Progress("never" if args.quiet else args.progress)
+        self.progress = Views(args)
         self.stop = Stop()
         self.source: Source | None = None
 
@@ -235,7 +230,7 @@ class SourceProgram:
 
         args, progress = self.args, self.progress
         source = self.source = Source(
-            guest, peer, self.parameters, progress.show, self.dial, retry=self.retry,
+            guest, peer, self.parameters, progress.observe, self.dial, retry=self.retry,
             journal=self.journal, earlier=attempt(guest.facts(), str(self.address), self.journal),
             resolve_timeout=self.resolve_timeout, address=str(self.address),
         )  # fmt: skip
@@ -268,6 +263,7 @@ class SourceProgram:
         finally:
             self.stop.install(lambda: "migrate-src: it is over already")
             await guest.close()
+            progress.end(source.statistics)
         progress.clear()
         if args.json:
             print(json.dumps(query_migrate(source.statistics)), flush=True)
