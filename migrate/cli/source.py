@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -172,6 +173,10 @@ class SourceProgram:
 
     async def run(self) -> int:
         """Moves the guest, stays if it is to; the exit code."""
+        with contextlib.closing(self.progress):
+            return await self._run()
+
+    async def _run(self) -> int:
         async with answering(self.args.qmp, self._commands()):
             peer = await self._connect()
             if peer is None:
@@ -246,6 +251,7 @@ class SourceProgram:
         self.stop.install(cancel)
         status = 0
         try:
+            progress.describe(self._facts(guest))
             self._announce(guest)
             await guest.started()
             await source.run()
@@ -265,11 +271,24 @@ class SourceProgram:
             await guest.close()
             progress.end(source.statistics)
         progress.clear()
-        if args.json:
+        if progress.owns_stdout:
+            pass
+        elif args.json:
             print(json.dumps(query_migrate(source.statistics)), flush=True)
         elif not args.quiet:
             print(info_migrate(source.statistics), flush=True)
         return status
+
+    def _facts(self, guest: Guest) -> dict[str, str]:
+        """What moves where, and with which parameters, for those who look on."""
+        size, p = quantities.format_size, self.parameters
+        return {
+            "guest": guest.description, "destination": str(self.address),
+            "page size": size(p.page_size), "cache size": size(p.cache_size),
+            "downtime limit": f"{p.limits.downtime_limit * 1e3:g} ms",
+            "max bandwidth": f"{size(p.limits.max_bandwidth)}/s" if p.limits.max_bandwidth
+            else "none", "channels": str(p.channels), "TLS": "yes" if self.credentials else "no",
+        }  # fmt: skip
 
     def _announce(self, guest: Guest) -> None:
         if self.args.quiet:

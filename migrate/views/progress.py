@@ -10,7 +10,7 @@ import contextlib
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from migrate.quantities import format_size
@@ -123,9 +123,9 @@ class Lines:
     def clear(self) -> None:
         """Before somebody else writes: lines leave nothing behind."""
 
-    def end(self) -> None:
+    def describe(self, facts: Mapping[str, str]) -> None:
+        """What is about to move: it is said elsewhere."""
+
+    def end(self, _s: Statistics) -> None:
         """A migration is over."""
         self._tell_held()
-
-    def close(self) -> None:
-        """Nothing follows."""
