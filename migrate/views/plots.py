@@ -7,17 +7,18 @@ is right in light and dark. Loads matplotlib; imported when a migration is over.
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from migrate.quantities import format_size
-from migrate.views.history import History, RoundRecord
+from migrate.views.history import History, RoundRecord, together
 
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 BLUE, GREEN, AMBER, RED = "#040404", "#050505", "#060606", "#070707"
@@ -27,8 +28,10 @@ VARIABLES = {
 }  # fmt: skip
 # A picture is half a page wide, or the whole of a telephone.
 INCHES = (5.4, 2.9)
-# Points in a line beyond which nobody sees a difference.
-MOST_BARS = 60
+# With more rounds than this, their marks would be one thick line.
+MOST_MARKS = 60
+# A step in the picture of rates is no shorter than this part of the whole.
+SHORTEST_STEP = 1 / 80
 RC: dict[str, Any] = {
     "font.size": 10, "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "axes.grid": True,
@@ -49,32 +52,38 @@ def draw_remaining(history: History, rounds: list[RoundRecord], axes: Axes) -> N
     axes.fill_between(times, left, color=BLUE, alpha=0.15, linewidth=0)
     axes.plot(times, left, color=BLUE, linewidth=1.6, label="left to send")
     if ends:
-        axes.plot(*zip(*ends, strict=True), "o", color=RED, markersize=4,
+        size = 4 if len(ends) <= MOST_MARKS else 2
+        axes.plot(*zip(*ends, strict=True), "o", color=RED, markersize=size,
                   label="dirty after a round")  # fmt: skip
     _pause(history, axes)
     _sizes(axes)
     axes.set_xlabel("seconds")
+    _from_zero(axes)
     _legend(axes, 3)
 
 
 def draw_rates(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
     """Bytes a second: what went over the wire, and what the guest dirtied."""
-    times = [0.0] + [r.ended for r in rounds]
-    if len(rounds) > 0:
-        sent = [r.wire_bytes / r.seconds if r.seconds else 0.0 for r in rounds]
-        axes.stairs(sent, times, color=BLUE, linewidth=1.6, baseline=None, label="sent")
-        pages = [
-            (r.pages * history.last.page_size) / r.seconds if r.seconds else 0.0 for r in rounds
-        ]
-        axes.stairs(pages, times, color=GREEN, linewidth=1.6, baseline=None, linestyle=(0, (4, 2)),
-                    label="pages they stand for")  # fmt: skip
-        axes.plot([r.ended for r in rounds if not r.paused],
-                  [r.dirty_rate for r in rounds if not r.paused], "o-", color=RED, linewidth=1,
-                  markersize=3.5, label="dirtied")  # fmt: skip
+    steps = _steps(rounds, history.last.total_time * SHORTEST_STEP)
+    page_size = history.last.page_size
+    if steps:
+        times = [steps[0].began, *(r.ended for r in steps)]
+        for name, colour, dashes, values in (
+            ("sent", BLUE, "-", [r.wire_bytes for r in steps]),
+            ("pages they stand for", GREEN, (0, (4, 2)), [r.pages * page_size for r in steps]),
+        ):
+            rates = [value / max(r.seconds, 1e-9) for value, r in zip(values, steps, strict=True)]
+            axes.stairs(rates, times, color=colour, linewidth=1.6, baseline=None, linestyle=dashes,
+                        label=name)  # fmt: skip
+        before = [r for r in steps if not r.paused and not r.unfinished]
+        ends, dirty = [r.ended for r in before], [r.dirty_rate for r in before]
+        axes.plot(ends, dirty, _marks("o", before), color=RED, linewidth=1, markersize=3.5,
+                  label="dirtied")  # fmt: skip
     _pause(history, axes)
     _sizes(axes, "/s")
     axes.set_xlabel("seconds")
-    _legend(axes, 3)
+    _from_zero(axes)
+    _legend(axes, 4)
 
 
 def draw_kinds(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
@@ -83,7 +92,7 @@ def draw_kinds(_history: History, rounds: list[RoundRecord], axes: Axes) -> None
     floor = [0] * len(rounds)
     for name, colour in (("zero", SOFT), ("normal", AMBER), ("delta", GREEN)):
         counts = [getattr(r, name) for r in rounds]
-        axes.bar(places, counts, 0.82, floor, color=colour,
+        axes.bar(places, counts, _width(rounds), floor, color=colour,
                  label="whole" if name == "normal" else name)  # fmt: skip
         floor = [low + count for low, count in zip(floor, counts, strict=True)]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: _thousands(value)))
@@ -97,12 +106,17 @@ def draw_hits(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
     """Of the pages that were looked up, how many were in the cache."""
     looked_up = [(at, r.hit_ratio * 100) for at, r in enumerate(rounds) if r.hit_ratio is not None]
     if looked_up:
-        axes.plot(*zip(*looked_up, strict=True), "o-", color=GREEN, linewidth=1.6, markersize=4)
+        axes.plot(
+            *zip(*looked_up, strict=True),
+            _marks("o", looked_up),
+            color=GREEN,
+            linewidth=1.6,
+            markersize=4,
+        )
     else:
         axes.text(0.5, 0.5, "no page was looked up in the cache", color=SOFT, ha="center",
                   transform=axes.transAxes)  # fmt: skip
     axes.set_ylim(0, 106)
-    axes.set_xlim(-0.6, max(len(rounds) - 0.4, 0.6))
     axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
     _rounds_axis(rounds, axes)
 
@@ -115,8 +129,8 @@ def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> No
         if r.expected_downtime is not None and not r.paused and not r.unfinished
     ]
     if predicted:
-        axes.plot(*zip(*predicted, strict=True), "o-", color=BLUE, linewidth=1.6, markersize=4,
-                  label="predicted")  # fmt: skip
+        axes.plot(*zip(*predicted, strict=True), _marks("o", predicted), color=BLUE, linewidth=1.6,
+                  markersize=4, label="predicted")  # fmt: skip
     real = history.last.downtime
     if real is not None and rounds:
         at = len(rounds) - 1
@@ -126,18 +140,18 @@ def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> No
     values = [value for _, value in predicted] + ([real * 1e3] if real is not None else [])
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+        axes.minorticks_off()
     else:
         axes.set_ylim(0, max(values, default=1.0) * 1.2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
     axes.set_ylabel("milliseconds")
-    axes.set_xlim(-0.6, max(len(rounds) - 0.4, 0.6))
     _rounds_axis(rounds, axes)
     _legend(axes, 2)
 
 
 def draw_wire(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
     """What each round cost on the wire."""
-    axes.bar(range(len(rounds)), [r.wire_bytes for r in rounds], 0.82, color=BLUE)
+    axes.bar(range(len(rounds)), [r.wire_bytes for r in rounds], _width(rounds), color=BLUE)
     if rounds and max(r.wire_bytes for r in rounds) > 50 * min(r.wire_bytes for r in rounds):
         axes.set_yscale("log")
         axes.minorticks_off()
@@ -188,10 +202,48 @@ def _pause(history: History, axes: Axes) -> None:
 
 
 def _sizes(axes: Axes, suffix: str = "") -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: format_size(value) + suffix))
-    if axes.get_yscale() == "linear":
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
+    """Ticks at round numbers of bytes as they are written: 32 MiB, not 38.1."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _at: format_size(value).replace(".0 ", " ") + suffix)
+    )
+    if axes.get_yscale() == "log":
+        places = [32.0**power for power in range(10) if low <= 32.0**power <= high]
+        axes.set_yticks(places)
+        return
+    unit = 1024.0 ** int(math.log(max(high, 1.0), 1024))
+    unit /= 1 if high / unit >= 3 or unit == 1 else 4
+    step = max(math.ceil(high / unit / 5), 1)
+    step = step if step <= 2 else 1 << (step - 1).bit_length()
+    axes.set_yticks([unit * tick for tick in range(0, int(high / unit) + 1, step)])
+    axes.set_ylim(0, high)
+
+
+def _from_zero(axes: Axes) -> None:
+    """Seconds from 0 on, the first label clear of the other axis's."""
+    end = axes.get_xlim()[1]
+    axes.set_xlim(-0.02 * end, end)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
+
+
+def _steps(rounds: list[RoundRecord], shortest: float) -> list[RoundRecord]:
+    """Rounds of milliseconds added up; the one in the pause is not mixed with others."""
+    steps: list[RoundRecord] = []
+    for r in rounds:
+        if steps and steps[-1].seconds < shortest and not r.paused:
+            steps[-1] = together(steps[-1], r)
+        else:
+            steps.append(r)
+    return steps
+
+
+def _marks(mark: str, points: Sequence[object]) -> str:
+    return f"{mark}-" if len(points) <= MOST_MARKS else "-"
+
+
+def _width(rounds: list[RoundRecord]) -> float:
+    """Bars with gaps, as long as those can be seen."""
+    return 0.82 if len(rounds) <= MOST_MARKS else 1.0
 
 
 def _thousands(value: float) -> str:
@@ -204,6 +256,8 @@ def _rounds_axis(rounds: list[RoundRecord], axes: Axes) -> None:
     places = range(0, len(rounds), step)
     axes.set_xticks(places, [f"{rounds[at].number}" for at in places])
     axes.set_xlabel("round")
+    room = 0.6 + len(rounds) / 60
+    axes.set_xlim(-room, max(len(rounds) - 1, 0) + room)
 
 
 def _legend(axes: Axes, columns: int) -> None:

@@ -77,18 +77,21 @@ def _hits(s: Statistics) -> float | None:
 def moved(s: Statistics) -> list[tuple[str, ...]]:
     """Kinds of page: how many, what of the guest they stand for, what they cost."""
     size = s.page_size
-    sent = s.transferred - s.normal * size - s.xbzrle_bytes
-    return [
+    rest = s.transferred - s.normal * size - s.xbzrle_bytes
+    rows: list[tuple[str, ...]] = [
         ("whole", f"{s.normal}", format_size(s.normal * size), format_size(s.normal * size)),
         ("delta", f"{s.xbzrle_pages}", format_size(s.xbzrle_pages * size),
          format_size(s.xbzrle_bytes)),
         ("zero, and all framing", f"{s.duplicate}", format_size(s.duplicate * size),
-         format_size(max(sent, 0))),
+         format_size(max(rest, 0))),
         ("dirty, but equal: not sent", f"{s.skipped}", format_size(s.skipped * size), "0 B"),
         ("total", f"{s.duplicate + s.normal + s.xbzrle_pages + s.skipped}",
          format_size((s.duplicate + s.normal + s.xbzrle_pages + s.skipped) * size),
          format_size(s.transferred)),
     ]  # fmt: skip
+    if rest < 0:  # it ended in the middle of a round
+        rows.insert(-1, ("encoded, but not sent any more", "", "", f"-{format_size(-rest)}"))
+    return rows
 
 
 def round_row(r: RoundRecord) -> tuple[str, ...]:
