@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -67,42 +66,55 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.0f} ms"
 
 
-def facts(history: History, limit: str, width: int) -> Table:
-    """What happens now, in lines of a name and what there is to say."""
+def lines(rows: Iterable[tuple[str, Text | str]]) -> Text:
+    """A name and what there is to say, on a line each.
+
+    One text of many lines: a table of rich takes ten times as long to draw.
+    """
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for name, said in rows:
+        text.append(f"{name:<15}", "bright_black").append(said).append("\n")
+    text.rstrip()
+    return text
+
+
+def facts(history: History, limit: str, width: int) -> Text:
+    """What happens now."""
     s, rounds = history.last, history.closed
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bright_black", no_wrap=True, min_width=13)
-    grid.add_column(no_wrap=True, overflow="ellipsis", min_width=min(width - 19, 40))
     room = max(min(width - 18, 40), 8)
     over = s.status in COLOURS
     number = s.dirty_sync_count + (s.status == "active")
-    grid.add_row("status", Text.assemble(
-        (s.status, COLOURS.get(s.status, "bold")), f"  round {number}  {s.total_time:.1f} s",
-    ))  # fmt: skip
+    about = f"  round {number}  {s.total_time:.1f} s"
     moved = 1 - s.remaining / s.total if s.total else 0.0
-    grid.add_row("remaining", f"{format_size(s.remaining)} of {format_size(s.total)}")
-    grid.add_row("", bar(moved, room, "green" if s.status == "completed" else "blue"))
     dirty = f"{format_size(s.dirty_pages_rate * s.page_size)}/s" if rounds else "-"
-    grid.add_row("dirtied", f"{dirty}" + ("" if over else f", sending {s.mbps:.0f} Mbit/s"))
+    rows: list[tuple[str, Text | str]] = [
+        ("status", Text.assemble((s.status, COLOURS.get(s.status, "bold")), about)),
+        ("remaining", f"{format_size(s.remaining)} of {format_size(s.total)}"),
+        ("", bar(moved, room, "green" if s.status == "completed" else "blue")),
+        ("dirtied", dirty + ("" if over else f", sending {s.mbps:.0f} Mbit/s")),
+    ]
     if len(rounds) > 1:
-        grid.add_row("per round", Text(sparkline([float(r.remaining) for r in rounds], room),
-                                       "blue"))  # fmt: skip
-    for row in _kinds(s, room):
-        grid.add_row(*row)
+        columns = sparkline([float(r.remaining) for r in rounds[-room:]], room)
+        rows.append(("per round", Text(columns, "blue")))
+    rows += _kinds(s, room)
     if s.xbzrle:
-        grid.add_row("cache hits", _hits(s, rounds))
+        rows.append(("cache hits", _hits(s, rounds)))
+    rows.append(_downtime(s, limit))
+    if s.reconnects:
+        rows.append(("reconnects", str(s.reconnects)))
+    return lines(rows)
+
+
+def _downtime(s: Statistics, limit: str) -> tuple[str, Text | str]:
+    """What was expected, and what came."""
     if s.downtime is not None:
         expected = f", {milliseconds(s.expected_downtime)} expected"
-        grid.add_row("downtime", Text.assemble((milliseconds(s.downtime), "bold"), expected))
-    else:
-        allowed = f" of {limit} allowed" if limit and s.expected_downtime is not None else ""
-        grid.add_row("exp. downtime", milliseconds(s.expected_downtime) + allowed)
-    if s.reconnects:
-        grid.add_row("reconnects", str(s.reconnects))
-    return grid
+        return "downtime", Text.assemble((milliseconds(s.downtime), "bold"), expected)
+    allowed = f" of {limit} allowed" if limit and s.expected_downtime is not None else ""
+    return "exp. downtime", milliseconds(s.expected_downtime) + allowed
 
 
-def _kinds(s: Statistics, room: int) -> list[tuple[str, Text]]:
+def _kinds(s: Statistics, room: int) -> list[tuple[str, Text | str]]:
     """Bytes of the guest by how they were sent, and what they cost on the wire."""
     sizes = [pages * s.page_size for pages in (s.duplicate, s.normal, s.xbzrle_pages)]
     text = Text()
@@ -126,22 +138,28 @@ def _hits(s: Statistics, rounds: list[RoundRecord]) -> str:
     return text + (f", {last:.1%} in the last round" if last is not None else "")
 
 
-def table(history: History, rows: int) -> Table:
+COLUMNS = (("round", 7), ("s", 7), ("wire", 11), ("zero", 8), ("whole", 8), ("delta", 8),
+           ("hits", 6), ("left", 11), ("exp.", 9))  # fmt: skip
+
+
+def table(history: History, rows: int) -> Text:
     """The last rounds, a line for each."""
-    grid = Table(box=None, padding=(0, 1), header_style="bright_black")
-    for name in ("round", "s", "wire", "zero", "whole", "delta", "hits", "left", "exp."):
-        grid.add_column(name, justify="right", no_wrap=True)
-    records = list(islice(reversed(history.closed), max(rows, 0)))
+    rows = max(rows, 0)
+    records = history.closed[-rows:] if rows else []
     if history.over and history.current.wire_bytes:
-        records = [history.current, *records][: max(rows, 0)]
-    for r in reversed(records):
-        hits = "-" if r.hit_ratio is None else f"{r.hit_ratio:.0%}"
-        grid.add_row(
+        records = [*records, history.current][-rows:]
+    heads = "".join(f"{name:>{width}}" for name, width in COLUMNS)
+    text = Text(heads, "bright_black", no_wrap=True, overflow="ellipsis")
+    for r in records:
+        cells = (
             str(r.number), f"{r.seconds:.2f}", format_size(r.wire_bytes), str(r.zero),
-            str(r.normal), str(r.delta), hits, format_size(r.remaining),
-            milliseconds(r.expected_downtime), style="bold" if r.paused else "",
+            str(r.normal), str(r.delta), "-" if r.hit_ratio is None else f"{r.hit_ratio:.0%}",
+            format_size(r.remaining), milliseconds(r.expected_downtime),
         )  # fmt: skip
-    return grid
+        pairs = zip(cells, COLUMNS, strict=True)
+        line = "".join(f"{cell:>{width}}" for cell, (_, width) in pairs)
+        text.append(f"\n{line}", "default bold" if r.paused else "default")
+    return text
 
 
 def picture(
@@ -212,7 +230,8 @@ class Live:
             self._stop()
             console.clear()
         if self._region is None:
-            self._region = Region(console=console, auto_refresh=False)
+            # What others print to standard error goes above it; the result goes where it belongs.
+            self._region = Region(console=console, auto_refresh=False, redirect_stdout=False)
             self._region.start()
         self._drawn_width = min(width, WIDEST)
         frame = picture(self._history, self._described, width, height)
