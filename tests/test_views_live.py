@@ -45,7 +45,7 @@ def test_a_frame_tells_all():
     text = shown(100)
     for words in (
         "demo guest, process 1 → tcp:h:1", "completed", "0 B of 64.0 MiB", "on the wire",
-        "zero 56.0 MiB", "whole 8.0 MiB", "delta 840.0 KiB", "as 2.0 KiB", "cache hits", "99.0%",
+        "56.0 MiB", "8.0 MiB", "840.0 KiB  as 2.0 KiB", "cache hits", "99.0%",
         "50 ms, 67 ms expected",
     ):  # fmt: skip
         assert words in text, words
@@ -55,14 +55,14 @@ def test_before_the_pause_it_is_a_prediction_and_what_is_allowed():
     assert "200 ms of 300 ms allowed" in shown(100, until="round")
 
 
-@pytest.mark.parametrize("width", [20, 40, 60, 80, 131, 132, 250])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 139, 140, 250])
 def test_no_line_is_wider_than_the_terminal(width):
     text = shown(width, rounds=30)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "completed" in text or width < 30
 
 
-@pytest.mark.parametrize("width", [40, 80, 140])
+@pytest.mark.parametrize("width", [40, 80, 160])
 def test_no_frame_is_higher_than_the_terminal(width):
     assert len(shown(width, 24, rounds=30).splitlines()) <= 24
 

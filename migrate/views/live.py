@@ -7,14 +7,14 @@ is stopped to the moment after it runs. It is not drawn either while the termina
 
     under 60 columns    what happens now
     more                the last rounds below it, as far as the height goes
-    132 columns         the last rounds beside it
+    140 columns         the last rounds beside it
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -29,7 +29,7 @@ from migrate.views.history import History, RoundRecord
 from migrate.views.progress import takes_more
 
 FRAME_SECONDS = 0.2
-NARROW, WIDE, WIDEST = 60, 132, 140
+NARROW, WIDE, WIDEST = 60, 140, 144
 KINDS = (("zero", "cyan"), ("whole", "yellow"), ("delta", "green"))
 COLOURS = {"completed": "bold green", "failed": "bold red", "cancelled": "bold red"}
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -41,7 +41,7 @@ def bar(share: float, width: int, style: str) -> Text:
     return Text.assemble(("━" * filled, style), ("━" * (width - filled), "bright_black"))
 
 
-def stacked(parts: list[tuple[float, str]], width: int) -> Text:
+def stacked(parts: Sequence[tuple[float, str]], width: int) -> Text:
     """One bar of several colours in proportion; each that is not zero is seen."""
     total = sum(value for value, _ in parts)
     if not total:
@@ -116,18 +116,15 @@ def _downtime(s: Statistics, limit: str) -> tuple[str, Text | str]:
 
 def _kinds(s: Statistics, room: int) -> list[tuple[str, Text | str]]:
     """Bytes of the guest by how they were sent, and what they cost on the wire."""
-    sizes = [pages * s.page_size for pages in (s.duplicate, s.normal, s.xbzrle_pages)]
-    text = Text()
-    for (name, style), size in zip(KINDS, sizes, strict=True):
-        text.append(f"{name} ", style).append(f"{format_size(size)}  ")
-    if s.xbzrle_bytes:
-        text.append(f"as {format_size(s.xbzrle_bytes)}", "bright_black")
-    drawn = stacked(
-        [(size, style) for (_, style), size in zip(KINDS, sizes, strict=True)], room
-    )  # fmt: skip
-    return [
-        ("on the wire", Text(format_size(s.transferred))), ("sent as", text), ("", drawn),
-    ]  # fmt: skip
+    counts = (s.duplicate, s.normal, s.xbzrle_pages)
+    rows: list[tuple[str, Text | str]] = [("on the wire", format_size(s.transferred))]
+    for (name, style), pages in zip(KINDS, counts, strict=True):
+        text = Text(f"{format_size(pages * s.page_size):>10} ", style)
+        if name == "delta" and pages:
+            text.append(f" as {format_size(s.xbzrle_bytes)}", "default")
+        rows.append((f"  {name}", text))
+    drawn = [(pages, style) for (_, style), pages in zip(KINDS, counts, strict=True)]
+    return [*rows, ("", stacked(drawn, room))]
 
 
 def _hits(s: Statistics, rounds: list[RoundRecord]) -> str:
@@ -135,7 +132,7 @@ def _hits(s: Statistics, rounds: list[RoundRecord]) -> str:
         return "-"
     text = f"{1 - s.cache_miss_rate:.1%}"
     last = rounds[-1].hit_ratio if rounds else None
-    return text + (f", {last:.1%} in the last round" if last is not None else "")
+    return text + (f" ({last:.1%} last round)" if last is not None else "")
 
 
 COLUMNS = (("round", 7), ("s", 7), ("wire", 11), ("zero", 8), ("whole", 8), ("delta", 8),
