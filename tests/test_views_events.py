@@ -11,7 +11,8 @@ from migrate.errors import UsageError
 from migrate.statistics import Statistics, query_migrate
 from migrate.views.events import MAX_WAITING_BYTES, Events, Outlet, parse_events
 from migrate.views.history import History
-from tests.programs import Program
+from tests.programs import Program, destination, end_guest, guest_pid
+from tests.relay import Relay
 from tests.story import move, story
 
 
@@ -184,3 +185,23 @@ def test_on_another_descriptor_the_result_stays_on_standard_output():
     assert json.loads(source.out)["status"] == "completed"
     events = [json.loads(line) for line in source.err.splitlines() if line.startswith("{")]
     assert events[-1]["data"] == json.loads(source.out)
+
+
+def test_the_sums_hold_over_a_connection_that_breaks():
+    receiver, address = destination("--retry", "20s")
+    with Relay(address, breaks=(6 << 20,)) as relay:
+        source = Program(
+            "migrate-src", "--retry", "20s", "--events", "json", "--guest",
+            "demo:16m,hot=4m,fill=random", relay.address,
+        )  # fmt: skip
+        assert source.wait() == 0, source.err
+        assert receiver.wait() == 0
+    end_guest(guest_pid(receiver.out + receiver.err))
+    seen = [json.loads(line) for line in source.out.splitlines()]
+    states = [one["data"]["status"] for one in seen if one["event"] == "MIGRATION"]
+    assert states == ["setup", "active", "setup", "active", "device", "completed"]
+    rounds = [one["data"] for one in seen if one["event"] == "ROUND"]
+    final = seen[-1]["data"]
+    assert final["reconnects"] == 1
+    for name in ("transferred", "normal", "duplicate"):
+        assert sum(one[name] for one in rounds) == final["ram"][name], name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,8 +39,9 @@ steps = st.lists(
 @given(steps, st.sampled_from(["completed", "failed", "cancelled"]), st.integers(2, 8))
 def test_the_sums_over_all_rounds_are_the_totals(steps, status, most):
     """However many rounds there are, and wherever a connection broke in one."""
-    kept, history.MAX_ROUNDS = history.MAX_ROUNDS, most
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MAX_ROUNDS", "HEAD_ROUNDS", "RECENT_ROUNDS"):
+            patch.setattr(history, name, most)
         seen, s = History(), START
         seen.observe("status", s)
         for event, by in steps:
@@ -49,15 +51,27 @@ def test_the_sums_over_all_rounds_are_the_totals(steps, status, most):
             seen.observe("status" if event == "broken" else event, s)
         s = grown(s, 1, status=status)
         seen.observe("status", s)
-    finally:
-        history.MAX_ROUNDS = kept
     rounds = list(seen.rounds())
     for name, total in TOTALS.items():
         assert sum(getattr(r, name) for r in rounds) == getattr(s, total), name
     assert abs(sum(r.seconds for r in rounds) - s.total_time) < 1e-6
     assert [r.first for r in rounds[1:]] == [r.number + 1 for r in rounds[:-1]]
-    assert len(seen.closed) <= most + 1
+    assert len(seen.closed) <= 3 * most + 1
     assert rounds[-1].unfinished
+
+
+def test_a_million_rounds_would_fit():
+    seen, s = History(), START
+    for _ in range(20_000):
+        s = after_round(s, 1)
+        seen.observe("round", s)
+    records = seen.closed
+    assert len(records) <= history.HEAD_ROUNDS + history.MAX_ROUNDS + history.RECENT_ROUNDS
+    assert sum(r.normal for r in records) == 20_000
+    assert records[0].count == records[-1].count == 1
+    spans = [r.count for r in records[history.HEAD_ROUNDS : -history.RECENT_ROUNDS]]
+    assert max(spans) == 64
+    assert min(spans[:-1]) == 64
 
 
 def test_a_round_is_what_it_moved():

@@ -163,7 +163,7 @@ class Events:
             self.end(self._last)
             self._emit("MIGRATION", {"status": s.status})
         elif event == "round":
-            self._emit("ROUND", round_data(self._history.closed[-1]))
+            self._emit("ROUND", round_data(self._history.recent[-1]))
         elif event == "progress":
             self._emit("PROGRESS", query_migrate(s))
         elif event == "paused":
@@ -176,9 +176,8 @@ class Events:
         if s is None or self._last is None:
             return
         self._last = None
-        if self._history.over:
-            for record in list(self._history.rounds())[len(self._history.closed) :]:
-                self._emit("ROUND", round_data(record))
+        if tail := self._history.tail:
+            self._emit("ROUND", round_data(tail))
         self._emit("MIGRATION", query_migrate(s))
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:

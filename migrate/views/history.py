@@ -1,24 +1,29 @@
 """What each round did, from the snapshots that an observer of a Source is given.
 
 Statistics are counters from the beginning on; what a round did is the difference between two of
-them. All memory is bounded: when there are too many rounds, the older ones are added up in pairs,
-so that the sums over all records stay those of the whole migration; of too many samples every
-other one is forgotten, and from then on half as many are taken.
+them. All memory is bounded: of too many rounds those between the first and the last ones are added
+up, two by two, then four by four, so that the sums over all records stay those of the whole
+migration; of too many samples every other one is forgotten, and from then on half as many are
+taken.
 
-    mark (the end of the last round) --- rounds that are over ---> closed records
-    mark ... last                    --- the round in progress --> current; at the end: tail
+    head | body, `span` rounds each | recent | what was done since
+    -----+--------------------------+--------+---------------------
+                   closed                    | current; tail, once it is over
 
 Nothing here knows clocks, terminals or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass, replace
 
 from migrate.statistics import Statistics
 
-MAX_ROUNDS = 1024
+# Records of single rounds at the beginning and at the end, and records between them.
+HEAD_ROUNDS = 8
+RECENT_ROUNDS = 64
+MAX_ROUNDS = 512
 MAX_SAMPLES = 2048
 SAMPLE_SECONDS = 0.05
 OVER = ("completed", "failed", "cancelled")
@@ -56,6 +61,11 @@ class RoundRecord:
     cache_size: int
     paused: bool = False
     unfinished: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many rounds they are."""
+        return self.number - self.first + 1
 
     @property
     def pages(self) -> int:
@@ -138,7 +148,11 @@ class History:
         self.samples: list[Sample] = []
         self.notices: list[str] = []
         self._mark = Statistics()
-        self._closed: list[RoundRecord] = []
+        self._head: list[RoundRecord] = []
+        self._body: list[RoundRecord] = []
+        self._span = 1
+        self.recent: deque[RoundRecord] = deque()
+        """The last rounds that are over, one by one."""
         self._interval = SAMPLE_SECONDS
 
     def observe(self, event: str, s: Statistics) -> None:
@@ -166,13 +180,21 @@ class History:
         )  # fmt: skip
 
     def _close(self, s: Statistics) -> None:
-        self._closed.append(difference(self._mark, s))
+        self.recent.append(difference(self._mark, s))
         self._mark = s
-        if len(self._closed) > MAX_ROUNDS:
-            half = -(-len(self._closed) // 4) * 2
-            old, young = self._closed[:half], self._closed[half:]
-            pairs = zip(old[::2], old[1::2], strict=True)
-            self._closed = [together(one, two) for one, two in pairs] + young
+        if len(self.recent) <= RECENT_ROUNDS:
+            return
+        record = self.recent.popleft()
+        if len(self._head) < HEAD_ROUNDS:
+            self._head.append(record)
+        elif self._body and self._body[-1].count < self._span:
+            self._body[-1] = together(self._body[-1], record)
+        else:
+            self._body.append(record)
+        if len(self._body) > MAX_ROUNDS:
+            body, self._span = self._body, self._span * 2
+            self._body = [together(one, two) for one, two in zip(body[::2], body[1::2])]  # noqa: B905
+            self._body += body[len(body) // 2 * 2 :]
 
     def _sample(self, s: Statistics) -> None:
         if self.samples and s.total_time - self.samples[-1].time < self._interval:
@@ -190,15 +212,18 @@ class History:
     @property
     def closed(self) -> list[RoundRecord]:
         """Rounds that are over, without the one in the pause."""
-        return self._closed
+        return [*self._head, *self._body, *self.recent]
 
     @property
     def current(self) -> RoundRecord:
         """What was done since the last round was over."""
         return replace(difference(self._mark, self.last), paused=self.paused_at is not None)
 
-    def rounds(self) -> Iterator[RoundRecord]:
-        """All of them; once the migration is over, with the one it ended in."""
-        yield from self._closed
-        if self.over and (tail := self.current).wire_bytes:
-            yield tail
+    @property
+    def tail(self) -> RoundRecord | None:
+        """The round in which the migration ended; None as long as it has not."""
+        return self.current if self.over and self.current.wire_bytes else None
+
+    def rounds(self) -> list[RoundRecord]:
+        """All of them, with the tail."""
+        return [*self.closed, *([self.tail] if self.tail else [])]

@@ -80,7 +80,7 @@ def lines(rows: Iterable[tuple[str, Text | str]]) -> Text:
 
 def facts(history: History, limit: str, width: int) -> Text:
     """What happens now."""
-    s, rounds = history.last, history.closed
+    s, rounds = history.last, list(history.recent)
     room = max(min(width - 18, 40), 8)
     over = s.status in COLOURS
     number = s.dirty_sync_count + (s.status == "active")
@@ -141,10 +141,8 @@ COLUMNS = (("round", 7), ("s", 7), ("wire", 11), ("zero", 8), ("whole", 8), ("de
 
 def table(history: History, rows: int) -> Text:
     """The last rounds, a line for each."""
-    rows = max(rows, 0)
-    records = history.closed[-rows:] if rows else []
-    if history.over and history.current.wire_bytes:
-        records = [*records, history.current][-rows:]
+    records = [*history.recent, *([history.tail] if history.tail else [])]
+    records = records[max(len(records) - rows, 0) :]
     heads = "".join(f"{name:>{width}}" for name, width in COLUMNS)
     text = Text(heads, "bright_black", no_wrap=True, overflow="ellipsis")
     for r in records:
@@ -174,7 +172,7 @@ def picture(
     if width < WIDE:
         body = facts(history, limit, width)
         rows = min(height - 20, 10)
-        if rows > 0 and history.closed:
+        if rows > 0 and history.recent:
             body = Group(body, Text(), table(history, rows))
     else:
         body = Table.grid(padding=(0, 3))

@@ -72,8 +72,8 @@ class Views:
         self._views: dict[str, Any] = {}
         self._metrics: Metrics | None = None
         mode = "never" if args.quiet else args.progress
-        self._text = self._text_view(mode, name)
         self._add_events(args.events)
+        self._text = self._text_view(mode, name)
         self._add_report(args.report)
         self._metrics = _metrics(args, self._families)
         if self._metrics and self._metrics.address and not args.quiet:
@@ -81,7 +81,7 @@ class Views:
 
     def _text_view(self, mode: str, name: str) -> Any:
         lines = Lines(self.history, name, sys.stderr, silent=mode == "never")
-        if not wants_live(mode, sys.stderr):
+        if self._events_on_terminal or not wants_live(mode, sys.stderr):
             return lines
         from migrate.views.live import Live
 
@@ -90,10 +90,12 @@ class Views:
     def _add_events(self, text: str) -> None:
         self.owns_stdout = False
         """Whether nothing but events may go to standard output."""
+        self._events_on_terminal = False
         if text:
             from migrate.views.events import Events, parse_events
 
             fd = parse_events(text)
+            self._events_on_terminal = os.isatty(fd)
             self.owns_stdout = fd == 1
             self._views["--events"] = Events(self.history, fd)
 

@@ -52,8 +52,8 @@ def draw_remaining(history: History, rounds: list[RoundRecord], axes: Axes) -> N
     axes.fill_between(times, left, color=BLUE, alpha=0.15, linewidth=0)
     axes.plot(times, left, color=BLUE, linewidth=1.6, label="left to send")
     if ends:
-        size = 4 if len(ends) <= MOST_MARKS else 2
-        axes.plot(*zip(*ends, strict=True), "o", color=RED, markersize=size,
+        style = "o" if len(ends) <= MOST_MARKS else "-"
+        axes.plot(*zip(*ends, strict=True), style, color=RED, markersize=4, linewidth=1,
                   label="dirty after a round")  # fmt: skip
     _pause(history, axes)
     _sizes(axes)
@@ -87,14 +87,12 @@ def draw_rates(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
 
 
 def draw_kinds(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """Pages of each round, by how they were sent."""
-    places = list(range(len(rounds)))
-    floor = [0] * len(rounds)
+    """Pages of each round, by how they were sent; the mean of those that were added up."""
+    floor = [0.0] * len(rounds)
     for name, colour in (("zero", SOFT), ("normal", AMBER), ("delta", GREEN)):
-        counts = [getattr(r, name) for r in rounds]
-        axes.bar(places, counts, _width(rounds), floor, color=colour,
-                 label="whole" if name == "normal" else name)  # fmt: skip
-        floor = [low + count for low, count in zip(floor, counts, strict=True)]
+        top = [low + getattr(r, name) / r.count for low, r in zip(floor, rounds, strict=True)]
+        _bars(axes, top, floor, colour, "whole" if name == "normal" else name)
+        floor = top
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: _thousands(value)))
     axes.set_ylabel("pages")
     axes.grid(visible=False, axis="x")
@@ -151,8 +149,9 @@ def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> No
 
 def draw_wire(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
     """What each round cost on the wire."""
-    axes.bar(range(len(rounds)), [r.wire_bytes for r in rounds], _width(rounds), color=BLUE)
-    if rounds and max(r.wire_bytes for r in rounds) > 50 * min(r.wire_bytes for r in rounds):
+    costs = [r.wire_bytes / r.count for r in rounds]
+    _bars(axes, costs, [0.0] * len(rounds), BLUE)
+    if costs and max(costs) > 50 * min(costs) > 0:
         axes.set_yscale("log")
         axes.minorticks_off()
     _sizes(axes)
@@ -172,7 +171,7 @@ PLOTS: tuple[tuple[str, Draw], ...] = (
 
 def figures(history: History) -> list[tuple[str, str]]:
     """Title and SVG of each picture."""
-    rounds = list(history.rounds())
+    rounds = history.rounds()
     return [(title, _svg(index, draw, history, rounds)) for index, (title, draw) in
             enumerate(PLOTS)]  # fmt: skip
 
@@ -241,9 +240,14 @@ def _marks(mark: str, points: Sequence[object]) -> str:
     return f"{mark}-" if len(points) <= MOST_MARKS else "-"
 
 
-def _width(rounds: list[RoundRecord]) -> float:
-    """Bars with gaps, as long as those can be seen."""
-    return 0.82 if len(rounds) <= MOST_MARKS else 1.0
+def _bars(axes: Axes, tops: list[float], floor: list[float], colour: str, label: str = "") -> None:
+    """With gaps as long as those can be seen; more are one outline, which costs little to store."""
+    if len(tops) > MOST_MARKS:
+        edges = [at - 0.5 for at in range(len(tops) + 1)]
+        axes.stairs(tops, edges, baseline=floor, fill=True, color=colour, label=label)
+        return
+    heights = [top - low for top, low in zip(tops, floor, strict=True)]
+    axes.bar(range(len(tops)), heights, 0.82, floor, color=colour, label=label)
 
 
 def _thousands(value: float) -> str:
@@ -252,7 +256,8 @@ def _thousands(value: float) -> str:
 
 def _rounds_axis(rounds: list[RoundRecord], axes: Axes) -> None:
     """Names of rounds below, as many as there is room for."""
-    step = -(-len(rounds) // 12) or 1
+    most = 12 if not rounds or rounds[-1].number < 1000 else 7
+    step = -(-len(rounds) // most) or 1
     places = range(0, len(rounds), step)
     axes.set_xticks(places, [f"{rounds[at].number}" for at in places])
     axes.set_xlabel("round")

@@ -87,7 +87,7 @@ class Lines:
         elif event == "status":
             self._tell_held()  # before the pause, or at the end
         elif event == "round":
-            self._round(self._history.closed[-1])
+            self._round(self._history.recent[-1])
         elif event == "progress" and s.status == "active":
             self._interval(s)
 

@@ -147,7 +147,7 @@ def page(
 ) -> str:  # fmt: skip
     """The whole page; `figures` are titles and SVG."""
     s = history.last
-    records = list(history.rounds())
+    records = history.rounds()
     heading = f"{described.get('guest', 'A guest')} → {described.get('destination', '')}"
     boxes = "".join(
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
