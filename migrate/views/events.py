@@ -2,7 +2,7 @@
 
     {"event": NAME, "timestamp": {"seconds": S, "microseconds": U}, "data": {...}}
 
-    MIGRATION  status has changed; names are QEMU's where it has them, see the README for all
+Names are QEMU's where it has them; the README lists all events and what they hold.
 
 A reader that is slow, or gone, keeps nobody waiting: a line is written only where a poll says that
 there is room (a pipe then takes PIPE_BUF bytes without blocking, whatever its mode, which is not

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -135,7 +136,7 @@ def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> No
         axes.plot([at], [real * 1e3], "D", color=RED, markersize=6, label="real")
         axes.annotate(f"{real * 1e3:.0f} ms", (at, real * 1e3), textcoords="offset points",
                       xytext=(-8, 6), ha="right", color=RED, fontsize=9)  # fmt: skip
-    values = [value for _, value in predicted] + ([real * 1e3] if real is not None else [])
+    values = [float(value) for line in axes.lines for value in np.ravel(line.get_ydata())]
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
         axes.minorticks_off()
@@ -144,7 +145,7 @@ def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> No
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
     axes.set_ylabel("milliseconds")
     _rounds_axis(rounds, axes)
-    _legend(axes, 2)
+    _legend(axes, 3)
 
 
 def draw_wire(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
@@ -165,15 +166,23 @@ PLOTS: tuple[tuple[str, Draw], ...] = (
     ("Pages by kind, per round", draw_kinds),
     ("On the wire, per round", draw_wire),
     ("Cache hits, per round", draw_hits),
-    ("Downtime, predicted after each round and real", draw_downtime),
 )
 
 
-def figures(history: History) -> list[tuple[str, str]]:
-    """Title and SVG of each picture."""
-    rounds = history.rounds()
-    return [(title, _svg(index, draw, history, rounds)) for index, (title, draw) in
-            enumerate(PLOTS)]  # fmt: skip
+def figures(history: History, limit: float | None = None) -> list[tuple[str, str]]:
+    """Title and SVG of each picture; `limit`: the downtime allowed, in milliseconds."""
+    # A last word of why it failed is no round.
+    rounds = [r for r in history.rounds() if r.pages or not r.unfinished]
+
+    def downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
+        if limit:
+            axes.axhline(limit, color=AMBER, linestyle=(0, (4, 2)), linewidth=1.2, label="allowed")
+        draw_downtime(history, rounds, axes)
+
+    plots = (*PLOTS, ("Downtime, predicted after each round and real", downtime))
+    return [
+        (title, _svg(index, draw, history, rounds)) for index, (title, draw) in enumerate(plots)
+    ]
 
 
 def _svg(index: int, draw: Draw, history: History, rounds: list[RoundRecord]) -> str:

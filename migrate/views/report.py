@@ -7,6 +7,7 @@ is looked for before the migration begins, and loaded after it is over.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from migrate.errors import UsageError
-from migrate.quantities import format_size
+from migrate.quantities import format_size, parse_milliseconds
 from migrate.statistics import Statistics
 from migrate.views.history import OVER, History, RoundRecord
 
@@ -49,7 +50,7 @@ def verdict(s: Statistics) -> str:
         )
     if s.status == "cancelled":
         return f"The migration was cancelled after {took} and {rounds}: the guest runs on here."
-    return f"The migration failed after {took} and {rounds}: {s.error or 'no reason was given'}."
+    return f"The migration failed after {took} and {rounds}."
 
 
 def tiles(s: Statistics) -> list[tuple[str, str, str]]:
@@ -98,6 +99,8 @@ def round_row(r: RoundRecord) -> tuple[str, ...]:
     name = f"{r.number}" if r.first == r.number else f"{r.first} to {r.number}"
     if r.paused or r.unfinished:
         name += " (unfinished)" if r.unfinished else " (pause)"
+    if r.unfinished and not r.pages:
+        name = "after them"
     return (
         name, milliseconds(r.seconds), format_size(r.wire_bytes), f"{r.mbps:.0f}", f"{r.zero}",
         f"{r.normal}", f"{r.delta}", f"{r.skipped}", percent(r.hit_ratio), f"{r.overflow}",
@@ -166,7 +169,8 @@ def page(
         f"<title>{escape(f'Migration {s.status}: {heading}')}</title>",
         f"<style>{STYLE}</style></head><body><main>",
         f'<header><p class="what">{escape(heading)}</p>',
-        f'<h1 class="{escape(s.status)}">{escape(verdict(s))}</h1></header>',
+        f'<h1 class="{escape(s.status)}">{escape(verdict(s))}</h1>',
+        f'<p class="why">{escape(s.error)}</p></header>' if s.error else "</header>",
         f'<div class="tiles">{boxes}</div>',
         _section("Advice", _list(list(getattr(s, "advice", ())))),
         f'<div class="plots">{plots}</div>',
@@ -203,6 +207,14 @@ class Report:
         """What is about to move: the heading and the options."""
         self._described = facts
 
+    def _limit(self) -> float | None:
+        """Milliseconds of downtime that were allowed, where that is known."""
+        with contextlib.suppress(UsageError):
+            return parse_milliseconds(
+                self._described.get("downtime limit", "").replace(" ", ""), ""
+            )
+        return None
+
     def observe(self, event: str, s: Statistics) -> None:
         """The history knows all."""
 
@@ -213,7 +225,7 @@ class Report:
         from migrate.views.plots import figures
 
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._clock()))
-        text = page(self._history, self._described, figures(self._history), now)
+        text = page(self._history, self._described, figures(self._history, self._limit()), now)
         path, number = self._path, self._history.migrations
         if number > 1:
             stem, suffix = os.path.splitext(path)
