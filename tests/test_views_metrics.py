@@ -143,8 +143,9 @@ def test_a_running_program_is_scraped():
     receiver = Program("migrate-dst", "--listen", "127.0.0.1:0", "--metrics", "0")
     address = receiver.read_line(r"metrics at (\S+)")[1]
     assert scrape(address)["migrate_status/none"] == 1
+    receiver.read_line("listening on")
     receiver.kill(15)
-    assert receiver.wait() == 143
+    assert receiver.wait() == 143, receiver.err
     receiver, there = destination()
     source = Program(
         "migrate-src", "--guest", "demo:32m,fill=random", "--max-bandwidth", "8m", "--metrics", "0",

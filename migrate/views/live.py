@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as Region
@@ -27,6 +27,7 @@ from migrate.quantities import format_size
 from migrate.statistics import Statistics
 from migrate.views.history import History, RoundRecord
 from migrate.views.progress import takes_more
+from migrate.views.terminal import Terminal
 
 FRAME_SECONDS = 0.2
 NARROW, WIDE, WIDEST = 60, 140, 144
@@ -194,8 +195,11 @@ class Live:
         self._history = history
         self._name = name
         self._stream = stream
+        self._terminal: Terminal | None = None
+        with contextlib.suppress(OSError):  # where it is another user's, or none
+            self._terminal = Terminal(stream)
         self._clock = clock
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(file=cast(TextIO, self._terminal or stream), highlight=False)
         self._region: Region | None = None
         self._described: Mapping[str, str] = {}
         self._drawn_at = float("-inf")
@@ -216,7 +220,7 @@ class Live:
             self._draw()  # in the pause the status is "device"
 
     def _draw(self) -> None:
-        if not takes_more(self._stream):
+        if self._terminal.behind if self._terminal else not takes_more(self._stream):
             return
         console = self._console
         width, height = console.size
@@ -249,6 +253,14 @@ class Live:
         if self._region is not None and self._history.over:
             self._draw()
         self._stop()
+        if self._terminal is not None:
+            self._terminal.drain()
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self.clear()
+        if self._terminal is not None:
+            self._terminal.close()
 
     def _stop(self) -> None:
         if self._region is not None:

@@ -161,6 +161,7 @@ class Views:
             if hasattr(view, "close") and (said := view.close()):
                 self.say(f"{said}" if said.startswith(name) else f"{name}: {said}")
         self._views.clear()
+        self._text.close()
         if self._metrics is not None:
             self._metrics.close()
 

@@ -129,3 +129,6 @@ class Lines:
     def end(self, _s: Statistics) -> None:
         """A migration is over."""
         self._tell_held()
+
+    def close(self) -> None:
+        """Nothing follows."""
