@@ -26,6 +26,7 @@ from migrate.cli.program import (
 )
 from migrate.errors import MigrationError, OnCompleteError, PeerError
 from migrate.journal import check_directory, damaged, default_directory
+from migrate.views.options import DestinationViews, add_metrics_options
 from proto.ownership import Claim, Role
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def destination_parser() -> Parser:
     parser.add_argument(
         "--cache-size", default="", metavar="SIZE", help="ask the source for this cache size"
     )
+    add_metrics_options(parser)
     return parser
 
 
@@ -101,6 +103,9 @@ class DestinationProgram:
         self._door: Door | None = None
         self._taken: asyncio.Future[Custody]
         self._asked: set[asyncio.Task[None]] = set()
+        self.views = DestinationViews(
+            args, lambda: self.destination.arrival if self.destination else None, self._say
+        )
 
     async def run(self) -> int:
         """Receives a guest, stays if it is to; the exit code."""
@@ -131,6 +136,7 @@ class DestinationProgram:
                 return await self._arrived(arrival)
         finally:
             self.records.close()
+            self.views.close()
 
     async def _open(self) -> Door:
         """Listens, after what an earlier program has left is done."""
@@ -221,6 +227,7 @@ class DestinationProgram:
             return self.destination.link if self.destination else peer
 
         def observe(event: str, arrival: Arrival) -> None:
+            self.views.observe()
             if event == "accepted" and arrival.info is not None:
                 size = quantities.format_size(arrival.info.size)
                 self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")

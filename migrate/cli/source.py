@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -27,12 +28,12 @@ from migrate.cli.program import (
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
 from migrate.journal import attempt, check_directory, default_directory
+from migrate.views.options import Views, add_view_options
 from proto.ownership import Role
 
 if TYPE_CHECKING:
     from migrate.guests.guest import Guest
     from migrate.link import Link
-    from migrate.progress import Progress
     from migrate.source import Parameters, Source
 
 
@@ -92,10 +93,7 @@ def source_parser() -> Parser:
         help="keep trying to connect for so long (default: 10s)",
     )  # fmt: skip
     add_tls_hostname(parser)
-    parser.add_argument(
-        "--progress", choices=["auto", "plain", "never"], default="auto",
-        help="a redrawn line on a terminal, plain lines, or none",
-    )  # fmt: skip
+    add_view_options(parser)
     return parser
 
 
@@ -154,8 +152,6 @@ class SourceProgram:
     """One run of migrate-src. What is wrong with its arguments is raised by the constructor."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from migrate.progress import Progress
-
         self.args = args
         self.address: Address = parse_address(args.uri)
         self.parameters = parameters_of(args)
@@ -171,12 +167,16 @@ class SourceProgram:
 
             check_congestion(args.congestion)
         self.opened = open_guest(args, self.parameters.page_size)
-        self.progress: Progress = Progress("never" if args.quiet else args.progress)
+        self.progress = Views(args)
         self.stop = Stop()
         self.source: Source | None = None
 
     async def run(self) -> int:
         """Moves the guest, stays if it is to; the exit code."""
+        with contextlib.closing(self.progress):
+            return await self._run()
+
+    async def _run(self) -> int:
         async with answering(self.args.qmp, self._commands()):
             peer = await self._connect()
             if peer is None:
@@ -235,7 +235,7 @@ class SourceProgram:
 
         args, progress = self.args, self.progress
         source = self.source = Source(
-            guest, peer, self.parameters, progress.show, self.dial, retry=self.retry,
+            guest, peer, self.parameters, progress.observe, self.dial, retry=self.retry,
             journal=self.journal, earlier=attempt(guest.facts(), str(self.address), self.journal),
             resolve_timeout=self.resolve_timeout, address=str(self.address),
         )  # fmt: skip
@@ -251,6 +251,7 @@ class SourceProgram:
         self.stop.install(cancel)
         status = 0
         try:
+            progress.describe(self._facts(guest))
             self._announce(guest)
             await guest.started()
             await source.run()
@@ -268,12 +269,26 @@ class SourceProgram:
         finally:
             self.stop.install(lambda: "migrate-src: it is over already")
             await guest.close()
+            progress.end(source.statistics)
         progress.clear()
-        if args.json:
+        if progress.owns_stdout:
+            pass
+        elif args.json:
             print(json.dumps(query_migrate(source.statistics)), flush=True)
         elif not args.quiet:
             print(info_migrate(source.statistics), flush=True)
         return status
+
+    def _facts(self, guest: Guest) -> dict[str, str]:
+        """What moves where, and with which parameters, for those who look on."""
+        size, p = quantities.format_size, self.parameters
+        return {
+            "guest": guest.description, "destination": str(self.address),
+            "page size": size(p.page_size), "cache size": size(p.cache_size),
+            "downtime limit": f"{p.limits.downtime_limit * 1e3:g} ms",
+            "max bandwidth": f"{size(p.limits.max_bandwidth)}/s" if p.limits.max_bandwidth
+            else "none", "channels": str(p.channels), "TLS": "yes" if self.credentials else "no",
+        }  # fmt: skip
 
     def _announce(self, guest: Guest) -> None:
         if self.args.quiet:

@@ -1,0 +1,162 @@
+"""Metrics, read as Prometheus reads them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from migrate.destination import Arrival
+from migrate.errors import ConnectError, UsageError
+from migrate.statistics import Statistics
+from migrate.views.metrics import Metrics, destination_families, source_families
+from proto.messages import GuestInfo
+from tests.programs import Program, destination, end_guest, guest_pid
+from tests.story import move, story
+
+
+def numbers(text: str) -> dict[str, float]:
+    """Each sample by its name, with its label's value."""
+    return {
+        "/".join([sample.name, *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def scrape(address: str) -> dict[str, float]:
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return numbers(answer.read().decode())
+
+
+LAST = list(story())[-1][1]
+
+
+def test_what_a_source_knows_is_served_as_it_is_now():
+    now = [Statistics()]
+    metrics = Metrics(lambda: source_families(now[0]), "127.0.0.1:0")
+    try:
+        before = scrape(metrics.address)
+        assert before["migrate_status/none"] == 1
+        assert "migrate_downtime_seconds" not in before
+        now[0] = LAST
+        after = scrape(metrics.address)
+    finally:
+        metrics.close()
+    assert after["migrate_ram_transferred_bytes_total"] == LAST.transferred
+    assert after["migrate_pages_total/zero"] == LAST.duplicate
+    assert after["migrate_pages_total/normal"] == LAST.normal
+    assert after["migrate_pages_total/xbzrle"] == LAST.xbzrle_pages
+    assert after["migrate_xbzrle_cache_misses_total"] == LAST.cache_miss
+    assert after["migrate_downtime_seconds"] == 0.05
+    assert after["migrate_pass"] == 4
+    assert after["migrate_status/completed"] == 1
+    assert sum(value for name, value in after.items() if name.startswith("migrate_status/")) == 1
+    assert after["migrate_ram_dirty_bytes_per_second"] == 202.0 * 4096
+
+
+def test_an_unknown_status_has_its_own_sample(tmp_path):
+    path = tmp_path / "m.prom"
+    Metrics(lambda: source_families(Statistics(status="pre-switchover")), textfile=str(path))
+    assert numbers(path.read_text())["migrate_status/pre-switchover"] == 1
+
+
+def test_what_a_destination_knows():
+    info = GuestInfo("demo", 1 << 20, 4096, bytes(16), 1, "", b"", 1)
+    arrival = Arrival(info, "active", 5000, 2, 10, 20, 30, 65536)
+    now: list[Arrival | None] = [None]
+    metrics = Metrics(lambda: destination_families(now[0]), "127.0.0.1:0")
+    try:
+        assert scrape(metrics.address)["migrate_status/none"] == 1
+        now[0] = arrival
+        seen = scrape(metrics.address)
+    finally:
+        metrics.close()
+    assert seen["migrate_ram_received_bytes_total"] == 5000
+    assert [seen[f"migrate_pages_total/{kind}"] for kind in ("zero", "normal", "xbzrle")] == [
+        10, 20, 30,
+    ]  # fmt: skip
+    assert (seen["migrate_pass"], seen["migrate_ram_bytes"]) == (2, 1 << 20)
+
+
+def test_the_file_is_replaced_whole_now_and_then_and_not_in_the_pause(tmp_path):
+    path, now = tmp_path / "m.prom", [0.0]
+    metrics = Metrics(lambda: source_families(LAST), textfile=str(path), clock=lambda: now[0])
+    first = path.stat().st_ino
+    metrics.observe(paused=False)
+    assert path.stat().st_ino == first
+    now[0] = 6.0
+    metrics.observe(paused=True)
+    assert path.stat().st_ino == first
+    metrics.observe(paused=False)
+    assert os.listdir(tmp_path) == ["m.prom"]
+    assert numbers(path.read_text())["migrate_pass"] == 4
+
+
+def test_an_address_in_use_is_a_clear_error():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConnectError, match=f"--metrics 127.0.0.1:{port}: Address already in"):
+            Metrics(lambda: source_families(LAST), f"127.0.0.1:{port}")
+        program = Program("migrate-src", "--metrics", f"127.0.0.1:{port}", "tcp:127.0.0.1:1")
+        assert program.wait() == 3
+        assert "Address already in use" in program.err
+
+
+@pytest.mark.parametrize("listen", ["unix:/tmp/x", "nowhere", "1:2:3:x"])
+def test_an_address_that_is_none_is_refused(listen):
+    with pytest.raises(UsageError):
+        Metrics(lambda: source_families(LAST), listen)
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="No such file or directory"):
+        Metrics(lambda: source_families(LAST), textfile=str(tmp_path / "no" / "m.prom"))
+    program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--metrics-textfile", "/no/m")
+    assert program.wait() == 2
+
+
+def test_the_files_of_a_real_migration(tmp_path):
+    here, there = tmp_path / "src.prom", tmp_path / "dst.prom"
+    source, _ = move("--metrics-textfile", str(here),
+                     receiving=("--metrics-textfile", str(there)))  # fmt: skip
+    sent, received = numbers(here.read_text()), numbers(there.read_text())
+    assert sent["migrate_status/completed"] == received["migrate_status/completed"] == 1
+    assert sent["migrate_ram_bytes"] == received["migrate_ram_bytes"] == 16 << 20
+    assert sent["migrate_pass"] == received["migrate_pass"]
+    for kind in ("zero", "normal", "xbzrle"):
+        name = f"migrate_pages_total/{kind}"
+        assert sent[name] == received[name], name
+    assert sent["migrate_downtime_seconds"] > 0
+    shown = re.search(r"normal: (\d+) pages", source.out)
+    assert shown
+    assert sent["migrate_pages_total/normal"] == int(shown[1])
+
+
+def test_a_running_program_is_scraped():
+    receiver = Program("migrate-dst", "--listen", "127.0.0.1:0", "--metrics", "0")
+    address = receiver.read_line(r"metrics at (\S+)")[1]
+    assert scrape(address)["migrate_status/none"] == 1
+    receiver.read_line("listening on")
+    receiver.kill(15)
+    assert receiver.wait() == 143, receiver.err
+    receiver, there = destination()
+    source = Program(
+        "migrate-src", "--guest", "demo:32m,fill=random", "--max-bandwidth", "8m", "--metrics", "0",
+        there,
+    )  # fmt: skip
+    address = source.read_line(r"metrics at (\S+)")[1]
+    source.read_line("round 1: ")
+    seen = scrape(address)
+    assert seen["migrate_status/active"] == 1
+    assert 0 < seen["migrate_ram_remaining_bytes"] < 32 << 20
+    source.kill(2)
+    assert source.wait() == 130
+    receiver.wait()
+    end_guest(guest_pid(source.err))

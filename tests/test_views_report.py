@@ -1,0 +1,206 @@
+"""The page: complete, of one piece, and nobody else's words can do anything in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from migrate.errors import UsageError
+from migrate.quantities import format_size
+from migrate.statistics import Statistics
+from migrate.views import report
+from migrate.views.history import History
+from migrate.views.report import Report, milliseconds, verdict
+from tests.programs import Program, destination, end_guest, guest_pid
+from tests.story import move, story
+
+VOID = {"meta", "path", "use", "rect", "br", "link"}
+
+
+class Page(HTMLParser):
+    """What stands on a page; fails where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.words: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def written(path, status="completed", rounds=3, facts=None) -> str:
+    history = History()
+    view = Report(history, str(path), clock=lambda: 0.0)
+    view.describe(facts or {"guest": "a <script>alert(1)</script> guest", "destination": "tcp:h:1"})
+    for event, s in story(rounds, status):
+        history.observe(event, s)
+        view.end(s) if event == "end" else view.observe(event, s)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+@pytest.mark.parametrize("rounds", [0, 1, 3, 300])
+def test_a_page_for_whatever_came_of_it(tmp_path, status, rounds):
+    page = Page(written(tmp_path / "r.html", status, rounds))
+    assert page.tags.count("svg") == 6
+    assert page.tags.count("h1") == 1
+    assert "1970-01-01 00:00:00 UTC" in page.text
+    numbers = [row[0] for row in page.rows if row[0].split()[0] in ("1", f"{rounds}")]
+    assert len(numbers) >= min(rounds, 1)
+
+
+def test_nothing_comes_from_elsewhere(tmp_path):
+    text = written(tmp_path / "r.html")
+    page = Page(text)
+    assert not {"script", "img", "iframe", "object", "base", "link"} & set(page.tags)
+    assert all(
+        value is not None and value.startswith("#")
+        for name, value in page.attributes
+        if name in ("src", "href", "xlink:href", "data")
+    )
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_words_of_others_are_escaped(tmp_path):
+    text = written(tmp_path / "r.html", "failed")
+    assert "<script>" not in text
+    assert "a &lt;script&gt;" in text
+    assert "it was &lt;b&gt;given&lt;/b&gt; up" in text
+
+
+def test_the_downtime_that_was_allowed_is_drawn(tmp_path):
+    facts = {"guest": "g", "downtime limit": "300 ms"}
+    assert ">allowed<" in written(tmp_path / "r.html", facts=facts)
+    assert ">allowed<" not in written(tmp_path / "r.html", facts={"guest": "g"})
+
+
+def test_pictures_share_no_names(tmp_path):
+    identifiers = re.findall(r'\bid="([^"]+)"', written(tmp_path / "r.html"))
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_colours_are_the_page_s_in_light_and_dark(tmp_path):
+    text = written(tmp_path / "r.html")
+    assert "prefers-color-scheme: dark" in text
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) <= {"#000000", "#ffffff"}
+    assert "var(--blue)" in drawn
+
+
+def test_too_many_rounds_are_told_and_left_out(tmp_path):
+    page = Page(written(tmp_path / "r.html", rounds=500))
+    assert "301 rows in the middle are left out" in page.text
+    assert len(page.rows) < 260
+
+
+def test_advice_stands_on_the_page_where_there_is_some(tmp_path):
+    history = History()
+    history.observe("status", Statistics(status="completed"))
+    object.__setattr__(history.last, "advice", ("use a larger <cache>",))
+    text = report.page(history, {}, [], "now")
+    assert "<h2>Advice</h2>" in text
+    assert "use a larger &lt;cache&gt;" in text
+
+
+def test_a_second_migration_has_a_page_of_its_own(tmp_path):
+    history = History()
+    view = Report(history, str(tmp_path / "r.html"))
+    for status in ("failed", "completed"):
+        for event, s in story(2, status):
+            history.observe(event, s)
+            if event == "end":
+                view.end(s)
+    assert "failed after" in (tmp_path / "r.html").read_text()
+    assert "moved in" in (tmp_path / "r-2.html").read_text()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_verdict_is_one_sentence():
+    done = Statistics(status="completed", total=1 << 30, total_time=2.5, downtime=0.0123,
+                      dirty_sync_count=1)  # fmt: skip
+    assert verdict(done) == (
+        "The guest of 1.0 GiB moved in 2.50 s and 1 round, was verified, and stood still for "
+        "12.3 ms."
+    )
+    assert "runs on here" in verdict(done.with_(status="cancelled"))
+    assert verdict(done.with_(status="failed")) == "The migration failed after 2.50 s and 1 round."
+    assert [milliseconds(x) for x in (None, 0.25, 12.0)] == ["-", "250 ms", "12.0 s"]
+
+
+def test_without_matplotlib_it_is_refused_before_anything_moves(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "find_spec", lambda _name: None)
+    with pytest.raises(UsageError, match=r"pip install 'xbmigrate\[report\]'"):
+        Report(History(), str(tmp_path / "r.html"))
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "no" / "r.html"):
+        with pytest.raises(UsageError, match="--report"):
+            Report(History(), str(path))
+    program = Program("migrate-src", "--report", str(tmp_path), "tcp:127.0.0.1:1")
+    assert program.wait() == 2
+
+
+def test_the_page_of_a_real_migration_has_its_numbers(tmp_path):
+    path = tmp_path / "r.html"
+    source, _ = move("--report", str(path), "--json", "--progress", "never")
+    result = json.loads(source.out)
+    page = Page(path.read_text())
+    ram, cache = result["ram"], result["xbzrle-cache"]
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert rows["whole"][0] == f"{ram['normal']}"
+    assert rows["delta"] == [
+        f"{cache['pages']}", format_size(cache["pages"] * 4096), format_size(cache["bytes"]),
+    ]  # fmt: skip
+    assert rows["total"][2] == format_size(ram["transferred"])
+    assert f"{ram['dirty-sync-count']} (pause)" in rows
+    assert rows["1"][4:6] == ["4096", "0"] or int(rows["1"][4]) <= ram["normal"]
+    assert f"{ram['dirty-sync-count']} rounds" in page.text
+    assert "demo guest" in page.text
+
+
+def test_the_page_of_a_cancelled_migration_is_there_too(tmp_path):
+    path = tmp_path / "r.html"
+    receiver, address = destination()
+    source = Program(
+        "migrate-src", "--guest", "demo:32m,fill=random", "--max-bandwidth", "4m", "--report",
+        str(path), address,
+    )  # fmt: skip
+    source.read_line("round 1: ")
+    source.kill(2)
+    assert source.wait() == 130
+    receiver.wait()
+    end_guest(guest_pid(source.err))
+    assert "The migration was cancelled after" in Page(path.read_text()).text
