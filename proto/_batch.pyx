@@ -110,7 +110,7 @@ cdef enum:
     ENCODE_ROOM = 2 * MAX_PAGE + 64
     SENDING = 32                # what one sending adds to the heat of a page
     HOTTEST = 255
-    COOL_ROUNDS = 4             # after so many rounds, heat is halved
+    COOL_SURVEYS = 4            # after so many surveys, heat is halved
     WAIT_MASK = 0x1F            # sendings that a page is still left out for; above it, how many
     OVERFLOW = 0x20             # of its deltas overflowed in a row, up to
     MOST_OVERFLOWS = 6          # (then it is left out for 16 sendings)
@@ -243,7 +243,7 @@ cdef class PageEncoder:
     room     -- bytes that a batch may have
 
     A page whose deltas overflow is left out of the cache for 1, 2, 4 ... 16 of its sendings, from
-    the second overflow in a row on: `spared` counts those sendings. See _twin.py for `heat`.
+    the second overflow in a row on: `spared` counts those sendings. See _twin.py for `survey`.
     """
 
     cdef readonly uint64_t pages
@@ -257,7 +257,8 @@ cdef class PageEncoder:
     cdef uint8_t* overflowed    # OVERFLOW times those in a row, and the sendings to wait
     cdef uint64_t warm_pages    # pages with any heat
     cdef uint64_t resent        # sendings since heat was halved
-    cdef uint32_t heated        # rounds since then
+    cdef uint32_t surveys       # since then
+    cdef uint64_t[256] sendings # since the last survey, by the heat before them
     cdef bint on                # deltas are made
     cdef uint64_t* numbers      # of the pages in the snapshot
     cdef Py_ssize_t most        # pages of a snapshot
@@ -339,24 +340,29 @@ cdef class PageEncoder:
             self.cache.clear()
         self.on = on
 
-    def heat(self):
-        """How many pages have which heat, from 0 to 255. A sending of a page that the peer has,
-        and that is zero neither there nor here, adds 32; all heat is halved after four rounds,
-        but not before half as many sendings as pages are warm."""
+    def survey(self):
+        """What was sent again, and what is hot now, after each round: (sendings since the last
+        survey by the heat of their pages before, pages by their heat), each from 0 to 255.
+        """
         cdef uint64_t[256] counts
         cdef uint64_t page
+        sendings = [self.sendings[heat] for heat in range(256)]
+        self.surveys += 1
         memset(counts, 0, sizeof(counts))
+        memset(self.sendings, 0, sizeof(self.sendings))
         with nogil:
+            if self.surveys >= COOL_SURVEYS and 2 * self.resent >= self.warm_pages:
+                self.cool()
             for page in range(self.pages):
                 counts[self.heats[page]] += 1
-        return [counts[heat] for heat in range(256)]
+        return sendings, [counts[heat] for heat in range(256)]
 
     cdef void cool(self) noexcept nogil:
         """Halves the heat of all pages."""
         cdef uint64_t* words = <uint64_t*>self.heats
         cdef uint64_t i, word
         self.warm_pages = 0
-        self.resent = self.heated = 0
+        self.resent = self.surveys = 0
         for i in range((self.pages + 7) // 8):
             word = words[i]
             if word == 0:
@@ -368,6 +374,7 @@ cdef class PageEncoder:
 
     cdef inline void warm(self, uint64_t page) noexcept nogil:
         cdef uint8_t heat = self.heats[page]
+        self.sendings[heat] += 1
         self.warm_pages += heat == 0
         self.heats[page] = heat + SENDING if heat <= HOTTEST - SENDING else HOTTEST
         self.resent += 1
@@ -385,9 +392,6 @@ cdef class PageEncoder:
         if number == 0 or number < self.now:
             raise ValueError(f"round {number} after round {self.now}")
         self.now = number
-        self.heated += 1
-        if self.heated > COOL_ROUNDS and 2 * self.resent >= self.warm_pages:
-            self.cool()
 
     cdef void drop_batch(self):
         self.slab = None

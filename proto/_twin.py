@@ -46,7 +46,7 @@ BAD_CHECK = "the content of its raw pages does not match their check"
 SNAPSHOT_BYTES = 256 << 10
 SENDING = 32  # what one sending adds to the heat of a page
 HOTTEST = 255
-COOL_ROUNDS = 4  # after so many rounds, heat is halved
+COOL_SURVEYS = 4  # after so many surveys, heat is halved
 MOST_OVERFLOWS = 6  # in a row: a page is left out for 16 sendings then
 WIDE = 32
 STEP = 0x9E3779B97F4A7C15
@@ -478,8 +478,9 @@ class PageEncoder:
     cached again, and tried at the next; a delta that fits ends it.
 
     How hot a page is tells how large a cache would pay. Each sending of a page that the peer has,
-    and that is zero neither there nor here, adds 32; all heat is halved after four rounds, so that
-    a phase of long ago is forgotten. Rounds of few pages do not let the others cool.
+    and that is zero neither there nor here, adds 32. A `survey` is made after each round; every
+    fourth halves all heat, so that a phase of long ago is forgotten, but not before half as many
+    pages were sent as are warm: rounds of few pages do not let the others cool.
     """
 
     def __init__(
@@ -520,7 +521,8 @@ class PageEncoder:
         self._raw_at = self._raw_count = 0  # where the open raw run has its count, 0 for none
         self._active = cache is not None
         self._heat: dict[int, int] = {}
-        self._resent = self._heated = 0  # sendings and rounds since heat was halved
+        self._resent = self._surveys = 0  # sendings and surveys since heat was halved
+        self._sendings = [0] * (HOTTEST + 1)  # since the last survey, by the heat before them
         self._overflowed: dict[int, int] = {}  # page -> how often in a row
         self._wait: dict[int, int] = {}  # page -> sendings for which it is left out
 
@@ -538,20 +540,25 @@ class PageEncoder:
             self._cache.clear()
         self._active = on
 
-    def heat(self) -> list[int]:
-        """How many pages have which heat, from 0 to 255."""
-        counts = [0] * (HOTTEST + 1)
+    def survey(self) -> tuple[list[int], list[int]]:
+        """What was sent again, and what is hot now, after each round: (sendings since the last
+        survey by the heat of their pages before, pages by their heat), each from 0 to 255.
+        """
+        sendings, self._sendings = self._sendings, [0] * (HOTTEST + 1)
+        self._surveys += 1
+        if self._surveys >= COOL_SURVEYS and 2 * self._resent >= len(self._heat):
+            self._heat = {page: heat // 2 for page, heat in self._heat.items() if heat > 1}
+            self._resent = self._surveys = 0
+        pages = [0] * (HOTTEST + 1)
         for heat in self._heat.values():
-            counts[heat] += 1
-        counts[0] = self.pages - len(self._heat)
-        return counts
-
-    def _cool(self) -> None:
-        self._heat = {page: heat // 2 for page, heat in self._heat.items() if heat > 1}
-        self._resent = self._heated = 0
+            pages[heat] += 1
+        pages[0] = self.pages - len(self._heat)
+        return sendings, pages
 
     def _warm(self, page: int) -> None:
-        self._heat[page] = min(self._heat.get(page, 0) + SENDING, HOTTEST)
+        heat = self._heat.get(page, 0)
+        self._sendings[heat] += 1
+        self._heat[page] = min(heat + SENDING, HOTTEST)
         self._resent += 1
 
     def _note_overflow(self, page: int) -> None:
@@ -568,9 +575,6 @@ class PageEncoder:
         if number == 0 or number < self._now:
             raise ValueError(f"round {number} after round {self._now}")
         self._now = number
-        self._heated += 1
-        if self._heated > COOL_ROUNDS and 2 * self._resent >= len(self._heat):
-            self._cool()
 
     def _drop_batch(self) -> None:
         self._out, self._data = bytearray(), bytearray()

@@ -106,8 +106,8 @@ class Pair:
 
     def state(self) -> tuple[object, ...]:
         cache = None if self.cache is None else (len(self.cache), self.cache.evictions)
-        counters = [getattr(self.encoder, name) for name in COUNTERS]
-        counters += self.encoder.heat()
+        counters: list[object] = [getattr(self.encoder, name) for name in COUNTERS]
+        counters += [*self.encoder.survey()]
         tables = [bytes(h.table) + bytes(h.stale) for h in (self.hashes, self.there)]
         return cache, counters, tables, bytes(self.memory)
 
