@@ -243,7 +243,8 @@ class Source:
         finally:
             self._worker.shutdown(wait=True)
             self._journal.close(keep=self.resumable)
-            await self.channels.close()
+            with contextlib.suppress(BaseException):
+                await self.channels.close()
             self._update()
             self._advise()
         return self.statistics
