@@ -795,6 +795,8 @@ class Source:
 
     def _advise(self) -> None:
         """What the numbers of a migration that has ended mean."""
+        if self._encoder is not None:
+            self._working.learn(*self._encoder.survey())
         found = self._found() if self._round > 1 else ()
         if self._obstacle:
             found = (self._obstacle, *found)

@@ -49,10 +49,10 @@ class WorkingSet:
         if not any(ranks[1:]) or not any(sendings):
             return
         self._sent += sum(sendings)
+        hottest = [(ranks[heat], sendings[heat]) for heat in range(len(ranks)) if ranks[heat]][::-1]
         entries = 1
         while entries < 2 * sum(pages):
-            hit = self._hit.get(entries, 0.0) + _hit(entries, ranks, sendings)
-            self._hit[entries] = hit
+            self._hit[entries] = self._hit.get(entries, 0.0) + _hit(entries, hottest)
             entries *= 2
         while self._sent > MEMORY * max(self.pages, 1):
             self._sent /= 2
@@ -77,14 +77,13 @@ class WorkingSet:
         return min(size, most)
 
 
-def _hit(entries: int, ranks: Sequence[int], sendings: Sequence[int]) -> float:
-    """How many of the sendings a cache of the hottest pages hits; those of the same heat alike."""
-    room, hit = entries, 0.0
-    for heat in range(len(ranks) - 1, -1, -1):
-        if ranks[heat]:
-            held = min(ranks[heat], room)
-            hit += sendings[heat] * held / ranks[heat]
-            room -= held
-            if not room:
-                break
+def _hit(room: int, hottest: Sequence[tuple[int, int]]) -> float:
+    """How many sendings a cache of so many pages hits; (pages, sendings) by falling heat."""
+    hit = 0.0
+    for pages, sendings in hottest:
+        held = min(pages, room)
+        hit += sendings * held / pages
+        room -= held
+        if not room:
+            break
     return hit

@@ -282,6 +282,19 @@ def test_a_writer_that_nobody_stops_cannot_pass_unnoticed(shm: Path) -> None:
     assert not (shm / "out").exists()
 
 
+def test_it_says_what_would_have_been_better() -> None:
+    receiver, address = destination()
+    source = Program(
+        "migrate-src", "--guest", SMALL, "--cache-size", "1m", "--max-bandwidth", "16m",
+        "--downtime-limit", "5000", address,
+    )  # fmt: skip
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0
+    end_guest(guest_pid(receiver.out))
+    assert "migrate-src: advice: the working set is about 8.0 MiB: a cache of 8m" in source.err
+    assert source.err.endswith("use --cache-size 8m\n")
+
+
 def test_it_says_why_it_does_not_converge() -> None:
     receiver, address = destination()
     source = Program(

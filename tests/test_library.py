@@ -222,6 +222,32 @@ async def test_a_cache_that_is_too_small_is_advised() -> None:
     )
 
 
+class Refusing:
+    """A page cache that gets no more memory."""
+
+    def __init__(self, cache: Any) -> None:
+        self.evictions = cache.evictions
+
+    def resize(self, size: int) -> None:
+        raise MemoryError(f"no memory for {size} bytes")
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_cannot_grow_stays_and_says_so() -> None:
+    def refuse(source: Source, number: int) -> None:
+        if number == 1:
+            source._cache = Refusing(source._cache)  # type: ignore[assignment]
+
+    source, notices = await rewritten(
+        migrate.Parameters(cache_size=1 << 20, cache_max=64 << 20), refuse
+    )
+    assert source.statistics.cache_size == 1 << 20
+    assert notices == [
+        "notice: the working set is about 8.0 MiB: the cache is 8m now",
+        "notice: there is no memory for a cache of 8m: it stays 1m",
+    ]
+
+
 class Scripted(DeltaSwitch):
     """Deltas in the rounds that are said."""
 
