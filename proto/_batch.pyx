@@ -258,7 +258,7 @@ cdef class PageEncoder:
     cdef uint64_t warm_pages    # pages with any heat
     cdef uint64_t resent        # sendings since heat was halved
     cdef uint32_t surveys       # since then
-    cdef uint64_t[256] sendings # since the last survey, by the heat before them
+    cdef uint64_t[256] sendings  # since the last survey, by the heat before them
     cdef bint on                # deltas are made
     cdef uint64_t* numbers      # of the pages in the snapshot
     cdef Py_ssize_t most        # pages of a snapshot
