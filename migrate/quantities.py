@@ -23,13 +23,13 @@ def parse_size(text: str, what: str) -> int:
     return value
 
 
-def parse_cache_size(text: str, page_size: int = 1) -> int:
+def parse_cache_size(text: str, page_size: int = 1, what: str = "cache size") -> int:
     """A cache size: a power of two and at least a page; the error names the rule."""
-    size = parse_size(text, "cache size")
+    size = parse_size(text, what)
     if size < page_size or size & (size - 1):
         hint = f" (did you mean {size}m?)" if text.strip().isdigit() and size < 1 << 16 else ""
         raise UsageError(
-            f"cache size: {text!r} is not a power of two of at least one page "
+            f"{what}: {text!r} is not a power of two of at least one page "
             f"({page_size} bytes): write 64m, 256m, 1g{hint}"
         )
     return size

@@ -22,6 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from migrate.advice import obstacle
+
 STALL_MARGIN = 0.04
 STALL_ROUNDS = 8
 # Of each new measurement, this much goes into the running mean.
@@ -58,11 +60,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pending:
-    """What is left to move, if the guest were stopped now."""
+    """What is left to move, if the guest were stopped now; `dirty_rate` in pages per second."""
 
     pages: int
     stale_pages: int
     scan_seconds: float = 0.0
+    dirty_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,27 @@ class DowntimeModel:
 
     def overhead(self, pending: Pending) -> float:
         """Seconds of the pause that do not depend on how much is dirty."""
-        return FIXED_SECONDS + ROUND_TRIPS * self.round_trip + pending.scan_seconds
+        return FIXED_SECONDS + self.trips + pending.scan_seconds
+
+    @property
+    def trips(self) -> float:
+        """Seconds of the pause that are spent on the way there and back."""
+        return ROUND_TRIPS * self.round_trip
+
+    def link_bandwidth(self, limits: Limits) -> float:
+        """Bytes per second, 0.0 where nothing is known."""
+        bandwidth = limits.avail_switchover_bandwidth or self.bandwidth
+        if not limits.max_bandwidth:
+            return bandwidth
+        return min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
+
+    def wire_seconds(self, pending: Pending, limits: Limits) -> float:
+        bandwidth = self.link_bandwidth(limits)
+        return pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
 
     def predict(self, pending: Pending, limits: Limits) -> float:
         """Seconds of downtime if the guest were stopped now."""
-        bandwidth = limits.avail_switchover_bandwidth or self.bandwidth
-        if limits.max_bandwidth:
-            bandwidth = min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
-        wire = pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
+        wire = self.wire_seconds(pending, limits)
         work = max(wire, pending.pages * self.encode_per_page, pending.pages * self.apply_per_page)
         digests = pending.stale_pages * max(self.source_digest, self.peer_digest)
         return self.overhead(pending) + work + digests
@@ -138,6 +154,7 @@ class Decision:
     verdict: Verdict
     expected_downtime: float
     reason: str = ""
+    obstacle: str = ""
 
 
 class Policy:
@@ -176,7 +193,8 @@ class Policy:
                 f"{round_number - self._best_round} rounds"
             )
         if reason:
-            return Decision(Verdict.ABORT, expected, f"{reason}: {self.advice(pending, expected)}")
+            why = obstacle(self.model, limits, pending, expected)
+            return Decision(Verdict.ABORT, expected, f"{reason}: {why}", why)
         return Decision(Verdict.CONTINUE, expected)
 
     def _can_fall(
@@ -192,36 +210,3 @@ class Policy:
             and not (limits.max_rounds and round_number >= limits.max_rounds)
             and not (limits.timeout and elapsed + 2 * expected >= limits.timeout)
         )
-
-    def advice(self, pending: Pending, expected: float) -> str:
-        """What keeps it from converging, and which knob to turn."""
-        model, limits = self.model, self.limits
-        text = (
-            f"the guest would be stopped for {expected * 1e3:.0f} ms, the limit is "
-            f"{limits.downtime_limit * 1e3:.0f} ms"
-        )
-        bandwidth = limits.max_bandwidth or model.bandwidth
-        knobs = "--max-bandwidth or --downtime-limit"
-        if not limits.max_bandwidth:
-            knobs = "--downtime-limit, or use a faster link"
-        wire = pending.pages * model.bytes_per_page / bandwidth if bandwidth else 0
-        trips = ROUND_TRIPS * model.round_trip
-        if trips > expected / 2:
-            return (
-                f"{text}; {ROUND_TRIPS} round trips to the destination take {trips * 1e3:.0f} ms "
-                "of that: raise --downtime-limit"
-            )
-        if pending.scan_seconds > limits.downtime_limit / 2:
-            return (
-                f"{text}; finding what changed takes {pending.scan_seconds * 1e3:.0f} ms of that: "
-                "raise --downtime-limit"
-            )
-        if wire > expected / 2 and model.bytes_per_page > 1024:
-            return (
-                f"{text}; {pending.pages} pages are written again in each round and cost "
-                f"{model.bytes_per_page:.0f} bytes each: use xbzrle with a larger --cache-size, or "
-                f"raise {knobs}"
-            )
-        if wire > expected / 2:
-            return f"{text}; raise {knobs}"
-        return f"{text}; it is bound by this machine's speed: raise --downtime-limit"

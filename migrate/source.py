@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
+from migrate.advice import advice, option_size
 from migrate.channels import Channels, Dial
+from migrate.deltas import CacheSizing, DeltaSwitch, Lookups
 from migrate.digest import Digest
 from migrate.errors import (
     CancelledByPeer,
@@ -50,6 +52,7 @@ from migrate.quantities import format_size
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.tracking import DirtyTracker, ScanTracker
+from migrate.workingset import WorkingSet
 from proto import LocalError, ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
@@ -78,6 +81,7 @@ from proto.pageset import PageSet
 
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
+DEFAULT_CACHE_MAX = 1 << 30
 # Inside a round, statistics are brought up to date no more often.
 UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
@@ -98,6 +102,8 @@ MAX_PAUSES = 3
 class Parameters:
     """What a user can set. Names are QEMU's; sizes in bytes, times in seconds.
 
+    cache_max -- the cache finds its size itself, from `cache_size` up to this; 0: it keeps its size
+
     Raises UsageError for what cannot be.
     """
 
@@ -106,6 +112,7 @@ class Parameters:
     limits: Limits = field(default_factory=Limits)
     channels: int = 1
     capabilities: Mapping[str, bool] = field(default_factory=dict)
+    cache_max: int = 0
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -113,6 +120,11 @@ class Parameters:
         if self.cache_size < self.page_size or self.cache_size & (self.cache_size - 1):
             raise UsageError(
                 f"a cache of {self.cache_size} bytes: it is a power of two of at least one page"
+            )
+        if self.cache_max and (self.cache_max < self.page_size or self.cache_max.bit_count() != 1):
+            raise UsageError(
+                f"a cache of at most {self.cache_max} bytes: it is a power of two of at least one "
+                "page"
             )
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")
@@ -174,6 +186,12 @@ class Source:
         self._worker = ThreadPoolExecutor(1, "encode")
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
+        self._working = WorkingSet(self.parameters.page_size)
+        self._deltas: DeltaSwitch | None = None
+        self._sizing: CacheSizing | None = None
+        self._lookups = Lookups()
+        self._delta_news = self._obstacle = ""
+        self._cache_refused = 0
         self._pages = -(-guest.memory.size // self.parameters.page_size)
         self._began = time.monotonic()
         self._encoder: PageEncoder | None = None
@@ -233,8 +251,10 @@ class Source:
         finally:
             self._worker.shutdown(wait=True)
             self._journal.close(keep=self.resumable)
-            await self.channels.close()
+            with contextlib.suppress(BaseException):
+                await self.channels.close()
             self._update()
+            self._advise()
         return self.statistics
 
     async def _attempts(self) -> None:
@@ -417,9 +437,15 @@ class Source:
 
     def _make_encoder(self, agreement: caps.Agreement) -> None:
         parameters, page_size = self.parameters, self.parameters.page_size
+        asked, self._wanted_cache = self._wanted_cache, self._wanted_cache or parameters.cache_size
         if agreement.xbzrle:
-            self._cache_size = parameters.cache_size
-            self._cache = PageCache(self._useful(parameters.cache_size), page_size)
+            if parameters.cache_max and not asked:
+                most = self._useful(parameters.cache_max)
+                self._sizing = CacheSizing(parameters.cache_size, most, page_size)
+                self._wanted_cache = self._sizing.size
+            self._cache_size = self._wanted_cache
+            self._cache = PageCache(self._useful(self._cache_size), page_size)
+            self._deltas = DeltaSwitch(page_size)
         hashes = PageHashes(self._pages, page_size, self._seed)
         encoder = PageEncoder(
             hashes,
@@ -432,7 +458,6 @@ class Source:
         self._digest = Digest(self.guest.memory, hashes)
         self._feeder = Feeder(self.guest.memory, encoder)
         self._tracker = self.guest.track(encoder)
-        self._wanted_cache = parameters.cache_size
 
     async def _take_stock(self, encoder: PageEncoder, *, held: bool) -> PageSet:
         """What the destination lacks after an attempt that broke off.
@@ -481,11 +506,16 @@ class Source:
             self.set_cache_size(parameters.cache_size)
 
     def set_cache_size(self, size: int) -> None:
-        """Asks for another cache size; it is in force within a batch, keeping what still fits."""
-        if self._cache is not None and size >= self.parameters.page_size and not size & (size - 1):
-            self._wanted_cache = size
-        else:
+        """Asks for another cache size; it is in force within a batch, keeping what still fits.
+
+        Whoever asks knows better: the cache finds its size itself no more.
+        """
+        if size < self.parameters.page_size or size & (size - 1):
             self._notice(f"a cache size of {size} bytes cannot be used: powers of two only")
+        elif self._encoder is not None and self._cache is None:
+            self._notice("xbzrle is off: there is no cache to have another size")
+        else:
+            self._wanted_cache, self._sizing = size, None
 
     def _useful(self, size: int) -> int:
         """What of a cache size this guest can fill: any pages fit together, so no more than it."""
@@ -504,25 +534,30 @@ class Source:
             self._model.learn(measured)
             dirty = await loop.run_in_executor(self._worker, self._tracker.take)
             self._unsent = dirty
+            self._working.learn(*await loop.run_in_executor(self._worker, encoder.survey))
             self._model.learn_digest(digest.hashed, digest.seconds, peer=False)
             elapsed = time.monotonic() - began
+            rate = len(dirty) / elapsed if elapsed else 0.0
             self.statistics = self.statistics.with_(
-                dirty_pages_rate=len(dirty) / elapsed if elapsed else 0.0,
+                dirty_pages_rate=rate,
                 remaining=self._bytes_in(dirty),
             )
             # Where nothing stops the guest, looking for what changed keeps nobody waiting.
             scan = self._tracker.take_seconds
             if self.guest.marks or not self.guest.stoppable:
                 scan = 0.0
-            pending = Pending(len(dirty), max(digest.stale(dirty.bits), self._peer_stale), scan)
+            stale = max(digest.stale(dirty.bits), self._peer_stale)
+            pending = Pending(len(dirty), stale, scan, rate)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
             self._update()
             self._observer("round", self.statistics)
             if decision.verdict is Verdict.ABORT:
-                raise NotConvergedError(f"the migration was given up: {decision.reason}")
+                raise self._given_up(decision.reason, decision.obstacle)
             if decision.verdict is Verdict.STOP_AND_COPY:
                 return
+            await loop.run_in_executor(self._worker, self._adapt, encoder, measured)
+            self._say_changes()
 
     async def _send_round(
         self, encoder: PageEncoder, digest: Digest, dirty: PageSet, *, last: bool
@@ -563,6 +598,29 @@ class Source:
             pages, transferred, wall, self._feeder.seconds - cpu_before, ack.apply_seconds
         )
 
+    def _adapt(self, encoder: PageEncoder, measured: Measured) -> None:
+        """In the worker thread: deltas and their cache for the next round, after what this cost."""
+        if self._deltas is None:
+            return
+        bandwidth = self._model.link_bandwidth(self.parameters.limits)
+        self._delta_news = self._deltas.decide(measured, bandwidth)
+        encoder.active = self._deltas.active
+        before, self._lookups = (
+            self._lookups,
+            Lookups(encoder.hits, encoder.misses, encoder.overflows, encoder.delta_bytes),
+        )
+        if self._sizing is not None and encoder.active:
+            self._wanted_cache = self._sizing.decide(self._working, self._lookups.since(before))
+
+    def _say_changes(self) -> None:
+        if self._delta_news:
+            self._notice(self._delta_news)
+        if self._sizing is not None and self._wanted_cache != self._cache_size:
+            self._notice(
+                f"the working set is about {format_size(self._working.size)}: the cache is "
+                f"{option_size(self._wanted_cache)} now"
+            )
+
     async def _send_channel(self, dirty: PageSet, channel: int, last: bool) -> None:
         """Sends what a channel can take of a round: the next batch is made while one goes out."""
         loop = asyncio.get_running_loop()
@@ -591,13 +649,23 @@ class Source:
         """In the worker thread: the next batch, after a change of the cache's size."""
         assert self._feeder is not None
         if self._cache is not None and self._wanted_cache != self._cache_size:
-            self._cache.resize(self._useful(self._wanted_cache))
-            self._cache_size = self._wanted_cache
+            try:
+                self._cache.resize(self._useful(self._wanted_cache))
+                self._cache_size = self._wanted_cache
+            except MemoryError:
+                self._cache_refused, self._wanted_cache = self._wanted_cache, self._cache_size
+                self._sizing = None
         return self._feeder.turn(dirty, channel, holes=self._round == 1)
 
     async def _confirm_cache(self) -> None:
         """Tells the destination the size in force, and counts it."""
         size = self._cache_size
+        if self._cache_refused:
+            self._notice(
+                f"there is no memory for a cache of {option_size(self._cache_refused)}: it stays "
+                f"{option_size(size)}"
+            )
+            self._cache_refused = 0
         if size != self.statistics.cache_size:
             self.statistics = self.statistics.with_(cache_size=size)
             await self.channels.link.send(CacheSize(size))
@@ -739,10 +807,33 @@ class Source:
         timeout = self.parameters.limits.timeout
         elapsed = time.monotonic() - self._began
         if timeout and elapsed > timeout and not last:
-            raise NotConvergedError(
-                f"the migration was given up: round {self._round} was not through after "
-                f"{elapsed:.0f} s (--timeout)"
+            raise self._given_up(
+                f"round {self._round} was not through after {elapsed:.0f} s (--timeout)"
             )
+
+    def _given_up(self, reason: str, obstacle: str = "") -> NotConvergedError:
+        """`obstacle` is a part of `reason`; what else could be set otherwise is said behind it."""
+        self._obstacle = obstacle
+        self._update()
+        return NotConvergedError(
+            "; ".join([f"the migration was given up: {reason}", *self._found()])
+        )
+
+    def _found(self) -> tuple[str, ...]:
+        return advice(
+            self.statistics, self._working, self._deltas,
+            cache_max=self._sizing.most if self._sizing is not None else 0,
+            bandwidth=self._model.link_bandwidth(self.parameters.limits),
+        )  # fmt: skip
+
+    def _advise(self) -> None:
+        """What the numbers of a migration that has ended mean."""
+        if self._encoder is not None:
+            self._working.learn(*self._encoder.survey())
+        found = self._found() if self._round > 1 else ()
+        if self._obstacle:
+            found = (self._obstacle, *found)
+        self.statistics = self.statistics.with_(advice=found)
 
     def _update(self, left: int | None = None) -> None:
         """Brings the counters into the statistics; `left` pages of the round are to go."""
@@ -758,6 +849,8 @@ class Source:
                 cache_hits=encoder.hits,
                 cache_miss=encoder.misses,
                 overflow=encoder.overflows,
+                overflow_skipped=encoder.spared,
+                xbzrle_active=encoder.active,
                 evictions=self._cache.evictions if self._cache else 0,
             )
         transferred = self.sent_bytes

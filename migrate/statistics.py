@@ -10,6 +10,8 @@ counted as sent); here each is what its name says:
     duplicate     pages sent as zero; normal: pages sent whole; xbzrle pages: pages sent as deltas
     skipped       pages that were dirty but equal to what the peer has: they cost nothing
     cache miss    a page sent before whose old content was not in the cache
+    overflow skipped  pages sent whole without trying, since their last deltas overflowed
+    xbzrle active whether deltas are made: they are switched off where they cost more than they save
 """
 
 from __future__ import annotations
@@ -50,10 +52,13 @@ class Statistics:
     cache_hits: int = 0
     cache_miss: int = 0
     overflow: int = 0
+    overflow_skipped: int = 0
+    xbzrle_active: bool = True
     evictions: int = 0
     channels: int = 1
     channel_bytes: int = 0
     reconnects: int = 0
+    advice: tuple[str, ...] = ()
 
     @property
     def cache_miss_rate(self) -> float:
@@ -119,6 +124,8 @@ def info_migrate(s: Statistics) -> str:
             f"xbzrle cache miss rate: {s.cache_miss_rate:.2f}",
             f"xbzrle encoding rate: {s.encoding_rate:.2f}",
             f"xbzrle cache evictions: {s.evictions}",
+            f"xbzrle overflow skipped: {s.overflow_skipped} pages",
+            f"xbzrle active: {'on' if s.xbzrle_active else 'off'}",
         ]
     if s.reconnects:
         lines.append(f"reconnects: {s.reconnects}")
@@ -166,9 +173,13 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
             "cache-miss-rate": round(s.cache_miss_rate, 6),
             "encoding-rate": round(s.encoding_rate, 3),
             "overflow": s.overflow,
+            "overflow-skipped": s.overflow_skipped,
+            "xbzrle-active": s.xbzrle_active,
         }
     if s.reconnects:
         result["reconnects"] = s.reconnects
+    if s.advice:
+        result["advice"] = list(s.advice)
     if s.error:
         result["error-desc"] = s.error
     return result

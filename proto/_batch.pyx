@@ -66,6 +66,7 @@ cdef extern from *:
     """
     #include <sys/mman.h>
     #define xb_map_failed(p) ((p) == MAP_FAILED)
+    #define xb_popcount(x) __builtin_popcountll(x)
 
     static inline uint64_t xb_word(const uint8_t *at)
     {
@@ -93,6 +94,7 @@ cdef extern from *:
     }
     """
     bint xb_map_failed(void*) nogil
+    int xb_popcount(uint64_t) nogil
     uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
 
 cdef enum:
@@ -106,6 +108,12 @@ cdef enum:
     RECORD_ROOM = 32            # more than any record takes beside its page data
     SNAPSHOT_BYTES = 256 << 10  # pages taken at a time: they stay in the core's own cache
     ENCODE_ROOM = 2 * MAX_PAGE + 64
+    SENDING = 32                # what one sending adds to the heat of a page
+    HOTTEST = 255
+    COOL_SURVEYS = 4            # after so many surveys, heat is halved
+    WAIT_MASK = 0x1F            # sendings that a page is still left out for; above it, how many
+    OVERFLOW = 0x20             # of its deltas overflowed in a row, up to
+    MOST_OVERFLOWS = 6          # (then it is left out for 16 sendings)
 
 # The check of a batch's raw pages: check = check * STEP + hash, page after page.
 cdef uint64_t STEP = 0x9E3779B97F4A7C15u
@@ -233,6 +241,9 @@ cdef class PageEncoder:
     merge    -- deltas are those of xbzrle.encode(merge=True)
     headroom -- bytes left free for a frame header at the start of a batch
     room     -- bytes that a batch may have
+
+    A page whose deltas overflow is left out of the cache for 1, 2, 4 ... 16 of its sendings, from
+    the second overflow in a row on: `spared` counts those sendings. See _twin.py for `survey`.
     """
 
     cdef readonly uint64_t pages
@@ -242,6 +253,13 @@ cdef class PageEncoder:
     cdef bint merge
     cdef uint8_t* sent
     cdef uint8_t* zeros
+    cdef uint8_t* heats         # how often and lately a page was sent again, a byte a page
+    cdef uint8_t* overflowed    # OVERFLOW times those in a row, and the sendings to wait
+    cdef uint64_t warm_pages    # pages with any heat
+    cdef uint64_t resent        # sendings since heat was halved
+    cdef uint32_t surveys       # since then
+    cdef uint64_t[256] sendings  # since the last survey, by the heat before them
+    cdef bint on                # deltas are made
     cdef uint64_t* numbers      # of the pages in the snapshot
     cdef Py_ssize_t most        # pages of a snapshot
     cdef Py_ssize_t offered     # pages of the last `space`
@@ -270,6 +288,7 @@ cdef class PageEncoder:
     cdef readonly uint64_t hits
     cdef readonly uint64_t misses
     cdef readonly uint64_t overflows
+    cdef readonly uint64_t spared
 
     def __cinit__(
         self, PageHashes hashes not None, PageCache cache=None, *, bint merge=False,
@@ -293,15 +312,78 @@ cdef class PageEncoder:
         self.slabs = []
         self.sent = <uint8_t*>calloc((self.pages + 63) // 64, 8)
         self.zeros = <uint8_t*>calloc((self.pages + 63) // 64, 8)
+        self.heats = <uint8_t*>calloc((self.pages + 7) // 8, 8)
+        self.overflowed = <uint8_t*>calloc(self.pages, 1)
+        self.on = cache is not None
         numbers = bytearray(8 * self.most)
         self.numbers = <uint64_t*>PyByteArray_AS_STRING(numbers)
         self.number_view = memoryview(numbers).cast("Q")
-        if not self.sent or not self.zeros:
+        if not (self.sent and self.zeros and self.heats and self.overflowed):
             raise MemoryError(f"no memory to track {self.pages} pages")
 
     def __dealloc__(self):
         free(self.sent)
         free(self.zeros)
+        free(self.heats)
+        free(self.overflowed)
+
+    @property
+    def active(self):
+        """Whether deltas are made. Set to False it empties the cache: no base in it grows old."""
+        return self.on
+
+    @active.setter
+    def active(self, bint on):
+        if on and self.cache is None:
+            raise ValueError("there is no cache to make deltas from")
+        if self.on and not on:
+            self.cache.clear()
+        self.on = on
+
+    def survey(self):
+        """What was sent again, and what is hot now, after each round: (sendings since the last
+        survey by the heat of their pages before, pages by their heat), each from 0 to 255.
+        """
+        cdef uint64_t[256] counts
+        cdef uint64_t page
+        sendings = [self.sendings[heat] for heat in range(256)]
+        self.surveys += 1
+        memset(counts, 0, sizeof(counts))
+        memset(self.sendings, 0, sizeof(self.sendings))
+        with nogil:
+            if self.surveys >= COOL_SURVEYS and 2 * self.resent >= self.warm_pages:
+                self.cool()
+            for page in range(self.pages):
+                counts[self.heats[page]] += 1
+        return sendings, [counts[heat] for heat in range(256)]
+
+    cdef void cool(self) noexcept nogil:
+        """Halves the heat of all pages."""
+        cdef uint64_t* words = <uint64_t*>self.heats
+        cdef uint64_t i, word
+        self.warm_pages = 0
+        self.resent = self.surveys = 0
+        for i in range((self.pages + 7) // 8):
+            word = words[i]
+            if word == 0:
+                continue
+            word = word >> 1 & 0x7F7F7F7F7F7F7F7Fu
+            words[i] = word
+            # Bytes have seven bits here: a carry into the eighth says that one is not 0.
+            self.warm_pages += xb_popcount(word + 0x7F7F7F7F7F7F7F7Fu & 0x8080808080808080u)
+
+    cdef inline void warm(self, uint64_t page) noexcept nogil:
+        cdef uint8_t heat = self.heats[page]
+        self.sendings[heat] += 1
+        self.warm_pages += heat == 0
+        self.heats[page] = heat + SENDING if heat <= HOTTEST - SENDING else HOTTEST
+        self.resent += 1
+
+    cdef inline void note_overflow(self, uint64_t page) noexcept nogil:
+        cdef uint8_t times = self.overflowed[page] // OVERFLOW
+        if times < MOST_OVERFLOWS:
+            times += 1
+        self.overflowed[page] = times * OVERFLOW + (1 << (times - 2) if times > 1 else 0)
 
     def begin_round(self, uint32_t number):
         """Rounds count from 1; a batch belongs to one round, so none may be open."""
@@ -355,6 +437,7 @@ cdef class PageEncoder:
         self.drop_batch()
         memset(self.sent, 0, (self.pages + 63) // 64 * 8)
         memset(self.zeros, 0, (self.pages + 63) // 64 * 8)
+        memset(self.overflowed, 0, self.pages)
         with nogil:
             for page in range(self.pages):
                 self.hashes.note(page, self.hashes.zero)
@@ -509,11 +592,18 @@ cdef class PageEncoder:
         cdef const uint8_t* base = NULL
         cdef uint8_t* keep = NULL
         cdef Py_ssize_t length = -1
+        cdef bint spared = False
         if is_zero(content, size):
             self.find_zero(page)
             return
-        if self.cache is not None and known:
-            if zero:
+        if known and not zero:
+            self.warm(page)
+        if self.on and known:
+            spared = self.overflowed[page] & WAIT_MASK
+            if spared:
+                self.overflowed[page] -= 1
+                self.spared += 1
+            elif zero:
                 base = zero_page()
             else:
                 slot = self.cache.find(page)
@@ -528,14 +618,17 @@ cdef class PageEncoder:
             length = encode_page(
                 base, content, self.page_size, scratch, self.page_size, self.merge, keep
             )
+            if length < 0:
+                self.overflows += 1
+                self.note_overflow(page)
+            elif self.overflowed[page]:
+                self.overflowed[page] = 0
             if length == 0:
                 # It was written all the same: its hash may be of a moment in between.
                 self.unchanged += 1
                 set_bit(self.hashes.stale_at, page)
                 return
-            if length < 0:
-                self.overflows += 1
-        elif self.cache is not None and known:
+        elif self.on and known and not spared:
             self.misses += 1
         self.flush_zeros()
         if length > 0:
@@ -546,8 +639,11 @@ cdef class PageEncoder:
             self.put_raw(page, content)
         set_bit(self.sent, page)
         clear_bit(self.zeros, page)
-        if self.cache is not None:
-            if slot == NO_SLOT:
+        if self.on:
+            if self.overflowed[page] & WAIT_MASK:
+                if slot != NO_SLOT:     # what it holds is no longer what the peer holds
+                    self.cache.remove(slot)
+            elif slot == NO_SLOT:
                 self.cache.insert(page, content, self.now, todo, todo_pages)
             elif length < 0:
                 memcpy(keep, content, self.page_size)

@@ -8,7 +8,7 @@ The readable twin of this file is in proto/_twin.py; the two make the same decis
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from proto._bits cimport get_bit
 from proto._codec cimport MAX_PAGE, MIN_PAGE
@@ -18,7 +18,7 @@ from proto.errors import CacheSizeError
 cdef extern from "sys/mman.h" nogil:
     enum:
         PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MREMAP_MAYMOVE
-        MADV_HUGEPAGE
+        MADV_HUGEPAGE, MADV_DONTNEED
     int madvise(void*, size_t, int)
     void* mmap(void*, size_t, int, int, int, long)
     int munmap(void*, size_t)
@@ -245,6 +245,17 @@ cdef class PageCache:
         cdef uint32_t slot = self.find(page)
         if slot != NO_SLOT:
             self.remove(slot)
+
+    def clear(self):
+        """Forgets all pages, and gives their memory back to the system."""
+        cdef Py_ssize_t slot
+        for slot in range(self.capacity):
+            self.tags[slot] = NO_PAGE
+            self.spare[slot] = <uint32_t>(self.capacity - 1 - slot)
+        memset(self.index, 0, (self.index_mask + 1) * 4)
+        self.spares = self.capacity
+        self.hand = 0
+        madvise(self.data, <size_t>self.capacity * self.page_size, MADV_DONTNEED)
 
     def resize(self, size):
         """Changes the capacity in place. Every entry that still fits is kept, the newest first.

@@ -44,6 +44,10 @@ BAD_DATA = "the raw records do not name as many pages as came"
 BAD_CHECK = "the content of its raw pages does not match their check"
 
 SNAPSHOT_BYTES = 256 << 10
+SENDING = 32  # what one sending adds to the heat of a page
+HOTTEST = 255
+COOL_SURVEYS = 4  # after so many surveys, heat is halved
+MOST_OVERFLOWS = 6  # in a row: a page is left out for 16 sendings then
 WIDE = 32
 STEP = 0x9E3779B97F4A7C15
 WORD = 64  # gaps of two are looked at in pieces of so many bytes
@@ -362,6 +366,13 @@ class PageCache:
             self._slots[slot] = None
             self._spare.append(slot)
 
+    def clear(self) -> None:
+        """Forgets all pages."""
+        self._slots = [None] * self.capacity
+        self._index.clear()
+        self._spare = list(reversed(range(self.capacity)))
+        self._hand = 0
+
     def resize(self, size: int) -> None:
         """Changes the capacity in place. Every entry that still fits is kept, the newest first.
 
@@ -461,6 +472,15 @@ class PageEncoder:
     merge    -- deltas are those of xbzrle.encode(merge=True)
     headroom -- bytes left free for a frame header at the start of a batch
     room     -- bytes that a batch may have
+
+    A page whose deltas overflow is left out of the cache for 1, 2, 4 ... 16 of its sendings, from
+    the second overflow in a row on: `spared` counts those sendings. With the last of them it is
+    cached again, and tried at the next; a delta that fits ends it.
+
+    How hot a page is tells how large a cache would pay. Each sending of a page that the peer has,
+    and that is zero neither there nor here, adds 32. A `survey` is made after each round; every
+    fourth halves all heat, so that a phase of long ago is forgotten, but not before half as many
+    pages were sent as are warm: rounds of few pages do not let the others cool.
     """
 
     def __init__(
@@ -481,7 +501,7 @@ class PageEncoder:
         if headroom < 0 or room < self.page_size + 3 * RECORD_ROOM:
             raise ValueError("no room for a page")
         self.zero = self.unchanged = self.raw = self.delta = self.delta_bytes = 0
-        self.hits = self.misses = self.overflows = 0
+        self.hits = self.misses = self.overflows = self.spared = 0
         self._hashes = hashes
         self._cache = cache
         self._merge = merge
@@ -499,6 +519,54 @@ class PageEncoder:
         self._next_page = 0  # one past the last page of the batch
         self._zero_first = self._zero_count = 0  # a zero run that is not written yet
         self._raw_at = self._raw_count = 0  # where the open raw run has its count, 0 for none
+        self._active = cache is not None
+        self._heat: dict[int, int] = {}
+        self._resent = self._surveys = 0  # sendings and surveys since heat was halved
+        self._sendings = [0] * (HOTTEST + 1)  # since the last survey, by the heat before them
+        self._overflowed: dict[int, int] = {}  # page -> how often in a row
+        self._wait: dict[int, int] = {}  # page -> sendings for which it is left out
+
+    @property
+    def active(self) -> bool:
+        """Whether deltas are made. Set to False it empties the cache: no base in it grows old."""
+        return self._active
+
+    @active.setter
+    def active(self, on: bool) -> None:
+        if on and self._cache is None:
+            raise ValueError("there is no cache to make deltas from")
+        if self._active and not on:
+            assert self._cache is not None
+            self._cache.clear()
+        self._active = on
+
+    def survey(self) -> tuple[list[int], list[int]]:
+        """What was sent again, and what is hot now, after each round: (sendings since the last
+        survey by the heat of their pages before, pages by their heat), each from 0 to 255.
+        """
+        sendings, self._sendings = self._sendings, [0] * (HOTTEST + 1)
+        self._surveys += 1
+        if self._surveys >= COOL_SURVEYS and 2 * self._resent >= len(self._heat):
+            self._heat = {page: heat // 2 for page, heat in self._heat.items() if heat > 1}
+            self._resent = self._surveys = 0
+        pages = [0] * (HOTTEST + 1)
+        for heat in self._heat.values():
+            pages[heat] += 1
+        pages[0] = self.pages - len(self._heat)
+        return sendings, pages
+
+    def _warm(self, page: int) -> None:
+        heat = self._heat.get(page, 0)
+        self._sendings[heat] += 1
+        self._heat[page] = min(heat + SENDING, HOTTEST)
+        self._resent += 1
+
+    def _note_overflow(self, page: int) -> None:
+        self.overflows += 1
+        times = min(self._overflowed.get(page, 0) + 1, MOST_OVERFLOWS)
+        self._overflowed[page] = times
+        if times > 1:
+            self._wait[page] = 1 << (times - 2)
 
     def begin_round(self, number: int) -> None:
         """Rounds count from 1; a batch belongs to one round, so none may be open."""
@@ -543,6 +611,8 @@ class PageEncoder:
         self._drop_batch()
         self._sent.clear()
         self._zeros.clear()
+        self._overflowed.clear()
+        self._wait.clear()
         for page in range(self.pages):
             self._hashes.note(page, self._hashes.zero)
             if self._cache is not None:
@@ -628,8 +698,7 @@ class PageEncoder:
 
     def _base(self, page: int) -> tuple[bytes | None, Entry | None]:
         """What a delta of this page can start from, and its entry where that is in the cache."""
-        if self._cache is None or page not in self._sent:
-            return None, None
+        assert self._cache is not None
         if page in self._zeros:
             return self._zero_page, None
         entry = self._cache._entry(page)
@@ -638,6 +707,24 @@ class PageEncoder:
         entry.age, entry.proven = self._now, True
         return entry.content, entry
 
+    def _tried(self, page: int, content: bytes) -> tuple[bytes | None, Entry | None]:
+        """The delta, None where the page is to be sent raw; and the entry that is its base."""
+        if self._wait.get(page):
+            self._wait[page] -= 1
+            self.spared += 1
+            return None, None
+        base, entry = self._base(page)
+        if base is None:
+            self.misses += 1
+            return None, None
+        self.hits += 1
+        delta = encode_page(base, content, self._merge)
+        if delta is None:
+            self._note_overflow(page)
+        else:
+            self._overflowed.pop(page, None)
+        return delta, entry
+
     def _put_page(self, page: int, content: bytes, todo: bytes) -> None:
         if content == self._zero_page:
             if page in self._zeros:
@@ -645,19 +732,15 @@ class PageEncoder:
             else:
                 self._put_zero(page)
             return
-        base, entry = self._base(page)
-        delta = None
-        if base is not None:
-            self.hits += 1
-            delta = encode_page(base, content, self._merge)
-            if delta == b"":
-                # It was written all the same: its hash may be of a moment in between.
-                self.unchanged += 1
-                self._hashes.touch(page)
-                return
-            self.overflows += delta is None
-        elif self._cache is not None and page in self._sent:
-            self.misses += 1
+        known = page in self._sent
+        if known and page not in self._zeros:
+            self._warm(page)
+        delta, entry = self._tried(page, content) if self._active and known else (None, None)
+        if delta == b"":
+            # It was written all the same: its hash may be of a moment in between.
+            self.unchanged += 1
+            self._hashes.touch(page)
+            return
         self._flush_zeros()
         if delta is not None:
             self._put_delta(page, delta)
@@ -665,9 +748,17 @@ class PageEncoder:
             self._put_raw(page, content)
         self._sent.add(page)
         self._zeros.discard(page)
-        if entry is not None:
+        if self._active:
+            self._keep(page, entry, content, todo)
+
+    def _keep(self, page: int, entry: Entry | None, content: bytes, todo: bytes) -> None:
+        """Brings the cache to what the peer holds now, or lets it hold nothing of that page."""
+        assert self._cache is not None
+        if self._wait.get(page):
+            self._cache.drop(page)
+        elif entry is not None:
             entry.content = content
-        elif self._cache is not None:
+        else:
             self._cache._insert(page, content, self._now, todo)
 
     @property

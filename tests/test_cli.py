@@ -62,6 +62,15 @@ def one_sentence(program: str, err: str) -> str:
         (["--cache-size", "512", NOWHERE], "did you mean 512m?"),
         (["--cache-size", "1k", NOWHERE], "at least one page (4096 bytes)"),
         (["--cache-size", "much", NOWHERE], "cache size: 'much' is not a size"),
+        (["--cache-max", "64m", NOWHERE], "--cache-max: it is for --cache-size auto only"),
+        (
+            ["--cache-size", "auto", "--cache-max", "100m", NOWHERE],
+            "--cache-max: '100m' is not a power of two",
+        ),
+        (
+            ["--cache-size", "auto", "--cache-max", "1048576t", NOWHERE],
+            "--cache-max: 1048576t is more than half of the",
+        ),
         (["--page-size", "3k", NOWHERE], "--page-size: '3k' is none of 1k, 2k, 4k, 8k, 16k"),
         (["--max-bandwidth", "fast", NOWHERE], "--max-bandwidth: 'fast' is not a size"),
         (["--max-bandwidth", "9" * 5000, NOWHERE], "--max-bandwidth:"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -13,11 +15,16 @@ import pytest
 import migrate
 from migrate import link
 from migrate.address import parse_address
+from migrate.deltas import DeltaSwitch
 from migrate.destination import Destination
 from migrate.errors import UsageError
 from migrate.guests.buffer import BufferPlace
+from migrate.rounds import Decision, Measured, Pending, Verdict
 from migrate.source import Source
+from migrate.tracking import DirtyTracker
+from proto.kernel import PageEncoder
 from proto.messages import CacheSize
+from proto.pageset import PageSet
 
 
 async def move(
@@ -118,6 +125,161 @@ async def test_the_cache_is_resized_fifty_times_while_it_moves() -> None:
     assert bytes(place[0].received) == array.tobytes()
     assert not sizes
     assert len(seen) > 3
+
+
+HOT_PAGES = 2048
+GUEST_BYTES = 24 << 20
+
+
+class Rewritten(migrate.BufferGuest):
+    """Its hot pages have changed whenever somebody looks, ten times."""
+
+    def __init__(self, array: Any) -> None:
+        super().__init__(array)
+        self.array, self.times = array, 0
+
+    def track(self, encoder: PageEncoder) -> DirtyTracker:
+        tracker = super().track(encoder)
+        take = tracker.take
+
+        def taken() -> PageSet:
+            self.times += 1
+            if self.times <= 10:
+                self.array[: HOT_PAGES * 4096 : 4096] += 1
+            return take()
+
+        tracker.take = taken  # type: ignore[method-assign]
+        return tracker
+
+
+async def rewritten(
+    parameters: migrate.Parameters, each_round: Callable[[Source, int], None] = lambda *_: None
+) -> tuple[Source, list[str]]:
+    """Moves an array of which 8 MiB change in each round; what was noticed."""
+    array = numpy.random.default_rng(2).integers(1, 256, GUEST_BYTES, dtype="u1")
+    listener = await link.listen(parse_address("127.0.0.1:0", listen=True))
+    near = await link.connect(parse_address(str(listener.address)))
+    far = await listener.accept()
+    places: list[BufferPlace] = []
+    notices: list[str] = []
+
+    def placer(info: Any) -> BufferPlace:
+        places.append(BufferPlace(info))
+        return places[0]
+
+    def observe(event: str, statistics: migrate.Statistics) -> None:
+        if event.startswith("notice: "):
+            notices.append(event)
+        if event == "round":
+            each_round(source, statistics.dirty_sync_count)
+
+    guest = Rewritten(array)
+    source = Source(guest, near, parameters, observe)
+    decide = source._policy.decide
+
+    def keep_going(number: int, elapsed: float, pending: Pending) -> Decision:
+        decision = decide(number, elapsed, pending)
+        return decision if number > 10 else replace(decision, verdict=Verdict.CONTINUE)
+
+    source._policy.decide = keep_going  # type: ignore[method-assign]
+    async with asyncio.TaskGroup() as group:
+        group.create_task(Destination(far, placer).run())
+        group.create_task(source.run())
+    await listener.close()
+    assert bytes(places[0].received) == array.tobytes()
+    return source, notices
+
+
+@pytest.mark.asyncio
+async def test_a_cache_finds_its_size_itself() -> None:
+    source, notices = await rewritten(migrate.Parameters(cache_size=1 << 20, cache_max=64 << 20))
+    s = source.statistics
+    assert s.cache_size == HOT_PAGES * 4096
+    assert s.cache_miss == 2 * (HOT_PAGES - 256), "the round that showed it, and one to fill it"
+    assert s.advice == ()
+    assert notices == ["notice: the working set is about 8.0 MiB: the cache is 8m now"]
+
+
+@pytest.mark.asyncio
+async def test_whoever_asks_for_a_size_ends_the_finding_of_it() -> None:
+    def ask(source: Source, number: int) -> None:
+        if number == 1:
+            source.set_cache_size(2 << 20)
+
+    source, notices = await rewritten(
+        migrate.Parameters(cache_size=1 << 20, cache_max=64 << 20), ask
+    )
+    assert source.statistics.cache_size == 2 << 20
+    assert notices == []
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_is_too_small_is_advised() -> None:
+    source, _ = await rewritten(migrate.Parameters(cache_size=1 << 20))
+    assert source.statistics.advice == (
+        "the working set is about 8.0 MiB: a cache of 8m would have hit 100 % of what was sent "
+        "again, the one of 1m hit 12 %: use --cache-size 8m",
+    )
+
+
+class Refusing:
+    """A page cache that gets no more memory."""
+
+    def __init__(self, cache: Any) -> None:
+        self.evictions = cache.evictions
+
+    def resize(self, size: int) -> None:
+        raise MemoryError(f"no memory for {size} bytes")
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_cannot_grow_stays_and_says_so() -> None:
+    def refuse(source: Source, number: int) -> None:
+        if number == 1:
+            source._cache = Refusing(source._cache)  # type: ignore[assignment]
+
+    source, notices = await rewritten(
+        migrate.Parameters(cache_size=1 << 20, cache_max=64 << 20), refuse
+    )
+    assert source.statistics.cache_size == 1 << 20
+    assert notices == [
+        "notice: the working set is about 8.0 MiB: the cache is 8m now",
+        "notice: there is no memory for a cache of 8m: it stays 1m",
+    ]
+
+
+class Scripted(DeltaSwitch):
+    """Deltas in the rounds that are said."""
+
+    def __init__(self) -> None:
+        super().__init__(4096)
+        self.rounds = iter([True, True, False, False, True, False, True, True, True, True, True])
+        self.now = True
+
+    @property
+    def active(self) -> bool:
+        return self.now
+
+    def decide(self, measured: Measured, bandwidth: float) -> str:
+        assert bandwidth >= 0
+        self.now = next(self.rounds, True)
+        return "" if self.now else "they are switched off"
+
+
+@pytest.mark.asyncio
+async def test_deltas_are_switched_off_and_on_and_the_memory_stays_equal() -> None:
+    seen: list[bool] = []
+
+    def script(source: Source, number: int) -> None:
+        if number == 1:
+            source._deltas = Scripted()
+        seen.append(source.statistics.xbzrle_active)
+
+    source, notices = await rewritten(migrate.Parameters(), script)
+    assert seen[:7] == [True, True, True, False, False, True, False]
+    assert notices == ["notice: they are switched off"] * 3
+    assert source.statistics.xbzrle_active
+    assert source.statistics.cache_miss == 2 * HOT_PAGES
 
 
 @pytest.mark.asyncio

@@ -21,6 +21,20 @@ def cached(cache, pages) -> set[int]:
     return {page for page in pages if cache.get(page) is not None}
 
 
+def test_an_emptied_cache_is_as_a_new_one(kernel):
+    old, new = kernel.PageCache(8 * PAGE, PAGE), kernel.PageCache(8 * PAGE, PAGE)
+    for page in range(20):
+        old.put(page, content(page), page)
+    old.clear()
+    assert len(old) == 0
+    assert cached(old, range(20)) == set()
+    for cache in (old, new):
+        for page in range(30, 50):
+            cache.put(page, content(page, 1), page % 3 + 1)
+    assert cached(old, range(50)) == cached(new, range(50))
+    assert all(old.get(page) in (None, content(page, 1)) for page in range(50))
+
+
 # ---------------------------------------------------------------- the size rule
 
 

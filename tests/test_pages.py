@@ -26,7 +26,9 @@ from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
 PAGE = 1024
 HEAD = 20
-COUNTERS = ["zero", "unchanged", "raw", "delta", "delta_bytes", "hits", "misses", "overflows"]
+COUNTERS = [
+    "zero", "unchanged", "raw", "delta", "delta_bytes", "hits", "misses", "overflows", "spared",
+]  # fmt: skip
 SEED = b"a seed of one migration"
 STEP = 0x9E3779B97F4A7C15
 SMALLEST_ROOM = PAGE + 96
@@ -313,12 +315,17 @@ def test_a_hit_proves_an_entry(kernel):
 def test_the_cache_holds_what_the_peer_holds(kernel):
     pair = Pair(kernel)
     noise = random.Random(3)
-    version = noise.randbytes(PAGE)
-    for now in range(1, 6):
+    version = bytearray(noise.randbytes(PAGE))
+    for now in range(1, 9):
         pair.encoder.begin_round(now)
-        pair.send({3: version})
+        pair.send({3: bytes(version)})
         assert pair.cache.get(3) == pair.page(3) == version
-        version = noise.randbytes(PAGE) if now == 3 else version[1:] + version[:1]
+        if now % 2:
+            version[:] = noise.randbytes(PAGE)
+        else:
+            version[noise.randrange(PAGE)] ^= 0xFF
+    assert pair.encoder.overflows == 4
+    assert pair.encoder.delta == 3
 
 
 def test_merged_deltas_where_they_were_agreed(kernel):
@@ -757,6 +764,179 @@ def test_scan_zeros(kernel):
     assert listed(changed) == [1, 3]
 
 
+# ---------------------------------------------------------------- overflowing pages
+
+
+def dense(now: int, page: int = 0) -> bytes:
+    """Content of a round whose delta from any other round's overflows."""
+    return bytes(0 if i % 2 else (now * 37 + page + i) % 255 + 1 for i in range(PAGE))
+
+
+def rounds_of(pair: Pair, contents: list[bytes]) -> list[str]:
+    """Page 0 in round after round; what became of each."""
+    fates = []
+    for now, content in enumerate(contents, 1):
+        before = counters(pair.encoder)
+        pair.encoder.begin_round(now)
+        pair.send({0: content})
+        assert pair.page(0) == content
+        assert pair.cache.get(0) in (None, content)
+        after = counters(pair.encoder)
+        counted = [n for n in ("overflows", "spared", "misses", "delta", "raw")
+                   if after.get(n, 0) > before.get(n, 0)]  # fmt: skip
+        fates.append(counted[0])
+    return fates
+
+
+def test_a_page_whose_deltas_overflow_is_left_out_for_longer_and_longer(kernel):
+    pair = Pair(kernel)
+    fates = rounds_of(pair, [dense(now) for now in range(1, 80)])
+    waits = [len(list(run)) for fate, run in itertools.groupby(fates) if fate == "spared"]
+    assert fates[:3] == ["raw", "overflows", "overflows"]
+    assert waits[:6] == [1, 2, 4, 8, 16, 16]
+    assert pair.encoder.misses == 0
+
+
+def test_a_delta_that_fits_ends_the_waiting(kernel):
+    pair = Pair(kernel)
+    contents = [dense(now) for now in range(1, 6)]  # raw, 2 overflows, spared, an overflow
+    contents += [dense(6), dense(7), dense(7)[:-1] + b"x"]  # 2 spared, then it fits
+    contents += [dense(9), dense(10), dense(11)]
+    assert rounds_of(pair, contents)[4:] == [
+        "overflows", "spared", "spared", "delta", "overflows", "overflows", "spared",
+    ]  # fmt: skip
+
+
+def test_a_page_that_is_left_out_takes_no_place_in_the_cache(kernel):
+    pair = Pair(kernel, cache=1)
+    rounds_of(pair, [dense(now) for now in range(1, 6)])
+    assert len(pair.cache) == 0
+
+
+def test_a_page_that_is_left_out_is_not_cached_after_the_peer_forgot_it(kernel):
+    """It is new to the peer then: what is cached must be what was sent last."""
+    pair = Pair(kernel)
+    rounds_of(pair, [dense(now) for now in range(1, 6)])
+    pair.encoder.forget()
+    for now in range(6, 12):
+        pair.encoder.begin_round(now)
+        pair.send({0: dense(now)})
+        assert pair.page(0) == dense(now)
+        assert pair.cache.get(0) in (None, dense(now))
+
+
+def test_a_page_that_is_zero_meanwhile_waits_no_less(kernel):
+    pair = Pair(kernel)
+    rounds_of(pair, [dense(1), dense(2), dense(3), dense(4), dense(5)])  # two to wait
+    for now, content in enumerate([bytes(PAGE), dense(7), dense(8), dense(9)], 6):
+        pair.encoder.begin_round(now)
+        pair.send({0: content})
+        assert pair.cache.get(0) in (None, content)
+    assert pair.encoder.spared == 1 + 2
+
+
+# ---------------------------------------------------------------- deltas off and on
+
+
+def test_switched_off_there_are_no_deltas_and_the_cache_is_empty(kernel):
+    pair = Pair(kernel)
+    pair.encoder.begin_round(1)
+    pair.send({0: fill(1), 1: bytes(PAGE), 2: fill(2)})
+    assert pair.encoder.active
+    pair.encoder.active = False
+    assert len(pair.cache) == 0
+    pair.encoder.begin_round(2)
+    pair.send({0: fill(1)[:-1] + b"x", 1: fill(3)[:-1] + b"y", 2: bytes(PAGE)})
+    assert counters(pair.encoder) == {"zero": 2, "raw": 4}
+    assert len(pair.cache) == 0
+
+
+def test_switched_on_again_it_builds_on_what_was_sent_last(kernel):
+    pair = Pair(kernel)
+    contents = [fill(now)[:-1] + b"x" for now in range(1, 6)]
+    for now, content in enumerate(contents, 1):
+        pair.encoder.begin_round(now)
+        pair.encoder.active = now not in (2, 3)
+        pair.send({0: content})
+        assert pair.page(0) == content
+    assert pair.encoder.misses == 1
+    assert pair.encoder.hits == 1
+
+
+def test_without_a_cache_deltas_cannot_be_switched_on(kernel):
+    pair = Pair(kernel, cache=0)
+    assert not pair.encoder.active
+    pair.encoder.active = False
+    with pytest.raises(ValueError, match="no cache"):
+        pair.encoder.active = True
+
+
+# ---------------------------------------------------------------- heat
+
+
+def heat(encoder) -> dict[int, int]:
+    """Pages by their heat, where there are any."""
+    return {degree: pages for degree, pages in enumerate(encoder.survey()[1]) if pages}
+
+
+@pytest.mark.parametrize("cache", [0, 4])
+def test_heat_counts_the_sendings_after_the_first(kernel, cache):
+    pair = Pair(kernel, pages=20, cache=cache)
+    for now in range(1, 5):
+        pair.encoder.begin_round(now)
+        pair.send({page: fill(now) for page in range(20) if now == 1 or page < now})
+    # pages 0 and 1 in rounds 2 to 4, page 2 in 3 and 4, page 3 in 4
+    assert heat(pair.encoder) == {0: 16, 32: 1, 64: 1, 96: 2}
+
+
+def test_a_survey_tells_how_hot_was_what_was_sent_since_the_last(kernel):
+    pair = Pair(kernel, pages=20)
+    told = []
+    for now, pages in enumerate([range(20), range(6), range(8), range(3)], 1):
+        pair.encoder.begin_round(now)
+        pair.send({page: fill(now) for page in pages})
+        sendings, _ = pair.encoder.survey()
+        told.append({degree: count for degree, count in enumerate(sendings) if count})
+    assert told == [{}, {0: 6}, {0: 2, 32: 6}, {64: 3}]
+
+
+def test_zero_pages_need_no_cache_and_have_no_heat(kernel):
+    pair = Pair(kernel)
+    for now in range(1, 5):
+        pair.encoder.begin_round(now)
+        pair.send({0: bytes(PAGE) if now % 2 else fill(now), 1: bytes(PAGE)})
+    assert heat(pair.encoder) == {0: 16}
+
+
+def test_heat_is_halved_every_four_rounds_and_never_overflows(kernel):
+    pair = Pair(kernel)
+    peaks = []
+    for now in range(1, 60):
+        pair.encoder.begin_round(now)
+        pair.send({0: fill(now), **({1: fill(now)} if now < 3 else {})})
+        peaks.append(max(heat(pair.encoder)))
+    assert max(peaks) > 200
+    assert min(peaks[20:]) >= 100
+    assert heat(pair.encoder)[0] == 15, "page 1 is forgotten"
+
+
+def test_heat_stops_at_255(kernel):
+    pair = Pair(kernel)
+    for now in range(1, 12):
+        pair.encoder.begin_round(now)
+        pair.send({0: fill(now)})
+    assert heat(pair.encoder) == {0: 15, 255: 1}
+
+
+def test_short_rounds_do_not_make_a_large_working_set_forgotten(kernel):
+    pair = Pair(kernel, pages=200, cache=4)
+    for now in range(1, 20):
+        pair.encoder.begin_round(now)
+        pair.send({page: fill(now) for page in range(200 if now < 3 else 1)})
+        pair.encoder.survey()
+    assert 0 not in heat(pair.encoder)
+
+
 # ---------------------------------------------------------------- the whole memory
 
 
@@ -803,15 +983,19 @@ def test_the_destination_has_the_snapshot(seed, cache, room, stride, size, merge
     ]  # fmt: skip
     memory = {page * stride: bytes(size) for page in range(count)}
     touched = list(memory)
-    for now in range(1, 7):
+    for now in range(1, 13):
         resized = size << noise.randrange(6)
+        active = noise.randrange(4) > 0
         for pair in pairs:
             pair.encoder.begin_round(now)
+            if cache and seed % 5 == 0:
+                pair.encoder.active = active
             if cache and seed % 3 == 0:
                 pair.cache.resize(resized)
         batches = [pair.send({page: memory[page] for page in touched}) for pair in pairs]
         assert batches[0] == batches[1]
         assert counters(pairs[0].encoder) == counters(pairs[1].encoder)
+        assert pairs[0].encoder.survey() == pairs[1].encoder.survey()
         assert pairs[0].memory == pairs[1].memory
         assert pairs[0].decoder.recent == pairs[1].decoder.recent
         assert pairs[0].decoder.received_pages == pairs[1].decoder.received_pages == count

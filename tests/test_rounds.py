@@ -149,42 +149,6 @@ def test_the_reason_tells_what_was_expected_and_what_was_allowed():
     assert "would be stopped for 4004 ms, the limit is 50 ms" in text
 
 
-def test_pages_that_cost_as_much_as_pages_ask_for_a_larger_cache():
-    text = reason(model_of(RAW), MUCH)
-    assert "--cache-size" in text
-    assert "4096 bytes each" in text
-
-
-def test_small_deltas_on_a_slow_link_ask_for_bandwidth_not_for_cache():
-    model = model_of(Measured(100_000, 100_000 * 40, 40.0, 0.01, 0.01))
-    text = reason(model, MUCH, max_bandwidth=100_000)
-    assert "--max-bandwidth" in text
-    assert "--cache-size" not in text
-
-
-def test_a_slow_machine_is_not_blamed_on_the_link():
-    model = model_of(Measured(100_000, 100_000 * 40, 0.1, 9.0, 1.0))
-    text = reason(model, MUCH)
-    assert "this machine's speed" in text
-    assert "--downtime-limit" in text
-    assert "bandwidth" not in text
-
-
-def test_a_scan_that_eats_the_limit_is_named():
-    text = reason(model_of(RAW), Pending(10, 0, scan_seconds=0.4))
-    assert "finding what changed takes 400 ms" in text
-    assert "--downtime-limit" in text
-
-
-def test_a_destination_that_is_far_away_is_named():
-    model = model_of(RAW)
-    model.round_trip = 0.2
-    text = reason(model, NOTHING)
-    assert "2 round trips to the destination take 400 ms" in text
-    assert "--downtime-limit" in text
-    assert "speed" not in text
-
-
 # ---------------------------------------------------------------- the prediction
 
 

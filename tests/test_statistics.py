@@ -30,8 +30,9 @@ FULL = Statistics(
     downtime=0.0423, expected_downtime=0.2, transferred=1234 * 1024, remaining=8192,
     total=64 << 20, duplicate=11, normal=22, skipped=4, dirty_sync_count=7, cache_size=64 << 20,
     xbzrle_bytes=20 * 1024, xbzrle_pages=80, cache_hits=15, cache_miss=5, overflow=3, evictions=2,
-    mbps=123.456, pages_per_second=99.6, dirty_pages_rate=12.5, precopy_bytes=1000,
-    downtime_bytes=2048,
+    overflow_skipped=9,
+    mbps=123.456, pages_per_second=99.6, dirty_pages_rate=12.5,
+    precopy_bytes=1000, downtime_bytes=2048,
 )  # fmt: skip
 
 
@@ -63,6 +64,21 @@ def test_a_failure_says_why():
     assert query_migrate(failed)["error-desc"] == "the memories differ"
 
 
+def test_deltas_that_are_switched_off_and_pages_left_out_are_told():
+    assert ("xbzrle active", "on") in labels(FULL)
+    assert ("xbzrle overflow skipped", "9 pages") in labels(FULL)
+    off = FULL.with_(xbzrle_active=False)
+    assert ("xbzrle active", "off") in labels(off)
+    assert query_migrate(off)["xbzrle-cache"]["xbzrle-active"] is False
+
+
+def test_advice_is_told_where_there_is_some():
+    assert "advice" not in query_migrate(FULL)
+    assert query_migrate(FULL.with_(advice=("do this", "and that")))["advice"] == [
+        "do this", "and that",
+    ]  # fmt: skip
+
+
 def test_json_has_the_names_of_query_migrate():
     result = query_migrate(FULL)
     assert list(result) == [
@@ -79,7 +95,8 @@ def test_json_has_the_names_of_query_migrate():
     }  # fmt: skip
     assert result["xbzrle-cache"] == {
         "cache-size": 64 << 20, "bytes": 20 * 1024, "pages": 80, "cache-miss": 5,
-        "cache-miss-rate": 0.25, "encoding-rate": 16.0, "overflow": 3,
+        "cache-miss-rate": 0.25, "encoding-rate": 16.0, "overflow": 3, "overflow-skipped": 9,
+        "xbzrle-active": True,
     }  # fmt: skip
 
 

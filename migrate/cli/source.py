@@ -58,8 +58,13 @@ def source_parser() -> Parser:
     parser.add_argument("--pause-cmd", default="", metavar="CMD", help="stops the file's writer")
     parser.add_argument("--resume-cmd", default="", metavar="CMD", help="lets it go on")
     parser.add_argument(
-        "--cache-size", default="64m", metavar="SIZE", help="xbzrle page cache (default: 64m)"
-    )
+        "--cache-size", default="64m", metavar="SIZE|auto",
+        help="xbzrle page cache (default: 64m); auto: as large as the working set needs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-max", metavar="SIZE",
+        help="how large --cache-size auto may make it (default: 1g, or a quarter of free memory)",
+    )  # fmt: skip
     parser.add_argument("--page-size", default="4k", metavar="SIZE", help="1k to 16k (default: 4k)")
     parser.add_argument(
         "--downtime-limit", default="300", metavar="MS",
@@ -112,13 +117,39 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
         timeout=seconds(args.timeout, "--timeout"),
         stall_timeout=seconds(args.stall_timeout, "--stall-timeout"),
     )
+    cache_size, cache_max = cache_sizes(args.cache_size, args.cache_max, page_size)
     return Parameters(
-        cache_size=quantities.parse_cache_size(args.cache_size, page_size),
+        cache_size=cache_size,
         page_size=page_size,
         limits=limits,
         channels=number(args.channels, "--channels"),
         capabilities=switches(args.capability),
+        cache_max=cache_max,
     )
+
+
+def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
+    """The cache's size at first, and for `auto` the largest, else 0. Raises UsageError."""
+    from migrate.available import available_memory
+    from migrate.source import DEFAULT_CACHE_MAX, DEFAULT_CACHE_SIZE
+
+    if size != "auto":
+        if most is not None:
+            raise UsageError("--cache-max: it is for --cache-size auto only")
+        return quantities.parse_cache_size(size, page_size), 0
+    free = available_memory()
+    if most is None:
+        least = max(page_size, 1 << 20)
+        limit = min(DEFAULT_CACHE_MAX, max(1 << (free // 4).bit_length() >> 1, least))
+        limit = limit if free else DEFAULT_CACHE_MAX
+    else:
+        limit = quantities.parse_cache_size(most, page_size, "--cache-max")
+    if free and most is not None and limit > free // 2:
+        raise UsageError(
+            f"--cache-max: {most} is more than half of the {quantities.format_size(free)} of "
+            "memory that is free here: write less, or give --cache-size a size"
+        )
+    return min(DEFAULT_CACHE_SIZE, limit), limit
 
 
 def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
@@ -277,6 +308,9 @@ class SourceProgram:
             print(json.dumps(query_migrate(source.statistics)), flush=True)
         elif not args.quiet:
             print(info_migrate(source.statistics), flush=True)
+            for sentence in source.statistics.advice:
+                if sentence not in source.statistics.error:
+                    print(f"migrate-src: advice: {sentence}", file=sys.stderr)
         return status
 
     def _facts(self, guest: Guest) -> dict[str, str]:

@@ -17,12 +17,15 @@ from tests.fuzz.sides import PATTERN, SIDES, SIMD, use_simd
 
 SEED = bytes(range(16))
 SIZES = (1024, 1024, 1024, 2048)
-COUNTERS = ("zero", "unchanged", "raw", "delta", "delta_bytes", "hits", "misses", "overflows")
+COUNTERS = (
+    "zero", "unchanged", "raw", "delta", "delta_bytes", "hits", "misses", "overflows", "spared",
+)  # fmt: skip
 HEADROOM = 24
-MOST_ROUNDS = 6
+MOST_ROUNDS = 10
 MOST_PIECES = 60
 
 WRITE, FILL, CLEAR, COPY, SEND, RESIZE, HOLES, SCAN = range(8)
+SWITCHES = 0xC0  # of a RESIZE, pages from here on: deltas are switched off (even) or on
 
 
 class Pair:
@@ -103,7 +106,8 @@ class Pair:
 
     def state(self) -> tuple[object, ...]:
         cache = None if self.cache is None else (len(self.cache), self.cache.evictions)
-        counters = [getattr(self.encoder, name) for name in COUNTERS]
+        counters: list[object] = [getattr(self.encoder, name) for name in COUNTERS]
+        counters += [*self.encoder.survey()]
         tables = [bytes(h.table) + bytes(h.stale) for h in (self.hashes, self.there)]
         return cache, counters, tables, bytes(self.memory)
 
@@ -140,7 +144,12 @@ class Guest:
         dirty, self.dirty = self.dirty, PageSet(self.pages)
         now = self.now + 1
         self.end_round([pair.send(now, bytes(self.memory), dirty) for pair in self.pairs])
-        assert self.pairs[0].memory.view == self.padded(), "something else arrived"
+        there = self.padded()
+        assert self.pairs[0].memory.view == there, "something else arrived"
+        for cache in (pair.cache for pair in self.pairs if pair.cache is not None):
+            for page in range(self.pages):
+                content = there[page * self.page_size : (page + 1) * self.page_size]
+                assert cache.get(page) in (None, content), f"page {page} has grown old"
 
     def holes(self, first: int, count: int) -> None:
         """Zeros where nobody need look: for the destination as for the guest."""
@@ -168,6 +177,11 @@ class Guest:
                     pair.cache.resize(entries * self.page_size)
                 except CacheSizeError:
                     assert entries & (entries - 1) or not entries
+
+    def switch(self, on: bool) -> None:
+        for pair in self.pairs:
+            if pair.cache is not None:
+                pair.encoder.active = on
 
 
 def rounds(data: bytes) -> None:
@@ -199,6 +213,8 @@ def _do(guest: Guest, what: int, page: int, number: int, content: bytes) -> None
         guest.write(page, 0, bytes(guest.memory[at : at + size]))
     elif what == SEND:
         guest.send()
+    elif what == RESIZE and page >= SWITCHES:
+        guest.switch(bool(page & 1))
     elif what == RESIZE:
         guest.resize(page & 31)
     elif what == HOLES:

@@ -167,6 +167,11 @@ def _rounds() -> list[bytes]:
             happens.append(Piece(rounds.SCAN, b""))
         happens.append(Piece(rounds.HOLES, b"\2\0\4"))
         found.append(join(control, happens))
+        for step in range(1, 10):  # what overflows, again and again, with deltas off and on between
+            happens = happens[1:]
+            happens += [Piece(rounds.FILL, bytes([3, 0, 0, 2 * step + 1])), Piece(rounds.SEND, b"")]
+            happens.append(Piece(rounds.RESIZE, bytes([rounds.SWITCHES + step % 5])))
+        found.append(join(control, happens))
     return found
 
 
