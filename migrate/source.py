@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from migrate.brake import Brake
 from migrate.channels import Channels, Dial
 from migrate.digest import Digest
 from migrate.errors import (
@@ -49,6 +50,8 @@ from migrate.link import Link
 from migrate.quantities import format_size
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
+from migrate.throttle import CAPABILITY as AUTO_CONVERGE
+from migrate.throttle import Look, Throttle
 from migrate.tracking import DirtyTracker, ScanTracker
 from proto import LocalError, ProtoError
 from proto import capabilities as caps
@@ -106,6 +109,18 @@ class Parameters:
     limits: Limits = field(default_factory=Limits)
     channels: int = 1
     capabilities: Mapping[str, bool] = field(default_factory=dict)
+    throttle: Throttle = field(default_factory=Throttle)
+
+    @property
+    def auto_converge(self) -> bool:
+        """Whether a guest that does not converge is slowed: off unless it is switched on."""
+        return self.capabilities.get(AUTO_CONVERGE, False)
+
+    @property
+    def wire_capabilities(self) -> frozenset[str]:
+        """The optional ones that the destination is offered. Raises LocalError."""
+        switches = {name: on for name, on in self.capabilities.items() if name != AUTO_CONVERGE}
+        return caps.switched_on(switches)
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -117,7 +132,7 @@ class Parameters:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")
         try:
-            caps.switched_on(self.capabilities)
+            _ = self.wire_capabilities
         except LocalError as error:
             raise UsageError(str(error)) from None
 
@@ -166,6 +181,7 @@ class Source:
         self._worker = ThreadPoolExecutor(1, "encode")
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
+        self._brake = Brake(guest, self._notice)
         self._pages = -(-guest.memory.size // self.parameters.page_size)
         self._began = time.monotonic()
         self._encoder: PageEncoder | None = None
@@ -317,9 +333,15 @@ class Source:
         if self._tracker is not None and self._unsent is not None:
             self._tracker.put_back(self._unsent)
             self._unsent = None
+        await self._let_go()
         if self._paused_at is not None:
             await self.guest.resume()
             self._paused_at = None
+
+    async def _let_go(self) -> None:
+        """It runs at its own speed, here or there."""
+        await self._brake.release()
+        self.statistics = self.statistics.with_(cpu_throttle_percentage=0)
 
     # -- setup
 
@@ -359,7 +381,8 @@ class Source:
         await link.send(CacheSize(self._cache_size))
         self._lost_at = 0.0
         self.statistics = self.statistics.with_(
-            capabilities={"xbzrle": agreement.xbzrle},
+            capabilities={"xbzrle": agreement.xbzrle}
+            | ({AUTO_CONVERGE: True} if parameters.auto_converge else {}),
             channels=parameters.channels,
             cache_size=self._cache_size,
             remaining=self._bytes_in(dirty),
@@ -370,7 +393,7 @@ class Source:
 
     async def _greet(self) -> tuple[caps.Agreement, Accept]:
         parameters, link = self.parameters, self.channels.link
-        hello = caps.offer(caps.switched_on(parameters.capabilities))
+        hello = caps.offer(parameters.wire_capabilities)
         await link.send(hello)
         answer = await self.channels.expect(Hello)
         agreement = caps.agree(hello, answer)
@@ -490,6 +513,7 @@ class Source:
             if self.guest.marks or not self.guest.stoppable:
                 scan = 0.0
             pending = Pending(len(dirty), max(digest.stale(dirty.bits), self._peer_stale), scan)
+            await self._slow_down(pending, measured, elapsed)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
             self._update()
@@ -498,6 +522,22 @@ class Source:
                 raise NotConvergedError(f"the migration was given up: {decision.reason}")
             if decision.verdict is Verdict.STOP_AND_COPY:
                 return
+
+    async def _slow_down(self, pending: Pending, measured: Measured, seconds: float) -> None:
+        """auto-converge: takes a step where nothing else helps."""
+        parameters, model = self.parameters, self._model
+        limits = self._policy.limits
+        look = Look(
+            expected=model.predict(pending, limits), seconds=seconds,
+            sent_bytes=measured.wire_bytes, dirtied_bytes=pending.pages * model.bytes_per_page,
+            dirtied_seconds=model.work(pending.pages, limits),
+        )  # fmt: skip
+        slower = await self._brake.apply(
+            parameters.auto_converge, parameters.throttle, limits, look
+        )
+        if slower:
+            self._policy.begin_again(self._round, time.monotonic() - self._began)
+        self.statistics = self.statistics.with_(cpu_throttle_percentage=self._brake.percentage)
 
     async def _send_round(
         self, encoder: PageEncoder, digest: Digest, dirty: PageSet, *, last: bool
@@ -617,6 +657,7 @@ class Source:
             remaining=0,
             dirty_pages_rate=0.0,
         )
+        await self._let_go()
         self._set_status("completed")
         self._update()
         await self.guest.release()

@@ -54,6 +54,7 @@ class Statistics:
     channels: int = 1
     channel_bytes: int = 0
     reconnects: int = 0
+    cpu_throttle_percentage: int = 0
 
     @property
     def cache_miss_rate(self) -> float:
@@ -120,6 +121,8 @@ def info_migrate(s: Statistics) -> str:
             f"xbzrle encoding rate: {s.encoding_rate:.2f}",
             f"xbzrle cache evictions: {s.evictions}",
         ]
+    if s.cpu_throttle_percentage:
+        lines.append(f"cpu throttle percentage: {s.cpu_throttle_percentage}")
     if s.reconnects:
         lines.append(f"reconnects: {s.reconnects}")
     if s.channels > 1:
@@ -167,6 +170,8 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
             "encoding-rate": round(s.encoding_rate, 3),
             "overflow": s.overflow,
         }
+    if s.cpu_throttle_percentage:
+        result["cpu-throttle-percentage"] = s.cpu_throttle_percentage
     if s.reconnects:
         result["reconnects"] = s.reconnects
     if s.error:

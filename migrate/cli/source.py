@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from migrate.link import Link
     from migrate.progress import Progress
     from migrate.source import Parameters, Source
+    from migrate.throttle import Throttle
 
 
 def source_parser() -> Parser:
@@ -87,6 +88,7 @@ def source_parser() -> Parser:
         "--stall-timeout", default="30s", metavar="TIME",
         help="give up after so long without progress (default: 30s; 0 never)",
     )  # fmt: skip
+    add_throttle(parser)
     parser.add_argument(
         "--connect-timeout", default="10s", metavar="TIME",
         help="keep trying to connect for so long (default: 10s)",
@@ -99,11 +101,48 @@ def source_parser() -> Parser:
     return parser
 
 
+def add_throttle(parser: Parser) -> None:
+    parser.add_argument(
+        "--auto-converge", action="store_true",
+        help="slow the guest (demo, or --pid), step by step, where nothing else helps",
+    )  # fmt: skip
+    for name, default, what in (
+        ("--cpu-throttle-initial", 20, "take so much of its time first"),
+        ("--cpu-throttle-increment", 10, "and so much more with each step"),
+        ("--max-cpu-throttle", 99, "but no more than this"),
+        ("--throttle-trigger-threshold", 50, "a step is due where more is dirtied, of what goes"),
+    ):
+        parser.add_argument(
+            name, default=str(default), metavar="PERCENT", help=f"{what} (default: {default})"
+        )
+    parser.add_argument(
+        "--cpu-throttle-tailslow", action="store_true",
+        help="take smaller steps where those should do",
+    )  # fmt: skip
+
+
+def throttle_of(args: argparse.Namespace) -> Throttle:
+    """Raises UsageError."""
+    from migrate.throttle import Throttle
+
+    return Throttle(
+        number(args.cpu_throttle_initial, "--cpu-throttle-initial"),
+        number(args.cpu_throttle_increment, "--cpu-throttle-increment"),
+        number(args.max_cpu_throttle, "--max-cpu-throttle"),
+        args.cpu_throttle_tailslow,
+        number(args.throttle_trigger_threshold, "--throttle-trigger-threshold"),
+    )
+
+
 def parameters_of(args: argparse.Namespace) -> Parameters:
     """Raises UsageError for anything that cannot be."""
     from migrate.rounds import Limits
     from migrate.source import Parameters
+    from migrate.throttle import CAPABILITY as AUTO_CONVERGE
 
+    capabilities = switches(args.capability, frozenset({AUTO_CONVERGE}))
+    if args.auto_converge:
+        capabilities[AUTO_CONVERGE] = True
     page_size = quantities.parse_size(args.page_size, "--page-size")
     if page_size not in (1024, 2048, 4096, 8192, 16384):
         raise UsageError(f"--page-size: {args.page_size!r} is none of 1k, 2k, 4k, 8k, 16k")
@@ -119,7 +158,8 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
         page_size=page_size,
         limits=limits,
         channels=number(args.channels, "--channels"),
-        capabilities=switches(args.capability),
+        capabilities=capabilities,
+        throttle=throttle_of(args),
     )
 
 
