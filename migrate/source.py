@@ -519,7 +519,9 @@ class Source:
             self._update()
             self._observer("round", self.statistics)
             if decision.verdict is Verdict.ABORT:
-                raise NotConvergedError(f"the migration was given up: {decision.reason}")
+                slowed = self._brake.percentage
+                more = f" (the guest was slowed by {slowed} %)" if slowed else ""
+                raise NotConvergedError(f"the migration was given up: {decision.reason}{more}")
             if decision.verdict is Verdict.STOP_AND_COPY:
                 return
 
