@@ -88,6 +88,11 @@ def source_parser() -> Parser:
         "--stall-timeout", default="30s", metavar="TIME",
         help="give up after so long without progress (default: 30s; 0 never)",
     )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", "-n", action="store_true",
+        help="connect, measure the way, look at the guest, and print what a migration would take: "
+        "nothing is moved",
+    )  # fmt: skip
     add_throttle(parser)
     parser.add_argument(
         "--connect-timeout", default="10s", metavar="TIME",
@@ -221,6 +226,8 @@ class SourceProgram:
             peer = await self._connect()
             if peer is None:
                 return 128 + self.stop.signal
+            if self.args.dry_run:
+                return await self._rehearse(peer)
             try:
                 guest = self.opened()
             except BaseException:
@@ -314,6 +321,35 @@ class SourceProgram:
         elif not args.quiet:
             print(info_migrate(source.statistics), flush=True)
         return status
+
+    async def _rehearse(self, peer: Link) -> int:
+        """--dry-run: prints what is predicted; the exit code: whether it would converge."""
+        from migrate.cli.rehearsal import Rehearsal
+
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel() -> str:
+            task.cancel()
+            return ""
+
+        self.stop.install(cancel)
+        progress = self.progress
+        new = self.args.guest.startswith("demo") and "pid=" not in self.args.guest
+        rehearsal = Rehearsal(
+            peer, self.parameters, self.opened, ends_guest=new,
+            say=(lambda _text: None) if self.args.quiet else progress.say,
+        )  # fmt: skip
+        try:
+            found = await rehearsal.run()
+        except asyncio.CancelledError:
+            print("migrate-src: cancelled; nothing was moved", file=sys.stderr)
+            return 128 + self.stop.signal
+        if self.args.json:
+            print(json.dumps(found.as_json()), flush=True)
+        elif not self.args.quiet:
+            print(found.lines(), flush=True)
+        return found.exit_code
 
     def _announce(self, guest: Guest) -> None:
         if self.args.quiet:
