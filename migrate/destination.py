@@ -308,7 +308,7 @@ class Destination:
                 if agreement.probe and busy:
                     raise NoPlaceError("another guest is being received here just now")
                 await self.link.send(answer)
-                if agreement.probe and not await self._be_probed():
+                if not await self._be_probed(agreement.probe):
                     return False
                 self._described = await self._expect(GuestInfo)
         except TimeoutError:
@@ -318,18 +318,22 @@ class Destination:
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
         return True
 
-    async def _be_probed(self) -> bool:
+    async def _be_probed(self, agreed: bool) -> bool:
         """Answers each PROBE; whether a guest comes behind them."""
         received = 0
         while True:
             try:
                 if await self.link.first_type() is not MessageType.PROBE:
                     return True
+                if not agreed:
+                    raise PeerError("PROBE came, though probe was not agreed on")
                 received += len((await self._expect(Probe)).padding)
                 if received > MAX_PROBE:
                     raise PeerError(f"more than {MAX_PROBE} bytes of PROBE came")
                 await self.link.send(Probed(received))
             except PeerLost:
+                if not agreed:
+                    raise
                 self._observer("probed", self.arrival)
                 return False
 
