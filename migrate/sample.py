@@ -126,12 +126,13 @@ class Sampler:
     """Takes a sample of a guest that runs. In a worker thread: it sleeps and works.
 
     xbzrle, merge -- as agreed with the destination
-    sleep, clock  -- of the machine, or of a test
+    sleep, clock  -- of the machine, or of a test; what `sleep` raises ends it
+    most          -- bytes to look at
     """
 
     def __init__(
         self, guest: Guest, page_size: int, cache_size: int, *, xbzrle: bool, merge: bool,
-        sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic,
         most: int = SAMPLE_BYTES,
     ) -> None:  # fmt: skip
         self._memory = guest.memory

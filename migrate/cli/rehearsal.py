@@ -9,6 +9,7 @@ demo guest that was started for this ends again.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -104,11 +105,7 @@ class Rehearsal:
             await guest.started()
             self._say(f"looking at {guest.description} for some seconds")
             await asyncio.sleep(WARM_SECONDS)
-            sampler = Sampler(
-                guest, parameters.page_size, parameters.cache_size,
-                xbzrle=agreement.xbzrle, merge=agreement.merge,
-            )  # fmt: skip
-            sample = await asyncio.to_thread(sampler.take)
+            sample = await self._sample(guest, agreement)
         finally:
             if self._ends_guest:
                 await guest.release()
@@ -119,3 +116,22 @@ class Rehearsal:
             dry_run.simulate, sample, way, parameters.limits, throttle if slows else None
         )
         return Found(prediction, sample, way, agreement.xbzrle)
+
+    async def _sample(self, guest: Guest, agreement: caps.Agreement) -> Sample:
+        """Where this is cancelled, nobody looks at the guest any more when it returns."""
+        told = threading.Event()
+
+        def sleep(seconds: float) -> None:
+            if told.wait(seconds):
+                raise InterruptedError
+
+        sampler = Sampler(
+            guest, self._parameters.page_size, self._parameters.cache_size,
+            xbzrle=agreement.xbzrle, merge=agreement.merge, sleep=sleep,
+        )  # fmt: skip
+        looking = asyncio.ensure_future(asyncio.to_thread(sampler.take))
+        try:
+            return await asyncio.shield(looking)
+        finally:
+            told.set()
+            await asyncio.wait({looking})
