@@ -519,8 +519,11 @@ class Source:
             self._update()
             self._observer("round", self.statistics)
             if decision.verdict is Verdict.ABORT:
-                slowed = self._brake.percentage
-                more = f" (the guest was slowed by {slowed} %)" if slowed else ""
+                more = ""
+                if self._brake.percentage:
+                    more = f" (the guest was slowed by {self._brake.percentage} %)"
+                elif self.guest.can_throttle and not self.parameters.auto_converge:
+                    more = "; or slow the guest with --auto-converge"
                 raise NotConvergedError(f"the migration was given up: {decision.reason}{more}")
             if decision.verdict is Verdict.STOP_AND_COPY:
                 return

@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from migrate.guests.demo import RUNNING, DemoProcess
 from proto.messages import MessageType
 from tests.authority import Authority
@@ -177,10 +175,3 @@ def test_it_speaks_tls_too(tmp_path: Path) -> None:
     assert source.wait() == 5
     receiver.kill(signal.SIGINT)
     receiver.wait()
-
-
-@pytest.mark.parametrize("options", [["--cpu-throttle-initial", "0"], ["--max-cpu-throttle", "5"]])
-def test_a_throttle_that_cannot_be_is_refused(options: list[str]) -> None:
-    source = Program("migrate-src", *options, "tcp:127.0.0.1:1")
-    assert source.wait() == 2
-    assert "expects an integer in the range of" in source.err
