@@ -34,7 +34,7 @@ STRETCH = 64
 WARM_SECONDS = 0.3
 # A guest whose dirty pages grow by less than this, of what they did on the average, has written all
 # it writes.
-FULL = 0.05
+FULL = 0.1
 INTERVALS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.bench.migration import migration
 from tests.bench.processes import Measured
-from tests.bench.report import Options, Part, Table, mebibytes, seconds
+from tests.bench.report import Options, Part, Table, mebibytes, seconds, size_name
 from tests.programs import BIN
 
 BANDWIDTH = "50m"
@@ -27,7 +27,7 @@ QUICK = 3
 
 def run(options: Options) -> Part:
     loads = dict(list(LOADS.items())[:QUICK]) if options.quick else LOADS
-    size = "64m" if options.quick else "256m"
+    size = (64 if options.quick else 256) << 20
     data: dict[str, Any] = {}
     for name, (shape, words) in loads.items():
         options.say(name)
@@ -35,7 +35,7 @@ def run(options: Options) -> Part:
         data[name] = both(guest, [*words, "--max-bandwidth", BANDWIDTH])
     return Part(
         "forecast", "The dry run against the migration",
-        f"A demo guest of {size} of random content of which half is written, over loopback with "
+        f"A demo guest of {size_name(size)} of random content of which half is written, over loopback with "
         f"`--max-bandwidth {BANDWIDTH}`: first with `--dry-run`, which looks at it for two "
         "seconds, then for good. One run of each.",
         [table(data)], data,
