@@ -49,8 +49,8 @@ class Brake:
         before = self.percentage
         percentage = self._policy.decide(throttle, limits, look)
         if percentage != before:
+            self.percentage = percentage  # before: where this is cancelled, it may have come true
             await self._guest.throttle(percentage)
-            self.percentage = percentage
             self._say(
                 f"auto-converge: the guest is slowed by {percentage} % (it would be stopped for "
                 f"{look.expected * 1e3:.0f} ms, the limit is {limits.downtime_limit * 1e3:.0f} ms)"

@@ -1,5 +1,7 @@
 """The brake: what it puts on a guest it takes off, and says so in time."""
 
+import asyncio
+
 import pytest
 
 from migrate.brake import Brake
@@ -96,8 +98,28 @@ async def test_a_guest_that_cannot_be_slowed_any_more_fails_the_migration_not_it
     with pytest.raises(MigrationError, match="guard"):
         await apply(brake, 3)
     await brake.release()
-    guest.broken = False
-    await apply(brake, 2)
-    guest.broken = True
-    await brake.release()
     assert brake.percentage == 0
+    assert guest.percents == [20, 0]
+
+
+@pytest.mark.asyncio
+async def test_a_step_that_is_cancelled_is_taken_back_too():
+    guest = Slow()
+    brake = Brake(guest, lambda _text: None)
+    await apply(brake, 2)
+    told = asyncio.Event()
+
+    async def throttle(percent):
+        guest.percents.append(percent)
+        told.set()
+        await asyncio.sleep(100)
+
+    slow, guest.throttle = guest.throttle, throttle
+    step = asyncio.create_task(apply(brake))
+    await told.wait()
+    step.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await step
+    guest.throttle = slow
+    await brake.release()
+    assert guest.percents == [20, 0]

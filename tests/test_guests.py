@@ -1028,6 +1028,23 @@ async def test_a_writer_whose_guard_is_killed_is_let_go(writer):
 
 
 @pytest.mark.asyncio
+async def test_a_writer_that_was_given_up_is_not_let_go_by_a_throttle_that_ends(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    await guest.throttle(50)
+    await guest.pause()
+    await guest.give_up()
+    guest._guard.kill()
+    await guest._guard.wait()
+    await guest.throttle(0)
+    for _ in range(30):
+        assert thread_states(pid) == {"T"}
+        await asyncio.sleep(0.002)
+    await guest.close()
+
+
+@pytest.mark.asyncio
 async def test_who_was_stopped_by_somebody_else_is_not_woken(writer):
     path, pid = writer
     os.kill(pid, signal.SIGSTOP)

@@ -113,6 +113,8 @@ class FileGuest(Guest):
 
     async def throttle(self, percent: int) -> None:
         """By SIGSTOP and SIGCONT, which the guard sends: it outlives us."""
+        if self._paused:
+            return  # which has ended the duty cycle; it stands still, perhaps for good
         try:
             await self._tell_guard(b"t" + bytes([percent]))
         except MigrationError:

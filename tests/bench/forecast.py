@@ -35,9 +35,9 @@ def run(options: Options) -> Part:
         data[name] = both(guest, [*words, "--max-bandwidth", BANDWIDTH])
     return Part(
         "forecast", "The dry run against the migration",
-        f"A demo guest of {size_name(size)} of random content of which half is written, over loopback with "
-        f"`--max-bandwidth {BANDWIDTH}`: first with `--dry-run`, which looks at it for two "
-        "seconds, then for good. One run of each.",
+        f"A demo guest of {size_name(size)} of random content of which half is written, over "
+        f"loopback with `--max-bandwidth {BANDWIDTH}`: first with `--dry-run`, which looks at it "
+        "for two seconds, then for good. One run of each.",
         [table(data)], data,
     )  # fmt: skip
 
