@@ -27,7 +27,9 @@ PROBE_SECONDS = 1.5
 # The destination waits 15 s for a guest to be described.
 PATIENCE_SECONDS = 12.0
 ROUND_TRIPS = 5
-LEAST_AHEAD = 2 * PROBE_BYTES
+# At a rate limit, a piece of padding is what goes in so long.
+PIECE_SECONDS = 0.05
+LEAST_PIECE = 256
 MOST_AHEAD = 8 << 20
 
 
@@ -70,6 +72,8 @@ class _Padding:
     def __init__(self, link: Link, seconds: float) -> None:
         self._link = link
         self._seconds = seconds
+        piece = int(link.limit.rate * PIECE_SECONDS) or PROBE_BYTES
+        self._piece = min(max(piece, LEAST_PIECE), PROBE_BYTES)
         self._sent = self._answered = 0
         self._over = False
         self._news = asyncio.Event()
@@ -89,9 +93,9 @@ class _Padding:
         return Way(round_trip, bandwidth, self._sent)
 
     async def _send(self, end: float) -> None:
-        padding = os.urandom(PROBE_BYTES)
+        padding = os.urandom(self._piece)
         while time.monotonic() < end and self._sent + len(padding) <= MAX_PROBE:
-            ahead = min(max(LEAST_AHEAD, self._answered), MOST_AHEAD)
+            ahead = min(max(2 * self._piece, self._answered), MOST_AHEAD)
             while self._sent - self._answered >= ahead:
                 self._news.clear()
                 await self._news.wait()
@@ -103,10 +107,9 @@ class _Padding:
     async def _hear(self, half_at: float) -> None:
         while not self._over or self._answered < self._sent:
             answer = _of_kind(await self._link.receive_message(), Probed)
-            if answer.received != self._answered + PROBE_BYTES or answer.received > self._sent:
-                raise PeerError(
-                    f"PROBED {answer.received} came where {self._answered + PROBE_BYTES} was due"
-                )
+            due = self._answered + self._piece
+            if answer.received != due or due > self._sent:
+                raise PeerError(f"PROBED {answer.received} came where {due} was due")
             self._answered = answer.received
             self._news.set()
             now = time.monotonic()

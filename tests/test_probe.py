@@ -74,6 +74,19 @@ async def test_it_keeps_to_the_rate_limit():
 
 
 @pytest.mark.asyncio
+async def test_a_small_rate_limit_is_measured_in_small_pieces():
+    async with pair() as (source, far):
+        serving = asyncio.create_task(greeter(far).greet())
+        await probe.greet(source, frozenset())
+        source.limit.rate = 2000
+        way = await probe.measure(source, 0.5)
+        assert 256 <= way.probed < 5000
+        assert 0 < way.bandwidth < 3000
+        await source.close()
+        await serving
+
+
+@pytest.mark.asyncio
 async def test_no_more_is_on_the_way_than_was_answered_already():
     async with pair() as (source, far):
         source.session.state = far.session.state = State.OPEN
