@@ -270,7 +270,12 @@ class Source:
             self._lost_at = now
             self._notice(f"{error}: connecting again, for {self._retry:g} s at most")
         self._set_status("setup")
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
         await self.channels.close()
+        if task.cancelling() > cancelled:  # meanwhile: closing goes on regardless
+            raise asyncio.CancelledError
         limit = self.channels.link.limit
         pause, longest = CONNECT_AGAIN_SECONDS
         why: Exception = error
