@@ -171,6 +171,7 @@ cdef enum:
     STATE = 1
     SWEEP = 2
     INDEX = 3
+    THROTTLE = 12
 
 cdef uint64_t RUN = 1
 
@@ -183,18 +184,19 @@ cdef inline double clock() noexcept nogil:
 
 def run_load(
     uint64_t[::1] control not None, uint8_t[::1] marks not None, uint8_t[::1] memory not None,
-    uint64_t hot, uint64_t stride, uint64_t page_size, double rate,
+    uint64_t hot, uint64_t stride, uint64_t page_size, double rate, double run=0.01,
 ):
     """The seed's load generator: for ever, in order, adds one to each byte at a multiple of
     `stride` below `hot`, marking its page after the write. Returns when the command word is no
-    longer RUN, with the place it stopped at in SWEEP and INDEX.
+    longer RUN, with the place it stopped at in SWEEP and INDEX; and, while the throttle word is
+    not 0, every `run` seconds.
 
     rate -- increments per second, 0 for full speed
     """
     cdef uint64_t* words = &control[0]
     cdef uint64_t sweep = words[SWEEP], index = words[INDEX], points = (hot + stride - 1) // stride
     cdef uint64_t burst = BURST, offset, done = 0
-    cdef double began = clock(), wait
+    cdef double began = clock(), until = began + run, wait
     cdef timespec pause
     if hot == 0 or stride == 0 or hot > <uint64_t>memory.shape[0] or index >= points:
         raise ValueError("the load does not fit the memory")
@@ -224,6 +226,8 @@ def run_load(
                     wait = began + done / rate - clock()
                 if wait < -1:         # we were stopped: do not try to make up for it
                     began, done = clock(), 0
+            if xm_load(&words[THROTTLE]) and clock() >= until:
+                break
 
 
 cdef inline uint64_t pattern(uint64_t i) noexcept nogil:

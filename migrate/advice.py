@@ -136,7 +136,7 @@ def obstacle(
         f"the guest would be stopped for {expected * 1e3:.0f} ms, the limit is "
         f"{limits.downtime_limit * 1e3:.0f} ms"
     )
-    trips, wire = model.trips, model.wire_seconds(pending, limits)
+    trips, wire = model.trips, model.wire_seconds(pending.pages, limits)
     if trips > expected / 2:
         return (
             f"{text}; round trips to the destination take {trips * 1e3:.0f} ms of that: raise "

@@ -46,6 +46,7 @@ from proto.frames import Frame
 from proto.kernel import PageDecoder, PageHashes
 from proto.messages import (
     HELD_PAGES,
+    MAX_PROBE,
     TOKEN_BYTES,
     Accept,
     CacheSize,
@@ -59,6 +60,8 @@ from proto.messages import (
     Join,
     Joined,
     MessageType,
+    Probe,
+    Probed,
     Ready,
     Round,
     RoundAck,
@@ -290,8 +293,11 @@ class Destination:
 
     # -- setup
 
-    async def greet(self) -> None:
+    async def greet(self, *, busy: bool = False) -> bool:
         """The first words, up to the description of a guest: the next thing is to find a place.
+
+        Returns False where the source only wanted to know the way: it has closed the connection,
+        and brings nothing. While we are `busy`, nobody may.
 
         Raises MigrationError or ProtoError; the link is not told yet.
         """
@@ -299,17 +305,41 @@ class Destination:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 hello = await self._expect(Hello)
                 answer, agreement = caps.answer(hello, caps.switched_on(self._capabilities))
+                if agreement.probe and busy:
+                    raise NoPlaceError("another guest is being received here just now")
                 await self.link.send(answer)
+                if not await self._be_probed(agreement.probe):
+                    return False
                 self._described = await self._expect(GuestInfo)
         except TimeoutError:
             raise PeerLost(
                 f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
             ) from None
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
+        return True
+
+    async def _be_probed(self, agreed: bool) -> bool:
+        """Answers each PROBE; whether a guest comes behind them."""
+        received = 0
+        while True:
+            try:
+                if await self.link.first_type() is not MessageType.PROBE:
+                    return True
+                if not agreed:
+                    raise PeerError("PROBE came, though probe was not agreed on")
+                received += len((await self._expect(Probe)).padding)
+                if received > MAX_PROBE:
+                    raise PeerError(f"more than {MAX_PROBE} bytes of PROBE came")
+                await self.link.send(Probed(received))
+            except PeerLost:
+                if not agreed:
+                    raise
+                self._observer("probed", self.arrival)
+                return False
 
     async def _receive(self) -> None:
-        if self._described is None:
-            await self.greet()
+        if self._described is None and not await self.greet():
+            raise PeerLost(f"{self.link.peer_name} only measured the way here: no guest came")
         info = self._described
         assert info is not None
         if info.channels > 1 and self._accept is None:

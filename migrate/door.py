@@ -2,6 +2,7 @@
 
     HELLO  a guest comes          -> `guest()`, once it is described; or to the one that is received
                                      where it is that one, come back; or sent away
+           or is only thought of  -> the way here is measured, and nothing else (PROBE)
     JOIN   a channel of it        -> `lane()`
     QUERY  what became of one?    -> answered here (migrate.handover)
 
@@ -130,7 +131,9 @@ class Door:
 
     async def _greet(self, link: Link) -> None:
         destination = self._greeter(link)
-        await destination.greet()
+        if not await destination.greet(busy=self._busy()):
+            await link.close()
+            return
         if self._current is not None and self._current.take_in(destination):
             return
         if self._busy():

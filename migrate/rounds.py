@@ -137,16 +137,19 @@ class DowntimeModel:
             return bandwidth
         return min(bandwidth or limits.max_bandwidth, limits.max_bandwidth)
 
-    def wire_seconds(self, pending: Pending, limits: Limits) -> float:
+    def wire_seconds(self, pages: int, limits: Limits) -> float:
         bandwidth = self.link_bandwidth(limits)
-        return pending.pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
+        return pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
+
+    def work(self, pages: int, limits: Limits) -> float:
+        """Seconds to move so many dirty pages: on the wire, or of either side's processor."""
+        wire = self.wire_seconds(pages, limits)
+        return max(wire, pages * self.encode_per_page, pages * self.apply_per_page)
 
     def predict(self, pending: Pending, limits: Limits) -> float:
         """Seconds of downtime if the guest were stopped now."""
-        wire = self.wire_seconds(pending, limits)
-        work = max(wire, pending.pages * self.encode_per_page, pending.pages * self.apply_per_page)
         digests = pending.stale_pages * max(self.source_digest, self.peer_digest)
-        return self.overhead(pending) + work + digests
+        return self.overhead(pending) + self.work(pending.pages, limits) + digests
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,10 @@ class Policy:
         self._best_at = 0.0
         self._best_round = 0
         self._last = float("inf")
+
+    def begin_again(self, round_number: int, elapsed: float) -> None:
+        """The guest is another one now (it was slowed): what was seen before is no measure."""
+        self._best, self._best_at, self._best_round = float("inf"), elapsed, round_number
 
     def decide(self, round_number: int, elapsed: float, pending: Pending) -> Decision:
         """`round_number` rounds are done, `elapsed` seconds after the start."""

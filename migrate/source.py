@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 from migrate.advice import advice, option_size
+from migrate.brake import Brake
 from migrate.channels import Channels, Dial
 from migrate.deltas import CacheSizing, DeltaSwitch, Lookups
 from migrate.digest import Digest
@@ -51,6 +52,8 @@ from migrate.link import Link
 from migrate.quantities import format_size
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
+from migrate.throttle import CAPABILITY as AUTO_CONVERGE
+from migrate.throttle import Look, Throttle
 from migrate.tracking import DirtyTracker, ScanTracker
 from migrate.workingset import WorkingSet
 from proto import LocalError, ProtoError
@@ -113,6 +116,18 @@ class Parameters:
     channels: int = 1
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     cache_max: int = 0
+    throttle: Throttle = field(default_factory=Throttle)
+
+    @property
+    def auto_converge(self) -> bool:
+        """Whether a guest that does not converge is slowed: off unless it is switched on."""
+        return self.capabilities.get(AUTO_CONVERGE, False)
+
+    @property
+    def wire_capabilities(self) -> frozenset[str]:
+        """The optional ones that the destination is offered. Raises LocalError."""
+        switches = {name: on for name, on in self.capabilities.items() if name != AUTO_CONVERGE}
+        return caps.switched_on(switches)
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -129,14 +144,14 @@ class Parameters:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")
         try:
-            caps.switched_on(self.capabilities)
+            _ = self.wire_capabilities
         except LocalError as error:
             raise UsageError(str(error)) from None
 
 
 Observer = Callable[[str, Statistics], None]
 # What an operator may change while a migration runs; the rest is agreed on with the destination.
-LIVE = ("cache_size", "limits")
+LIVE = ("cache_size", "limits", "throttle")
 
 
 class Source:
@@ -192,6 +207,7 @@ class Source:
         self._lookups = Lookups()
         self._delta_news = self._obstacle = ""
         self._cache_refused = 0
+        self._brake = Brake(guest, self._notice)
         self._pages = -(-guest.memory.size // self.parameters.page_size)
         self._began = time.monotonic()
         self._encoder: PageEncoder | None = None
@@ -282,7 +298,12 @@ class Source:
             self._lost_at = now
             self._notice(f"{error}: connecting again, for {self._retry:g} s at most")
         self._set_status("setup")
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
         await self.channels.close()
+        if task.cancelling() > cancelled:  # meanwhile: closing goes on regardless
+            raise asyncio.CancelledError
         limit = self.channels.link.limit
         pause, longest = CONNECT_AGAIN_SECONDS
         why: Exception = error
@@ -345,10 +366,16 @@ class Source:
         if self._tracker is not None and self._unsent is not None:
             self._tracker.put_back(self._unsent)
             self._unsent = None
+        await self._let_go()
         if self._paused_at is not None:
             await self.guest.resume()
             self._paused_at = None
             self._observer("resumed", self.statistics)
+
+    async def _let_go(self) -> None:
+        """It runs at its own speed, here or there."""
+        await self._brake.release()
+        self.statistics = self.statistics.with_(cpu_throttle_percentage=0)
 
     # -- setup
 
@@ -388,7 +415,8 @@ class Source:
         await link.send(CacheSize(self._cache_size))
         self._lost_at = 0.0
         self.statistics = self.statistics.with_(
-            capabilities={"xbzrle": agreement.xbzrle},
+            capabilities={"xbzrle": agreement.xbzrle}
+            | ({AUTO_CONVERGE: True} if parameters.auto_converge else {}),
             channels=parameters.channels,
             cache_size=self._cache_size,
             remaining=self._bytes_in(dirty),
@@ -399,7 +427,7 @@ class Source:
 
     async def _greet(self) -> tuple[caps.Agreement, Accept]:
         parameters, link = self.parameters, self.channels.link
-        hello = caps.offer(caps.switched_on(parameters.capabilities))
+        hello = caps.offer(parameters.wire_capabilities)
         await link.send(hello)
         answer = await self.channels.expect(Hello)
         agreement = caps.agree(hello, answer)
@@ -548,6 +576,9 @@ class Source:
                 scan = 0.0
             stale = max(digest.stale(dirty.bits), self._peer_stale)
             pending = Pending(len(dirty), stale, scan, rate)
+            stale = max(digest.stale(dirty.bits), self._peer_stale)
+            pending = Pending(len(dirty), stale, scan, rate)
+            await self._slow_down(pending, measured, elapsed)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
             self._update()
@@ -558,6 +589,22 @@ class Source:
                 return
             await loop.run_in_executor(self._worker, self._adapt, encoder, measured)
             self._say_changes()
+
+    async def _slow_down(self, pending: Pending, measured: Measured, seconds: float) -> None:
+        """auto-converge: takes a step where nothing else helps."""
+        parameters, model = self.parameters, self._model
+        limits = self._policy.limits
+        look = Look(
+            expected=model.predict(pending, limits), seconds=seconds,
+            sent_bytes=measured.wire_bytes, dirtied_bytes=pending.pages * model.bytes_per_page,
+            dirtied_seconds=model.work(pending.pages, limits),
+        )  # fmt: skip
+        slower = await self._brake.apply(
+            parameters.auto_converge, parameters.throttle, limits, look
+        )
+        if slower:
+            self._policy.begin_again(self._round, time.monotonic() - self._began)
+        self.statistics = self.statistics.with_(cpu_throttle_percentage=self._brake.percentage)
 
     async def _send_round(
         self, encoder: PageEncoder, digest: Digest, dirty: PageSet, *, last: bool
@@ -711,6 +758,7 @@ class Source:
             remaining=0,
             dirty_pages_rate=0.0,
         )
+        await self._let_go()
         self._set_status("completed")
         self._update()
         await self.guest.release()
@@ -815,6 +863,10 @@ class Source:
         """`obstacle` is a part of `reason`; what else could be set otherwise is said behind it."""
         self._obstacle = obstacle
         self._update()
+        if self._brake.percentage:
+            reason = f"{reason} (the guest was slowed by {self._brake.percentage} %)"
+        elif self.guest.can_throttle and not self.parameters.auto_converge:
+            reason = f"{reason}; or slow the guest with --auto-converge"
         return NotConvergedError(
             "; ".join([f"the migration was given up: {reason}", *self._found()])
         )

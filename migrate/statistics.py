@@ -59,6 +59,7 @@ class Statistics:
     channel_bytes: int = 0
     reconnects: int = 0
     advice: tuple[str, ...] = ()
+    cpu_throttle_percentage: int = 0
 
     @property
     def cache_miss_rate(self) -> float:
@@ -127,6 +128,8 @@ def info_migrate(s: Statistics) -> str:
             f"xbzrle overflow skipped: {s.overflow_skipped} pages",
             f"xbzrle active: {'on' if s.xbzrle_active else 'off'}",
         ]
+    if s.cpu_throttle_percentage:
+        lines.append(f"cpu throttle percentage: {s.cpu_throttle_percentage}")
     if s.reconnects:
         lines.append(f"reconnects: {s.reconnects}")
     if s.channels > 1:
@@ -176,6 +179,8 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
             "overflow-skipped": s.overflow_skipped,
             "xbzrle-active": s.xbzrle_active,
         }
+    if s.cpu_throttle_percentage:
+        result["cpu-throttle-percentage"] = s.cpu_throttle_percentage
     if s.reconnects:
         result["reconnects"] = s.reconnects
     if s.advice:

@@ -18,6 +18,8 @@ from proto.messages import BATCH_BYTES, PROTOCOL_VERSION, Hello
 
 REQUIRED = frozenset({"page-hash-nh"})
 OPTIONAL = frozenset({"xbzrle", "xbzrle-merge"})
+# Required by a source that only wants to know the way; every destination here has it.
+PROBE = "probe"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Agreement:
     @property
     def xbzrle(self) -> bool:
         return "xbzrle" in self.used
+
+    @property
+    def probe(self) -> bool:
+        """The source may send PROBE, and need not bring a guest."""
+        return PROBE in self.used
 
     @property
     def merge(self) -> bool:
@@ -46,21 +53,23 @@ def switched_on(switches: Mapping[str, bool]) -> frozenset[str]:
     return frozenset(name for name in OPTIONAL if switches.get(name, True))
 
 
-def offer(optional: frozenset[str]) -> Hello:
-    """The source's HELLO."""
-    return Hello(PROTOCOL_VERSION, tuple(sorted(REQUIRED)), tuple(sorted(optional)))
+def offer(optional: frozenset[str], *, probe: bool = False) -> Hello:
+    """The source's HELLO; `probe`: that of one that wants to know the way first."""
+    required = REQUIRED | ({PROBE} if probe else frozenset())
+    return Hello(PROTOCOL_VERSION, tuple(sorted(required)), tuple(sorted(optional)))
 
 
 def answer(theirs: Hello, optional: frozenset[str]) -> tuple[Hello, Agreement]:
     """The destination's HELLO. Raises CapabilityError for what it must refuse."""
     _same_version(theirs)
+    known = REQUIRED | optional | {PROBE}
     for name in theirs.required:
-        if name not in REQUIRED | optional:
+        if name not in known:
             raise CapabilityError(f"the source requires capability {name!r}: it is not known here")
     for name in REQUIRED - set(theirs.required) - set(theirs.optional):
         raise CapabilityError(f"the source lacks capability {name!r}, which is required here")
     wanted = frozenset(theirs.required) | frozenset(theirs.optional)
-    used = wanted & (REQUIRED | optional)
+    used = wanted & known
     hello = Hello(PROTOCOL_VERSION, tuple(sorted(REQUIRED)), tuple(sorted(used - REQUIRED)))
     return hello, Agreement(used, wanted - used)
 

@@ -30,6 +30,8 @@ BATCH_SLACK = 1 << 16
 MAX_BODY = BATCH_BYTES + BATCH_SLACK
 MAX_CONTROL = 64 << 10
 HELD_PAGES = 8000
+PROBE_BYTES = 64_000
+MAX_PROBE = 1 << 30
 MAX_SECONDS = 1e9
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -62,6 +64,8 @@ class MessageType(IntEnum):
     OWNERSHIP = 18
     DONE = 19
     HELD = 20
+    PROBE = 21
+    PROBED = 22
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,6 +126,18 @@ class Held(_Message, frozen=True):
 
     first: Annotated[int, msgspec.Meta(ge=0, lt=MAX_PAGES)]
     hashes: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8 * HELD_PAGES)]
+
+
+class Probe(_Message, frozen=True):
+    """Padding without a meaning, to see how fast it goes; before GUEST, and `MAX_PROBE` in all."""
+
+    padding: Annotated[bytes, msgspec.Meta(min_length=1, max_length=PROBE_BYTES)]
+
+
+class Probed(_Message, frozen=True):
+    """The destination's answer to each PROBE: the bytes of padding that came so far."""
+
+    received: Annotated[int, msgspec.Meta(ge=1, le=MAX_PROBE)]
 
 
 class Join(_Message, frozen=True):
@@ -224,7 +240,7 @@ class Pages:
 
 Message = (
     Hello | GuestInfo | Accept | Join | Joined | CacheSize | Pages | Round | RoundAck | Complete
-    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership | Done | Held
+    | Ready | Go | Running | Ping | Pong | Error | Query | Ownership | Done | Held | Probe | Probed
 )  # fmt: skip
 
 _TYPES: dict[MessageType, type[_Message]] = {
@@ -247,6 +263,8 @@ _TYPES: dict[MessageType, type[_Message]] = {
     MessageType.OWNERSHIP: Ownership,
     MessageType.DONE: Done,
     MessageType.HELD: Held,
+    MessageType.PROBE: Probe,
+    MessageType.PROBED: Probed,
 }
 TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
     Pages: MessageType.PAGES

@@ -1,6 +1,7 @@
 """The protocol as a table: in which state who may send what, and where that leads.
 
     START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
+    OPEN: --PROBE-->, ==PROBED==>
     STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way; ==HELD==>
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
     DONE: --DONE-->
@@ -59,8 +60,13 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
     State.JOINING: {(D, M.JOINED): State.LANE},
     State.LANE: {(S, M.PAGES): State.LANE, (S, M.ROUND): State.LANE},
     State.GREETED: {(D, M.HELLO): State.OPEN},
-    State.OPEN: {(S, M.GUEST): State.DESCRIBED},
-    State.DESCRIBED: {(D, M.ACCEPT): State.STREAM},
+    State.OPEN: {
+        (S, M.PROBE): State.OPEN,
+        (D, M.PROBED): State.OPEN,
+        (S, M.GUEST): State.DESCRIBED,
+    },
+    # An answer may cross with GUEST, for all this table knows.
+    State.DESCRIBED: {(D, M.PROBED): State.DESCRIBED, (D, M.ACCEPT): State.STREAM},
     State.STREAM: {
         (S, M.PAGES): State.STREAM,
         (S, M.ROUND): State.STREAM,

@@ -11,7 +11,7 @@ import pytest
 
 from tests import network
 from tests.bench import __main__ as program
-from tests.bench import bulk, codec, rivals, scaling, tls
+from tests.bench import bulk, codec, forecast, rivals, scaling, tls
 from tests.bench.boot_sector import boot_sector
 from tests.bench.guest_files import (
     random_file,
@@ -324,6 +324,14 @@ def test_tls_runs():
     assert [row[0] for row in part.tables[0].rows] == list(part.data["runs"])
     assert len(part.data["runs"]) == 4
     assert part.tables[0].rows[0][-1] == "1.00"
+
+
+def test_forecast_runs(monkeypatch):
+    monkeypatch.setattr(forecast, "LOADS", {"small": ("hot=1m,stride=4096", [])})
+    part = forecast.run(QUIET)
+    assert part.tables[0].rows[0][0] == "small"
+    assert part.data["small"]["real"]["status"] == "completed"
+    assert part.data["small"]["predicted"]["dry-run"] is True
 
 
 def test_a_case_is_left_as_it_was():

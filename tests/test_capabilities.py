@@ -49,6 +49,20 @@ def test_all_is_on_that_is_not_switched_off():
     assert caps.switched_on(dict.fromkeys(caps.OPTIONAL, False)) == frozenset()
 
 
+def test_who_wants_to_know_the_way_must_be_understood():
+    offer = caps.offer(XBZRLE, probe=True)
+    assert offer.required == (*REQUIRED, "probe")
+    answer, there = caps.answer(offer, XBZRLE)
+    here = caps.agree(offer, answer)
+    assert here == there
+    assert here.probe
+    assert here.xbzrle
+    with pytest.raises(CapabilityError, match="the destination lacks capability 'probe'"):
+        caps.agree(offer, hello(optional=XBZRLE))
+    plain, _ = caps.answer(caps.offer(XBZRLE), XBZRLE)
+    assert "probe" not in plain.required + plain.optional
+
+
 @pytest.mark.parametrize("name", ["zstd", "page-hash-nh", ""])
 def test_an_unknown_switch_is_refused_with_the_known_ones(name):
     with pytest.raises(LocalError, match=f"no capability '{name}': known are xbzrle, xbzrle-merge"):

@@ -46,6 +46,22 @@ def one_sentence(program: str, err: str) -> str:
     return lines[0].removeprefix(f"{program}: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "on"),
+    [
+        ([], False), (["--auto-converge"], True), (["--capability", "auto-converge=on"], True),
+        (["--capability", "auto-converge=off"], False),
+    ],
+)  # fmt: skip
+def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
+    args = source.source_parser().parse_args([*arguments, "--max-cpu-throttle", "80", NOWHERE])
+    parameters = source.parameters_of(args)
+    assert parameters.auto_converge is on
+    assert parameters.throttle.max_cpu_throttle == 80
+    assert parameters.throttle.cpu_throttle_initial == 20
+    assert parameters.wire_capabilities == {"xbzrle", "xbzrle-merge"}, "the peer is not told"
+
+
 # ---------------------------------------------------------------- mistakes: exit code 2
 
 
@@ -55,6 +71,10 @@ def one_sentence(program: str, err: str) -> str:
         ([], "required: tcp:HOST:PORT"),
         (["--nonsense", NOWHERE], "unrecognized arguments: --nonsense"),
         (["--progress", "loud", NOWHERE], "invalid choice: 'loud'"),
+        (["--cpu-throttle-initial", "0", NOWHERE],
+         "Parameter 'cpu_throttle_initial' expects an integer in the range of 1 to 99"),
+        (["--max-cpu-throttle", "5", NOWHERE], "in the range of cpu_throttle_initial to 99"),
+        (["--cpu-throttle-increment", "ten", NOWHERE], "'ten' is not a number"),
         (["localhost:4444"], "write tcp:HOST:PORT or unix:PATH"),
         (["tcp:localhost"], "write tcp:HOST:PORT or unix:PATH"),
         (["tcp:localhost:99999"], "write tcp:HOST:PORT or unix:PATH"),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.guests.demo import THROTTLE, DemoProcess
 from proto._twin import GAP_MASK, HEAD, OP_DELTA, OP_MASK, OP_RAW, get_uleb
 from proto.messages import MessageType, Round, unpack
 from tests.programs import (
@@ -42,8 +43,9 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def assert_guest_is_right(pid: int) -> None:
-    before, after, wrong = look_at(pid, 0.2)
+def assert_guest_is_right(pid: int, seconds: float = 0.2) -> None:
+    """It counts, a sweep at least in so many seconds, and every byte of it is right."""
+    before, after, wrong = look_at(pid, seconds)
     assert wrong == -1
     assert after > before
 
@@ -776,3 +778,134 @@ def test_strangers_at_the_door_do_not_disturb_a_migration_of_many_channels() -> 
         visitor.close()
     assert_guest_is_right(guest_pid(receiver.out))
     end_guest(guest_pid(receiver.out))
+
+
+# ---------------------------------------------------------------- slowed, where nothing else helps
+
+
+# Without deltas, what is written again and again is more than the link carries.
+STUCK = ["--capability", "xbzrle=off", "--max-bandwidth", "16m", "--stall-timeout", "2s"]
+SLOWED = [
+    *STUCK, "--progress", "plain", "--auto-converge",
+    "--cpu-throttle-initial", "70", "--cpu-throttle-increment", "15",
+]  # fmt: skip
+STUCK_DEMO = "demo:8m,hot=8m,stride=4096,rate=8000,fill=random"
+# Some pages after each nap: a writer that is stopped in it is late by so much.
+PAGE_WRITER = """
+import mmap, sys, time
+file = open(sys.argv[1], "r+b")
+memory = mmap.mmap(file.fileno(), 0)
+print("ready", flush=True)
+page = 0
+while True:
+    for _ in range(8):
+        memory[page * 4096] = (memory[page * 4096] + 1) % 256
+        page = (page + 1) % (len(memory) // 4096)
+    time.sleep(0.001)
+"""
+
+
+@contextlib.contextmanager
+def page_writer(memory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    memory.write_bytes(os.urandom(8 << 20))
+    with subprocess.Popen(
+        [sys.executable, "-c", PAGE_WRITER, memory], stdout=subprocess.PIPE
+    ) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+            yield writer
+        finally:
+            writer.kill()
+
+
+def assert_runs(pid: int, within: float) -> None:
+    """It is let go in time, and not stopped any more."""
+    end = time.monotonic() + within
+    while process_state(pid) == "T":
+        assert time.monotonic() < end, "it stands still"
+        time.sleep(0.005)
+    for _ in range(100):
+        assert process_state(pid) != "T"
+        time.sleep(0.005)
+
+
+def test_a_demo_guest_that_does_not_converge_does_when_it_is_slowed() -> None:
+    receiver, address = destination()
+    source = Program("migrate-src", "--guest", STUCK_DEMO, *STUCK, address)
+    assert source.wait() == 7, source.err
+    assert receiver.wait() != 0
+    pid = guest_pid(source.err)
+    receiver, address = destination()
+    source = Program("migrate-src", "--guest", f"demo:pid={pid}", *SLOWED, "--json", address)
+    try:
+        assert source.wait(120) == 0, source.err
+        assert receiver.wait() == 0, receiver.err
+        assert "auto-converge: the guest is slowed by 70 %" in source.err
+        assert "cpu-throttle-percentage" not in json.loads(source.out)
+        there = DemoProcess.attach(guest_pid(receiver.out))
+        assert there.words[THROTTLE] == 0
+        there.close()
+        assert_guest_is_right(guest_pid(receiver.out), 1.0)
+        assert ended_or_given_up(pid)
+    finally:
+        end_guest(guest_pid(receiver.out) if receiver.out else pid)
+
+
+def test_a_file_whose_writer_outruns_the_link_arrives_when_it_is_slowed(shm: Path) -> None:
+    memory, output = shm / "memory", shm / "output"
+    with page_writer(memory) as writer:
+        guest = ["--guest", f"file:{memory}", "--pid", str(writer.pid)]
+        receiver, address = destination("--output", str(output))
+        source = Program("migrate-src", *guest, *SLOWED, address)
+        assert source.wait(120) == 0, source.err
+        assert receiver.wait() == 0, receiver.err
+        assert "auto-converge: the guest is slowed by 70 %" in source.err
+        assert process_state(writer.pid) == "T"  # it runs there, and only there
+        assert sha256(memory) == sha256(output)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_slowed_writer_runs_at_its_own_speed_when_its_mover_is_stopped(
+    shm: Path, end: int
+) -> None:
+    memory = shm / "memory"
+    with page_writer(memory) as writer:
+        receiver, address = destination("--output", str(shm / "output"))
+        source = Program(
+            "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), *SLOWED,
+            "--cpu-throttle-initial", "99", "--downtime-limit", "1", address,
+        )  # fmt: skip
+        source.read_line("slowed by 99 %")
+        while process_state(writer.pid) != "T":
+            assert source.process.poll() is None
+        source.kill(end)
+        assert_runs(writer.pid, 1.0)
+        source.wait()
+        receiver.wait()
+
+
+def test_a_slowed_demo_guest_runs_at_its_own_speed_when_it_is_given_up() -> None:
+    receiver, address = destination()
+    source = Program(
+        "migrate-src", "--guest", STUCK_DEMO, *SLOWED, "--cpu-throttle-initial", "10",
+        "--max-cpu-throttle", "20", address,
+    )  # fmt: skip
+    assert source.wait(120) == 7, source.err
+    assert receiver.wait() != 0
+    assert "slowed by 20 %" in source.err
+    pid = guest_pid(source.err)
+    here = DemoProcess.attach(pid)
+    assert here.words[THROTTLE] == 0
+    here.close()
+    assert_guest_is_right(pid, 1.0)
+    end_guest(pid)
+
+
+def test_a_guest_that_cannot_be_slowed_is_told_of_once(shm: Path) -> None:
+    (shm / "memory").write_bytes(os.urandom(1 << 20))
+    receiver, address = destination("--output", str(shm / "output"))
+    source = Program("migrate-src", "--guest", f"file:{shm}/memory", "--auto-converge", address)
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0
+    assert source.err.count("this guest cannot be slowed") == 1

@@ -29,6 +29,7 @@ from migrate.guests.demo import (
     PAUSED,
     RUN,
     RUNNING,
+    THROTTLE,
     DemoGuest,
     DemoPlace,
     DemoProcess,
@@ -844,3 +845,235 @@ async def test_a_buffer_lands_in_new_memory_or_where_the_program_wants_it():
     assert mine == b"g" * 5000
     with pytest.raises(UsageError, match="the guest has 5000 bytes, the buffer for it 10"):
         BufferPlace(info, bytearray(10))
+
+
+# ---------------------------------------------------------------- slowed (auto-converge)
+
+
+def increments(guest: DemoGuest, seconds: float) -> int:
+    """How far a demo guest counts meanwhile."""
+    points = -(-guest.process.shape.hot // guest.process.shape.stride)
+    before = guest.process.place()
+    time.sleep(seconds)
+    after = guest.process.place()
+    return (after[0] - before[0]) * points + after[1] - before[1]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("rate", [0, 20000, 500000])
+async def test_a_demo_guest_is_slowed_and_stays_right(demo, rate):
+    guest = demo(f"1m,hot=256k,stride=64,rate={rate}")
+    await guest.started()
+    await guest.throttle(90)
+    began = time.monotonic()
+    slow = await asyncio.to_thread(increments, guest, 1.0)
+    seconds = time.monotonic() - began
+    if rate:
+        # A tenth of what it counts else, and what one run more makes.
+        assert 0 < slow < rate * (seconds * 0.1 + 0.04)
+    else:
+        await asyncio.to_thread(wait_until, lambda: increments(guest, 0.1) > 0)
+    for _ in range(5):
+        await guest.pause()
+        assert guest.process.state() == PAUSED
+        assert guest.process.first_wrong() == -1
+        await guest.resume()
+    await guest.throttle(0)
+    if rate:
+        await asyncio.to_thread(wait_until, lambda: increments(guest, 0.2) > rate * 0.2 * 0.5)
+    await guest.pause()
+    assert guest.process.first_wrong() == -1
+    await guest.resume()
+    await guest.close()
+
+
+SLOW_DEMO = """
+from migrate.guests.demo import DemoGuest
+guest = DemoGuest.open("1m,hot=256k,rate=20000", 4096)
+await guest.started()
+await guest.throttle(99)
+print(guest.process.pid)
+"""
+
+
+def test_a_slowed_demo_guest_is_let_go_when_its_mover_is_killed(demo):
+    with Mover(SLOW_DEMO) as mover:
+        pid = int(mover.said)
+        demo.pids.append(pid)
+        handle = DemoProcess.attach(pid)
+        assert handle.words[THROTTLE] == 99
+        time.sleep(0.1)
+        assert handle.words[THROTTLE] == 99
+        mover.kill()
+        wait_until(lambda: handle.words[THROTTLE] == 0)
+        before = handle.place()
+        wait_until(lambda: handle.place() > before)
+        handle.close()
+
+
+@pytest.mark.asyncio
+async def test_a_demo_guest_that_is_given_up_is_slowed_no_more(demo):
+    guest = demo()
+    await guest.started()
+    await guest.throttle(99)
+    await guest.pause()
+    await guest.give_up()
+    assert guest.process.words[THROTTLE] == 0
+    await guest.take_back()
+    await guest.resume()
+    await guest.close()
+
+
+def runs(pid: int) -> bool:
+    """For longer than anybody slows a writer in one go."""
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        if thread_states(pid) & set("Tt"):
+            return False
+        time.sleep(0.002)
+    return True
+
+
+@pytest.mark.asyncio
+async def test_a_writer_is_slowed_by_stopping_it_again_and_again(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    assert guest.can_throttle
+    await guest.started()
+    await guest.throttle(50)
+    for _ in range(3):
+        await asyncio.to_thread(wait_until, lambda: thread_states(pid) == {"T"})
+        await asyncio.to_thread(wait_until, lambda: "T" not in thread_states(pid))
+    await guest.throttle(99)
+    await asyncio.to_thread(wait_until, lambda: writes(path))
+    await guest.throttle(0)
+    assert await asyncio.to_thread(runs, pid)
+    await guest.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("percent", [30, 95])
+async def test_a_pause_wins_over_the_duty_cycle(writer, percent):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    for number in range(20):
+        await guest.throttle(percent)
+        await asyncio.sleep(0.003 * number)
+        await guest.pause()
+        before = path.read_bytes()
+        for _ in range(20):
+            assert thread_states(pid) == {"T"}
+            await asyncio.sleep(0.001)
+        assert path.read_bytes() == before
+        if number % 2:
+            await guest.throttle(0)  # while it is paused
+            assert thread_states(pid) == {"T"}
+        await guest.resume()
+        assert await asyncio.to_thread(runs, pid) or number % 5
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_a_pause_that_is_cancelled_leaves_the_writer_running(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    for number in range(10):
+        await guest.throttle(90)
+        await asyncio.sleep(0.005 * number)
+        pausing = asyncio.create_task(guest.pause())
+        await asyncio.sleep(0)
+        pausing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pausing
+        await guest.throttle(0)
+        await guest.resume()
+        await asyncio.to_thread(wait_until, lambda: runs(pid))
+    await guest.close()
+
+
+SLOW_FILE = """
+from migrate.guests.file import FileGuest
+guest = FileGuest(sys.argv[1], [int(pid) for pid in sys.argv[2:]])
+await guest.started()
+await guest.throttle(99)
+print(guest._guard.pid)
+"""
+
+
+def test_a_slowed_writer_runs_on_when_its_mover_is_killed(writer):
+    path, pid = writer
+    with Mover(SLOW_FILE, path, pid) as mover:
+        wait_until(lambda: thread_states(pid) == {"T"})
+        mover.kill()
+        wait_until(lambda: runs(pid))
+        wait_until(lambda: gone(int(mover.said)))
+        assert writes(path)
+
+
+@pytest.mark.asyncio
+async def test_a_writer_whose_guard_is_killed_is_let_go(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    await guest.throttle(99)
+    await asyncio.to_thread(wait_until, lambda: thread_states(pid) == {"T"})
+    guest._guard.kill()
+    await guest._guard.wait()
+    with pytest.raises(MigrationError, match="guard"):
+        await guest.throttle(99)
+    assert await asyncio.to_thread(runs, pid)
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_a_writer_that_was_given_up_is_not_let_go_by_a_throttle_that_ends(writer):
+    path, pid = writer
+    guest = FileGuest(str(path), [pid])
+    await guest.started()
+    await guest.throttle(50)
+    await guest.pause()
+    await guest.give_up()
+    guest._guard.kill()
+    await guest._guard.wait()
+    await guest.throttle(0)
+    for _ in range(30):
+        assert thread_states(pid) == {"T"}
+        await asyncio.sleep(0.002)
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_who_was_stopped_by_somebody_else_is_not_woken(writer):
+    path, pid = writer
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: thread_states(pid) == {"T"})
+    guest = FileGuest(str(path), [pid])
+
+    async def sleeps() -> None:
+        for _ in range(30):
+            assert thread_states(pid) == {"T"}
+            await asyncio.sleep(0.002)
+
+    await guest.started()
+    await guest.throttle(40)
+    await sleeps()
+    await guest.throttle(0)
+    await guest.pause()
+    await guest.give_up()
+    await guest.take_back()
+    await guest.resume()
+    await sleeps()
+    await guest.pause()
+    await guest.close()  # as if we had died
+    await sleeps()
+    os.kill(pid, signal.SIGCONT)
+
+
+def test_who_cannot_be_slowed_says_so(tmp_path):
+    path = tmp_path / "guest"
+    path.write_bytes(b"x")
+    assert not FileGuest(str(path)).can_throttle
+    assert not FileGuest(str(path), (), "true", "true").can_throttle
+    assert not BufferGuest(bytearray(10)).can_throttle

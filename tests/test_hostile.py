@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from proto.errors import ErrorCode
 from proto.frames import HEADER_BYTES, FrameReader, seal
 from proto.messages import (
     TYPE_OF,
@@ -31,6 +32,8 @@ from proto.messages import (
     MessageType,
     Ownership,
     Ping,
+    Probe,
+    Probed,
     Query,
     Round,
     pack,
@@ -281,6 +284,70 @@ def test_who_asks_for_what_is_not_there_is_told_so(there) -> None:
     assert "there is no record of that migration here" in peer.reason()
     peer.close()
     assert_serves(program, address)
+
+
+PROBING = Hello(1, ("page-hash-nh", "probe"), ("xbzrle",))
+
+
+@pytest.mark.parametrize(
+    ("hello", "said", "answer"),
+    [
+        (HELLO, Probe(b"x"), "probe was not agreed on"),
+        (PROBING, Probed(1), "sent PROBED in state OPEN"),
+        (PROBING, Accept(bytes(16)), "sent ACCEPT in state OPEN"),
+        (PROBING, header(21, 65_537), "PROBE"),
+        (PROBING, framed(Probe(b"x"))[:-1] + b"y", "check"),
+        (PROBING, Error(ErrorCode.INTERNAL, "no more"), "no more"),
+    ],
+    ids=["not agreed on", "an answer", "an acceptance", "too long", "damaged", "a reason"],
+)
+def test_one_who_wants_to_know_the_way_and_breaks_the_protocol(there, hello, said, answer) -> None:
+    program, address = there
+    peer = Peer(address)
+    peer.send(hello)
+    assert isinstance(peer.receive(), Hello)
+    peer.send(said)
+    peer.hang_up()
+    reason = peer.reason()
+    peer.close()
+    assert_serves(program, address)
+    assert answer in reason + program.err
+
+
+@pytest.mark.parametrize("goes", ["at once", "after some", "in the middle", "and brings a guest"])
+def test_who_wanted_to_know_the_way_is_no_failure(there, goes: str) -> None:
+    program, address = there
+    peer = Peer(address)
+    peer.send(PROBING)
+    assert isinstance(hello := peer.receive(), Hello)
+    assert "probe" in hello.required + hello.optional
+    if goes != "at once":
+        peer.send(*[Probe(bytes(1000))] * 3)
+        assert [peer.receive() for _ in range(3)] == [Probed(1000), Probed(2000), Probed(3000)]
+    if goes == "in the middle":
+        peer.send(framed(Probe(bytes(1000)))[:500])
+    if goes == "and brings a guest":
+        peer.send(GUEST)
+        assert isinstance(peer.receive(), Accept)
+    peer.close()
+    if goes == "and brings a guest":
+        assert program.wait() == 1
+        return
+    assert_serves(program, address)
+    assert "measured the way here: nothing was moved" in program.err
+    assert "refused" not in program.err
+
+
+def test_nobody_measures_the_way_while_a_guest_comes(there) -> None:
+    program, address = there
+    first = Peer(address)
+    first.describe()
+    second = Peer(address)
+    second.send(PROBING)
+    assert "another guest is being received" in second.reason()
+    second.close()
+    first.close()
+    assert program.wait() == 1
 
 
 def test_a_second_guest_is_told_that_another_one_is_being_received(there) -> None:

@@ -18,8 +18,10 @@ from proto.messages import (
     MAX_CONTROL,
     MAX_PAGE_SIZE,
     MAX_PAGES,
+    MAX_PROBE,
     MAX_SECONDS,
     MAX_STATE,
+    PROBE_BYTES,
     TYPE_OF,
     Accept,
     CacheSize,
@@ -37,6 +39,8 @@ from proto.messages import (
     Pages,
     Ping,
     Pong,
+    Probe,
+    Probed,
     Query,
     Ready,
     Round,
@@ -70,6 +74,8 @@ EXAMPLES = {
     M.OWNERSHIP: Ownership(Claim.OWNER),
     M.DONE: Done(),
     M.HELD: Held(8000, bytes(16)),
+    M.PROBE: Probe(b"padding"),
+    M.PROBED: Probed(64_000),
 }
 
 COUNT = ([0, 1, (1 << 63) - 1], [-1, 1 << 63, (1 << 64) - 1, 1.0, True, "1", None, b"1", [1]])
@@ -117,6 +123,11 @@ FIELDS = {
     ),
     (M.GUEST, "round"): NUMBER,
     (M.ACCEPT, "held"): ([True, False], [0, 1, "true", None]),
+    (M.PROBE, "padding"): (
+        [b"x", bytes(PROBE_BYTES)],
+        [b"", bytes(PROBE_BYTES + 1), "x", 1, [0], None],
+    ),
+    (M.PROBED, "received"): ([1, MAX_PROBE], [0, -1, MAX_PROBE + 1, 1.0, True, "1", None]),
     (M.HELD, "first"): ([0, 1, (1 << 32) - 1], [-1, 1 << 32, 1.0, True, "1", None]),
     (M.HELD, "hashes"): (
         [bytes(8), bytes(8 * HELD_PAGES)],

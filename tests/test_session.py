@@ -27,6 +27,8 @@ from proto.messages import (
     Pages,
     Ping,
     Pong,
+    Probe,
+    Probed,
     Query,
     Ready,
     Round,
@@ -61,6 +63,8 @@ MESSAGES = {
     M.OWNERSHIP: Ownership(Claim.PREPARED),
     M.DONE: Done(),
     M.HELD: Held(0, bytes(8)),
+    M.PROBE: Probe(b"x"),
+    M.PROBED: Probed(1),
 }
 
 # The table of proto/README.md ("States"), written a second time by hand: "type>state" where the
@@ -72,8 +76,8 @@ STATES = {
     State.JOINING: ("", "JOINED>LANE"),
     State.LANE: ("PAGES ROUND", ""),
     State.GREETED: ("", "HELLO>OPEN"),
-    State.OPEN: ("GUEST>DESCRIBED", ""),
-    State.DESCRIBED: ("", "ACCEPT>STREAM"),
+    State.OPEN: ("PROBE GUEST>DESCRIBED", "PROBED"),
+    State.DESCRIBED: ("", "PROBED ACCEPT>STREAM"),
     State.STREAM: ("PAGES ROUND CACHE_SIZE COMPLETE>COMPLETED", "ROUND_ACK CACHE_SIZE HELD"),
     State.COMPLETED: ("", "ROUND_ACK CACHE_SIZE HELD READY>PREPARED"),
     State.PREPARED: ("GO>COMMITTED", ""),

@@ -149,3 +149,11 @@ def test_whatever_was_counted_both_prints_are_whole_numbers_or_finite(s):
     assert math.isfinite(query_migrate(s)["xbzrle-cache"]["encoding-rate"])
     assert [label for label, _ in labels(s)][: len(SEED)] == [label for label, _ in SEED]
     assert not {"nan", "inf"} & set(info_migrate(s).split())
+
+
+def test_the_throttle_shows_while_it_is_on():
+    assert "throttle" not in info_migrate(FULL)
+    assert "cpu-throttle-percentage" not in query_migrate(FULL)
+    slowed = FULL.with_(cpu_throttle_percentage=30)
+    assert ("cpu throttle percentage", "30") in labels(slowed)
+    assert query_migrate(slowed)["cpu-throttle-percentage"] == 30

@@ -41,7 +41,8 @@ def message_of(vector):
     fields = dict(vector["fields"])
     if kind is MessageType.PAGES:
         return Pages()
-    for name in {"digest", "state", "token", "hash_seed", "resume", "hashes"} & fields.keys():
+    binary = {"digest", "state", "token", "hash_seed", "resume", "hashes", "padding"}
+    for name in binary & fields.keys():
         if kind not in (MessageType.PING, MessageType.PONG):
             fields[name] = bytes.fromhex(fields[name])
     for name in {"required", "optional"} & fields.keys():
@@ -262,7 +263,7 @@ def test_the_example_of_the_specification_is_the_exchange():
 
 def test_the_limits_of_the_specification_are_those_of_the_code():
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d+) \|", README, re.MULTILINE))
-    assert len(rows) == 16
+    assert len(rows) == 18
     assert {name: getattr(messages, name) for name in rows} == {
         name: int(value) for name, value in rows.items()
     }

@@ -232,6 +232,8 @@ class DestinationProgram:
                 size = quantities.format_size(arrival.info.size)
                 self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
                 self._warn(peer)
+            if event == "probed":
+                self._say(f"{peer.peer_name} measured the way here: nothing was moved (--dry-run)")
             if event == "interrupted":
                 self._say(
                     f"the connection broke: the source may come back, within {self.retry:g} s"

@@ -122,8 +122,11 @@ def credentials(args: argparse.Namespace, role: Role) -> Credentials | None:
     return result
 
 
-def switches(items: list[str]) -> dict[str, bool]:
-    """What --capability says. Raises UsageError."""
+def switches(items: list[str], local: frozenset[str] = frozenset()) -> dict[str, bool]:
+    """What --capability says. Raises UsageError.
+
+    local -- capabilities of this program alone, which the other one is not told
+    """
     from proto import LocalError
     from proto.capabilities import switched_on
 
@@ -134,7 +137,7 @@ def switches(items: list[str]) -> dict[str, bool]:
             raise UsageError(f"--capability {item!r}: write NAME=on or NAME=off")
         result[name] = value == "on"
     try:
-        switched_on(result)
+        switched_on({name: on for name, on in result.items() if name not in local})
     except LocalError as error:
         raise UsageError(f"--capability: {error}") from None
     return result

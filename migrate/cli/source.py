@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from migrate.guests.guest import Guest
     from migrate.link import Link
     from migrate.source import Parameters, Source
+    from migrate.throttle import Throttle
 
 
 def source_parser() -> Parser:
@@ -94,6 +95,12 @@ def source_parser() -> Parser:
         help="give up after so long without progress (default: 30s; 0 never)",
     )  # fmt: skip
     parser.add_argument(
+        "--dry-run", "-n", action="store_true",
+        help="connect, measure the way, look at the guest, and print what a migration would take: "
+        "nothing is moved",
+    )  # fmt: skip
+    add_throttle(parser)
+    parser.add_argument(
         "--connect-timeout", default="10s", metavar="TIME",
         help="keep trying to connect for so long (default: 10s)",
     )  # fmt: skip
@@ -102,11 +109,48 @@ def source_parser() -> Parser:
     return parser
 
 
+def add_throttle(parser: Parser) -> None:
+    parser.add_argument(
+        "--auto-converge", action="store_true",
+        help="slow the guest (demo, or --pid), step by step, where nothing else helps",
+    )  # fmt: skip
+    for name, default, what in (
+        ("--cpu-throttle-initial", 20, "take so much of its time first"),
+        ("--cpu-throttle-increment", 10, "and so much more with each step"),
+        ("--max-cpu-throttle", 99, "but no more than this"),
+        ("--throttle-trigger-threshold", 50, "a step is due where more is dirtied, of what goes"),
+    ):
+        parser.add_argument(
+            name, default=str(default), metavar="PERCENT", help=f"{what} (default: {default})"
+        )
+    parser.add_argument(
+        "--cpu-throttle-tailslow", action="store_true",
+        help="take smaller steps where those should do",
+    )  # fmt: skip
+
+
+def throttle_of(args: argparse.Namespace) -> Throttle:
+    """Raises UsageError."""
+    from migrate.throttle import Throttle
+
+    return Throttle(
+        number(args.cpu_throttle_initial, "--cpu-throttle-initial"),
+        number(args.cpu_throttle_increment, "--cpu-throttle-increment"),
+        number(args.max_cpu_throttle, "--max-cpu-throttle"),
+        args.cpu_throttle_tailslow,
+        number(args.throttle_trigger_threshold, "--throttle-trigger-threshold"),
+    )
+
+
 def parameters_of(args: argparse.Namespace) -> Parameters:
     """Raises UsageError for anything that cannot be."""
     from migrate.rounds import Limits
     from migrate.source import Parameters
+    from migrate.throttle import CAPABILITY as AUTO_CONVERGE
 
+    capabilities = switches(args.capability, frozenset({AUTO_CONVERGE}))
+    if args.auto_converge:
+        capabilities[AUTO_CONVERGE] = True
     page_size = quantities.parse_size(args.page_size, "--page-size")
     if page_size not in (1024, 2048, 4096, 8192, 16384):
         raise UsageError(f"--page-size: {args.page_size!r} is none of 1k, 2k, 4k, 8k, 16k")
@@ -123,8 +167,9 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
         page_size=page_size,
         limits=limits,
         channels=number(args.channels, "--channels"),
-        capabilities=switches(args.capability),
+        capabilities=capabilities,
         cache_max=cache_max,
+        throttle=throttle_of(args),
     )
 
 
@@ -212,6 +257,8 @@ class SourceProgram:
             peer = await self._connect()
             if peer is None:
                 return 128 + self.stop.signal
+            if self.args.dry_run:
+                return await self._rehearse(peer)
             try:
                 guest = self.opened()
             except BaseException:
@@ -323,6 +370,34 @@ class SourceProgram:
             "max bandwidth": f"{size(p.limits.max_bandwidth)}/s" if p.limits.max_bandwidth
             else "none", "channels": str(p.channels), "TLS": "yes" if self.credentials else "no",
         }  # fmt: skip
+    async def _rehearse(self, peer: Link) -> int:
+        """--dry-run: prints what is predicted; the exit code: whether it would converge."""
+        from migrate.cli.rehearsal import Rehearsal
+
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel() -> str:
+            task.cancel()
+            return ""
+
+        self.stop.install(cancel)
+        progress = self.progress
+        new = self.args.guest.startswith("demo") and "pid=" not in self.args.guest
+        rehearsal = Rehearsal(
+            peer, self.parameters, self.opened, ends_guest=new,
+            say=(lambda _text: None) if self.args.quiet else progress.say,
+        )  # fmt: skip
+        try:
+            found = await rehearsal.run()
+        except asyncio.CancelledError:
+            print("migrate-src: cancelled; nothing was moved", file=sys.stderr)
+            return 128 + self.stop.signal
+        if self.args.json:
+            print(json.dumps(found.as_json()), flush=True)
+        elif not self.args.quiet:
+            print(found.lines(), flush=True)
+        return found.exit_code
 
     def _announce(self, guest: Guest) -> None:
         if self.args.quiet:

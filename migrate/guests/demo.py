@@ -10,13 +10,15 @@ Its memory is a memfd that the process, the source and the destination share:
     2, 3  place: sweeps done, index of the next increment
     4     owner: 0 ours; 1 given up to a destination, will not run here again; 2 not ours yet;
           3 whole, and not ours yet
-    5..   magic, size, hot, stride, rate (float bits), fill, page size, marks offset, memory offset
+    5..11 magic, size, hot, stride, rate (float bits), fill, page size
+    12    throttle: percent of its time that is taken from it, 0 to 99
 
 Whoever pauses it holds a lock (flock) on the memfd. The kernel drops that lock when its holder
 dies, however it dies; a paused guest that can take the lock goes on if it is ours, and ends if it
 is half a guest, which nobody will ever own. One that was given up, or that is whole and waits to be
 ours, stays paused: a journal tells whose it is. So a killed source never leaves a stopped guest
 behind that is its own, a killed destination never a second one, and no two sources move the same.
+The lock is looked at while the guest is throttled too: it runs at its own speed when nobody has it.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from proto.messages import GuestInfo
 MAGIC = 0x58424D44454D4F31
 CONTROL_BYTES = 4096
 COMMAND, STATE, SWEEP, INDEX, OWNER = range(5)
+THROTTLE = 12
 OURS, GIVEN_UP, NOT_YET_OURS, PREPARED = range(4)
 SHAPE = 5
 RUN, PAUSE, END = 1, 2, 3
@@ -268,6 +271,7 @@ class DemoGuest(Guest):
 
     kind = "demo"
     marks = True
+    can_throttle = True
 
     def __init__(self, process: DemoProcess) -> None:
         process.lock()
@@ -311,6 +315,9 @@ class DemoGuest(Guest):
     async def resume(self) -> None:
         await self.process.command(RUN, RUNNING)
 
+    async def throttle(self, percent: int) -> None:
+        self.process.words[THROTTLE] = percent
+
     def state(self) -> bytes:
         shape = self.process.shape
         sweep, index = self.process.place()
@@ -319,6 +326,7 @@ class DemoGuest(Guest):
         )
 
     async def give_up(self) -> None:
+        self.process.words[THROTTLE] = 0  # should it be given back, to whomever
         self.process.words[OWNER] = GIVEN_UP
 
     async def take_back(self) -> None:

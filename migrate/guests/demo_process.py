@@ -13,14 +13,17 @@ import sys
 import time
 
 from migrate._memory import fill, run_load
+from migrate.guests.duty import RUN_SECONDS, stopped_seconds
 
 CONTROL_BYTES = 4096
 COMMAND, STATE, SWEEP, INDEX, OWNER = range(5)
 OURS, GIVEN_UP, NOT_YET_OURS, PREPARED = range(4)
 SHAPE = 5
+THROTTLE = 12
 RUN, PAUSE, END = 1, 2, 3
 RUNNING, PAUSED = 1, 2
 LOOK = 0.0005
+LOOK_THROTTLED = 0.001
 LOOKS_PER_LEASE = 20
 
 
@@ -33,6 +36,21 @@ def wait_paused(words: memoryview, fd: int) -> None:
         if looks % LOOKS_PER_LEASE or words[OWNER] in (GIVEN_UP, PREPARED) or not holder_died(fd):
             continue
         words[COMMAND] = RUN if words[OWNER] == OURS else END
+
+
+def nap(words: memoryview, fd: int) -> None:
+    """Stands still as the throttle word says; takes no notice of it once who wrote it has died."""
+    percent = words[THROTTLE]
+    until = time.monotonic() + stopped_seconds(min(percent, 99))
+    looks = 0
+    while words[COMMAND] == RUN and words[THROTTLE] == percent != 0:
+        left = until - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, LOOK_THROTTLED))
+        looks += 1
+        if looks % LOOKS_PER_LEASE == 1 and holder_died(fd):
+            words[THROTTLE] = 0
 
 
 def holder_died(fd: int) -> bool:
@@ -61,7 +79,11 @@ def main() -> None:
         if words[COMMAND] == RUN:
             words[STATE] = RUNNING
             rate = struct.unpack("d", struct.pack("Q", words[SHAPE + 4]))[0]
-            run_load(words, marks, memory, words[SHAPE + 2], words[SHAPE + 3], page_size, rate)
+            run_load(
+                words, marks, memory, words[SHAPE + 2], words[SHAPE + 3], page_size, rate,
+                RUN_SECONDS,
+            )  # fmt: skip
+            nap(words, fd)
         else:
             words[STATE] = PAUSED
             wait_paused(words, fd)

@@ -17,7 +17,7 @@ from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
-from migrate.guests.process import start_time
+from migrate.guests.process import start_time, state
 from migrate.memory import Memory
 from migrate.quantities import format_size
 from proto.messages import MAX_PAGES, GuestInfo
@@ -59,7 +59,10 @@ class FileGuest(Guest):
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
         self.stoppable = bool(self.pids or pause_cmd)
+        self.can_throttle = bool(self.pids)
         self._guard: asyncio.subprocess.Process | None = None
+        self._asking = asyncio.Lock()
+        self._asleep: set[int] = set()
         self._paused = False
         self._given_up = False
         for pid in self.pids:
@@ -72,30 +75,66 @@ class FileGuest(Guest):
         """Starts the guard: it must be there before anything is stopped."""
         if not self.stoppable:
             return
+        self._asleep = {pid for pid in self.pids if state(pid) in ("T", "t")}
         command = ["--resume-cmd", self.resume_cmd] if self.resume_cmd else []
         self._guard = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "migrate.guests.guard", *command, *map(str, self.pids),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        await self._guard_answers()
+        await self._guard_answers(0)
 
-    async def _tell_guard(self, letter: bytes) -> None:
-        if self._guard is not None and self._guard.stdin is not None:
+    async def _tell_guard(self, letter: bytes, more: int = 0) -> bytes:
+        """Tells it, and returns so many bytes of its answer; also where it is cancelled, it has
+        been told and has answered: the next answer is not this one."""
+        return await asyncio.shield(self._ask_guard(letter, more))
+
+    async def _ask_guard(self, letter: bytes, more: int) -> bytes:
+        async with self._asking:
+            if self._guard is None or self._guard.stdin is None:
+                return bytes(more)
             # Where it has died (uvloop: RuntimeError), the answer that does not come says so.
             with contextlib.suppress(OSError, RuntimeError):
                 self._guard.stdin.write(letter)
-            await self._guard_answers()
+            answer = await self._guard_answers(more)
+            if letter == b"p":
+                self._asleep = {pid for pid, flag in zip(self.pids, answer, strict=True) if flag}
+            return answer
 
-    async def _guard_answers(self) -> None:
+    async def _guard_answers(self, more: int) -> bytes:
         assert self._guard is not None
         assert self._guard.stdout is not None
-        async with asyncio.timeout(STOP_PATIENCE):
-            if await self._guard.stdout.read(1) != b"k":
-                raise MigrationError("the guard process of the guest has died: nothing was stopped")
+        answer = b""
+        with contextlib.suppress(asyncio.IncompleteReadError, TimeoutError):
+            async with asyncio.timeout(STOP_PATIENCE):
+                answer = await self._guard.stdout.readexactly(1 + more)
+        if answer[:1] != b"k":
+            raise MigrationError("the guard process of the guest has died: nothing was stopped")
+        return answer[1:]
+
+    async def throttle(self, percent: int) -> None:
+        """By SIGSTOP and SIGCONT, which the guard sends: it outlives us."""
+        if self._paused:
+            return  # which has ended the duty cycle; it stands still, perhaps for good
+        try:
+            await self._tell_guard(b"t" + bytes([percent]))
+        except MigrationError:
+            # It may have died while the writer stood still.
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        for pid in self.pids:
+            if pid not in self._asleep:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGCONT)
 
     async def pause(self) -> None:
-        await self._tell_guard(b"p")
-        self._paused = True
+        self._paused = True  # also where this is cancelled: the guard has been told
+        try:
+            await self._tell_guard(b"p", len(self.pids))
+        except MigrationError:
+            self._paused = False
+            raise
         for pid in self.pids:
             try:
                 os.kill(pid, signal.SIGSTOP)
@@ -148,9 +187,9 @@ class FileGuest(Guest):
         if not self._paused or self._given_up:
             return
         self._paused = False
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        async with self._asking:
+            pass  # a pause that was cancelled may not have been answered yet
+        self._let_go()
         if self.resume_cmd:
             await run_command(self.resume_cmd, "--resume-cmd")
         await self._tell_guard(b"r")
@@ -161,7 +200,7 @@ class FileGuest(Guest):
 
     async def take_back(self) -> None:
         self._given_up = False
-        await self._tell_guard(b"p")
+        await self._tell_guard(b"p", len(self.pids))
 
     async def release(self) -> None:
         """The writer stays stopped: it would write to a copy that is no longer the guest."""

@@ -30,6 +30,8 @@ class Guest(ABC):
     """Whether it marks what it writes; else the source scans, and hashes what it sends."""
     stoppable = True
     """Whether `pause` really stops it; else what it writes in the pause is looked for again."""
+    can_throttle = False
+    """Whether `throttle` slows it."""
     description = ""
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
@@ -48,6 +50,12 @@ class Guest(ABC):
     @abstractmethod
     async def resume(self) -> None:
         """Lets a paused guest go on here. Does nothing where it runs."""
+
+    async def throttle(self, percent: int) -> None:
+        """Takes so much of its time from the guest (0 to 99), until told otherwise or we die.
+
+        Raises MigrationError where that fails; the guest runs at its own speed then.
+        """
 
     def state(self) -> bytes:
         """What the guest needs beside its memory to go on elsewhere; it is paused."""

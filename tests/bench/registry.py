@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, channels, codec, lossy, rivals, scaling, tls
+from tests.bench import bulk, channels, codec, forecast, lossy, rivals, scaling, tls
 from tests.bench.report import Options, Part
 
 
@@ -25,5 +25,6 @@ PARTS: dict[str, PartModule] = {
     "channels": channels,
     "lossy": lossy,
     "tls": tls,
+    "forecast": forecast,
     "rivals": rivals,
 }

@@ -46,6 +46,10 @@ def _frames() -> list[bytes]:
         if speaker == "source":
             join_first = [told["JOIN"], told["PAGES"], told["ROUND"], told["PING"]]
             found.append(join(bytes([heard_by, 9, 3, 0x31]), join_first))
+            measures = [told["HELLO"], *[told["PROBE"]] * 3, told["PING"]]
+            found.append(join(bytes([heard_by, 20, 3, 1]), [*measures, told["GUEST"]]))
+            found.append(join(bytes([heard_by, 20, 3, 1]), [told["HELLO"], told["GUEST"],
+                told["PROBE"]]))  # fmt: skip
             after = [told["QUERY"], told["GO"], told["DONE"]]
             found.append(join(bytes([heard_by, 5, 3, 1]), after))
             long = Piece(told["PAGES"].kind | LONG, b"\x9f\x00" + told["PAGES"].content[2:])

@@ -1,0 +1,309 @@
+"""Looks at a guest for a second or two: what it writes, and what that would cost to move.
+
+    round 1   every page of the sample through the real encoder, to nowhere
+    then      intervals of growing length; after each, what was written in it goes the same way
+
+So pages, bytes and seconds of work are known as functions of time, by the codec and the cache that
+would do it. Of a guest over SAMPLE_BYTES, each 2nd, 4th, 8th ... stretch of pages is looked at,
+with a cache that is smaller by as much. The guest runs on all the while, and nothing of it is kept.
+
+What it cannot know: what the guest does later; what is written more seldom than in a second or two;
+and the hits of a cache that is too small for the guest, which settle later than that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from migrate.feeder import TURN_PAGES
+from migrate.guests.guest import Guest
+from migrate.memory import private_buffer
+from migrate.tracking import DirtyTracker
+from proto.frames import HEADER_BYTES
+from proto.kernel import PageCache, PageEncoder, PageHashes
+from proto.messages import SEED_BYTES, batch_bytes
+from proto.pageset import PageSet
+
+SAMPLE_BYTES = 256 << 20
+# Pages of one word of a bitmap are looked at together, or not at all.
+STRETCH = 64
+WARM_SECONDS = 0.3
+# A guest whose dirty pages grow by less than this, of what they did on the average, has written all
+# it writes.
+FULL = 0.1
+INTERVALS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of moving some pages: bytes on the wire, seconds of the source's processor."""
+
+    pages: float
+    wire_bytes: float
+    encode_seconds: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What was written in `seconds`, and what moving it would cost; for the whole guest."""
+
+    seconds: float
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A guest as it was seen. Counts in pages, of the whole guest; scan_seconds is what looking
+    for changes takes where the guest does not mark them."""
+
+    pages: int
+    page_size: int
+    first: Cost
+    intervals: tuple[Interval, ...]
+    zero: float = 0.0
+    scan_seconds: float = 0.0
+    deltas: float = 0.0
+    delta_bytes: float = 0.0
+    hits: float = 0.0
+    misses: float = 0.0
+    overflows: float = 0.0
+    share: float = 1.0
+    """Of the guest, so much was looked at."""
+
+    def dirty(self, seconds: float) -> float:
+        """Pages that are written in so long: straight lines between what was seen, and on from the
+        last two, where it still grew; never more than there are, and never fewer in a longer time.
+        """
+        points = [(0.0, 0.0)]
+        for interval in self.intervals:
+            if interval.seconds > points[-1][0]:
+                points.append((interval.seconds, max(interval.cost.pages, points[-1][1])))
+        if len(points) == 1:
+            return 0.0
+        (t0, d0), (t1, d1) = points[-2:]
+        for left, right in itertools.pairwise(points):
+            if seconds <= right[0]:
+                (t0, d0), (t1, d1) = left, right
+                break
+        else:
+            if (d1 - d0) / (t1 - t0) < FULL * d1 / t1:
+                return d1
+        return min(d0 + (seconds - t0) * (d1 - d0) / (t1 - t0), float(self.pages))
+
+    def cost(self, pages: float, seconds: float) -> Cost:
+        """Of moving pages that were written in so long: as those of the nearest intervals."""
+        before = after = None
+        for interval in self.intervals:
+            if not interval.cost.pages:
+                continue
+            if interval.seconds <= seconds:
+                before = interval
+            elif after is None:
+                after = interval
+        before, after = before or after, after or before
+        if before is None or after is None:
+            whole = max(self.first.pages, 1.0)
+            return Cost(
+                pages,
+                self.first.wire_bytes * pages / whole,
+                self.first.encode_seconds * pages / whole,
+            )
+        span = after.seconds - before.seconds
+        weight = min(1.0, (seconds - before.seconds) / span) if span > 0 else 0.0
+
+        def each(of: Callable[[Cost], float]) -> float:
+            low, high = of(before.cost) / before.cost.pages, of(after.cost) / after.cost.pages
+            return pages * (low + max(weight, 0.0) * (high - low))
+
+        return Cost(pages, each(lambda c: c.wire_bytes), each(lambda c: c.encode_seconds))
+
+
+class Sampler:
+    """Takes a sample of a guest that runs. In a worker thread: it sleeps and works.
+
+    xbzrle, merge -- as agreed with the destination
+    sleep, clock  -- of the machine, or of a test; what `sleep` raises ends it
+    most          -- bytes to look at
+    """
+
+    def __init__(
+        self, guest: Guest, page_size: int, cache_size: int, *, xbzrle: bool, merge: bool,
+        sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic,
+        most: int = SAMPLE_BYTES,
+    ) -> None:  # fmt: skip
+        self._memory = guest.memory
+        self._sleep, self._clock = sleep, clock
+        self.pages = -(-guest.memory.size // page_size)
+        self._page_size = page_size
+        factor = 1
+        while self.pages * page_size > most * factor:
+            factor *= 2
+        self._mask = PageSet.full(self.pages)
+        if factor > 1:
+            words = memoryview(self._mask.bits).cast("Q")
+            every = words[::factor].tolist()
+            self._mask = PageSet(self.pages)
+            words = memoryview(self._mask.bits).cast("Q")
+            for index, word in enumerate(every):
+                words[index * factor] = word
+        self._scale = self.pages / max(len(self._mask), 1)
+        cache = PageCache(max(cache_size // factor, page_size), page_size) if xbzrle else None
+        hashes = PageHashes(self.pages, page_size, os.urandom(SEED_BYTES))
+        self._encoder = PageEncoder(
+            hashes, cache, merge=merge, headroom=HEADER_BYTES, room=batch_bytes(1)
+        )
+        self._marks: DirtyTracker | None = guest.track(self._encoder) if guest.marks else None
+        self._buffer = private_buffer(STRETCH * page_size)
+        self._seen = PageSet(self.pages)
+        self._round = 0
+        self._looked_at = 0.0
+        self._scans: list[float] = []
+
+    def take(self, intervals: Iterable[float] = INTERVALS) -> Sample:
+        """The guest is looked at for as long as the intervals take together, and some. Raises
+        OSError where its memory cannot be read."""
+        if self._marks is not None:
+            self._marks.start()
+        first, holes = self._first_round()
+        encoder = self._encoder
+        zero = holes + (encoder.zero - holes) * self._scale
+        self._interval(WARM_SECONDS)
+        self._seen = PageSet(self.pages)
+        before = self._counts()
+        began = self._looked_at
+        found = [self._interval(seconds) for seconds in intervals]
+        found.append(self._all_of_them(began, found[-1]))
+        deltas, delta_bytes, hits, misses, overflows = (
+            (after - then) * self._scale for then, after in zip(before, self._counts(), strict=True)
+        )
+        scan = 0.0 if self._marks is not None else sum(self._scans) / len(self._scans)
+        return Sample(
+            self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
+            zero, scan * self._scale, deltas, delta_bytes, hits, misses, overflows,
+            1 / self._scale,
+        )  # fmt: skip
+
+    def _all_of_them(self, began: float, last: Interval) -> Interval:
+        """All intervals together are one more, the longest; its pages cost what the last's do."""
+        pages = len(self._seen) * self._scale
+        more = pages / last.cost.pages if last.cost.pages else 0.0
+        cost = Cost(pages, last.cost.wire_bytes * more, last.cost.encode_seconds * more)
+        return Interval(self._looked_at - began, cost)
+
+    def _counts(self) -> tuple[int, ...]:
+        e = self._encoder
+        return e.delta, e.delta_bytes, e.hits, e.misses, e.overflows
+
+    def _first_round(self) -> tuple[Cost, int]:
+        """Every page of the sample, and all holes, which cost nothing; how many those are."""
+        todo, holes = PageSet(self.pages), 0
+        todo.bits[:] = self._mask.bits
+        self._begin_round()
+        began = time.thread_time()
+        for page, count, data in self._memory.extents(self._page_size):
+            if not data:
+                holes += self._feed_hole(page, count, todo)
+        spent = time.thread_time() - began
+        if self._encoder.pending:
+            self._encoder.take()
+        self._begin_round()  # in one round pages go upward
+        cost = self._feed(todo)
+        seconds = spent + cost.encode_seconds
+        return Cost(float(self.pages), cost.wire_bytes, seconds), holes
+
+    def _feed_hole(self, page: int, count: int, todo: PageSet) -> int:
+        """Whole stretches of a hole need not be read."""
+        first, end = -(-page // STRETCH), (page + count) // STRETCH
+        if end <= first:
+            return 0
+        todo.bits[first * 8 : end * 8] = bytes(8 * (end - first))
+        at = first * STRETCH
+        while at < end * STRETCH:
+            at += self._encoder.feed_zeros(at, end * STRETCH - at)
+            if self._encoder.full:
+                self._encoder.take()
+        return (end - first) * STRETCH
+
+    def _interval(self, seconds: float) -> Interval:
+        """Lets the guest write for so long, from when it was last looked at."""
+        earlier = PageSet(self.pages)
+        if self._marks is not None:
+            earlier = self._dirty()  # what was written while the last interval was worked on
+        began = self._looked_at
+        self._sleep(max(0.0, began + seconds - self._clock()))
+        dirty = self._dirty()
+        elapsed, pages = self._looked_at - began, len(dirty)
+        self._begin_round()
+        dirty |= earlier
+        self._seen |= dirty
+        cost, share = self._feed(dirty), pages / max(len(dirty), 1)
+        return Interval(
+            elapsed,
+            Cost(pages * self._scale, cost.wire_bytes * share, cost.encode_seconds * share),
+        )
+
+    def _begin_round(self) -> None:
+        self._round += 1
+        self._encoder.begin_round(self._round)
+        if self._round == 1:
+            self._looked_at = self._clock()
+
+    def _dirty(self) -> PageSet:
+        """Pages of the sample that were written since they were looked at last."""
+        self._looked_at = self._clock()
+        if self._marks is None:
+            began = time.perf_counter()
+            dirty = self._scan()
+            self._scans.append(time.perf_counter() - began)
+        else:
+            dirty = self._marks.take()
+        both = int.from_bytes(dirty.bits, "little") & int.from_bytes(self._mask.bits, "little")
+        dirty.bits[:] = both.to_bytes(len(dirty.bits), "little")
+        return dirty
+
+    def _scan(self) -> PageSet:
+        """As ScanTracker does, but of the sample alone."""
+        dirty, mask = PageSet(self.pages), memoryview(self._mask.bits).cast("Q")
+        for page, count, data in self._memory.extents(self._page_size):
+            if not data:
+                self._encoder.scan_zeros(page, count, dirty.bits)
+                continue
+            end = page + count
+            for index in range(page // STRETCH, -(-end // STRETCH)):
+                if mask[index]:
+                    first = max(page, index * STRETCH)
+                    self._scan_stretch(first, min(end, (index + 1) * STRETCH) - first, dirty)
+        return dirty
+
+    def _scan_stretch(self, first: int, count: int, dirty: PageSet) -> None:
+        buffer = self._buffer[: count * self._page_size]
+        got = self._memory.read(first * self._page_size, buffer)
+        if got < len(buffer):
+            buffer[got:] = bytes(len(buffer) - got)
+        self._encoder.scan(first, count, buffer, dirty.bits)
+
+    def _feed(self, dirty: PageSet) -> Cost:
+        """Through the encoder, to nowhere; what it costs, for the whole guest."""
+        encoder, cursor, sent = self._encoder, 0, 0
+        began = time.thread_time()
+        while cursor < self.pages:
+            if self._memory.view is not None:
+                _, cursor = encoder.feed_memory(
+                    self._memory.view, dirty.bits, cursor, self.pages, TURN_PAGES
+                )
+            else:
+                snapshot, numbers = encoder.space()
+                count, cursor = self._memory.gather(
+                    dirty.bits, cursor, self.pages, self._page_size, snapshot, numbers
+                )
+                encoder.feed(count, dirty.bits)
+            if encoder.full or (encoder.pending and cursor >= self.pages):
+                head, data = encoder.take()
+                sent += len(head) + len(data)
+        seconds = time.thread_time() - began
+        scale = self._scale
+        return Cost(len(dirty) * scale, sent * scale, seconds * scale)
