@@ -117,9 +117,9 @@ def _tagged(heading: str, text: str) -> Iterator[str]:
 
 
 def _filled(text: str) -> Iterator[str]:
-    """Running text; long words are left whole, and not spread over a line to its end."""
+    """Running text; a long word may be broken before its brackets, not after a hyphen."""
     for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False):
-        yield escape(line)
+        yield re.sub(r"(?<=\S)\[", r"\:[", escape(line))
 
 
 def _epilog(epilog: str) -> Iterator[str]:
