@@ -47,4 +47,4 @@ build: .venv/built
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info proto/*.so proto/*.c migrate/*.so migrate/*.c
+	rm -rf .venv build share *.egg-info proto/*.so proto/*.c migrate/*.so migrate/*.c

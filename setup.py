@@ -1,15 +1,27 @@
-"""The compiled modules; everything else about the build stands in pyproject.toml."""
+"""The compiled modules, the man pages and the completions; all else stands in pyproject.toml."""
 
+import itertools
+import sys
+from pathlib import Path
 from typing import Any
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # an isolated build has only its requirements there
+
+from migrate.manual.__main__ import write  # noqa: E402
+
+# Made anew from the parsers each time, as pip lays them below PREFIX.
+PAGES = itertools.groupby(write(HERE / "share"), lambda path: Path("share") / path.parent)
 
 OPTIONS: dict[str, Any] = {
     "extra_compile_args": ["-O3", "-fno-strict-aliasing", "-Wno-unused-function"]
 }
 
 setup(
+    data_files=[(str(where), [f"share/{path}" for path in paths]) for where, paths in PAGES],
     ext_modules=cythonize(
         [
             Extension("proto._codec", ["proto/_codec.pyx"], depends=["proto/_diff.h"], **OPTIONS),
@@ -18,5 +30,5 @@ setup(
             Extension("migrate._memory", ["migrate/_memory.pyx"], **OPTIONS),
         ],
         compiler_directives={"language_level": "3", "embedsignature": True},
-    )
+    ),
 )

@@ -22,8 +22,7 @@ from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import state
-from proto.ownership import FINAL, Claim, Event, after
-from proto.session import Role
+from proto.ownership import FINAL, Claim, Event, Role, after
 
 # Journals of migrations that have ended are kept so long, for whoever wants to know.
 KEPT_SECONDS = 30 * 86400

@@ -68,8 +68,14 @@ def resolve_parser(prog: str) -> Parser:
             "uri", nargs="?", default="", metavar="tcp:HOST:PORT|unix:PATH",
             help="where migrate-dst listens (default: where it did)",
         )  # fmt: skip
-        parser.add_argument("--connect-timeout", default="10s", metavar="TIME")
-        parser.add_argument("--peer-timeout", default="30s", metavar="TIME")
+        parser.add_argument(
+            "--connect-timeout", default="10s", metavar="TIME",
+            help="keep trying to connect for so long (default: 10s)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--peer-timeout", default="30s", metavar="TIME",
+            help="a peer that says or takes nothing for so long is lost (default: 30s)",
+        )  # fmt: skip
         add_tls_creds(parser)
         add_tls_hostname(parser)
     parser.add_argument("--keep", choices=["source", "destination"], help="a person's decision")

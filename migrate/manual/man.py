@@ -1,0 +1,152 @@
+"""The man pages, in the man macros that groff and mandoc both have."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+
+from migrate.cli.program import VERSION
+from migrate.manual.parsers import Option, Program
+
+# Of our lines: escapes come on top of that, and mandoc complains of more than 80.
+WIDTH = 70
+_ESCAPES = {"\\": r"\e", "-": r"\-", "^": r"\(ha", "~": r"\(ti", "`": r"\(ga"}
+
+# What an option makes of use: its variables and files.
+ENVIRONMENT = {
+    "--journal": [
+        ("MIGRATE_JOURNAL", "the directory of the journals, where --journal does not name one"),
+        ("XDG_STATE_HOME", "where the journals of users other than root are: in xbmigrate there"),
+    ],
+    "--tls-creds": [
+        ("MIGRATE_REQUIRE_TLS", "1 refuses plain TCP to and from another host"),
+    ],
+}
+FILES = {
+    "--journal": [
+        ("/var/lib/xbmigrate", "the journals, for root"),
+        ("~/.local/state/xbmigrate", "the journals, for other users"),
+    ],
+    "--tls-creds": [
+        ("DIR/ca-cert.pem", "in the directory of --tls-creds: the authority both sides trust"),
+        ("DIR/server-cert.pem, DIR/server-key.pem", "what migrate-dst proves itself with"),
+        ("DIR/client-cert.pem, DIR/client-key.pem", "what migrate-src proves itself with"),
+        ("DIR/ca-crl.pem", "certificates that are no longer good; there need be none"),
+    ],
+}
+
+
+def page(program: Program, others: list[str], date: str) -> str:
+    """The text of a page; `others` are the pages to see also, the date is YYYY-MM-DD."""
+    lines = [
+        f'.TH {program.page.upper()} 1 "{date}" "xbmigrate {VERSION}" "User Commands"',
+        ".nh",  # names of options and variables are to be found by searching
+        ".ad l",
+        ".SH NAME",
+        f"{escape(program.page)} \\- {escape(_clause(program.description))}",
+        ".SH SYNOPSIS",
+        *_synopsis(program),
+        ".SH DESCRIPTION",
+        *_filled(program.description),
+    ]
+    for argument in program.arguments:
+        lines += _tagged(_taken(argument.takes), argument.help)
+    if program.subcommands:
+        lines.append(".SH SUBCOMMANDS")
+        for one in program.subcommands:
+            lines += _tagged(f"\\fB{escape(one.name)}\\fR", f"{one.description} See {one.page}(1).")
+    lines.append(".SH OPTIONS")
+    for option in program.options:
+        lines += _tagged(_heading(option), option.help)
+    lines += _epilog(program.epilog)
+    lines += _used("ENVIRONMENT", ENVIRONMENT, program)
+    lines += _used("FILES", FILES, program)
+    lines += [".SH SEE ALSO", *_also(others)]
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text as groff's input, in which some characters mean something."""
+    text = "".join(_ESCAPES.get(one, one) for one in text)
+    return rf"\&{text}" if text[:1] in (".", "'") else text
+
+
+def _also(others: list[str]) -> Iterator[str]:
+    for name in others:
+        yield f".BR {escape(name)} (1){',' if name != others[-1] else ''}"
+
+
+def _clause(description: str) -> str:
+    """What a program does, as whatis lists it."""
+    first = re.split(r"\. |: | while |\.$", description)[0]
+    return first[:1].lower() + first[1:]
+
+
+def _synopsis(program: Program) -> Iterator[str]:
+    yield f'.SY "{escape(program.name)}"'
+    for option in program.options:
+        if option.required:
+            yield _heading(option)
+    yield r".RI [ option\ .\|.\|. ]"
+    for argument in program.arguments:
+        text = _taken(argument.takes)
+        yield text if argument.required else f"[{text}]"
+    yield ".YS"
+
+
+def _heading(option: Option) -> str:
+    takes = f" {_taken(option.takes)}" if option.takes else ""
+    return ", ".join(f"\\fB{escape(name)}\\fR{takes}" for name in option.names)
+
+
+def _taken(takes: str) -> str:
+    """A metavar: what is to be replaced in italics, what is written as it is in bold."""
+    parts = re.split(r"([A-Z]+(?:/[A-Z]+)?)", takes)
+    return "".join(
+        f"\\fI{part}\\fR" if part[0].isupper() else f"\\fB{escape(part)}\\fR"
+        if part[0].islower() else escape(part)
+        for part in parts if part
+    )  # fmt: skip
+
+
+def _tagged(heading: str, text: str) -> Iterator[str]:
+    yield ".TP"
+    yield heading
+    yield from _filled(text or "See above.")
+
+
+def _filled(text: str) -> Iterator[str]:
+    """Running text; a long word may be broken before its brackets, not after a hyphen."""
+    for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False):
+        yield re.sub(r"(?<=\S)\[", r"\:[", escape(line))
+
+
+def _epilog(epilog: str) -> Iterator[str]:
+    """The paragraphs under their headings: exit codes as a list, all others as they are typed."""
+    for heading, body in re.findall(r"^(\S[^\n]*):\n((?:[ \t]+[^\n]*(?:\n|$)|\n)+)", epilog, re.M):
+        if heading == "exit codes":
+            yield ".SH EXIT STATUS"
+            for code, meaning in exit_codes(body):
+                yield from _tagged(f"\\fB{code}\\fR", meaning)
+            continue
+        yield f".SH {escape(heading.upper())}"
+        yield ".EX"
+        yield from (escape(line) for line in textwrap.dedent(body).strip("\n").split("\n"))
+        yield ".EE"
+
+
+def exit_codes(body: str) -> list[tuple[str, str]]:
+    """(code, meaning) of the columns of a table: `0 done    1 failed`."""
+    cells = [cell for line in body.splitlines() for cell in re.split(r"\s{2,}", line.strip())]
+    pairs = [tuple(cell.split(" ", 1)) for cell in cells if cell]
+    return [(code, meaning) for code, meaning in pairs]
+
+
+def _used(title: str, table: dict[str, list[tuple[str, str]]], program: Program) -> Iterator[str]:
+    names = {name for option in program.options for name in option.names}
+    entries = [entry for option, found in table.items() if option in names for entry in found]
+    if entries:
+        yield f".SH {title}"
+    for name, meaning in entries:
+        yield from _tagged(f"\\fB{escape(name)}\\fR", f"{meaning}.")
