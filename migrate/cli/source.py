@@ -370,6 +370,7 @@ class SourceProgram:
             "max bandwidth": f"{size(p.limits.max_bandwidth)}/s" if p.limits.max_bandwidth
             else "none", "channels": str(p.channels), "TLS": "yes" if self.credentials else "no",
         }  # fmt: skip
+
     async def _rehearse(self, peer: Link) -> int:
         """--dry-run: prints what is predicted; the exit code: whether it would converge."""
         from migrate.cli.rehearsal import Rehearsal
