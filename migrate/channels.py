@@ -129,5 +129,5 @@ class Channels:
         await give_reason_on(self.links, code, reason)
 
     async def close(self) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             await asyncio.shield(close_all(self.links))
