@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from migrate.advice import advice, option_size
 from migrate.brake import Brake
@@ -126,7 +126,7 @@ class Parameters:
     @property
     def wire_capabilities(self) -> frozenset[str]:
         """The optional ones that the destination is offered. Raises LocalError."""
-        switches = {name: on for name, on in self.capabilities.items() if name != AUTO_CONVERGE}
+        switches = {name: on for name, on in self.capabilities.items() if name not in LOCAL}
         return caps.switched_on(switches)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,9 @@ class Parameters:
 
 Observer = Callable[[str, Statistics], None]
 # What an operator may change while a migration runs; the rest is agreed on with the destination.
-LIVE = ("cache_size", "limits", "throttle")
+LIVE = ("cache_size", "cache_max", "limits", "throttle")
+# Capabilities that the destination never hears of: who may be slowed, and who is told what happens.
+LOCAL = (AUTO_CONVERGE, "events")
 
 
 class Source:
@@ -530,7 +532,7 @@ class Source:
         self.parameters = parameters
         self._policy.limits = parameters.limits
         self.channels.link.limit.rate = parameters.limits.max_bandwidth
-        if parameters.cache_size != ours.cache_size:
+        if (parameters.cache_size, parameters.cache_max) != (ours.cache_size, ours.cache_max):
             self.set_cache_size(parameters.cache_size)
 
     def set_cache_size(self, size: int) -> None:
@@ -544,6 +546,7 @@ class Source:
             self._notice("xbzrle is off: there is no cache to have another size")
         else:
             self._wanted_cache, self._sizing = size, None
+            self.parameters = replace(self.parameters, cache_size=size, cache_max=0)
 
     def _useful(self, size: int) -> int:
         """What of a cache size this guest can fill: any pages fit together, so no more than it."""

@@ -83,12 +83,16 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
+def status_line(s: Statistics) -> str:
+    return f"Migration status: {s.status}" + (f" ({s.error})" if s.error else "")
+
+
 def info_migrate(s: Statistics) -> str:
     """The seed's `info migrate`, then QEMU's later lines."""
     switches = " ".join(f"{name}: {'on' if on else 'off'}" for name, on in s.capabilities.items())
     lines = [
         f"capabilities: {switches}",
-        f"Migration status: {s.status}" + (f" ({s.error})" if s.error else ""),
+        status_line(s),
         f"transferred ram: {s.transferred // KIB} kbytes",
         f"remaining ram: {s.remaining // KIB} kbytes",
         f"total ram: {s.total // KIB} kbytes",

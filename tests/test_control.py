@@ -115,7 +115,7 @@ def test_a_source_that_waits_for_its_destination_answers_already(tmp_path: Path)
         "migrate-src", "--qmp", f"unix:{tmp_path}/src", "--guest", SMALL, "tcp:127.0.0.1:1"
     )
     assert answer(tmp_path / "src", "query-status") == {"running": False, "status": "prelaunch"}
-    assert answer(tmp_path / "src", "query-migrate") == {}
+    assert answer(tmp_path / "src", "query-migrate") == {"status": "setup"}
     assert answer(tmp_path / "src", "quit") == {}
     assert source.wait() == 143
 
@@ -219,11 +219,17 @@ def test_what_migrate_ctl_says_when_it_cannot(tmp_path: Path, capsys, pair) -> N
     assert "nobody answers on" in capsys.readouterr().err
     assert control.run([str(tmp_path / "none"), "query-status", "nonsense"]) == 2
     assert "are no JSON object" in capsys.readouterr().err
-    assert control.run([str(tmp_path / "none")]) == 2
-    assert "required: COMMAND" in capsys.readouterr().err
+    assert control.run([]) == 2
+    assert "required: PATH" in capsys.readouterr().err
     both = pair("--max-bandwidth", "2m")
     assert control.run([f"unix:{both.src}", "fly"]) == 1
-    assert "fly: The command fly has not been found" in capsys.readouterr().err
+    assert capsys.readouterr().out == "unknown command: 'fly'\n"
+    assert control.run([f"unix:{both.src}", "query-flight"]) == 1
+    assert "query-flight: The command query-flight has not been" in capsys.readouterr().err
+    assert control.run([f"unix:{both.src}", "info", "migrate"]) == 0
+    assert "Migration status: active" in capsys.readouterr().out
+    assert control.run([f"unix:{both.src}", "migrate", "-d", "tcp:a:1"]) == 1
+    assert "migration process in progress" in capsys.readouterr().out
     assert control.run([f"unix:{both.src}", "query-commands"]) == 0
     assert '"quit"' in capsys.readouterr().out
 

@@ -1,6 +1,8 @@
 """The program migrate-ctl: asks a running migrate-src or migrate-dst over its --qmp socket.
 
-    migrate-ctl PATH query-status       one command, its answer as JSON
+    migrate-ctl PATH                    a prompt for commands of the monitor
+    migrate-ctl PATH info migrate       one of them, and what it says
+    migrate-ctl PATH query-status       a command of QMP, its answer as JSON
     migrate-ctl PATH wait               until the migration there has ended
 
 It has no asyncio and no codec: a health check that runs each second should cost little.
@@ -11,9 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from migrate import quantities
@@ -23,6 +27,7 @@ from migrate.errors import ConnectError, MigrationError, PeerError, PeerLost
 ENDED = ("completed", "failed", "cancelled")
 WAIT_INTERVAL = 0.1
 MAX_ANSWER_BYTES = 1 << 20
+HISTORY_LINES = 1000
 
 EPILOG = """exit codes:
     0 answered; for wait: the migration completed    1 refused, or it has failed    2 usage
@@ -31,6 +36,9 @@ EPILOG = """exit codes:
 examples:
   migrate-ctl /run/dst.sock query-status
   migrate-ctl /run/src.sock query-migrate
+  migrate-ctl /run/src.sock info migrate
+  migrate-ctl /run/src.sock migrate_set_parameter max-bandwidth 100
+  migrate-ctl /run/dst.sock migrate_set_cache_size 256m
   migrate-ctl /run/src.sock wait && echo 'it is there'
   migrate-ctl /run/dst.sock quit
 """
@@ -45,10 +53,11 @@ def control_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"migrate-ctl {VERSION}")
     parser.add_argument("path", metavar="PATH", help="the socket: what --qmp unix:PATH names")
-    parser.add_argument("command", metavar="COMMAND", help="query-commands lists them; or wait")
     parser.add_argument(
-        "arguments", nargs="?", default="{}", metavar="JSON", help="the command's arguments"
-    )
+        "command", metavar="COMMAND", nargs="*",
+        help="of QMP (query-commands lists them), with its arguments as a JSON object; of the "
+        "monitor (help lists them), with its words; or wait. None: a prompt",
+    )  # fmt: skip
     parser.add_argument(
         "--timeout", default="5s", metavar="TIME",
         help="how long to try to connect, and to wait for an answer (default: 5s)",
@@ -99,6 +108,11 @@ class Control:
                 raise PeerError(f"{command}: {answer['error'].get('desc')}")
             if "return" in answer:
                 return answer["return"]
+
+    def say(self, line: str) -> str:
+        """What the monitor says to a line."""
+        said = self.execute("human-monitor-command", {"command-line": line})
+        return str(said).replace("\r\n", "\n")
 
     def _read(self) -> dict[str, Any]:
         assert self._lines is not None
@@ -154,20 +168,93 @@ def _ended(status: str) -> str:
     return "been cancelled" if status == "cancelled" else "failed"
 
 
+def arguments_of(command: str, words: list[str]) -> dict[str, Any] | None:
+    """Of a QMP command; None where these are words for the monitor. Raises UsageError."""
+    if not words:
+        return {}
+    # Names of QMP have hyphens, nearly all of them, those of the monitor never.
+    if "-" not in command and not words[0].startswith("{"):
+        return None
+    text = " ".join(words)
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        control_parser().error(f"the arguments {text!r} are no JSON object")
+    return arguments
+
+
+def ask(control: Control, command: str, words: list[str]) -> int:
+    """One command, of any kind; the exit code."""
+    if [command, *words] == ["wait"]:
+        return wait(control)
+    arguments = arguments_of(command, words)
+    machine = arguments is not None
+    if machine and not words and "-" not in command:
+        machine = any(one["name"] == command for one in control.execute("query-commands"))
+    if machine:
+        print(json.dumps(control.execute(command, arguments)), flush=True)
+        return 0
+    said = control.say(" ".join([command, *words]))
+    print(said, end="", flush=True)
+    return 1 if said.startswith(("Error: ", "unknown command: ")) else 0
+
+
+def converse(control: Control) -> int:
+    """Lines of a person, or of a script, until there are no more."""
+    person = sys.stdin.isatty()
+    with _remembering(control) if person else contextlib.nullcontext():
+        while True:
+            try:
+                line = input("(migrate) " if person else "")
+            except EOFError:
+                return 0
+            print(control.say(line) if line.strip() else "", end="", flush=True)
+            if line.split()[:1] in (["quit"], ["q"]):
+                return 0
+
+
+@contextlib.contextmanager
+def _remembering(control: Control) -> Iterator[None]:
+    """A history that outlives us, and names that complete."""
+    import readline
+
+    names = [one.split()[0] for one in control.say("help").splitlines()]
+    names += [" ".join(one.split()[:2]) for one in control.say("info").splitlines()]
+
+    def complete(text: str, state: int) -> str | None:
+        begun = readline.get_line_buffer()[: readline.get_endidx()]
+        found = [name for name in names if name.startswith(begun)]
+        return found[state][len(begun) - len(text) :] + " " if state < len(found) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")
+    readline.parse_and_bind("tab: complete")
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    path = os.path.join(state, "xbmigrate", "history")
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(HISTORY_LINES)
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            readline.write_history_file(path)
+
+
 def run(words: list[str] | None = None) -> int:
     try:
-        args = control_parser().parse_args(words)
+        args, rest = control_parser().parse_known_args(words)
+        command = [*args.command, *rest]  # a command of the monitor has options of its own
+        if rest and not args.command:
+            control_parser().error(f"unrecognized arguments: {' '.join(rest)}")
         timeout = quantities.parse_milliseconds(args.timeout, "--timeout", bare="s") / 1e3
-        try:
-            arguments = json.loads(args.arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            control_parser().error(f"the arguments {args.arguments!r} are no JSON object")
+        if command:
+            arguments_of(command[0], command[1:])
         with Control(args.path, timeout) as control, contextlib.suppress(BrokenPipeError):
-            if args.command == "wait":
-                return wait(control)
-            print(json.dumps(control.execute(args.command, arguments)), flush=True)
+            return ask(control, command[0], command[1:]) if command else converse(control)
         return 0
     except MigrationError as error:
         print(f"migrate-ctl: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migrate import quantities
@@ -24,9 +23,17 @@ from migrate.cli.program import (
     seconds,
     switches,
 )
-from migrate.errors import MigrationError, OnCompleteError, PeerError
+from migrate.errors import (
+    CancelledByPeer,
+    MigrationError,
+    OnCompleteError,
+    PeerError,
+    UsageError,
+)
 from migrate.journal import check_directory, damaged, default_directory
+from migrate.monitor.node import Node, Refused
 from migrate.views.options import DestinationViews, add_metrics_options
+from proto import ProtoError
 from proto.ownership import Claim, Role
 
 if TYPE_CHECKING:
@@ -36,7 +43,9 @@ if TYPE_CHECKING:
     from migrate.handover import Custody
     from migrate.journal import Journal
     from migrate.link import Link
-    from proto.messages import GuestInfo
+    from migrate.monitor.terminal import Terminal
+    from migrate.source import Parameters
+    from proto.messages import GuestInfo, Message
 
 
 def destination_parser() -> Parser:
@@ -47,8 +56,9 @@ def destination_parser() -> Parser:
         "  migrate-dst --listen 4444 --output /dev/shm/db --on-complete 'systemctl start db'",
     )
     parser.add_argument(
-        "--listen", required=True, metavar="[HOST:]PORT|unix:PATH",
-        help="where to listen; port 0 picks a free one and prints it",
+        "--listen", default="", metavar="[HOST:]PORT|unix:PATH",
+        help="where to listen; port 0 picks a free one and prints it; with --monitor or --qmp it "
+        "can be said there, later (migrate_incoming)",
     )  # fmt: skip
     parser.add_argument(
         "--allow", action="append", default=[], metavar="ADDRESS[/BITS]",
@@ -71,21 +81,35 @@ def destination_parser() -> Parser:
     return parser
 
 
-class DestinationProgram:
+class DestinationProgram(Node):
     """One run of migrate-dst. What is wrong with its arguments is raised by the constructor."""
 
+    program = "migrate-dst"
+    receives = True
+
     def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
         from migrate.guests.file import check_output
         from migrate.guests.reopen import reopen_place
         from migrate.handover import Records
+        from migrate.source import DEFAULT_CACHE_SIZE, Parameters
         from migrate.tls import networks
 
         self.args = args
-        self.address = parse_address(args.listen, listen=True)
-        self.capabilities = switches(args.capability)
+        self.deferred = not args.listen
+        if self.deferred and not (args.monitor or args.qmp):
+            raise UsageError(
+                "say where to listen: --listen 4444; or how it will be said: --monitor stdio"
+            )
+        self.address = None if self.deferred else parse_address(args.listen, listen=True)
         self.wanted_cache = (
             quantities.parse_cache_size(args.cache_size, 4096) if args.cache_size else 0
         )
+        self.parameters = Parameters(
+            self.wanted_cache or DEFAULT_CACHE_SIZE, capabilities=switches(args.capability)
+        )
+        self._incoming = asyncio.Event()
+        self._over = asyncio.Event()
         if args.output:
             check_output(args.output, args.overwrite)
         self.peer_timeout = peer_timeout(args)
@@ -121,22 +145,45 @@ class DestinationProgram:
             return ""
 
         self.stop.install(cancel)
+        silence = None
         try:
-            async with answering(self.args.qmp, self._commands()), await self._open() as self._door:
-                try:
-                    arrival = await self._receive(self._door)
-                except asyncio.CancelledError:
-                    print(
-                        "migrate-dst: cancelled; nothing is left of the guest here",
-                        file=sys.stderr,
-                    )
-                    return 128 + self.stop.signal
-                if arrival is None:
-                    return await self._gone_on(self._taken.result())
-                return await self._arrived(arrival)
+            async with answering(self.args, self) as terminal:
+                if terminal is not None and self.deferred and not self.args.qmp:
+                    silence = asyncio.create_task(self._silence(terminal))
+                return await self._serve()
         finally:
+            if silence is not None:
+                silence.cancel()
             self.records.close()
             self.views.close()
+
+    async def _serve(self) -> int:
+        try:
+            if self.deferred:
+                await self._incoming.wait()
+            opening = await self._open()
+        except asyncio.CancelledError:
+            return self._cancelled()
+        async with opening as self._door:
+            try:
+                arrival = await self._receive(self._door)
+            except asyncio.CancelledError:
+                return self._cancelled()
+            self._over.set()
+            if arrival is None:
+                return await self._gone_on(self._taken.result())
+            return await self._arrived(arrival)
+
+    def _cancelled(self) -> int:
+        print("migrate-dst: cancelled; nothing is left of the guest here", file=sys.stderr)
+        return 128 + self.stop.signal if self.stop.signal else CancelledByPeer.exit_code
+
+    async def _silence(self, terminal: Terminal) -> None:
+        """Nobody can ask for anything any more: what was asked for is done, and that is all."""
+        await terminal.closed.wait()
+        if self._incoming.is_set():
+            await self._over.wait()
+        self.stop.request()
 
     async def _open(self) -> Door:
         """Listens, after what an earlier program has left is done."""
@@ -149,6 +196,7 @@ class DestinationProgram:
             self._say(f"not looked at: {wrong}")
         for file in {one.facts["place"]["temporary"] for one in self._attempts()}:
             self._say(f"a guest came half-way here ({file}): its source can go on with it")
+        assert self.address is not None
         listener = await link.listen(
             self.address, peer_timeout=self.peer_timeout, credentials=self.credentials,
             allow=self.allow, refused=self._refused,
@@ -162,12 +210,12 @@ class DestinationProgram:
     async def _arrived(self, arrival: Arrival) -> int:
         """The guest is ours: says so, does what is to be done then; the exit code."""
         if self.args.json:
-            print(json.dumps(self._query_migrate()), flush=True)
+            print(json.dumps(self.query_migrate()), flush=True)
         elif not self.args.quiet:
             print(f"completed and verified: {arrival.running}", flush=True)
         status = await self._on_complete(arrival.info.kind if arrival.info else "")
         assert self.destination is not None
-        if self.args.stay:
+        if self.args.stay or self.deferred:
             await self.stop.stay(self.place.pid if self.place else 0)
         elif not self.destination.acknowledged:
             self._say(
@@ -189,7 +237,7 @@ class DestinationProgram:
         if not self.args.quiet and not self.args.json:
             print(f"completed and verified: {custody.running}", flush=True)
         status = await self._on_complete("file")
-        if self.args.stay:
+        if self.args.stay or self.deferred:
             await self.stop.stay(0)
         else:
             await self.stop.until(custody.told.wait(), self.resolve_timeout)
@@ -221,13 +269,14 @@ class DestinationProgram:
 
     def _destination(self, peer: Link) -> Destination:
         from migrate.destination import Destination
-        from proto.messages import CacheSize
+        from proto.capabilities import OPTIONAL
 
         def link() -> Link:
             return self.destination.link if self.destination else peer
 
         def observe(event: str, arrival: Arrival) -> None:
             self.views.observe()
+            self._tell_of(event, arrival)
             if event == "accepted" and arrival.info is not None:
                 size = quantities.format_size(arrival.info.size)
                 self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
@@ -246,14 +295,38 @@ class DestinationProgram:
                     f"within {self.resolve_timeout:g} s"
                 )
             if event in ("accepted", "back") and self.wanted_cache:
-                asking = link().send(CacheSize(self.wanted_cache))
-                self._asked.add(asyncio.get_running_loop().create_task(asking))
+                self._ask_for_cache()
 
         assert self._door is not None
         return Destination(
-            peer, self._place, self.capabilities, observe, self._door.lane,
-            records=self.records, retry=self.retry, resolve_timeout=self.resolve_timeout,
+            peer, self._place,
+            {name: on for name, on in self.parameters.capabilities.items() if name in OPTIONAL},
+            observe, self._door.lane, records=self.records, retry=self.retry,
+            resolve_timeout=self.resolve_timeout,
         )  # fmt: skip
+
+    def _ask_for_cache(self) -> None:
+        """The source owns the cache, and confirms."""
+        from proto.messages import CacheSize
+
+        assert self.destination is not None
+        asking = self._asked_for(self.destination.link, CacheSize(self.wanted_cache))
+        task = asyncio.get_running_loop().create_task(asking)
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+
+    async def _asked_for(self, link: Link, message: Message) -> None:
+        with contextlib.suppress(MigrationError, ProtoError):  # it may be over, or just resuming
+            await link.send(message)
+
+    def _tell_of(self, event: str, arrival: Arrival) -> None:
+        if event in ("accepted", "back"):
+            self.tell_migration("MIGRATION", status="active")
+        elif event == "round":
+            self.tell_migration("MIGRATION_PASS", **{"pass": arrival.rounds})
+        elif event == "running":
+            self.tell("RESUME")
+            self.tell_migration("MIGRATION", status="completed")
 
     def _warn(self, peer: Link) -> None:
         if peer.exposed and not self.warned:
@@ -334,22 +407,68 @@ class DestinationProgram:
         with contextlib.suppress(OSError):  # whoever reads it may be gone
             print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
 
-    # -- the control socket
+    # -- what operators see and do
 
-    def _commands(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
-        return {
-            "query-migrate": lambda _arguments: self._query_migrate(),
-            "query-status": lambda _arguments: self._query_status(),
-            "quit": lambda _arguments: self.stop.request(),
-        }
+    @property
+    def migrating(self) -> bool:
+        return self.destination is not None and self.destination.started and not self._over.is_set()
 
-    def _query_status(self) -> dict[str, Any]:
+    def take(self, parameters: Parameters) -> None:
+        """A cache size is asked for at the source, now or when one comes."""
+        super().take(parameters)
+        self.wanted_cache = parameters.cache_size
+        if self.migrating:
+            self._ask_for_cache()
+
+    def migrate_incoming(self, uri: str) -> None:
+        if not self.deferred or self._incoming.is_set():
+            raise Refused("The incoming migration has already been started")
+        try:
+            self.address = parse_address(uri, listen=True)
+        except UsageError as error:
+            raise Refused(str(error)) from None
+        self._incoming.set()
+
+    def cancel(self) -> None:
+        if self.migrating and (refusal := self.stop.cancel()):
+            raise Refused(refusal.removeprefix("migrate-dst: "))
+
+    def quit(self) -> None:
+        self.stop.request()
+
+    def info_migrate(self) -> str:
+        """The seed's lines, those of them that are known here."""
+        from migrate.monitor.settings import switches
+
+        arrival = self.destination.arrival if self.destination else None
+        xbzrle = switches(self.parameters)["xbzrle"]
+        if arrival is not None and arrival.info is not None:
+            xbzrle = arrival.capabilities["xbzrle"]
+        lines = [f"capabilities: xbzrle: {'on' if xbzrle else 'off'}"]
+        if arrival is None or arrival.info is None:
+            return "\n".join([*lines, "Migration status: none"])
+        size, page_size = arrival.info.size, arrival.info.page_size
+        return "\n".join([
+            *lines,
+            f"Migration status: {arrival.status}",
+            f"received ram: {arrival.received >> 10} kbytes",
+            f"total ram: {size >> 10} kbytes",
+            f"duplicate: {arrival.zero} pages",
+            f"normal: {arrival.raw} pages",
+            f"normal bytes: {arrival.raw * page_size >> 10} kbytes",
+            f"cache size: {arrival.cache_size} bytes",
+            f"xbzrle pages: {arrival.delta} pages",
+            f"dirty sync count: {arrival.rounds}",
+            f"page size: {page_size >> 10} kbytes",
+        ])  # fmt: skip
+
+    def query_status(self) -> dict[str, Any]:
         """QEMU's RunState of the guest here."""
         arrival = self.destination.arrival if self.destination else None
         running = arrival is not None and arrival.status == "completed"
         return {"running": running, "status": "running" if running else "inmigrate"}
 
-    def _query_migrate(self) -> dict[str, Any]:
+    def query_migrate(self) -> dict[str, Any]:
         """How far the guest that comes has come; {} before one was accepted."""
         if self.destination is None or self.destination.arrival.info is None:
             return {}

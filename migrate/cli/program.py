@@ -19,7 +19,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
@@ -28,7 +28,8 @@ from migrate.guests.process import start_time
 from proto.ownership import Role
 
 if TYPE_CHECKING:
-    from migrate.qmp import Command
+    from migrate.monitor.node import Node
+    from migrate.monitor.terminal import Terminal
     from migrate.tls import Credentials
 
 VERSION = "0.1.0"
@@ -82,6 +83,10 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     parser.add_argument(
         "--qmp", default="", metavar="unix:PATH",
         help="answer on this socket (migrate-ctl asks it; QEMU's machine protocol)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--monitor", default="", metavar="stdio|unix:PATH",
+        help="take commands from people, here or on this socket (help lists them)",
     )  # fmt: skip
     parser.add_argument(
         "--stay", action="store_true",
@@ -175,6 +180,10 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.request, number)
 
+    def cancel(self) -> str:
+        """Cancels what runs, and goes on; or returns the sentence why it is too late."""
+        return self._cancel()
+
     def request(self, number: int = signal.SIGTERM) -> None:
         if self.signal:
             print("already cancelling: the guest is being put back to work", file=sys.stderr)
@@ -231,28 +240,44 @@ class Stop:
         self.install(tell)
         try:
             await told.wait()
-        finally:
             if guest >= 0:
-                loop.remove_reader(guest)
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(guest, signal.SIGTERM)
+        finally:  # also where something else is to be done first
+            if guest >= 0:
+                loop.remove_reader(guest)
                 os.close(guest)
 
 
 @contextlib.asynccontextmanager
-async def answering(address: str, commands: Mapping[str, Command]) -> AsyncIterator[None]:
-    """Answers on the --qmp socket; does nothing where there is none."""
-    if not address:
-        yield
+async def answering(args: argparse.Namespace, node: Node) -> AsyncIterator[Terminal | None]:
+    """Answers where --qmp and --monitor say; gives what reads standard input, if anything does."""
+    if not args.qmp and not args.monitor:
+        yield None
         return
-    from migrate import qmp
+    from migrate.monitor.commands import commands
+    from migrate.monitor.qmp import Conversation, version_of
+    from migrate.monitor.server import Server, parse_path
+    from migrate.monitor.terminal import Talk, Terminal
 
-    server = qmp.Server(qmp.parse_path(address), commands, VERSION)
-    await server.open()
-    try:
-        yield
-    finally:
-        await server.close()
+    known = commands(node)
+    async with contextlib.AsyncExitStack() as stack:
+        if args.qmp:
+            machine = Server(
+                parse_path(args.qmp), lambda: Conversation(known, version_of(VERSION)), "--qmp"
+            )
+            await machine.open()
+            stack.push_async_callback(machine.close)
+            node.listeners.add(machine.tell)
+        terminal = None
+        if args.monitor == "stdio":
+            terminal = await stack.enter_async_context(Terminal(node, VERSION))
+        elif args.monitor:
+            path = parse_path(args.monitor, "--monitor")
+            people = Server(path, lambda: Talk(node, VERSION), "--monitor")
+            await people.open()
+            stack.push_async_callback(people.close)
+        yield terminal
 
 
 def check_open_files() -> None:

@@ -25,15 +25,18 @@ from migrate.cli.program import (
     seconds,
     switches,
 )
-from migrate.errors import HandOverUnknown, MigrationError, UsageError
+from migrate.errors import CancelledByPeer, HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
 from migrate.journal import attempt, check_directory, default_directory
+from migrate.monitor.node import IN_PROGRESS, Node, Refused
+from migrate.statistics import Statistics, info_migrate, query_migrate, status_line
 from migrate.views.options import Views, add_view_options
 from proto.ownership import Role
 
 if TYPE_CHECKING:
     from migrate.guests.guest import Guest
     from migrate.link import Link
+    from migrate.monitor.terminal import Terminal
     from migrate.source import Parameters, Source
     from migrate.throttle import Throttle
 
@@ -46,7 +49,10 @@ def source_parser() -> Parser:
         "  migrate-src --guest demo:256m,hot=64m --max-bandwidth 117m tcp:host:4444\n"
         "  migrate-src --guest file:/dev/shm/db --pid 1234 --cache-size 256m tcp:host:4444",
     )
-    parser.add_argument("uri", metavar="tcp:HOST:PORT|unix:PATH", help="where migrate-dst listens")
+    parser.add_argument(
+        "uri", metavar="tcp:HOST:PORT|unix:PATH", nargs="?", default="",
+        help="where migrate-dst listens; with --monitor or --qmp it can be said there, later",
+    )  # fmt: skip
     parser.add_argument(
         "--guest", default="demo", metavar="SPEC",
         help="demo[:SIZE][,hot=SIZE][,stride=BYTES][,rate=N][,fill=zero|random], demo:pid=PID, "
@@ -224,12 +230,23 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
     raise UsageError(f"--guest {args.guest!r}: there are demo[:...] and file:PATH")
 
 
-class SourceProgram:
-    """One run of migrate-src. What is wrong with its arguments is raised by the constructor."""
+class SourceProgram(Node):
+    """One run of migrate-src. What is wrong with its arguments is raised by the constructor.
+
+    Without an address it begins idle, with its guest running, and moves it when it is told to.
+    """
+
+    program = "migrate-src"
 
     def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
         self.args = args
-        self.address: Address = parse_address(args.uri)
+        self.idle = not args.uri
+        if self.idle and (args.dry_run or not (args.monitor or args.qmp)):
+            raise UsageError(
+                "say where to: migrate-src tcp:HOST:PORT; or how it will be said: --monitor stdio"
+            )
+        self.address = Address() if self.idle else parse_address(args.uri)
         self.parameters = parameters_of(args)
         self.credentials = credentials(args, Role.SOURCE)
         self.peer_timeout = peer_timeout(args)
@@ -243,9 +260,16 @@ class SourceProgram:
 
             check_congestion(args.congestion)
         self.opened = open_guest(args, self.parameters.page_size)
+        if args.monitor == "stdio" and args.progress == "auto":
+            args.progress = "never"  # the terminal belongs to the monitor
         self.progress = Views(args)
         self.stop = Stop()
         self.source: Source | None = None
+        self._early = Statistics()
+        self._wanted = asyncio.Event()
+        self._over = asyncio.Event()
+        self._moved = False
+        self._pid, self._born = 0, ""
 
     async def run(self) -> int:
         """Moves the guest, stays if it is to; the exit code."""
@@ -253,24 +277,101 @@ class SourceProgram:
             return await self._run()
 
     async def _run(self) -> int:
-        async with answering(self.args.qmp, self._commands()):
-            peer = await self._connect()
-            if peer is None:
-                return 128 + self.stop.signal
-            if self.args.dry_run:
-                return await self._rehearse(peer)
-            try:
-                guest = self.opened()
-            except BaseException:
-                await peer.close()
-                raise
-            born = start_time(guest.pid)
-            status = await self._move(guest, peer)
-            if self.args.stay:
-                # A guest that was given up, and may be the only one, does not end with us.
-                ours = status not in (0, HandOverUnknown.exit_code)
-                await self.stop.stay(guest.pid if ours else 0, born)
+        async with answering(self.args, self) as terminal:
+            status = 0
+            if self.idle:
+                await self._start_guest()
+            else:
+                status = await self._migrate()
+            if self.idle or self.args.stay:
+                status = await self._stay(status, terminal)
             return status
+
+    async def _start_guest(self) -> None:
+        """It runs, and can be moved when that is asked for."""
+        guest = self.opened()
+        try:
+            self._know(guest)
+            if guest.pid:
+                await guest.started()
+            if not self.args.quiet:
+                self.progress.say(f"idle: {guest.description} is not moved before it is asked for")
+        finally:
+            await guest.close()
+
+    def _know(self, guest: Guest) -> None:
+        """From now on the guest is this one; to move it (again) it is opened anew."""
+        if guest.pid:
+            self._pid, self._born = guest.pid, start_time(guest.pid)
+            self.args.guest = f"demo:pid={guest.pid}"
+        self.opened = self._open_again
+
+    def _open_again(self) -> Guest:
+        return open_guest(self.args, self.parameters.page_size)()
+
+    async def _migrate(self) -> int:
+        """Connects and moves the guest; the exit code."""
+        peer = await self._connect()
+        if peer is None:
+            return self._cancelled_code()
+        if self.args.dry_run:
+            return await self._rehearse(peer)
+        try:
+            guest = self.opened()
+        except BaseException:
+            await peer.close()
+            raise
+        self._know(guest)
+        status = await self._move(guest, peer)
+        # A guest that was given up, and may be the only one, does not end with us.
+        self._moved = status in (0, HandOverUnknown.exit_code)
+        return status
+
+    def _cancelled_code(self) -> int:
+        return 128 + self.stop.signal if self.stop.signal else CancelledByPeer.exit_code
+
+    async def _stay(self, status: int, terminal: Terminal | None) -> int:
+        """Waits for a signal, `quit` or the end of the guest, and moves it where that is asked
+        for; the exit code of the last migration."""
+        while True:
+            self.stop.install(str)
+            ends = asyncio.ensure_future(
+                self.stop.stay(0 if self._moved else self._pid, self._born)
+            )
+            asked = asyncio.ensure_future(self._wanted.wait())
+            waiting: set[asyncio.Future[Any]] = {ends, asked}
+            if terminal is not None:
+                waiting.add(asyncio.ensure_future(self._silence(terminal)))
+            try:
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if not asked.done() and not ends.done():
+                    self.stop.request()  # nobody can ask for anything any more
+                    await ends
+            finally:
+                for one in waiting:
+                    one.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+            if not self._wanted.is_set():
+                return status
+            status = await self._migrate_as_asked()
+
+    async def _silence(self, terminal: Terminal) -> None:
+        await terminal.closed.wait()
+        if not self.idle or self.args.qmp:
+            await asyncio.Event().wait()  # there is somebody else to ask
+
+    async def _migrate_as_asked(self) -> int:
+        """One migration that a command has begun: what goes wrong is said, and ends nothing."""
+        try:
+            return await self._migrate()
+        except MigrationError as error:
+            self._early = Statistics(status="failed", error=str(error))
+            self.tell_migration("MIGRATION", status="failed")
+            print(f"migrate-src: {error}", file=sys.stderr)
+            return error.exit_code
+        finally:
+            self._wanted.clear()
+            self._over.set()
 
     def dial(self) -> Awaitable[Link]:
         from migrate import link
@@ -290,6 +391,7 @@ class SourceProgram:
             return ""
 
         self.stop.install(cancel)
+        self._early = Statistics(status="setup")
         if not self.args.quiet:
             self.progress.say(f"connecting to {self.address}")
         try:
@@ -304,16 +406,18 @@ class SourceProgram:
                 "migrate-src: cancelled before it was connected: nothing was moved",
                 file=sys.stderr,
             )
+            task.uncancel()
+            self._early = Statistics(status="cancelled")
+            self.tell_migration("MIGRATION", status="cancelled")
             return None
 
     async def _move(self, guest: Guest, peer: Link) -> int:
         """Moves an open guest over an open link, and prints what came of it."""
         from migrate.source import Source
-        from migrate.statistics import info_migrate, query_migrate
 
         args, progress = self.args, self.progress
         source = self.source = Source(
-            guest, peer, self.parameters, progress.observe, self.dial, retry=self.retry,
+            guest, peer, self.parameters, self._observe, self.dial, retry=self.retry,
             journal=self.journal, earlier=attempt(guest.facts(), str(self.address), self.journal),
             resolve_timeout=self.resolve_timeout, address=str(self.address),
         )  # fmt: skip
@@ -323,6 +427,7 @@ class SourceProgram:
         def cancel() -> str:
             if source.committed:
                 return "migrate-src: too late to cancel: the guest is handed over"
+            source.cancelling()
             task.cancel()
             return ""
 
@@ -334,7 +439,8 @@ class SourceProgram:
             await guest.started()
             await source.run()
         except asyncio.CancelledError:
-            status = 128 + self.stop.signal
+            task.uncancel()
+            status = self._cancelled_code()
             progress.clear()
             print(f"migrate-src: cancelled; {self._where(guest)}", file=sys.stderr)
         except MigrationError as error:
@@ -349,7 +455,8 @@ class SourceProgram:
             await guest.close()
             progress.end(source.statistics)
         progress.clear()
-        if progress.owns_stdout:
+        self.parameters = source.parameters
+        if progress.owns_stdout or args.monitor == "stdio":
             pass
         elif args.json:
             print(json.dumps(query_migrate(source.statistics)), flush=True)
@@ -414,32 +521,88 @@ class SourceProgram:
         """Where the guest is after a failure, and how to go on."""
         if not guest.pid:
             return "the guest runs on here"
-        if self.args.stay:
+        if self.args.stay or self.idle:
             return f"the guest runs on here, in process {guest.pid}, until this program is stopped"
         return (
             f"the guest runs on here, in process {guest.pid} "
             f"(try again: --guest demo:pid={guest.pid}; end it: kill {guest.pid})"
         )
 
-    # -- the control socket
+    # -- what operators see and do
 
-    def _commands(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
-        return {
-            "query-migrate": lambda _arguments: self._query_migrate(),
-            "query-status": lambda _arguments: self._query_status(),
-            "quit": lambda _arguments: self.stop.request(),
-        }
+    def _observe(self, event: str, statistics: Statistics) -> None:
+        self.progress.observe(event, statistics)
+        if event == "status":
+            self.tell_migration("MIGRATION", status=statistics.status)
+        elif event == "pass":
+            self.tell_migration("MIGRATION_PASS", **{"pass": statistics.dirty_sync_count + 1})
+        elif event == "paused":
+            self.tell("STOP")
+        elif event == "resumed":
+            self.tell("RESUME")
 
-    def _query_migrate(self) -> dict[str, Any]:
-        from migrate.statistics import query_migrate
+    @property
+    def _statistics(self) -> Statistics:
+        return self.source.statistics if self.source else self._early
 
-        return query_migrate(self.source.statistics) if self.source else {}
+    @property
+    def migrating(self) -> bool:
+        status = self._statistics.status
+        return self._wanted.is_set() or status in ("setup", "active", "device", "cancelling")
 
-    def _query_status(self) -> dict[str, Any]:
-        """QEMU's RunState of the guest here."""
+    def query_migrate(self) -> dict[str, Any]:
+        if self.source is not None:
+            return query_migrate(self.source.statistics)
+        early = {"status": self._early.status, "error-desc": self._early.error}
+        return {name: said for name, said in early.items() if said not in ("", "none")}
+
+    def info_migrate(self) -> str:
+        from migrate.monitor.settings import switches
+
+        if self.source is not None and self.source.statistics.capabilities:
+            return info_migrate(self.source.statistics)
+        on = "on" if switches(self.parameters)["xbzrle"] else "off"
+        return f"capabilities: xbzrle: {on}\n{status_line(self._statistics)}"
+
+    def take(self, parameters: Parameters) -> None:
+        if self.source is not None and self.migrating:
+            self.source.set_parameters(parameters)
+        super().take(parameters)
+
+    def migrate(self, uri: str) -> None:
+        if self.migrating or not (self.idle or self.args.stay):
+            raise Refused(IN_PROGRESS)
+        if self._moved:
+            raise Refused("Can't migrate the vm that was paused due to previous migration")
+        try:
+            self.address = parse_address(uri)
+        except UsageError as error:
+            known = uri.startswith(("tcp:", "unix:"))
+            raise Refused(
+                str(error) if known else "Parameter 'uri' expects a valid migration protocol"
+            ) from None
+        self.source, self._early = None, Statistics(status="setup")
+        self._over.clear()
+        self._wanted.set()
+
+    def cancel(self) -> None:
+        if self.migrating and (refusal := self.stop.cancel()):
+            raise Refused(refusal.removeprefix("migrate-src: "))
+
+    def quit(self) -> None:
+        self.stop.request()
+
+    async def ended(self) -> str:
+        await self._over.wait()
+        s = self._statistics
+        return "" if s.status == "completed" else s.error or "the migration was cancelled"
+
+    def query_status(self) -> dict[str, Any]:
         status = "running"
-        if self.source is None:
-            status = "prelaunch"
+        if self._moved:
+            status = "postmigrate"
+        elif self.source is None:
+            status = "running" if self.idle else "prelaunch"
         elif self.source.committed:
             status = "postmigrate"
         elif self.source.statistics.status == "device":

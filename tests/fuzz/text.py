@@ -14,14 +14,16 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from migrate import address, journal, qmp, quantities
+from migrate import address, journal, quantities
 from migrate.errors import MigrationError, UsageError
+from migrate.monitor import qmp, server
+from migrate.monitor.node import Refused
 from proto.ownership import TABLE, Claim, Event, Role
 from tests.fuzz.pieces import Piece, split
 
 PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else None
 IDENTITY = bytes(range(16))
-QUIT = qmp.CommandError("not now")
+QUIT = Refused("not now")
 SIZE_TEXT = 200
 
 
@@ -72,7 +74,7 @@ def _answers(content: bytes, sizes: list[int]) -> list[str]:
                 assert answer.keys() - {"id"} in ({"return"}, {"error"}), answer
                 said.append(json.dumps(answer))
             at += size
-    except qmp.CommandError as error:
+    except Refused as error:
         said.append(str(error))
     return said
 
@@ -149,7 +151,7 @@ def _address(said: str) -> None:
             assert found.path or listen or (found.host and found.port)
             assert address.parse_address(str(found), listen=listen) == found, str(found)
     with contextlib.suppress(UsageError):
-        assert qmp.parse_path(said)
+        assert server.parse_path(said)
 
 
 def _quantities(said: str) -> None:

@@ -17,15 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.errors import ConnectError, UsageError
-from migrate.qmp import (
-    MAX_CLIENTS,
-    MAX_REQUEST_BYTES,
-    CommandError,
-    Conversation,
-    JsonStream,
-    Server,
-    parse_path,
-)
+from migrate.monitor.node import Refused
+from migrate.monitor.qmp import MAX_REQUEST_BYTES, Conversation, JsonStream, version_of
+from migrate.monitor.server import MAX_CLIENTS, MAX_WAITING, Server, parse_path
 
 VERSION = {"qemu": {"major": 1, "minor": 2, "micro": 3}, "package": "test 1.2.3"}
 HELLO = b'{"execute": "qmp_capabilities"}'
@@ -66,7 +60,7 @@ def test_0xff_throws_away_what_is_unfinished() -> None:
 def test_a_request_that_never_ends_is_bounded() -> None:
     stream = JsonStream()
     assert not list(stream.feed(b"[" * MAX_REQUEST_BYTES))
-    with pytest.raises(CommandError, match="no more than 65536 bytes"):
+    with pytest.raises(Refused, match="no more than 65536 bytes"):
         list(stream.feed(b"["))
 
 
@@ -80,7 +74,7 @@ def test_any_bytes_give_texts_or_nothing(data: bytes) -> None:
 
 def talk(*requests: bytes) -> list[dict[str, Any]]:
     def refuse(arguments: dict[str, Any]) -> None:
-        raise CommandError("not today")
+        raise Refused("not today")
 
     commands = {"echo": lambda arguments: arguments, "refuse": refuse}
     conversation = Conversation(commands, VERSION)
@@ -141,9 +135,14 @@ def test_a_capability_that_is_not_offered_cannot_be_enabled() -> None:
 # ---------------------------------------------------------------- the socket
 
 
+def machine(path: str) -> Server:
+    known = {"echo": lambda arguments: arguments}
+    return Server(path, lambda: Conversation(known, version_of("1.2.3")), "--qmp")
+
+
 @asynccontextmanager
 async def serving(path: str) -> AsyncIterator[Server]:
-    server = Server(path, {"echo": lambda arguments: arguments}, "1.2.3")
+    server = machine(path)
     await server.open()
     try:
         yield server
@@ -182,15 +181,15 @@ async def test_a_socket_that_a_dead_program_left_is_replaced_and_a_living_one_is
         dead.bind(path)
     async with serving(path):
         with pytest.raises(ConnectError, match="another program listens there"):
-            await Server(path, {}, "1.2.3").open()
+            await machine(path).open()
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ConnectError, match="Address already in use"):
-        await Server(str(tmp_path / "file"), {}, "1.2.3").open()
+        await machine(str(tmp_path / "file")).open()
     assert (tmp_path / "file").read_text() == "precious"
     with pytest.raises(ConnectError, match="No such file or directory"):
-        await Server(str(tmp_path / "no" / "socket"), {}, "1.2.3").open()
+        await machine(str(tmp_path / "no" / "socket")).open()
     with pytest.raises(ConnectError, match="too long"):
-        await Server(str(tmp_path / ("x" * 200)), {}, "1.2.3").open()
+        await machine(str(tmp_path / ("x" * 200))).open()
 
 
 @pytest.mark.asyncio
@@ -247,7 +246,7 @@ async def test_more_clients_than_there_can_be_are_turned_away_and_others_served(
 @pytest.mark.asyncio
 async def test_a_client_that_asks_and_never_reads_is_dropped(tmp_path, monkeypatch) -> None:
     """Its answers are not kept without bound."""
-    monkeypatch.setattr("migrate.qmp.SEND_PATIENCE", 0.2)
+    monkeypatch.setattr("migrate.monitor.server.SEND_PATIENCE", 0.2)
     path = str(tmp_path / "socket")
     request = json.dumps({"execute": "echo", "arguments": {"x": "y" * 4000}}).encode()
     async with serving(path) as server:
@@ -266,3 +265,35 @@ def test_the_address_of_a_socket() -> None:
     for wrong in ("", "unix:", "/run/x.sock", "tcp:localhost:1"):
         with pytest.raises(UsageError, match="write unix:PATH"):
             parse_path(wrong)
+
+
+@pytest.mark.asyncio
+async def test_events_reach_all_who_have_negotiated_and_one_who_reads_none_is_dropped(
+    tmp_path,
+) -> None:
+    path = str(tmp_path / "socket")
+    event = {"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}
+    async with serving(path) as server:
+        clients = [await asyncio.open_unix_connection(path) for _ in range(3)]
+        for reader, writer in clients[:2]:
+            await reader.readline()
+            writer.write(HELLO)
+            assert json.loads(await reader.readline()) == {"return": {}}
+        await clients[2][0].readline()
+        server.tell(event)
+        for reader, _ in clients[:2]:
+            assert json.loads(await reader.readline()) == event
+        clients[2][1].write(HELLO)  # the first thing it hears is the answer to this
+        assert json.loads(await clients[2][0].readline()) == {"return": {}}
+
+        clients[0][0]._transport.pause_reading()
+        big = {"event": "BIG", "data": "x" * (MAX_WAITING // 8)}
+        for _ in range(64):
+            server.tell(big)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while len(server._clients) == 3:
+                server.tell(big)
+                await asyncio.sleep(0.01)
+        for _, writer in clients:
+            writer.close()

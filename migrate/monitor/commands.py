@@ -1,0 +1,121 @@
+"""The commands of the machine protocol, by name: arguments are checked here, in QEMU's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from migrate.monitor import settings
+from migrate.monitor.human import Human
+from migrate.monitor.node import Node, Refused
+
+Arguments = dict[str, Any]
+Command = Callable[[Arguments], Any]
+
+
+def commands(node: Node) -> dict[str, Command]:
+    """What an answer is JSON of; None stands for {}. A command raises Refused."""
+    human = Human(node)
+    plain: dict[str, Callable[[], Any]] = {
+        "query-migrate": node.query_migrate,
+        "query-status": node.query_status,
+        "query-migrate-parameters": lambda: {
+            one.name: one.read(node.parameters)
+            for one in settings.SETTINGS.values()
+            if one.destination or not node.receives
+        },
+        "query-migrate-capabilities": lambda: [
+            {"capability": name, "state": on}
+            for name, on in settings.switches(node.parameters).items()
+        ],
+        "query-migrate-cache-size": lambda: node.parameters.cache_size,
+        "migrate_cancel": node.cancel,
+        "quit": node.quit,
+    }
+
+    def human_command(given: Arguments) -> str:
+        line = _text(given, "command-line")
+        _only(given, "command-line", "cpu-index")
+        return human.execute(line).replace("\n", "\r\n")
+
+    def set_cache_size(given: Arguments) -> None:
+        _only(given, "value")
+        node.set_parameters({"xbzrle-cache-size": _given(given, "value")})
+
+    return {
+        **{name: _plain(what) for name, what in plain.items()},
+        "human-monitor-command": human_command,
+        "migrate": lambda given: _migrate(node, given),
+        "migrate-incoming": lambda given: node.migrate_incoming(_uri(given, "exit-on-error")),
+        "migrate-set-cache-size": set_cache_size,
+        "migrate-set-capabilities": lambda given: _set_capabilities(node, given),
+        "migrate-set-parameters": node.set_parameters,
+    }
+
+
+def _plain(what: Callable[[], Any]) -> Command:
+    def command(given: Arguments) -> Any:
+        _only(given)
+        return what()
+
+    return command
+
+
+def _migrate(node: Node, given: Arguments) -> None:
+    if given.get("resume"):
+        raise Refused("a migration that broke off resumes by itself")
+    if given.get("blk") or given.get("inc"):
+        raise Refused("there are no block devices here: memory alone is moved")
+    node.migrate(_uri(given, "detach", "resume", "blk", "inc"))
+
+
+def _set_capabilities(node: Node, given: Arguments) -> None:
+    _only(given, "capabilities")
+    items = _given(given, "capabilities")
+    if not isinstance(items, list) or not all(isinstance(one, dict) for one in items):
+        raise Refused("Parameter 'capabilities' expects an array of objects")
+    for one in items:
+        _only(one, "capability", "state")
+    node.set_capabilities([(_given(one, "capability"), _given(one, "state")) for one in items])
+
+
+def _uri(given: Arguments, *others: str) -> str:
+    """Where to, from `uri` or from `channels`."""
+    _only(given, "uri", "channels", *others)
+    if "channels" not in given:
+        return _text(given, "uri")
+    if "uri" in given:
+        raise Refused("'uri' and 'channels' arguments are mutually exclusive; exactly one of the "
+                      "two should be present in 'migrate' qmp command ")  # fmt: skip
+    channels = given["channels"]
+    address = None
+    if isinstance(channels, list) and len(channels) == 1 and isinstance(channels[0], dict):
+        address = channels[0].get("addr")
+    if not isinstance(address, dict) or channels[0].get("channel-type") != "main":
+        raise Refused("Parameter 'channels' expects one channel of type main, with an addr")
+    host, port, path = (address.get(name) for name in ("host", "port", "path"))
+    known = (address.get("transport"), address.get("type"))
+    if known == ("socket", "inet") and isinstance(host, str) and isinstance(port, str):
+        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+    if known == ("socket", "unix") and isinstance(path, str):
+        return f"unix:{path}"
+    raise Refused("Parameter 'addr' expects a socket of type inet (host, port) or unix (path)")
+
+
+def _only(given: Arguments, *known: str) -> None:
+    for name in given:
+        if name not in known:
+            raise Refused(f"Parameter '{name}' is unexpected")
+
+
+def _given(given: Arguments, name: str) -> Any:
+    if name not in given:
+        raise Refused(f"Parameter '{name}' is missing")
+    return given[name]
+
+
+def _text(given: Arguments, name: str) -> str:
+    value = _given(given, name)
+    if not isinstance(value, str):
+        raise Refused(f"Invalid parameter type for '{name}', expected: string")
+    return value

@@ -1,0 +1,200 @@
+"""The monitor for people: a line in, text out, with QEMU's commands, old ones included.
+
+(migrate-src) migrate_set_cache_size 256m
+(migrate-src) migrate -d tcp:host:4444
+(migrate-src) info migrate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from migrate.errors import UsageError
+from migrate.monitor import settings
+from migrate.monitor.node import Node, Refused
+from migrate.quantities import parse_milliseconds
+
+
+class _Command(NamedTuple):
+    """what -- takes the words behind the name; least and most of them, and how they are called."""
+
+    what: Callable[[list[str]], str]
+    arguments: str
+    help: str
+    least: int = 0
+    most: int = 0
+
+
+class Human:
+    """Executes lines for one program. Answers end with a line end, or are empty."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.infos = {
+            "migrate": ("[-a]", "how far the migration is", self._info_migrate),
+            "migrate_cache_size": ("", "the size of the xbzrle cache", self._info_cache_size),
+            "migrate_capabilities": ("", "what is switched on", self._info_capabilities),
+            "migrate_parameters": ("", "what is set", self._info_parameters),
+            "status": ("", "whether the guest runs here", self._info_status),
+        }
+        self.commands = {
+            "help": _Command(self._help, "[command]", "this list, or one command of it", 0, 1),
+            "info": _Command(self._info, "what", f"one of {', '.join(self.infos)}", 0, 2),
+            "quit": _Command(self._quit, "", "end the program"),
+            "migrate_cancel": _Command(self._cancel, "", "cancel the migration"),
+            "migrate_set_cache_size": _Command(
+                self._set_cache_size, "value", "size of the xbzrle cache, a bare number in MiB",
+                1, 1,
+            ),
+            "migrate_set_capability": _Command(
+                self._set_capability, "capability on|off", "switch a capability", 2, 2
+            ),
+            "migrate_set_parameter": _Command(
+                self._set_parameter, "parameter value", "set a parameter, for a migration that "
+                "runs too", 2, 2,
+            ),
+        }  # fmt: skip
+        if node.receives:
+            self.commands["migrate_incoming"] = _Command(
+                self._incoming, "uri", "listen there, for a guest that comes", 1, 1
+            )
+        else:
+            self.commands["migrate"] = _Command(
+                self._migrate, "[-d] uri", "move the guest there (-d: do not wait)", 1, 2
+            )
+            self.commands["migrate_set_speed"] = _Command(
+                self._set_speed, "value", "set max-bandwidth, a bare number in MiB/s", 1, 1
+            )
+            self.commands["migrate_set_downtime"] = _Command(
+                self._set_downtime, "value", "set downtime-limit, a bare number in seconds", 1, 1
+            )
+
+    @property
+    def prompt(self) -> str:
+        return f"({self._node.program}) "
+
+    async def run(self, line: str) -> str:
+        """Executes a line; returns when a migration without -d is over."""
+        said = self.execute(line)
+        words = line.split()
+        if not said and words[:1] == ["migrate"] and "-d" not in words:
+            why = await self._node.ended()
+            said = f"Error: {why}\n" if why else ""
+        return said
+
+    def execute(self, line: str) -> str:
+        """What is said to a line. A migration is begun, and not waited for."""
+        name, *words = line.split() or [""]
+        name = {"?": "help", "q": "quit"}.get(name, name)
+        if not name:
+            return ""
+        command = self.commands.get(name)
+        if command is None:
+            return f"unknown command: '{_printable(name)}'\n"
+        if not command.least <= len(words) <= command.most:
+            wrong = "extraneous characters at the end of line"
+            if len(words) < command.least:
+                wrong = f"it takes: {command.arguments}"
+            return f'{name}: {wrong}\nTry "help {name}" for more information\n'
+        try:
+            return command.what(words)
+        except (Refused, UsageError) as error:
+            return f"Error: {_printable(str(error))}\n"
+
+    # -- what is asked
+
+    def _help(self, words: list[str]) -> str:
+        known = {words[0]: self.commands.get(words[0])} if words else dict(self.commands)
+        lines = [
+            f"{' '.join(filter(None, (name, one.arguments)))} -- {one.help}\n"
+            for name, one in sorted(known.items())
+            if one is not None
+        ]
+        return "".join(lines) or f"unknown command: '{_printable(words[0])}'\n"
+
+    def _info(self, words: list[str]) -> str:
+        if not words:
+            return "".join(
+                f"{' '.join(filter(None, ('info', name, arguments)))} -- {what}\n"
+                for name, (arguments, what, _) in self.infos.items()
+            )
+        found = self.infos.get(words[0])
+        if found is None:
+            return f"unknown command: 'info {_printable(words[0])}'\n"
+        if words[1:] not in ([], ["-a"]) or (words[1:] and words[0] != "migrate"):
+            return f"info {words[0]}: extraneous characters at the end of line\n"
+        return found[2]()
+
+    def _info_migrate(self) -> str:
+        return f"{self._node.info_migrate()}\n"
+
+    def _info_cache_size(self) -> str:
+        return f"xbzrle cache size: {self._node.parameters.cache_size >> 10} kbytes\n"
+
+    def _info_capabilities(self) -> str:
+        """On one line, as the first QEMU with xbzrle had it."""
+        on = settings.switches(self._node.parameters)
+        return " , ".join(f"{name}: {'on' if on[name] else 'off'}" for name in on) + "\n"
+
+    def _info_parameters(self) -> str:
+        return "".join(
+            f"{one.name}: {one.shown(self._node.parameters)}\n"
+            for one in settings.SETTINGS.values()
+            if one.destination or not self._node.receives
+        )
+
+    def _info_status(self) -> str:
+        status = self._node.query_status()
+        if status["running"]:
+            return "VM status: running\n"
+        return f"VM status: paused ({status['status']})\n"
+
+    # -- what is set and done
+
+    def _set(self, name: str, value: int | bool) -> str:
+        self._node.set_parameters({name: value})
+        return ""
+
+    def _set_parameter(self, words: list[str]) -> str:
+        return self._set(words[0], settings.parse(*words))
+
+    def _set_cache_size(self, words: list[str]) -> str:
+        return self._set("xbzrle-cache-size", settings.mebibytes(words[0], "cache size"))
+
+    def _set_speed(self, words: list[str]) -> str:
+        return self._set("max-bandwidth", settings.mebibytes(words[0], "speed"))
+
+    def _set_downtime(self, words: list[str]) -> str:
+        value = parse_milliseconds(words[0], "downtime", bare="s")
+        return self._set("downtime-limit", round(value))
+
+    def _set_capability(self, words: list[str]) -> str:
+        if words[1] not in ("on", "off"):
+            raise UsageError("Parameter 'state' expects 'on' or 'off'")
+        self._node.set_capabilities([(words[0], words[1] == "on")])
+        return ""
+
+    def _migrate(self, words: list[str]) -> str:
+        flags = [word for word in words if word.startswith("-")]
+        where = [word for word in words if not word.startswith("-")]
+        if len(where) != 1 or set(flags) - {"-d"}:
+            raise UsageError("write migrate [-d] tcp:HOST:PORT, or unix:PATH")
+        self._node.migrate(where[0])
+        return ""
+
+    def _incoming(self, words: list[str]) -> str:
+        self._node.migrate_incoming(words[0])
+        return ""
+
+    def _cancel(self, _words: list[str]) -> str:
+        self._node.cancel()
+        return ""
+
+    def _quit(self, _words: list[str]) -> str:
+        self._node.quit()
+        return ""
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,154 @@
+"""The sockets on which a program is asked: many clients each, and a person or a machine behind.
+
+A conversation says what is talked (qmp.Conversation, terminal.Talk): bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from migrate.errors import ConnectError, UsageError
+from migrate.monitor.node import Refused
+
+MAX_CLIENTS = 32
+SEND_PATIENCE = 10.0
+# What may wait for a client that does not read its events: more, and it is dropped.
+MAX_WAITING = 1 << 20
+# Requests are served no faster than this: one client that asked without pause took the loop from
+# the migration, and made a pause of 8 ms one of 5 s.
+TURN_SECONDS = 0.002
+
+
+class Conversation(Protocol):
+    """With one client. `replies` and `drop` are for what it sent; `event` for what happens."""
+
+    def begin(self) -> bytes: ...
+
+    def replies(self, data: bytes) -> AsyncIterator[bytes]: ...
+
+    def event(self, message: dict[str, Any]) -> bytes: ...
+
+    def drop(self, error: Refused) -> bytes: ...
+
+
+class Server:
+    """Serves one socket until it is closed.
+
+    converse -- begins a conversation with a client
+    """
+
+    def __init__(self, path: str, converse: Callable[[], Conversation], option: str) -> None:
+        self._path = path
+        self._converse = converse
+        self._option = option
+        self._turn = asyncio.Lock()
+        self._clients: dict[asyncio.StreamWriter, Conversation] = {}
+        self._server: asyncio.Server | None = None
+        self._ours: tuple[int, int] | None = None
+
+    async def open(self) -> None:
+        """Raises ConnectError where the path is not to be had."""
+        sock = _bind(self._path, self._option)
+        self._ours = _identity(self._path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Sends an event to all clients; one that does not read is dropped."""
+        for writer, conversation in list(self._clients.items()):
+            if said := conversation.event(message):
+                if writer.transport.get_write_buffer_size() > MAX_WAITING:
+                    writer.transport.abort()
+                elif not writer.transport.is_closing():
+                    writer.write(said)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            if self._ours is not None and _identity(self._path) == self._ours:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+        for writer in self._clients:
+            _hang_up(writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        conversation = self._converse()
+        if len(self._clients) >= MAX_CLIENTS:
+            _hang_up(writer)
+            return
+        self._clients[writer] = conversation
+        try:
+            await _say(writer, conversation.begin())
+            while data := await reader.read(4096):
+                async for reply in conversation.replies(data):
+                    await _say(writer, reply)
+                    async with self._turn:  # all clients together: a migration goes on beside them
+                        await asyncio.sleep(TURN_SECONDS)
+        except Refused as error:
+            with contextlib.suppress(OSError, TimeoutError):
+                await _say(writer, conversation.drop(error))
+        except (OSError, TimeoutError, RuntimeError):
+            pass  # it hung up, or does not read what it asked for (uvloop: RuntimeError)
+        finally:
+            self._clients.pop(writer, None)
+            _hang_up(writer)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which file a path names: somebody may have put another one there."""
+    with contextlib.suppress(OSError):
+        named = os.stat(path)
+        return named.st_dev, named.st_ino
+    return None
+
+
+def _hang_up(writer: asyncio.StreamWriter) -> None:
+    """What its client has not made room for by now is not sent any more."""
+    if writer.transport.get_write_buffer_size():
+        writer.transport.abort()
+    else:
+        writer.close()
+
+
+async def _say(writer: asyncio.StreamWriter, said: bytes) -> None:
+    writer.write(said)
+    async with asyncio.timeout(SEND_PATIENCE):
+        await writer.drain()
+
+
+def parse_path(text: str, option: str = "--qmp") -> str:
+    """The path of `unix:PATH`. Raises UsageError."""
+    path = text.removeprefix("unix:").removesuffix(",server=on,wait=off").removesuffix(",server")
+    if not text.startswith("unix:") or not path:
+        raise UsageError(f"{option} {text!r} is not understood: write unix:PATH")
+    return path
+
+
+def _bind(path: str, option: str) -> socket.socket:
+    """A listening socket that nobody but its owner can connect to, from the first moment on."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.setblocking(False)  # its owner may be stopped, and its backlog full
+                    if probe.connect_ex(path) in (0, errno.EAGAIN):
+                        raise ConnectError(f"{option} unix:{path}: another program listens there")
+                os.unlink(path)  # its program has died
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(path)
+        sock.listen(MAX_CLIENTS)
+    except OSError as error:
+        sock.close()
+        why = error.strerror or error
+        raise ConnectError(f"{option} unix:{path}: {why}") from None
+    except ConnectError:
+        sock.close()
+        raise
+    return sock

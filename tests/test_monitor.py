@@ -1,0 +1,389 @@
+"""The monitor of real programs: the usage section of the xbzrle document, and QEMU's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pty
+import re
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qemu.qmp
+
+from migrate.cli.control import Control
+from migrate.guests.demo import DemoProcess
+from tests.programs import BIN, Program, end_guest, guest_pid, look_at
+
+GUEST = "demo:32m,hot=8m,stride=4096"
+SLOW = str(8 << 20)
+# As the document prints them, in this order.
+LABELS = """capabilities: xbzrle: on
+Migration status:
+transferred ram:
+remaining ram:
+total ram:
+total time:
+duplicate:
+normal:
+normal bytes:
+cache size:
+xbzrle transferred:
+xbzrle pages:
+xbzrle cache miss:
+xbzrle overflow :""".splitlines()
+
+
+class Idle:
+    """An idle source and a destination that waits for its address, both asked over QMP."""
+
+    def __init__(self, directory: Path, *options: str, guest: str = GUEST) -> None:
+        self.directory = directory
+        self.receiver = Program("migrate-dst", "--qmp", f"unix:{directory}/dst")
+        self.sender = Program(
+            "migrate-src", "--qmp", f"unix:{directory}/src", "--guest", guest,
+            "--monitor", f"unix:{directory}/monitor", *options,
+        )  # fmt: skip
+        self.pid = guest_pid(self.sender.read_line(r"idle: demo guest, process \d+")[0])
+        self.src, self.dst = Control(f"{directory}/src", 20), Control(f"{directory}/dst", 20)
+        self.arrived = 0
+
+    def listen(self) -> str:
+        self.dst.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        return self.receiver.read_line(r"listening on (\S+)")[1]
+
+    def until(self, *wanted: str, side: str = "src") -> dict[str, Any]:
+        control = self.src if side == "src" else self.dst
+        end = time.monotonic() + 60
+        while (state := control.execute("query-migrate")).get("status") not in wanted:
+            assert time.monotonic() < end, state
+            time.sleep(0.01)
+        return state
+
+    def verified(self) -> None:
+        """It runs at the destination and nowhere else, and every byte is right."""
+        state = self.until("completed", side="dst")
+        self.arrived = guest_pid(state["running"])
+        assert look_at(self.arrived, 0.1)[2] == -1
+        assert self.src.execute("query-status") == {"running": False, "status": "postmigrate"}
+
+    def end(self) -> None:
+        for control in (self.src, self.dst):
+            with contextlib.suppress(Exception):
+                control.execute("quit")
+            control.close()
+        for program in (self.sender, self.receiver):
+            try:
+                program.wait(20)
+            except subprocess.TimeoutExpired:
+                program.kill()
+                program.wait()
+        for pid in (self.pid, self.arrived):
+            if pid:
+                end_guest(pid)
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Any]:
+    made: list[Idle] = []
+
+    def make(*options: str, **more: str) -> Idle:
+        made.append(Idle(tmp_path, *options, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+# ---------------------------------------------------------------- for people
+
+
+class Screen:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *command: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [str(BIN / command[0]), *command[1:]], stdin=slave, stdout=slave, stderr=slave
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def until(self, pattern: str) -> str:
+        """What was shown since the last call, up to what matches."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < end, self.shown
+            self.shown += os.read(self.master, 4096).decode().replace("\r", "")
+        shown, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return shown
+
+    def type(self, line: str) -> str:
+        """What is said to a line, up to the next prompt."""
+        os.write(self.master, f"{line}\n".encode())
+        self.until(re.escape(line) + "\n")
+        return self.until(r"\(migrate-...\) ").rpartition("(migrate-")[0]
+
+
+def test_the_usage_section_word_for_word_on_a_terminal() -> None:
+    destination = Screen("migrate-dst", "--monitor", "stdio")
+    source = Screen("migrate-src", "--monitor", "stdio", "--guest", GUEST)
+    arrived = 0
+    try:
+        for screen in (destination, source):
+            screen.until(r"\(migrate-...\) ")
+            assert screen.type("info migrate_capabilities").startswith("xbzrle: on , ")
+            assert screen.type("migrate_set_capability xbzrle on") == ""
+        assert source.type("migrate_set_cache_size 256m") == ""
+        assert destination.type("migrate_incoming tcp:127.0.0.1:0") == ""
+        port = destination.until(r"listening on tcp:127.0.0.1:\d+").rpartition(":")[2]
+        assert "process" in source.shown or source.until(r"idle: demo guest, process \d+")
+        assert source.type(f"migrate -d tcp:127.0.0.1:{port}") == ""
+        end = time.monotonic() + 60
+        while "Migration status: completed" not in (said := source.type("info migrate")):
+            assert time.monotonic() < end, said
+            time.sleep(0.1)
+        lines = [line for line in said.splitlines() if not line.startswith("migrate-src: ")]
+        for line, label in zip(lines, LABELS, strict=False):
+            assert line.startswith(label)
+        assert re.search(r"^total time: \d+ milliseconds$", said, re.MULTILINE)
+        assert re.search(r"^cache size: 268435456 bytes$", said, re.MULTILINE)
+        assert source.type("info status") == "VM status: paused (postmigrate)\n"
+        assert "vm that was paused due to previous" in source.type("migrate -d tcp:a:1")
+        said = destination.until(r"runs in process \d+")
+        arrived = guest_pid(said[said.index("runs in process") :])
+        assert destination.type("info status") == "VM status: running\n"
+        assert look_at(arrived, 0.1)[2] == -1
+        for screen in (destination, source):
+            os.write(screen.master, b"quit\n")
+            assert screen.process.wait(20) == 0
+    finally:
+        for screen in (destination, source):
+            screen.process.kill()
+            screen.process.wait()
+            os.close(screen.master)
+        if arrived:
+            end_guest(arrived)
+
+
+def test_a_script_on_standard_input_is_done_to_its_end() -> None:
+    """The end of it ends the program, but not before the migration."""
+    receiver = subprocess.Popen(
+        [BIN / "migrate-dst", "--listen", "127.0.0.1:0", "--retry", "0"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert receiver.stderr is not None
+    address = receiver.stderr.readline().split()[-1]
+    done = subprocess.run(
+        [BIN / "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--max-bandwidth", "16m"],
+        input=f"migrate -d {address}\ninfo status\n", capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out, _ = receiver.communicate(timeout=20)
+    assert receiver.returncode == 0
+    pid = guest_pid(out)
+    assert look_at(pid, 0.1)[2] == -1
+    end_guest(pid)
+
+
+def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
+    both = idle()
+    path = both.directory / "monitor"
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(path))
+        reader = client.makefile("rb")
+
+        def type_(line: str) -> bytes:
+            client.sendall(f"{line}\r\n".encode())
+            said = b""
+            while not said.endswith(b"(migrate-src) "):
+                said += reader.read(1)
+            return said.removesuffix(b"(migrate-src) ")
+
+        while reader.read(1) != b")":
+            pass
+        reader.read(1)
+        assert type_("migrate tcp:127.0.0.1:1").startswith(b"Error: cannot connect to")
+        assert type_("info status") == b"VM status: running\r\n"
+        assert type_(f"migrate {both.listen()}") == b""
+        assert type_("info status") == b"VM status: paused (postmigrate)\r\n"
+    both.verified()
+
+
+# ---------------------------------------------------------------- QEMU's own client
+
+
+@pytest.mark.asyncio
+async def test_qemus_client_drives_a_whole_migration(idle) -> None:
+    both = idle()
+    address = await asyncio.to_thread(both.listen)
+    source, destination = qemu.qmp.QMPClient("src"), qemu.qmp.QMPClient("dst")
+    told: dict[str, list[Any]] = {"src": [], "dst": []}
+    await source.connect(f"{both.directory}/src")
+    await destination.connect(f"{both.directory}/dst")
+
+    async def follow(client: qemu.qmp.QMPClient, name: str) -> None:
+        with client.listener() as listener:
+            async for event in listener:
+                told[name].append(event)
+                if event.get("data", {}).get("status") == "completed":
+                    return
+
+    following = [
+        asyncio.create_task(follow(source, "src")),
+        asyncio.create_task(follow(destination, "dst")),
+    ]
+    await asyncio.sleep(0)
+    assert await source.execute("query-migrate") == {}
+    assert await source.execute("query-status") == {"running": True, "status": "running"}
+    for client in (source, destination):
+        await client.execute(
+            "migrate-set-capabilities",
+            {
+                "capabilities": [
+                    {"capability": name, "state": True} for name in ("xbzrle", "events")
+                ]
+            },
+        )
+    limits = {"xbzrle-cache-size": 1 << 24, "downtime-limit": 500, "max-bandwidth": 32 << 20}
+    await source.execute("migrate-set-parameters", limits)
+    assert limits.items() <= (await source.execute("query-migrate-parameters")).items()
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    where = {"transport": "socket", "type": "inet", "host": host, "port": port}
+    await source.execute("migrate", {"channels": [{"channel-type": "main", "addr": where}]})
+    with pytest.raises(qemu.qmp.ExecuteError, match="There's a migration process in progress"):
+        await source.execute("migrate", {"uri": address})
+    async with asyncio.timeout(60):
+        await asyncio.gather(*following)
+    state = await source.execute("query-migrate")
+    assert state["status"] == "completed"
+    assert state["xbzrle-cache"]["cache-size"] == 1 << 24
+    assert state["ram"]["remaining"] == 0
+    said = [
+        event["data"]["status"] if event["event"] == "MIGRATION" else event["event"]
+        for event in told["src"]
+        if event["event"] != "MIGRATION_PASS"
+    ]
+    assert said == ["setup", "active", "device", "STOP", "completed"]
+    passes = [e["data"]["pass"] for e in told["src"] if e["event"] == "MIGRATION_PASS"]
+    assert passes == list(range(1, state["ram"]["dirty-sync-count"] + 1))
+    times = [
+        event["timestamp"]["seconds"] * 1_000_000 + event["timestamp"]["microseconds"]
+        for event in told["src"]
+    ]
+    assert times == sorted(times)
+    arrived = [e["event"] for e in told["dst"] if e["event"] != "MIGRATION_PASS"]
+    assert arrived == ["MIGRATION", "RESUME", "MIGRATION"]
+    text = await source.execute("human-monitor-command", {"command-line": "info migrate"})
+    assert "Migration status: completed\r\n" in text
+    await asyncio.to_thread(both.verified)
+    for client in (source, destination):
+        await client.disconnect()
+
+
+# ---------------------------------------------------------------- again and again
+
+
+def test_a_migration_that_is_cancelled_or_fails_can_be_tried_again(idle, tmp_path: Path) -> None:
+    both = idle("--max-bandwidth", SLOW)
+    both.src.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
+    assert "cannot connect" in both.until("failed")["error-desc"]
+    assert both.src.execute("query-status") == {"running": True, "status": "running"}
+
+    other = Program("migrate-dst", "--listen", f"unix:{tmp_path}/other")
+    other.read_line("listening on")
+    both.src.execute("migrate", {"uri": f"unix:{tmp_path}/other"})
+    both.until("active")
+    both.src.execute("migrate_cancel")
+    both.until("cancelled")
+    assert other.wait() == 8
+    assert both.src.execute("query-status") == {"running": True, "status": "running"}
+    assert DemoProcess.attach(both.pid).words[1] == 1  # it counts on here
+    assert both.src.execute("migrate_cancel") == {}  # succeeds when there is nothing to cancel
+
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.src.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    state = both.until("completed")
+    assert state["ram"]["normal-bytes"] <= 40 << 20  # counted anew, not since the first attempt
+    both.verified()
+
+
+def test_limits_change_while_it_runs(idle) -> None:
+    """At 64 KiB/s it would take eight minutes; the new rate holds at once."""
+    both = idle("--max-bandwidth", "64k")
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.until("active")
+    with pytest.raises(Exception, match="channels cannot change during a migration"):
+        both.src.execute("migrate-set-parameters", {"multifd-channels": 2})
+    both.src.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30, "downtime-limit": 900})
+    both.until("completed")
+    both.verified()
+
+
+def test_a_lower_round_limit_ends_it(idle) -> None:
+    both = idle("--max-bandwidth", "32m", "--capability", "xbzrle=off", "--downtime-limit", "1")
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.until("active")
+    both.src.execute("migrate-set-parameters", {"max-rounds": 2})
+    assert "in 2 rounds (--max-rounds)" in both.until("failed")["error-desc"]
+    assert both.src.execute("query-status")["running"]
+
+
+def test_fifty_cache_sizes_in_one_migration_from_both_sides(idle) -> None:
+    """Under the working set and past it: the source confirms each, and the memory stays equal."""
+    both = idle(
+        "--max-bandwidth", "16m", "--downtime-limit", "0", guest="demo:16m,hot=8m,stride=4096"
+    )
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.until("active")
+    for number in range(50):
+        size = 1 << (12 + number * 7 % 16)
+        side = both.dst if number % 2 else both.src
+        side.execute("migrate-set-cache-size", {"value": size})
+        end = time.monotonic() + 30
+        while True:
+            state = both.src.execute("query-migrate")
+            assert state["status"] == "active", state
+            if state["xbzrle-cache"]["cache-size"] == size:
+                break
+            assert time.monotonic() < end, (size, state)
+            time.sleep(0.005)
+    assert both.dst.execute("query-migrate")["xbzrle-cache"]["cache-size"] in {
+        1 << (12 + number * 7 % 16) for number in range(48, 50)
+    }
+    both.src.execute("migrate-set-parameters", {"downtime-limit": 2000, "max-bandwidth": 0})
+    cache = both.until("completed")["xbzrle-cache"]
+    assert cache["cache-miss"] > 0
+    assert cache["pages"] > 0
+    both.verified()
+
+
+# ---------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
+def test_without_an_address_somebody_must_be_able_to_say_it(name: str) -> None:
+    program = Program(name)
+    assert program.wait() == 2
+    assert "--monitor stdio" in program.err
+
+
+def test_quit_ends_the_guest_that_was_never_moved(idle) -> None:
+    both = idle()
+    both.src.execute("quit")
+    assert both.sender.wait(20) == 0
+    end = time.monotonic() + 20
+    while os.path.exists(f"/proc/{both.pid}") and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{both.pid}")
