@@ -68,7 +68,7 @@ def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "required: tcp:HOST:PORT"),
+        ([], "migrate-src tcp:HOST:PORT; or how it will be said"),
         (["--nonsense", NOWHERE], "unrecognized arguments: --nonsense"),
         (["--progress", "loud", NOWHERE], "invalid choice: 'loud'"),
         (["--cpu-throttle-initial", "0", NOWHERE],
@@ -146,7 +146,7 @@ def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "required: --listen"),
+        ([], "--listen 4444; or how it will be said: --monitor stdio"),
         (["--listen", "here"], "write [HOST:]PORT or unix:PATH"),
         (["--listen", "99999"], "write [HOST:]PORT or unix:PATH"),
         (["--listen", "0", "--cache-size", "100m"], "'100m' is not a power of two"),

@@ -24,7 +24,7 @@ MEANT = {
     "--capability": "|".join(f"{name}={value}" for name in CAPABILITIES for value in ("on", "off")),
     "--congestion": "CONGESTION",
     "--guest": "demo|demo:|demo:pid=PID|file:PATH",
-    "COMMAND": "query-commands|query-migrate|query-status|quit|wait|ASKED",
+    "COMMAND": "help|info|query-commands|query-migrate|query-status|quit|wait|ASKED",
 }
 
 
