@@ -141,6 +141,47 @@ def info_migrate(s: Statistics) -> str:
     return "\n".join(lines)
 
 
+def _size(count: float) -> str:
+    """As QEMU writes sizes: three digits, 64.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1000 or unit == "TiB":
+            break
+        count /= KIB
+    return f"{count:.3g} {unit}"
+
+
+def info_migrate_all(s: Statistics) -> str:
+    """`info migrate -a`, in the layout of QEMU 10.1, which has the first one no more."""
+    down = "" if s.expected_downtime is None else f", exp_down={_milliseconds(s.expected_downtime)}"
+    if s.downtime is not None:
+        down = f", down={_milliseconds(s.downtime)}"
+    dirty = f", dirty={s.dirty_pages_rate:.0f}" if s.dirty_pages_rate else ""
+    lines = [
+        f"Status: \t\t{status_line(s).partition(': ')[2]}",
+        f"Time (ms): \t\ttotal={_milliseconds(s.total_time)}, setup={_milliseconds(s.setup_time)}"
+        f"{down}",
+        "RAM info:",
+        f"  Throughput (Mbps): \t{s.mbps:.2f}",
+        f"  Sizes: \t\tpagesize={_size(s.page_size)}, total={_size(s.total)}",
+        f"  Transfers: \t\ttransferred={_size(s.transferred)}, remain={_size(s.remaining)}",
+        f"    Channels: \t\tprecopy={_size(s.precopy_bytes)}, multifd={_size(s.channel_bytes)}, "
+        "postcopy=0 B",
+        f"    Page Types: \tnormal={s.normal}, zero={s.duplicate}",
+        f"  Page Rates (pps): \ttransfer={s.pages_per_second:.0f}{dirty}",
+        f"  Others: \t\tdirty_syncs={s.dirty_sync_count}, downtime_bytes={s.downtime_bytes}",
+    ]
+    if s.xbzrle:
+        lines += [
+            f"XBZRLE: size={s.cache_size}, transferred={s.xbzrle_bytes}, pages={s.xbzrle_pages}, "
+            f"miss={s.cache_miss}",
+            f"  miss_rate={s.cache_miss_rate:.2f}, encode_rate={s.encoding_rate:.2f}, "
+            f"overflow={s.overflow}",
+        ]
+    if s.cpu_throttle_percentage:
+        lines.append(f"CPU Throttle (%): {s.cpu_throttle_percentage}")
+    return "\n".join(lines)
+
+
 def query_migrate(s: Statistics) -> dict[str, Any]:
     """One object with the field names of QMP's query-migrate (MigrationInfo)."""
     if s.status == "none":

@@ -28,8 +28,8 @@ class NotingNode(Node):
     def query_migrate(self) -> dict[str, Any]:
         return {"status": "active"}
 
-    def info_migrate(self) -> str:
-        return "Migration status: active"
+    def info_migrate(self, *, whole: bool = False) -> str:
+        return "Status: \t\tactive" if whole else "Migration status: active"
 
     def query_status(self) -> dict[str, Any]:
         return {"running": not self.receives, "status": "inmigrate" if self.receives else "running"}

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pty
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -20,7 +21,7 @@ import qemu.qmp
 
 from migrate.cli.control import Control
 from migrate.guests.demo import DemoProcess
-from tests.programs import BIN, Program, end_guest, guest_pid, look_at
+from tests.programs import BIN, Program, children, end_guest, guest_pid, look_at
 
 GUEST = "demo:32m,hot=8m,stride=4096"
 SLOW = str(8 << 20)
@@ -117,6 +118,12 @@ class Screen:
         os.close(slave)
         self.shown = ""
 
+    def begin(self, *patterns: str) -> None:
+        """Waits until all of these were shown, in whichever order."""
+        for pattern in patterns:
+            self.shown = self.until(pattern) + self.shown
+        self.shown = ""
+
     def until(self, pattern: str) -> str:
         """What was shown since the last call, up to what matches."""
         end = time.monotonic() + 60
@@ -138,14 +145,14 @@ def test_the_usage_section_word_for_word_on_a_terminal() -> None:
     source = Screen("migrate-src", "--monitor", "stdio", "--guest", GUEST)
     arrived = 0
     try:
+        source.begin(r"\(migrate-src\) ", r"idle: demo guest, process \d+.*\n")
+        destination.begin(r"\(migrate-dst\) ")
         for screen in (destination, source):
-            screen.until(r"\(migrate-...\) ")
             assert screen.type("info migrate_capabilities").startswith("xbzrle: on , ")
             assert screen.type("migrate_set_capability xbzrle on") == ""
         assert source.type("migrate_set_cache_size 256m") == ""
         assert destination.type("migrate_incoming tcp:127.0.0.1:0") == ""
         port = destination.until(r"listening on tcp:127.0.0.1:\d+").rpartition(":")[2]
-        assert "process" in source.shown or source.until(r"idle: demo guest, process \d+")
         assert source.type(f"migrate -d tcp:127.0.0.1:{port}") == ""
         end = time.monotonic() + 60
         while "Migration status: completed" not in (said := source.type("info migrate")):
@@ -292,6 +299,18 @@ async def test_qemus_client_drives_a_whole_migration(idle) -> None:
         await client.disconnect()
 
 
+def test_qemus_shell(idle) -> None:
+    both = idle()
+    lines = ["query-status", "migrate-set-parameters max-bandwidth=1000000", "query-migrate"]
+    done = subprocess.run(
+        [BIN / "qmp-shell", f"{both.directory}/src"], input="\n".join(lines), text=True,
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert '"return": {"running": true, "status": "running"}' in done.stdout
+    assert "error" not in done.stdout
+    assert both.src.execute("query-migrate-parameters")["max-bandwidth"] == 1_000_000
+
+
 # ---------------------------------------------------------------- again and again
 
 
@@ -379,11 +398,44 @@ def test_without_an_address_somebody_must_be_able_to_say_it(name: str) -> None:
     assert "--monitor stdio" in program.err
 
 
-def test_quit_ends_the_guest_that_was_never_moved(idle) -> None:
+def gone(pid: int) -> bool:
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < end:
+        try:
+            if not Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True  # it waits for its parent to take note
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def test_quit_ends_the_guest_that_was_never_moved_and_no_other(idle, tmp_path: Path) -> None:
     both = idle()
+    other = Program(
+        "migrate-src", "--qmp", f"unix:{tmp_path}/other", "--guest", f"demo:pid={both.pid}"
+    )
+    other.read_line("idle: ")
+    with Control(f"{tmp_path}/other", 20) as control:
+        control.execute("quit")
+    assert other.wait(20) == 0
+    assert both.src.execute("query-status") == {"running": True, "status": "running"}
     both.src.execute("quit")
     assert both.sender.wait(20) == 0
-    end = time.monotonic() + 20
-    while os.path.exists(f"/proc/{both.pid}") and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{both.pid}")
+    assert gone(both.pid)
+
+
+def test_a_signal_before_the_guest_is_ready_leaves_none_behind() -> None:
+    source = Program("migrate-src", "--monitor", "stdio", "--guest", "demo:2g,fill=random")
+    deadline = time.monotonic() + 20
+    while not (guests := [pid for pid in children(source.process.pid) if not gone_already(pid)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(0.2)
+    source.kill(signal.SIGTERM)
+    assert source.wait(20) in (143, -signal.SIGTERM)
+    assert all(gone(pid) for pid in guests)
+
+
+def gone_already(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")

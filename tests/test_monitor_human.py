@@ -91,6 +91,13 @@ async def test_migrate_waits_and_says_why_it_failed_and_with_d_it_does_not() -> 
     assert node.done[-2:] == ["cancel", "quit"]
 
 
+def test_two_layouts() -> None:
+    human = Human(NotingNode())
+    assert human.execute("info migrate") == "Migration status: active\n"
+    assert human.execute("info migrate -a") == "Status: \t\tactive\n"
+    assert "extraneous" in human.execute("info status -a")
+
+
 def test_each_side_has_its_own_commands() -> None:
     source, destination = Human(NotingNode()), Human(NotingNode(receives=True))
     assert "unknown command" in source.execute("migrate_incoming tcp:a:1")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.statistics import Statistics, info_migrate, query_migrate
+from migrate.statistics import Statistics, info_migrate, info_migrate_all, query_migrate
 
 SEED = [
     ("capabilities", "xbzrle: on"),
@@ -157,3 +157,25 @@ def test_the_throttle_shows_while_it_is_on():
     slowed = FULL.with_(cpu_throttle_percentage=30)
     assert ("cpu throttle percentage", "30") in labels(slowed)
     assert query_migrate(slowed)["cpu-throttle-percentage"] == 30
+
+
+def test_the_layout_of_later_qemus():
+    """Labels, tabs and units of QEMU 10.1's `info migrate -a`."""
+    assert info_migrate_all(FULL).splitlines() == [
+        "Status: \t\tcompleted",
+        "Time (ms): \t\ttotal=2500, setup=10, down=42",
+        "RAM info:",
+        "  Throughput (Mbps): \t123.46",
+        "  Sizes: \t\tpagesize=4 KiB, total=64 MiB",
+        "  Transfers: \t\ttransferred=1.21 MiB, remain=8 KiB",
+        "    Channels: \t\tprecopy=0.977 KiB, multifd=0 B, postcopy=0 B",
+        "    Page Types: \tnormal=22, zero=11",
+        "  Page Rates (pps): \ttransfer=100, dirty=12",
+        "  Others: \t\tdirty_syncs=7, downtime_bytes=2048",
+        "XBZRLE: size=67108864, transferred=20480, pages=80, miss=5",
+        "  miss_rate=0.25, encode_rate=16.00, overflow=3",
+    ]
+    running = FULL.with_(status="active", downtime=None, cpu_throttle_percentage=30)
+    said = info_migrate_all(running)
+    assert "total=2500, setup=10, exp_down=200\n" in said
+    assert said.endswith("\nCPU Throttle (%): 30")

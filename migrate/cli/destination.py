@@ -436,8 +436,9 @@ class DestinationProgram(Node):
     def quit(self) -> None:
         self.stop.request()
 
-    def info_migrate(self) -> str:
-        """The seed's lines, those of them that are known here."""
+    def info_migrate(self, *, whole: bool = False) -> str:
+        """The seed's lines, those of them that are known here: there are no others."""
+        del whole
         from migrate.monitor.settings import switches
 
         arrival = self.destination.arrival if self.destination else None

@@ -180,6 +180,17 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.request, number)
 
+    def cancels_me(self) -> None:
+        """From now on the task that calls this is cancelled."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel() -> str:
+            task.cancel()
+            return ""
+
+        self.install(cancel)
+
     def cancel(self) -> str:
         """Cancels what runs, and goes on; or returns the sentence why it is too late."""
         return self._cancel()

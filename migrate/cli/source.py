@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,13 @@ from migrate.errors import CancelledByPeer, HandOverUnknown, MigrationError, Usa
 from migrate.guests.process import start_time
 from migrate.journal import attempt, check_directory, default_directory
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
-from migrate.statistics import Statistics, info_migrate, query_migrate, status_line
+from migrate.statistics import (
+    Statistics,
+    info_migrate,
+    info_migrate_all,
+    query_migrate,
+    status_line,
+)
 from migrate.views.options import Views, add_view_options
 from proto.ownership import Role
 
@@ -270,6 +278,8 @@ class SourceProgram(Node):
         self._over = asyncio.Event()
         self._moved = False
         self._pid, self._born = 0, ""
+        self._ends_guest = args.stay
+        """A demo guest that somebody else has started outlives an idle program."""
 
     async def run(self) -> int:
         """Moves the guest, stays if it is to; the exit code."""
@@ -280,15 +290,17 @@ class SourceProgram(Node):
         async with answering(self.args, self) as terminal:
             status = 0
             if self.idle:
-                await self._start_guest()
+                if not await self._start_guest():
+                    return 128 + self.stop.signal
             else:
                 status = await self._migrate()
             if self.idle or self.args.stay:
                 status = await self._stay(status, terminal)
             return status
 
-    async def _start_guest(self) -> None:
-        """It runs, and can be moved when that is asked for."""
+    async def _start_guest(self) -> bool:
+        """It runs, and can be moved when that is asked for. False: it was not to be."""
+        self.stop.cancels_me()
         guest = self.opened()
         try:
             self._know(guest)
@@ -296,12 +308,19 @@ class SourceProgram(Node):
                 await guest.started()
             if not self.args.quiet:
                 self.progress.say(f"idle: {guest.description} is not moved before it is asked for")
+            return True
+        except asyncio.CancelledError:
+            _take_note()
+            if self._ends_guest:
+                os.kill(guest.pid, signal.SIGTERM)
+            return False
         finally:
             await guest.close()
 
     def _know(self, guest: Guest) -> None:
         """From now on the guest is this one; to move it (again) it is opened anew."""
         if guest.pid:
+            self._ends_guest |= f"pid={guest.pid}" not in self.args.guest
             self._pid, self._born = guest.pid, start_time(guest.pid)
             self.args.guest = f"demo:pid={guest.pid}"
         self.opened = self._open_again
@@ -335,9 +354,8 @@ class SourceProgram(Node):
         for; the exit code of the last migration."""
         while True:
             self.stop.install(str)
-            ends = asyncio.ensure_future(
-                self.stop.stay(0 if self._moved else self._pid, self._born)
-            )
+            pid = self._pid if self._ends_guest and not self._moved else 0
+            ends = asyncio.ensure_future(self.stop.stay(pid, self._born))
             asked = asyncio.ensure_future(self._wanted.wait())
             waiting: set[asyncio.Future[Any]] = {ends, asked}
             if terminal is not None:
@@ -383,14 +401,7 @@ class SourceProgram(Node):
 
     async def _connect(self) -> Link | None:
         """None where it was cancelled."""
-        task = asyncio.current_task()
-        assert task is not None
-
-        def cancel() -> str:
-            task.cancel()
-            return ""
-
-        self.stop.install(cancel)
+        self.stop.cancels_me()
         self._early = Statistics(status="setup")
         if not self.args.quiet:
             self.progress.say(f"connecting to {self.address}")
@@ -406,7 +417,7 @@ class SourceProgram(Node):
                 "migrate-src: cancelled before it was connected: nothing was moved",
                 file=sys.stderr,
             )
-            task.uncancel()
+            _take_note()
             self._early = Statistics(status="cancelled")
             self.tell_migration("MIGRATION", status="cancelled")
             return None
@@ -439,7 +450,7 @@ class SourceProgram(Node):
             await guest.started()
             await source.run()
         except asyncio.CancelledError:
-            task.uncancel()
+            _take_note()
             status = self._cancelled_code()
             progress.clear()
             print(f"migrate-src: cancelled; {self._where(guest)}", file=sys.stderr)
@@ -482,14 +493,7 @@ class SourceProgram(Node):
         """--dry-run: prints what is predicted; the exit code: whether it would converge."""
         from migrate.cli.rehearsal import Rehearsal
 
-        task = asyncio.current_task()
-        assert task is not None
-
-        def cancel() -> str:
-            task.cancel()
-            return ""
-
-        self.stop.install(cancel)
+        self.stop.cancels_me()
         progress = self.progress
         new = self.args.guest.startswith("demo") and "pid=" not in self.args.guest
         rehearsal = Rehearsal(
@@ -556,11 +560,12 @@ class SourceProgram(Node):
         early = {"status": self._early.status, "error-desc": self._early.error}
         return {name: said for name, said in early.items() if said not in ("", "none")}
 
-    def info_migrate(self) -> str:
+    def info_migrate(self, *, whole: bool = False) -> str:
         from migrate.monitor.settings import switches
 
         if self.source is not None and self.source.statistics.capabilities:
-            return info_migrate(self.source.statistics)
+            show = info_migrate_all if whole else info_migrate
+            return show(self.source.statistics)
         on = "on" if switches(self.parameters)["xbzrle"] else "off"
         return f"capabilities: xbzrle: {on}\n{status_line(self._statistics)}"
 
@@ -584,6 +589,7 @@ class SourceProgram(Node):
         self.source, self._early = None, Statistics(status="setup")
         self._over.clear()
         self._wanted.set()
+        self.stop.install(lambda: "migrate-src: it is only just beginning: try again")
 
     def cancel(self) -> None:
         if self.migrating and (refusal := self.stop.cancel()):
@@ -608,6 +614,13 @@ class SourceProgram(Node):
         elif self.source.statistics.status == "device":
             status = "finish-migrate"
         return {"running": status == "running", "status": status}
+
+
+def _take_note() -> None:
+    """A cancellation was meant for what is over now, not for what this task does next."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
 
 
 async def _run(args: argparse.Namespace) -> int:

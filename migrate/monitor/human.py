@@ -32,7 +32,11 @@ class Human:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.infos = {
-            "migrate": ("[-a]", "how far the migration is", self._info_migrate),
+            "migrate": (
+                "[-a]",
+                "how far the migration is (-a: as later QEMUs print it)",
+                self._info_migrate,
+            ),
             "migrate_cache_size": ("", "the size of the xbzrle cache", self._info_cache_size),
             "migrate_capabilities": ("", "what is switched on", self._info_capabilities),
             "migrate_parameters": ("", "what is set", self._info_parameters),
@@ -124,6 +128,8 @@ class Human:
             return f"unknown command: 'info {_printable(words[0])}'\n"
         if words[1:] not in ([], ["-a"]) or (words[1:] and words[0] != "migrate"):
             return f"info {words[0]}: extraneous characters at the end of line\n"
+        if words[1:]:
+            return f"{self._node.info_migrate(whole=True)}\n"
         return found[2]()
 
     def _info_migrate(self) -> str:

@@ -46,8 +46,8 @@ class Node(ABC):
         """QMP's MigrationInfo; {} before there was a migration."""
 
     @abstractmethod
-    def info_migrate(self) -> str:
-        """The same, for people."""
+    def info_migrate(self, *, whole: bool = False) -> str:
+        """The same, for people; `whole` in the layout of later QEMUs."""
 
     @abstractmethod
     def query_status(self) -> dict[str, Any]:
