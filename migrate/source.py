@@ -579,8 +579,6 @@ class Source:
                 scan = 0.0
             stale = max(digest.stale(dirty.bits), self._peer_stale)
             pending = Pending(len(dirty), stale, scan, rate)
-            stale = max(digest.stale(dirty.bits), self._peer_stale)
-            pending = Pending(len(dirty), stale, scan, rate)
             await self._slow_down(pending, measured, elapsed)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
