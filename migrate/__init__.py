@@ -29,8 +29,8 @@ if _TYPE_CHECKING:
     from migrate.errors import MigrationError
     from migrate.guests.buffer import BufferGuest, GuestMoved
     from migrate.library import Received, receive, send
+    from migrate.parameters import Parameters
     from migrate.rounds import Limits
-    from migrate.source import Parameters
     from migrate.statistics import Statistics
     from migrate.tls import Credentials
     from proto.ownership import Role
@@ -42,7 +42,7 @@ _HOMES = {
     "GuestMoved": "migrate.guests.buffer",
     "Limits": "migrate.rounds",
     "MigrationError": "migrate.errors",
-    "Parameters": "migrate.source",
+    "Parameters": "migrate.parameters",
     "Received": "migrate.library",
     "Role": "proto.ownership",
     "Statistics": "migrate.statistics",

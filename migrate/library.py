@@ -15,8 +15,9 @@ from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
 from migrate.guests.guest import Guest
 from migrate.handover import Records
+from migrate.parameters import Parameters
 from migrate.quantities import format_size
-from migrate.source import RETRY_SECONDS, Observer, Parameters, Source
+from migrate.source import RETRY_SECONDS, Observer, Source
 from migrate.statistics import Statistics
 from migrate.tls import PLAIN, Credentials, networks
 from proto.messages import GuestInfo

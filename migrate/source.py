@@ -20,9 +20,9 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 
 from migrate.advice import advice, option_size
 from migrate.brake import Brake
@@ -40,7 +40,6 @@ from migrate.errors import (
     PeerError,
     PeerLost,
     TlsError,
-    UsageError,
     code_of,
     failure_of,
 )
@@ -49,19 +48,19 @@ from migrate.guests.guest import Guest
 from migrate.handover import ask_until_known, written
 from migrate.journal import Journal, JournalError
 from migrate.link import Link
+from migrate.parameters import Parameters
 from migrate.quantities import format_size
-from migrate.rounds import DowntimeModel, Limits, Measured, Pending, Policy, Verdict
+from migrate.rounds import DowntimeModel, Measured, Pending, Policy, Verdict
 from migrate.statistics import Statistics
 from migrate.throttle import CAPABILITY as AUTO_CONVERGE
-from migrate.throttle import Look, Throttle
+from migrate.throttle import Look
 from migrate.tracking import DirtyTracker, ScanTracker
 from migrate.workingset import WorkingSet
-from proto import LocalError, ProtoError
+from proto import ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
 from proto.messages import (
-    MAX_CHANNELS,
     MAX_STATE,
     SEED_BYTES,
     TOKEN_BYTES,
@@ -82,9 +81,6 @@ from proto.messages import (
 from proto.ownership import Claim, Event, Role
 from proto.pageset import PageSet
 
-PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
-DEFAULT_CACHE_SIZE = 64 << 20
-DEFAULT_CACHE_MAX = 1 << 30
 # Inside a round, statistics are brought up to date no more often.
 UPDATE_SECONDS = 0.05
 HANDSHAKE_SECONDS = 15.0
@@ -101,59 +97,7 @@ PAUSE_SECONDS = 5.0
 MAX_PAUSES = 3
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """What a user can set. Names are QEMU's; sizes in bytes, times in seconds.
-
-    cache_max -- the cache finds its size itself, from `cache_size` up to this; 0: it keeps its size
-
-    Raises UsageError for what cannot be.
-    """
-
-    cache_size: int = DEFAULT_CACHE_SIZE
-    page_size: int = 4096
-    limits: Limits = field(default_factory=Limits)
-    channels: int = 1
-    capabilities: Mapping[str, bool] = field(default_factory=dict)
-    cache_max: int = 0
-    throttle: Throttle = field(default_factory=Throttle)
-
-    @property
-    def auto_converge(self) -> bool:
-        """Whether a guest that does not converge is slowed: off unless it is switched on."""
-        return self.capabilities.get(AUTO_CONVERGE, False)
-
-    @property
-    def wire_capabilities(self) -> frozenset[str]:
-        """The optional ones that the destination is offered. Raises LocalError."""
-        switches = {name: on for name, on in self.capabilities.items() if name not in LOCAL}
-        return caps.switched_on(switches)
-
-    def __post_init__(self) -> None:
-        if self.page_size not in PAGE_SIZES:
-            raise UsageError(f"a page of {self.page_size} bytes: it is one of {PAGE_SIZES}")
-        if self.cache_size < self.page_size or self.cache_size & (self.cache_size - 1):
-            raise UsageError(
-                f"a cache of {self.cache_size} bytes: it is a power of two of at least one page"
-            )
-        if self.cache_max and (self.cache_max < self.page_size or self.cache_max.bit_count() != 1):
-            raise UsageError(
-                f"a cache of at most {self.cache_max} bytes: it is a power of two of at least one "
-                "page"
-            )
-        if not 1 <= self.channels <= MAX_CHANNELS:
-            raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")
-        try:
-            _ = self.wire_capabilities
-        except LocalError as error:
-            raise UsageError(str(error)) from None
-
-
 Observer = Callable[[str, Statistics], None]
-# What an operator may change while a migration runs; the rest is agreed on with the destination.
-LIVE = ("cache_size", "cache_max", "limits", "throttle")
-# Capabilities that the destination never hears of: who may be slowed, and who is told what happens.
-LOCAL = (AUTO_CONVERGE, "events")
 
 
 class Source:
@@ -526,9 +470,7 @@ class Source:
         Raises UsageError for a change of what was agreed on with the destination.
         """
         ours = self.parameters
-        for name in (one.name for one in fields(Parameters)):
-            if name not in LIVE and getattr(parameters, name) != getattr(ours, name):
-                raise UsageError(f"{name.replace('_', ' ')} cannot change during a migration")
+        ours.check_change(parameters)
         self.parameters = parameters
         self._policy.limits = parameters.limits
         self.channels.link.limit.rate = parameters.limits.max_bandwidth

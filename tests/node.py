@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from migrate.monitor.node import Node, Refused
-from migrate.source import Parameters
+from migrate.parameters import Parameters
 
 
 class NotingNode(Node):

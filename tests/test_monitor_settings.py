@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from migrate.errors import UsageError
 from migrate.monitor import settings
 from migrate.monitor.settings import SETTINGS, Kind
-from migrate.source import Parameters
+from migrate.parameters import Parameters
 
 ALL = st.sampled_from(list(SETTINGS.values()))
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from migrate.journal import Journal
     from migrate.link import Link
     from migrate.monitor.terminal import Terminal
-    from migrate.source import Parameters
+    from migrate.parameters import Parameters
     from proto.messages import GuestInfo, Message
 
 
@@ -92,7 +92,7 @@ class DestinationProgram(Node):
         from migrate.guests.file import check_output
         from migrate.guests.reopen import reopen_place
         from migrate.handover import Records
-        from migrate.source import DEFAULT_CACHE_SIZE, Parameters
+        from migrate.parameters import DEFAULT_CACHE_SIZE, Parameters
         from migrate.tls import networks
 
         self.args = args

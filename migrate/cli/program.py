@@ -320,6 +320,8 @@ def run(
     except MigrationError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM  # it was told to end before it had begun
     except BrokenPipeError:
         return 1
     except OSError as error:

@@ -18,8 +18,8 @@ from migrate import dry_run, probe
 from migrate.errors import MigrationError, NotConvergedError, PeerError, code_of, failure_of
 from migrate.guests.guest import Guest
 from migrate.link import Link
+from migrate.parameters import Parameters
 from migrate.sample import Sample, Sampler
-from migrate.source import Parameters
 from proto import capabilities as caps
 from proto.messages import Hello
 

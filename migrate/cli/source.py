@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from migrate.guests.guest import Guest
     from migrate.link import Link
     from migrate.monitor.terminal import Terminal
-    from migrate.source import Parameters, Source
+    from migrate.parameters import Parameters
+    from migrate.source import Source
     from migrate.throttle import Throttle
 
 
@@ -158,8 +159,8 @@ def throttle_of(args: argparse.Namespace) -> Throttle:
 
 def parameters_of(args: argparse.Namespace) -> Parameters:
     """Raises UsageError for anything that cannot be."""
+    from migrate.parameters import Parameters
     from migrate.rounds import Limits
-    from migrate.source import Parameters
     from migrate.throttle import CAPABILITY as AUTO_CONVERGE
 
     capabilities = switches(args.capability, frozenset({AUTO_CONVERGE}))
@@ -190,7 +191,7 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
 def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
     """The cache's size at first, and for `auto` the largest, else 0. Raises UsageError."""
     from migrate.available import available_memory
-    from migrate.source import DEFAULT_CACHE_MAX, DEFAULT_CACHE_SIZE
+    from migrate.parameters import DEFAULT_CACHE_MAX, DEFAULT_CACHE_SIZE
 
     if size != "auto":
         if most is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from migrate.errors import UsageError
 
 if TYPE_CHECKING:
-    from migrate.source import Parameters
+    from migrate.parameters import Parameters
 
 
 class Refused(Exception):  # noqa: N818 - what was answered, not a kind of exception
@@ -81,11 +81,12 @@ class Node(ABC):
     def set_capabilities(self, switches: list[tuple[object, object]]) -> None:
         """Takes all of these, or none; not while a migration is under way."""
         from migrate.monitor import settings
+        from migrate.parameters import EVENTS
 
         parameters = self.parameters
         try:
             for name, state in switches:
-                if self.migrating and name != settings.EVENTS:
+                if self.migrating and name != EVENTS:
                     raise Refused(IN_PROGRESS)
                 parameters = settings.switched(parameters, name, state)
         except UsageError as error:
@@ -128,7 +129,7 @@ class Node(ABC):
 
     def tell_migration(self, event: str, **data: Any) -> None:
         """One of those that must be switched on."""
-        from migrate.monitor import settings
+        from migrate.parameters import EVENTS
 
-        if settings.switches(self.parameters)[settings.EVENTS]:
+        if self.parameters.capabilities.get(EVENTS, False):
             self.tell(event, **data)

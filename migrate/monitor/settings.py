@@ -1,7 +1,7 @@
 """Parameters and capabilities by the names that operators use, which are QEMU's where it has one.
 
-Each has a path into migrate.source.Parameters, which checks what it is given. A program takes the
-whole of the parameters anew with each change; a migration that runs takes what may change then.
+Each has a path into Parameters (migrate.parameters), which checks what it is given. A program takes
+the whole of them anew with each change; a migration that runs takes what may change then.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from typing import Any
 
 from migrate import quantities
 from migrate.errors import UsageError
-from migrate.source import Parameters
-from migrate.throttle import CAPABILITY as AUTO_CONVERGE
+from migrate.parameters import LOCAL, Parameters
 from proto.capabilities import OPTIONAL
 
 MAX_DOWNTIME = 2_000_000
-# Only our own monitor sends events, so it alone need know of this one.
-EVENTS = "events"
-OFF_BY_DEFAULT = (AUTO_CONVERGE, EVENTS)
 # xbzrle first: people look for it.
-CAPABILITIES = (*sorted(OPTIONAL), AUTO_CONVERGE, EVENTS)
+CAPABILITIES = (*sorted(OPTIONAL), *LOCAL)
 
 
 class Kind(Enum):
@@ -152,9 +148,7 @@ def mebibytes(text: str, what: str) -> int:
 
 def switches(parameters: Parameters) -> dict[str, bool]:
     """All capabilities, and whether each is on."""
-    return {
-        name: parameters.capabilities.get(name, name not in OFF_BY_DEFAULT) for name in CAPABILITIES
-    }
+    return {name: parameters.capabilities.get(name, name not in LOCAL) for name in CAPABILITIES}
 
 
 def switched(parameters: Parameters, name: object, state: object) -> Parameters:

@@ -1,0 +1,78 @@
+"""What a user can set for a migration, checked, and what of it may change while one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from migrate.errors import UsageError
+from migrate.rounds import Limits
+from migrate.throttle import CAPABILITY as AUTO_CONVERGE
+from migrate.throttle import Throttle
+from proto import LocalError
+from proto import capabilities as caps
+from proto.messages import MAX_CHANNELS
+
+PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
+DEFAULT_CACHE_SIZE = 64 << 20
+DEFAULT_CACHE_MAX = 1 << 30
+# Only our own monitor sends events.
+EVENTS = "events"
+# Capabilities that the destination never hears of: who may be slowed, and who is told what happens.
+LOCAL = (AUTO_CONVERGE, EVENTS)
+# What may change while a migration runs; the rest is agreed on with the destination.
+LIVE = ("cache_size", "cache_max", "limits", "throttle")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a user can set. Names are QEMU's; sizes in bytes, times in seconds.
+
+    cache_max -- the cache finds its size itself, from `cache_size` up to this; 0: it keeps its size
+
+    Raises UsageError for what cannot be.
+    """
+
+    cache_size: int = DEFAULT_CACHE_SIZE
+    page_size: int = 4096
+    limits: Limits = field(default_factory=Limits)
+    channels: int = 1
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+    cache_max: int = 0
+    throttle: Throttle = field(default_factory=Throttle)
+
+    @property
+    def auto_converge(self) -> bool:
+        """Whether a guest that does not converge is slowed: off unless it is switched on."""
+        return self.capabilities.get(AUTO_CONVERGE, False)
+
+    @property
+    def wire_capabilities(self) -> frozenset[str]:
+        """The optional ones that the destination is offered. Raises LocalError."""
+        switches = {name: on for name, on in self.capabilities.items() if name not in LOCAL}
+        return caps.switched_on(switches)
+
+    def check_change(self, other: Parameters) -> None:
+        """Raises UsageError where a migration that runs cannot take these others."""
+        for name in (one.name for one in fields(self)):
+            if name not in LIVE and getattr(other, name) != getattr(self, name):
+                raise UsageError(f"{name.replace('_', ' ')} cannot change during a migration")
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise UsageError(f"a page of {self.page_size} bytes: it is one of {PAGE_SIZES}")
+        if self.cache_size < self.page_size or self.cache_size & (self.cache_size - 1):
+            raise UsageError(
+                f"a cache of {self.cache_size} bytes: it is a power of two of at least one page"
+            )
+        if self.cache_max and (self.cache_max < self.page_size or self.cache_max.bit_count() != 1):
+            raise UsageError(
+                f"a cache of at most {self.cache_max} bytes: it is a power of two of at least one "
+                "page"
+            )
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")
+        try:
+            _ = self.wire_capabilities
+        except LocalError as error:
+            raise UsageError(str(error)) from None
