@@ -58,7 +58,14 @@ class Idle:
 
     def listen(self) -> str:
         self.dst.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
-        return self.receiver.read_line(r"listening on (\S+)")[1]
+        address = self.receiver.read_line(r"listening on (\S+)")[1]
+        assert self.dst.execute("query-migrate") == {
+            "status": "setup",
+            "socket-address": [
+                {"type": "inet", "host": "127.0.0.1", "port": address.rpartition(":")[2]}
+            ],
+        }
+        return address
 
     def until(self, *wanted: str, side: str = "src") -> dict[str, Any]:
         control = self.src if side == "src" else self.dst

@@ -470,19 +470,29 @@ class DestinationProgram(Node):
         return {"running": running, "status": "running" if running else "inmigrate"}
 
     def query_migrate(self) -> dict[str, Any]:
-        """How far the guest that comes has come; {} before one was accepted."""
-        if self.destination is None or self.destination.arrival.info is None:
+        """How far the guest that comes has come; {} before anybody can come."""
+        if self._door is None:
             return {}
+        address = self._door.address
+        inet = {"type": "inet", "host": address.host, "port": str(address.port)}
+        unix = {"type": "unix", "path": address.path}
+        where = {"socket-address": [unix if address.path else inet]}
+        if self.destination is None or self.destination.arrival.info is None:
+            return {"status": "setup", **where}
         arrival = self.destination.arrival
         assert arrival.info is not None
         return {
             "status": arrival.status,
+            **where,
             "guest": {"kind": arrival.info.kind, "size": arrival.info.size},
             "ram": {
                 "received": arrival.received,
+                "total": arrival.info.size,
                 "duplicate": arrival.zero,
                 "normal": arrival.raw,
+                "normal-bytes": arrival.raw * arrival.info.page_size,
                 "dirty-sync-count": arrival.rounds,
+                "page-size": arrival.info.page_size,
             },
             "xbzrle-cache": {"pages": arrival.delta, "cache-size": arrival.cache_size},
             "running": arrival.running,
