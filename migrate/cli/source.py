@@ -274,10 +274,10 @@ class SourceProgram(Node):
         self.progress = Views(args)
         self.stop = Stop()
         self.source: Source | None = None
-        self._early = Statistics()
+        self._early = Statistics(status="none" if self.idle else "setup")
         self._wanted = asyncio.Event()
         self._over = asyncio.Event()
-        self._moved = False
+        self._moved, self._busy = False, not self.idle
         self._pid, self._born = 0, ""
         self._ends_guest = args.stay
         """A demo guest that somebody else has started outlives an idle program."""
@@ -331,6 +331,13 @@ class SourceProgram(Node):
 
     async def _migrate(self) -> int:
         """Connects and moves the guest; the exit code."""
+        self._busy = True
+        try:
+            return await self._connect_and_move()
+        finally:
+            self._busy = False
+
+    async def _connect_and_move(self) -> int:
         peer = await self._connect()
         if peer is None:
             return self._cancelled_code()
@@ -552,8 +559,7 @@ class SourceProgram(Node):
 
     @property
     def migrating(self) -> bool:
-        status = self._statistics.status
-        return self._wanted.is_set() or status in ("setup", "active", "device", "cancelling")
+        return self._busy or self._wanted.is_set()
 
     def query_migrate(self) -> dict[str, Any]:
         if self.source is not None:

@@ -93,8 +93,10 @@ class Server:
         except Refused as error:
             with contextlib.suppress(OSError, TimeoutError):
                 await _say(writer, conversation.drop(error))
-        except (OSError, TimeoutError, RuntimeError):
-            pass  # it hung up, or does not read what it asked for (uvloop: RuntimeError)
+        except (OSError, TimeoutError, RuntimeError, asyncio.CancelledError):
+            # It hung up, or does not read what it asked for (uvloop: RuntimeError); or the program
+            # ends, and asyncio's streams make a traceback of a task that was cancelled.
+            pass
         finally:
             self._clients.pop(writer, None)
             _hang_up(writer)
