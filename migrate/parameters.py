@@ -47,10 +47,14 @@ class Parameters:
         return self.capabilities.get(AUTO_CONVERGE, False)
 
     @property
+    def wire_switches(self) -> dict[str, bool]:
+        """The capabilities that both sides have to agree on."""
+        return {name: on for name, on in self.capabilities.items() if name not in LOCAL}
+
+    @property
     def wire_capabilities(self) -> frozenset[str]:
         """The optional ones that the destination is offered. Raises LocalError."""
-        switches = {name: on for name, on in self.capabilities.items() if name not in LOCAL}
-        return caps.switched_on(switches)
+        return caps.switched_on(self.wire_switches)
 
     def check_change(self, other: Parameters) -> None:
         """Raises UsageError where a migration that runs cannot take these others."""

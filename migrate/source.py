@@ -213,8 +213,7 @@ class Source:
         finally:
             self._worker.shutdown(wait=True)
             self._journal.close(keep=self.resumable)
-            with contextlib.suppress(BaseException):
-                await self.channels.close()
+            await self.channels.close()
             self._update()
             self._advise()
         return self.statistics

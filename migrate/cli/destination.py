@@ -24,7 +24,6 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import (
-    CancelledByPeer,
     MigrationError,
     OnCompleteError,
     PeerError,
@@ -176,7 +175,7 @@ class DestinationProgram(Node):
 
     def _cancelled(self) -> int:
         print("migrate-dst: cancelled; nothing is left of the guest here", file=sys.stderr)
-        return 128 + self.stop.signal if self.stop.signal else CancelledByPeer.exit_code
+        return self.stop.cancelled_code
 
     async def _silence(self, terminal: Terminal) -> None:
         """Nobody can ask for anything any more: what was asked for is done, and that is all."""
@@ -269,7 +268,6 @@ class DestinationProgram(Node):
 
     def _destination(self, peer: Link) -> Destination:
         from migrate.destination import Destination
-        from proto.capabilities import OPTIONAL
 
         def link() -> Link:
             return self.destination.link if self.destination else peer
@@ -299,10 +297,8 @@ class DestinationProgram(Node):
 
         assert self._door is not None
         return Destination(
-            peer, self._place,
-            {name: on for name, on in self.parameters.capabilities.items() if name in OPTIONAL},
-            observe, self._door.lane, records=self.records, retry=self.retry,
-            resolve_timeout=self.resolve_timeout,
+            peer, self._place, self.parameters.wire_switches, observe, self._door.lane,
+            records=self.records, retry=self.retry, resolve_timeout=self.resolve_timeout,
         )  # fmt: skip
 
     def _ask_for_cache(self) -> None:

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
-from migrate.errors import MigrationError, UsageError
+from migrate.errors import CancelledByPeer, MigrationError, UsageError
 from migrate.guests.process import start_time
 from proto.ownership import Role
 
@@ -179,6 +179,11 @@ class Stop:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.request, number)
+
+    @property
+    def cancelled_code(self) -> int:
+        """The exit code of what was cancelled: by a signal, or by a command of an operator."""
+        return 128 + self.signal if self.signal else CancelledByPeer.exit_code
 
     def cancels_me(self) -> None:
         """From now on the task that calls this is cancelled."""

@@ -27,7 +27,7 @@ from migrate.cli.program import (
     seconds,
     switches,
 )
-from migrate.errors import CancelledByPeer, HandOverUnknown, MigrationError, UsageError
+from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
 from migrate.journal import attempt, check_directory, default_directory
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
@@ -340,7 +340,7 @@ class SourceProgram(Node):
     async def _connect_and_move(self) -> int:
         peer = await self._connect()
         if peer is None:
-            return self._cancelled_code()
+            return self.stop.cancelled_code
         if self.args.dry_run:
             return await self._rehearse(peer)
         try:
@@ -353,9 +353,6 @@ class SourceProgram(Node):
         # A guest that was given up, and may be the only one, does not end with us.
         self._moved = status in (0, HandOverUnknown.exit_code)
         return status
-
-    def _cancelled_code(self) -> int:
-        return 128 + self.stop.signal if self.stop.signal else CancelledByPeer.exit_code
 
     async def _stay(self, status: int, terminal: Terminal | None) -> int:
         """Waits for a signal, `quit` or the end of the guest, and moves it where that is asked
@@ -459,7 +456,7 @@ class SourceProgram(Node):
             await source.run()
         except asyncio.CancelledError:
             _take_note()
-            status = self._cancelled_code()
+            status = self.stop.cancelled_code
             progress.clear()
             print(f"migrate-src: cancelled; {self._where(guest)}", file=sys.stderr)
         except MigrationError as error:

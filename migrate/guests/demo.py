@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrate._memory import first_wrong
+from migrate.available import machine_memory
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Guest, Place
 from migrate.guests.process import start_time, state
@@ -90,8 +91,8 @@ class DemoShape:
 
     def check_fits(self) -> None:
         """Raises UsageError where there is not enough free memory."""
-        available = _available_memory()
-        if self.total > available:
+        available = machine_memory()
+        if available and self.total > available:
             raise UsageError(
                 f"a demo guest of {format_size(self.size)} does not fit the "
                 f"{format_size(available)} of free memory here"
@@ -256,14 +257,6 @@ def _same_process(facts: dict[str, Any]) -> DemoProcess:
 
 def _words(*values: int) -> memoryview:
     return memoryview(struct.pack(f"{len(values)}Q", *values)).cast("Q")
-
-
-def _available_memory() -> int:
-    with open("/proc/meminfo") as info:
-        for line in info:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
 
 
 class DemoGuest(Guest):
