@@ -182,7 +182,8 @@ class DestinationProgram(Node):
         await terminal.closed.wait()
         if self._incoming.is_set():
             await self._over.wait()
-        self.stop.request()
+        if not self.stop.signal:  # `quit` was the last thing that was asked
+            self.stop.request()
 
     async def _open(self) -> Door:
         """Listens, after what an earlier program has left is done."""
