@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,10 +22,12 @@ pytestmark = pytest.mark.timeout(600)
 
 
 class Project:
-    """A compose project of its own, under a name of its own."""
+    """A compose project of its own, under a name that no test before it had."""
+
+    count = itertools.count()
 
     def __init__(self, base: str) -> None:
-        self.name = f"xbmigrate-test-{os.getpid()}"
+        self.name = f"xbmigrate-test-{os.getpid()}-{next(self.count)}"
         self.environment = {**os.environ, "BASE": base, "COMPOSE_PROJECT_NAME": self.name}
 
     def start(self, *words: str) -> subprocess.Popen[str]:
@@ -49,15 +52,14 @@ class Project:
         return self.run("logs", "--no-color", *services)[1]
 
     def container(self, service: str) -> str:
-        return self.run("ps", "--quiet", service)[1].strip()
-
-    def inspect(self, service: str, what: str) -> str:
-        # docker-compose ps leaves out what has ended, so by its name
-        found = docker(
+        # docker-compose ps leaves out what has ended, and stumbles over what goes meanwhile
+        return docker(
             "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self.name}",
             "--filter", f"label=com.docker.compose.service={service}",
         )  # fmt: skip
-        return docker("inspect", "--format", f"{{{{{what}}}}}", *found.split())
+
+    def inspect(self, service: str, what: str) -> str:
+        return docker("inspect", "--format", f"{{{{{what}}}}}", self.container(service))
 
     def down(self) -> None:
         self.run("down", "--volumes", "--timeout", "1")
