@@ -88,6 +88,15 @@ def test_an_answer_has_the_identity_of_its_request() -> None:
         assert answer == {"return": {"n": 1}, "id": identity}
 
 
+def test_an_identity_that_can_be_read_can_be_written() -> None:
+    """However deep Python's stack is where it is read: a client must not be dropped for it."""
+    for depth in range(800, 1000):
+        identity = b"[" * depth + b"]" * depth
+        said = talk(HELLO, b'{"execute": "echo", "id": ' + identity + b"}")
+        json.dumps(said[1])
+        assert said[1].keys() in ({"return", "id"}, {"error"})
+
+
 @pytest.mark.parametrize(
     ("request_", "kind", "says"),
     [
@@ -201,7 +210,7 @@ async def test_what_another_program_has_put_there_stays(tmp_path) -> None:
     assert path.read_text() == "another's"
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_what_is_no_json_is_not_given_back(number: str) -> None:
     [said] = Conversation({}, VERSION).answers(f'{{"execute": "x", "id": {number}}}'.encode())
     assert said["error"]["desc"].startswith("JSON parse error")
