@@ -357,6 +357,29 @@ def test_limits_change_while_it_runs(idle) -> None:
     both.verified()
 
 
+def test_nothing_that_was_set_meanwhile_is_lost_by_the_next_change(idle) -> None:
+    """Neither a capability, nor the cache size that the other side has asked for."""
+    both = idle("--max-bandwidth", "4m")
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.until("active")
+    events = {"capability": "events", "state": True}
+    both.src.execute("migrate-set-capabilities", {"capabilities": [events]})
+    both.dst.execute("migrate-set-cache-size", {"value": 1 << 22})
+    end = time.monotonic() + 30
+    while both.src.execute("query-migrate-cache-size") != 1 << 22:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert both.src.say("info migrate_cache_size") == "xbzrle cache size: 4096 kbytes\n"
+    both.src.execute("migrate-set-parameters", {"downtime-limit": 400})
+    both.src.execute("migrate_cancel")
+    both.until("cancelled")
+    assert events in both.src.execute("query-migrate-capabilities")
+    left = both.src.execute("query-migrate-parameters")
+    assert (left["xbzrle-cache-size"], left["downtime-limit"]) == (1 << 22, 400)
+    both.src.execute("migrate-set-cache-size", {"value": 1 << 23})
+    assert both.src.execute("query-migrate-cache-size") == 1 << 23
+
+
 def test_a_lower_round_limit_ends_it(idle) -> None:
     both = idle("--max-bandwidth", "32m", "--capability", "xbzrle=off", "--downtime-limit", "1")
     both.src.execute("migrate", {"uri": both.listen()})

@@ -74,7 +74,8 @@ class Node(ABC):
                 if one is not None and not one.destination:
                     raise Refused(f"Parameter '{name}' is the source's: set it there")
         try:
-            self.take(settings.changed(self.parameters, values))
+            if values:
+                self.take(settings.changed(self.parameters, values))
         except UsageError as error:
             raise Refused(str(error)) from None
 
