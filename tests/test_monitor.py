@@ -209,6 +209,20 @@ def test_a_script_on_standard_input_is_done_to_its_end() -> None:
     end_guest(pid)
 
 
+@pytest.mark.parametrize("last", ["migrate_cancel\nquit\n", "quit\n", "migrate_cancel\n"])
+def test_what_is_asked_for_in_one_breath_is_done_in_order(last: str) -> None:
+    """A migration that has not begun is called off at once; nobody listens there."""
+    source = Program(
+        "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--connect-timeout", "100s",
+        stdin=f"migrate -d tcp:127.0.0.1:1\n{last}info migrate\n",
+    )  # fmt: skip
+    assert source.wait(20) in (0, 143)
+    assert "Error" not in source.out
+    assert "Migration status: cancelled" in source.out
+    assert "connecting" not in source.err
+    assert gone(guest_pid(source.err))
+
+
 def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
     both = idle()
     path = both.directory / "monitor"

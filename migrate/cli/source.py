@@ -371,13 +371,15 @@ class SourceProgram(Node):
                 if not asked.done() and not ends.done():
                     self.stop.request()  # nobody can ask for anything any more
                     await ends
+                over = ends.done()
             finally:
                 for one in waiting:
                     one.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
-            if not self._wanted.is_set():
+            if self._wanted.is_set():
+                status = await self._migrate_as_asked()
+            elif over:
                 return status
-            status = await self._migrate_as_asked()
 
     async def _silence(self, terminal: Terminal) -> None:
         await terminal.closed.wait()
@@ -606,7 +608,16 @@ class SourceProgram(Node):
         self.source, self._early = None, Statistics(status="setup")
         self._over.clear()
         self._wanted.set()
-        self.stop.install(lambda: "migrate-src: it is only just beginning: try again")
+        self.stop.install(self._call_off)
+
+    def _call_off(self) -> str:
+        """A migration that was asked for, and has not begun."""
+        self._wanted.clear()
+        self._early = Statistics(status="cancelled")
+        self.tell_migration("MIGRATION", status="cancelled")
+        self._over.set()
+        self.stop.install(str)
+        return ""
 
     def cancel(self) -> None:
         if self.migrating and (refusal := self.stop.cancel()):
