@@ -158,8 +158,9 @@ def test_the_usage_section_word_for_word_on_a_terminal() -> None:
             assert screen.type("info migrate_capabilities").startswith("xbzrle: on , ")
             assert screen.type("migrate_set_capability xbzrle on") == ""
         assert source.type("migrate_set_cache_size 256m") == ""
-        assert destination.type("migrate_incoming tcp:127.0.0.1:0") == ""
-        port = destination.until(r"listening on tcp:127.0.0.1:\d+").rpartition(":")[2]
+        said = destination.type("migrate_incoming tcp:127.0.0.1:0")
+        assert said.startswith("migrate-dst: listening on tcp:127.0.0.1:")
+        port = said.strip().rpartition(":")[2]
         assert source.type(f"migrate -d tcp:127.0.0.1:{port}") == ""
         end = time.monotonic() + 60
         while "Migration status: completed" not in (said := source.type("info migrate")):
@@ -392,6 +393,32 @@ def test_nothing_that_was_set_meanwhile_is_lost_by_the_next_change(idle) -> None
     assert (left["xbzrle-cache-size"], left["downtime-limit"]) == (1 << 22, 400)
     both.src.execute("migrate-set-cache-size", {"value": 1 << 23})
     assert both.src.execute("query-migrate-cache-size") == 1 << 23
+
+
+def test_an_address_that_is_not_to_be_had_can_be_replaced_by_another(idle) -> None:
+    both = idle()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
+        both.dst.execute("migrate-incoming", {"uri": busy})
+        state = both.until("failed", side="dst")
+        assert state == {
+            "status": "failed", "error-desc": f"cannot listen on {busy}: Address already in use"
+        }  # fmt: skip
+    both.src.execute("migrate", {"uri": both.listen()})
+    with pytest.raises(Exception, match="has already been started"):
+        both.dst.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    both.until("completed")
+    both.verified()
+
+
+def test_a_script_is_told_where_nobody_can_listen() -> None:
+    receiver = Program(
+        "migrate-dst", "--monitor", "stdio",
+        stdin="migrate_incoming unix:/nonexistent/x\nmigrate_incoming nowhere\ninfo migrate\n",
+    )  # fmt: skip
+    assert receiver.wait(20) == 143
+    assert receiver.out.count("Error: cannot listen on unix:/nonexistent/x: No such file") == 1
+    assert "Error: address 'nowhere' is not understood" in receiver.out
 
 
 def test_a_lower_round_limit_ends_it(idle) -> None:

@@ -79,10 +79,11 @@ class Human:
         return f"({self._node.program}) "
 
     async def run(self, line: str) -> str:
-        """Executes a line; returns when a migration without -d is over."""
+        """Executes a line; returns when a migration without -d is over, or a guest can come."""
         said = self.execute(line)
         words = line.split()
-        if not said and words[:1] == ["migrate"] and "-d" not in words:
+        waits = words[:1] in (["migrate"], ["migrate_incoming"]) and "-d" not in words
+        if not said and waits:
             why = await self._node.ended()
             said = f"Error: {why}\n" if why else ""
         return said

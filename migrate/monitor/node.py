@@ -113,7 +113,7 @@ class Node(ABC):
         """Ends the program, in an orderly way."""
 
     async def ended(self) -> str:
-        """Waits for the end of the migration; why it failed, or ""."""
+        """Waits for the end of the migration, or until a guest can come; why not, or ""."""
         return ""
 
     # -- what it tells
