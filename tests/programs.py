@@ -30,12 +30,13 @@ class Program:
     """A running migrate-src or migrate-dst; `out` and `err` are whole once it has ended.
 
     namespace -- the network namespace to run it in, "" for none
+    environment -- what is other there than here
     stdin     -- a file with this to read from; None: what we read from ourselves
     """
 
     def __init__(
         self, name: str, *arguments: str, show: bool = False, namespace: str = "",
-        stdin: str | None = None,
+        stdin: str | None = None, environment: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         entering = ["ip", "netns", "exec", namespace] if namespace else []
         with contextlib.ExitStack() as stack:
@@ -46,6 +47,7 @@ class Program:
                 given.seek(0)
             self.process = subprocess.Popen(
                 [*entering, str(BIN / name), *breaks_are_final(name, arguments)], stdin=given,
+                env=os.environ | (environment or {}),
                 stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
             )  # fmt: skip
         self.out = self.err = ""

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import qemu.qmp
 
 from migrate.cli.control import Control
 from migrate.guests.demo import DemoProcess
-from tests.programs import BIN, Program, children, end_guest, guest_pid, look_at
+from tests.programs import BIN, Program, children, destination, end_guest, guest_pid, look_at
 
 GUEST = "demo:32m,hot=8m,stride=4096"
 SLOW = str(8 << 20)
@@ -117,13 +118,20 @@ def idle(tmp_path: Path) -> Iterator[Any]:
 class Screen:
     """A program on a terminal of its own."""
 
-    def __init__(self, *command: str) -> None:
-        self.master, slave = pty.openpty()
+    def __init__(self, *command: str, **environment: str) -> None:
+        self.master, self.slave = pty.openpty()
         self.process = subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]], stdin=slave, stdout=slave, stderr=slave
-        )
-        os.close(slave)
+            [str(BIN / command[0]), *command[1:]],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, env=os.environ | environment,
+        )  # fmt: skip
         self.shown = ""
+
+    def close(self) -> None:
+        termios.tcflow(self.slave, termios.TCOON)
+        self.process.kill()
+        self.process.wait()
+        for end in (self.master, self.slave):
+            os.close(end)
 
     def begin(self, *patterns: str) -> None:
         """Waits until all of these were shown, in whichever order."""
@@ -148,17 +156,17 @@ class Screen:
 
 
 def test_the_usage_section_word_for_word_on_a_terminal() -> None:
-    destination = Screen("migrate-dst", "--monitor", "stdio")
+    receiver = Screen("migrate-dst", "--monitor", "stdio")
     source = Screen("migrate-src", "--monitor", "stdio", "--guest", GUEST)
     arrived = 0
     try:
         source.begin(r"\(migrate-src\) ", r"idle: demo guest, process \d+.*\n")
-        destination.begin(r"\(migrate-dst\) ")
-        for screen in (destination, source):
+        receiver.begin(r"\(migrate-dst\) ")
+        for screen in (receiver, source):
             assert screen.type("info migrate_capabilities").startswith("xbzrle: on , ")
             assert screen.type("migrate_set_capability xbzrle on") == ""
         assert source.type("migrate_set_cache_size 256m") == ""
-        said = destination.type("migrate_incoming tcp:127.0.0.1:0")
+        said = receiver.type("migrate_incoming tcp:127.0.0.1:0")
         assert said.startswith("migrate-dst: listening on tcp:127.0.0.1:")
         port = said.strip().rpartition(":")[2]
         assert source.type(f"migrate -d tcp:127.0.0.1:{port}") == ""
@@ -173,18 +181,16 @@ def test_the_usage_section_word_for_word_on_a_terminal() -> None:
         assert re.search(r"^cache size: 268435456 bytes$", said, re.MULTILINE)
         assert source.type("info status") == "VM status: paused (postmigrate)\n"
         assert "vm that was paused due to previous" in source.type("migrate -d tcp:a:1")
-        said = destination.until(r"runs in process \d+")
+        said = receiver.until(r"runs in process \d+")
         arrived = guest_pid(said[said.index("runs in process") :])
-        assert destination.type("info status") == "VM status: running\n"
+        assert receiver.type("info status") == "VM status: running\n"
         assert look_at(arrived, 0.1)[2] == -1
-        for screen in (destination, source):
+        for screen in (receiver, source):
             os.write(screen.master, b"quit\n")
             assert screen.process.wait(20) == 0
     finally:
-        for screen in (destination, source):
-            screen.process.kill()
-            screen.process.wait()
-            os.close(screen.master)
+        for screen in (receiver, source):
+            screen.close()
         if arrived:
             end_guest(arrived)
 
@@ -208,6 +214,50 @@ def test_a_script_on_standard_input_is_done_to_its_end() -> None:
     pid = guest_pid(out)
     assert look_at(pid, 0.1)[2] == -1
     end_guest(pid)
+
+
+def test_lines_that_nobody_can_read_end_nothing() -> None:
+    """Neither one that is too long nor one that the terminal has no letters for."""
+    source = Program(
+        "migrate-src", "--monitor", "stdio", "--guest", GUEST,
+        stdin=f"{'x' * 9000}\nflüg\0\ufffd\ninfo status\n", environment={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert source.wait(20) == 0
+    assert "Error: a line has no more than 4096 bytes" in source.out
+    assert "unknown command: 'fl" in source.out
+    assert "VM status: running" in source.out
+    assert gone(guest_pid(source.err))
+
+
+def test_a_terminal_that_is_stopped_stops_no_migration(tmp_path: Path) -> None:
+    """^S, and then commands whose answers it does not take."""
+    screen = Screen(
+        "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--qmp", f"unix:{tmp_path}/src"
+    )
+    receiver, address = destination()
+    arrived = 0
+    try:
+        screen.begin(r"\(migrate-src\) ", r"idle: demo guest, process \d+.*\n")
+        termios.tcflow(screen.slave, termios.TCOOFF)
+        os.write(screen.master, b"help\ninfo migrate_parameters\n" * 20)
+        with Control(f"{tmp_path}/src", 20) as control:
+            control.execute("migrate", {"uri": address})
+            end = time.monotonic() + 60
+            while control.execute("query-migrate")["status"] != "completed":
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            assert receiver.wait(20) == 0
+            arrived = guest_pid(receiver.out)
+            control.execute("quit")
+        termios.tcflow(screen.slave, termios.TCOON)
+        screen.until("moving demo guest")
+        assert screen.process.wait(20) == 0
+    finally:
+        screen.close()
+        receiver.kill()
+        receiver.wait()
+        if arrived:
+            end_guest(arrived)
 
 
 @pytest.mark.parametrize("last", ["migrate_cancel\nquit\n", "quit\n", "migrate_cancel\n"])
