@@ -230,24 +230,27 @@ async def test_a_client_that_sends_without_end_is_dropped_with_a_reason(tmp_path
 
 
 @pytest.mark.asyncio
-async def test_more_clients_than_there_can_be_are_turned_away_and_others_served(tmp_path) -> None:
+async def test_who_comes_late_is_served_and_who_never_asked_makes_room(tmp_path) -> None:
+    """Clients that somebody forgot must not keep out the one that cancels."""
     path = str(tmp_path / "socket")
-    async with serving(path):
+    async with serving(path) as server:
         clients = [await asyncio.open_unix_connection(path) for _ in range(MAX_CLIENTS)]
-        for reader, _ in clients:
+        for number, (reader, writer) in enumerate(clients):
             assert b"QMP" in await reader.readline()
-        reader, writer = await asyncio.open_unix_connection(path)
-        assert await reader.read() == b""
-        writer.close()
-        clients.pop()[1].close()
-        for _ in range(100):  # until it is seen that there is room again
-            reader, writer = await asyncio.open_unix_connection(path)
-            line = await reader.readline()
-            writer.close()
-            if line:
-                break
-            await asyncio.sleep(0.01)
-        assert b"QMP" in line
+            if number != 3:
+                writer.write(HELLO)
+                assert await reader.readline() == b'{"return": {}}\r\n'
+        order = [3, 0, 1]  # the one that never asked, and then who asked first
+        for number in order:
+            clients.append(await asyncio.open_unix_connection(path))
+            assert b"QMP" in await clients[-1][0].readline()
+            clients[-1][1].write(HELLO)
+            assert await clients[-1][0].readline() == b'{"return": {}}\r\n'
+            assert b"32 clients are connected" in await clients[number][0].readline()
+            assert await clients[number][0].read() == b""
+            assert len(server._clients) == MAX_CLIENTS
+        clients[2][1].write(b'{"execute": "echo"}')
+        assert await clients[2][0].readline() == b'{"return": {}}\r\n'
         for _, writer in clients:
             writer.close()
 
