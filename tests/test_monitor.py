@@ -220,7 +220,8 @@ def test_lines_that_nobody_can_read_end_nothing() -> None:
     """Neither one that is too long nor one that the terminal has no letters for."""
     source = Program(
         "migrate-src", "--monitor", "stdio", "--guest", GUEST,
-        stdin=f"{'x' * 9000}\nflüg\0\ufffd\ninfo status\n", environment={"PYTHONIOENCODING": "ascii"},
+        stdin=f"{'x' * 9000}\nflüg\0\ufffd\ninfo status\n",
+        environment={"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert source.wait(20) == 0
     assert "Error: a line has no more than 4096 bytes" in source.out
@@ -298,6 +299,44 @@ def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
         assert type_(f"migrate {both.listen()}") == b""
         assert type_("info status") == b"VM status: paused (postmigrate)\r\n"
     both.verified()
+
+
+def test_the_prompt_of_migrate_ctl(idle, tmp_path: Path) -> None:
+    """Completion, an error that ends nothing, a history for the next one, and the end of input."""
+    both = idle()
+    first = Screen("migrate-ctl", f"{both.directory}/src", XDG_STATE_HOME=str(tmp_path / "state"))
+    try:
+        first.until(r"\(migrate\) ")
+        os.write(first.master, b"info migrate_cac\t\n")
+        first.until("xbzrle cache size: 65536 kbytes\n")
+        os.write(first.master, b"fly\n")
+        first.until(r"unknown command: 'fly'\n.*\(migrate\) ")
+        os.write(first.master, b"\x04")
+        assert first.process.wait(20) == 0
+    finally:
+        first.close()
+    second = Screen("migrate-ctl", f"{both.directory}/src", XDG_STATE_HOME=str(tmp_path / "state"))
+    try:
+        second.until(r"\(migrate\) ")
+        os.write(second.master, b"\x1b[A\x1b[A\n")  # up, up
+        second.until("xbzrle cache size: 65536 kbytes\n")
+        os.write(second.master, b"quit\n")
+        assert second.process.wait(20) == 0
+    finally:
+        second.close()
+    assert both.sender.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["migrate_set_cache_size", "migrate_set_cache_size 1 2", "info status now", "info fly", "fly",
+     "help fly", "migrate_set_parameter max-bandwidth x"],
+)  # fmt: skip
+def test_what_is_refused_in_whatever_words_is_a_failure_for_a_script(idle, line: str) -> None:
+    both = idle()
+    program = Program("migrate-ctl", f"{both.directory}/src", *line.split())
+    assert program.wait() == 1
+    assert program.out
 
 
 # ---------------------------------------------------------------- QEMU's own client

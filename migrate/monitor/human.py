@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from migrate.errors import UsageError
 from migrate.monitor import settings
-from migrate.monitor.node import Node, Refused
+from migrate.monitor.node import TRY_HELP, Node, Refused
 from migrate.quantities import parse_milliseconds
 
 
@@ -101,7 +101,7 @@ class Human:
             wrong = "extraneous characters at the end of line"
             if len(words) < command.least:
                 wrong = f"it takes: {command.arguments}"
-            return f'{name}: {wrong}\nTry "help {name}" for more information\n'
+            return f'{name}: {wrong}\nTry "help {name}"{TRY_HELP}'
         try:
             return command.what(words)
         except (Refused, UsageError) as error:
@@ -128,7 +128,8 @@ class Human:
         if found is None:
             return f"unknown command: 'info {_printable(words[0])}'\n"
         if words[1:] not in ([], ["-a"]) or (words[1:] and words[0] != "migrate"):
-            return f"info {words[0]}: extraneous characters at the end of line\n"
+            wrong = "extraneous characters at the end of line"
+            return f'info {words[0]}: {wrong}\nTry "info"{TRY_HELP}'
         if words[1:]:
             return f"{self._node.info_migrate(whole=True)}\n"
         return found[2]()

@@ -25,6 +25,8 @@ class Refused(Exception):  # noqa: N818 - what was answered, not a kind of excep
 
 
 IN_PROGRESS = "There's a migration process in progress"
+# So ends what is said to words that do not fit their command.
+TRY_HELP = " for more information\n"
 Listener = Callable[[dict[str, Any]], None]
 
 
