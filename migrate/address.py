@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from migrate.errors import UsageError
+
+MAX_PATH_BYTES = 107  # what Linux has room for
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
         path = text.removeprefix("unix:").removeprefix("//")
         if not path:
             raise UsageError(f"address {text!r} names no path: write {forms}")
+        if wrong := _no_path(path):
+            raise UsageError(f"address {text!r}: {wrong}")
         return Address(path=path)
     rest = text
     if text.startswith("tcp:"):
@@ -38,8 +43,29 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
     host, _, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     number = int(port) if port.isdecimal() and len(port) <= 5 else -1
-    if not set(host).isdisjoint("/[]"):
+    if not set(host).isdisjoint("/[]") or not _is_name(host):
         number = -1  # it would be read in another way than it was meant
     if not 0 <= number <= 65535 or (not listen and (not host or number == 0)):
         raise UsageError(f"address {text!r} is not understood: write {forms}")
     return Address(host=host, port=number)
+
+
+def _no_path(path: str) -> str:
+    """Why a unix socket cannot have this path; "" if it can."""
+    try:
+        size = len(os.fsencode(path))
+    except UnicodeError:
+        return "the path cannot be written in the encoding of file names"
+    if "\0" in path:
+        return "a path has no NUL byte"
+    if size > MAX_PATH_BYTES:
+        return f"the path of a socket has no more than {MAX_PATH_BYTES} bytes, this one has {size}"
+    return ""
+
+
+def _is_name(host: str) -> bool:
+    """Whether a resolver can be asked for it: it is encoded for that."""
+    try:
+        return b"\0" not in host.encode("idna")
+    except UnicodeError:
+        return False

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +30,26 @@ class Program:
     """A running migrate-src or migrate-dst; `out` and `err` are whole once it has ended.
 
     namespace -- the network namespace to run it in, "" for none
+    environment -- what is other there than here
+    stdin     -- a file with this to read from; None: what we read from ourselves
     """
 
-    def __init__(self, name: str, *arguments: str, show: bool = False, namespace: str = "") -> None:
+    def __init__(
+        self, name: str, *arguments: str, show: bool = False, namespace: str = "",
+        stdin: str | None = None, environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         entering = ["ip", "netns", "exec", namespace] if namespace else []
-        self.process = subprocess.Popen(
-            [*entering, str(BIN / name), *breaks_are_final(name, arguments)],
-            stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
-        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            given = None
+            if stdin is not None:
+                given = stack.enter_context(tempfile.TemporaryFile())
+                given.write(stdin.encode())
+                given.seek(0)
+            self.process = subprocess.Popen(
+                [*entering, str(BIN / name), *breaks_are_final(name, arguments)], stdin=given,
+                env=os.environ | (environment or {}),
+                stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
+            )  # fmt: skip
         self.out = self.err = ""
 
     def wait(self, timeout: float = 60) -> int:

@@ -43,11 +43,28 @@ def test_where_to_listen_may_leave_out_host_and_port(text, address):
     ["", "4444", "host:4444", "tcp:", "tcp:host", "tcp:host:", "tcp::4444", "tcp:4444",
      "tcp:host:0", "tcp:host:65536", "tcp:host:-1", "tcp:host:http", "udp:host:1", "unix:",
      "unix://", "tcp:host:" + "9" * 5000, "tcp:////host:1", "tcp:[[::1]:1",
-     "tcp:]:1", "tcp://host/x:1"],
+     "tcp:]:1", "tcp://host/x:1", "tcp:host..x:1", "tcp:" + "a" * 64 + ":1", "tcp:a\0b:1",
+     "tcp:\ud800:1"],
 )  # fmt: skip
 def test_where_nobody_can_connect(text):
     with pytest.raises(UsageError, match="write tcp:HOST:PORT or unix:PATH"):
         parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("a\0b", "a path has no NUL byte"),
+        ("\ud800", "cannot be written in the encoding of file names"),
+        ("é" * 54, "no more than 107 bytes, this one has 108"),
+    ],
+)
+def test_a_path_that_no_socket_can_have_is_refused_before_the_system_is_asked(path, why):
+    """It would connect to what stands before the NUL, or raise what nobody expects."""
+    for listen in (False, True):
+        with pytest.raises(UsageError, match=why):
+            parse_address(f"unix:{path}", listen=listen)
+    assert parse_address("unix:" + "x" * 107).path == "x" * 107
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:", "65536", "tcp:", "-1", "unix:", "4444/tcp"])
@@ -64,7 +81,12 @@ def test_where_nobody_can_listen(text):
             host=st.sampled_from(["localhost", "10.0.0.1", "::1", "fe80::1%eth0", "a-b.example"]),
             port=st.integers(1, 65535),
         ),
-        st.builds(Address, path=st.text(min_size=1).filter(lambda path: path[:2] != "//")),
+        st.builds(
+            Address,
+            path=st.text(
+                st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=25
+            ).filter(lambda path: path[:2] != "//"),
+        ),
     )
 )
 def test_an_address_prints_as_it_is_read(address):

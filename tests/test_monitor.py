@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import qemu.qmp
 
 from migrate.cli.control import Control
 from migrate.guests.demo import DemoProcess
-from tests.programs import BIN, Program, children, end_guest, guest_pid, look_at
+from tests.programs import BIN, Program, children, destination, end_guest, guest_pid, look_at
 
 GUEST = "demo:32m,hot=8m,stride=4096"
 SLOW = str(8 << 20)
@@ -117,13 +118,20 @@ def idle(tmp_path: Path) -> Iterator[Any]:
 class Screen:
     """A program on a terminal of its own."""
 
-    def __init__(self, *command: str) -> None:
-        self.master, slave = pty.openpty()
+    def __init__(self, *command: str, **environment: str) -> None:
+        self.master, self.slave = pty.openpty()
         self.process = subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]], stdin=slave, stdout=slave, stderr=slave
-        )
-        os.close(slave)
+            [str(BIN / command[0]), *command[1:]],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, env=os.environ | environment,
+        )  # fmt: skip
         self.shown = ""
+
+    def close(self) -> None:
+        termios.tcflow(self.slave, termios.TCOON)
+        self.process.kill()
+        self.process.wait()
+        for end in (self.master, self.slave):
+            os.close(end)
 
     def begin(self, *patterns: str) -> None:
         """Waits until all of these were shown, in whichever order."""
@@ -148,18 +156,19 @@ class Screen:
 
 
 def test_the_usage_section_word_for_word_on_a_terminal() -> None:
-    destination = Screen("migrate-dst", "--monitor", "stdio")
+    receiver = Screen("migrate-dst", "--monitor", "stdio")
     source = Screen("migrate-src", "--monitor", "stdio", "--guest", GUEST)
     arrived = 0
     try:
         source.begin(r"\(migrate-src\) ", r"idle: demo guest, process \d+.*\n")
-        destination.begin(r"\(migrate-dst\) ")
-        for screen in (destination, source):
+        receiver.begin(r"\(migrate-dst\) ")
+        for screen in (receiver, source):
             assert screen.type("info migrate_capabilities").startswith("xbzrle: on , ")
             assert screen.type("migrate_set_capability xbzrle on") == ""
         assert source.type("migrate_set_cache_size 256m") == ""
-        assert destination.type("migrate_incoming tcp:127.0.0.1:0") == ""
-        port = destination.until(r"listening on tcp:127.0.0.1:\d+").rpartition(":")[2]
+        said = receiver.type("migrate_incoming tcp:127.0.0.1:0")
+        assert said.startswith("migrate-dst: listening on tcp:127.0.0.1:")
+        port = said.strip().rpartition(":")[2]
         assert source.type(f"migrate -d tcp:127.0.0.1:{port}") == ""
         end = time.monotonic() + 60
         while "Migration status: completed" not in (said := source.type("info migrate")):
@@ -172,18 +181,16 @@ def test_the_usage_section_word_for_word_on_a_terminal() -> None:
         assert re.search(r"^cache size: 268435456 bytes$", said, re.MULTILINE)
         assert source.type("info status") == "VM status: paused (postmigrate)\n"
         assert "vm that was paused due to previous" in source.type("migrate -d tcp:a:1")
-        said = destination.until(r"runs in process \d+")
+        said = receiver.until(r"runs in process \d+")
         arrived = guest_pid(said[said.index("runs in process") :])
-        assert destination.type("info status") == "VM status: running\n"
+        assert receiver.type("info status") == "VM status: running\n"
         assert look_at(arrived, 0.1)[2] == -1
-        for screen in (destination, source):
+        for screen in (receiver, source):
             os.write(screen.master, b"quit\n")
             assert screen.process.wait(20) == 0
     finally:
-        for screen in (destination, source):
-            screen.process.kill()
-            screen.process.wait()
-            os.close(screen.master)
+        for screen in (receiver, source):
+            screen.close()
         if arrived:
             end_guest(arrived)
 
@@ -207,6 +214,65 @@ def test_a_script_on_standard_input_is_done_to_its_end() -> None:
     pid = guest_pid(out)
     assert look_at(pid, 0.1)[2] == -1
     end_guest(pid)
+
+
+def test_lines_that_nobody_can_read_end_nothing() -> None:
+    """Neither one that is too long nor one that the terminal has no letters for."""
+    source = Program(
+        "migrate-src", "--monitor", "stdio", "--guest", GUEST,
+        stdin=f"{'x' * 9000}\nflüg\0\ufffd\ninfo status\n",
+        environment={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert source.wait(20) == 0
+    assert "Error: a line has no more than 4096 bytes" in source.out
+    assert "unknown command: 'fl" in source.out
+    assert "VM status: running" in source.out
+    assert gone(guest_pid(source.err))
+
+
+def test_a_terminal_that_is_stopped_stops_no_migration(tmp_path: Path) -> None:
+    """^S, and then commands whose answers it does not take."""
+    screen = Screen(
+        "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--qmp", f"unix:{tmp_path}/src"
+    )
+    receiver, address = destination()
+    arrived = 0
+    try:
+        screen.begin(r"\(migrate-src\) ", r"idle: demo guest, process \d+.*\n")
+        termios.tcflow(screen.slave, termios.TCOOFF)
+        os.write(screen.master, b"help\ninfo migrate_parameters\n" * 20)
+        with Control(f"{tmp_path}/src", 20) as control:
+            control.execute("migrate", {"uri": address})
+            end = time.monotonic() + 60
+            while control.execute("query-migrate")["status"] != "completed":
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            assert receiver.wait(20) == 0
+            arrived = guest_pid(receiver.out)
+            control.execute("quit")
+        termios.tcflow(screen.slave, termios.TCOON)
+        screen.until("moving demo guest")
+        assert screen.process.wait(20) == 0
+    finally:
+        screen.close()
+        receiver.kill()
+        receiver.wait()
+        if arrived:
+            end_guest(arrived)
+
+
+@pytest.mark.parametrize("last", ["migrate_cancel\nquit\n", "quit\n", "migrate_cancel\n"])
+def test_what_is_asked_for_in_one_breath_is_done_in_order(last: str) -> None:
+    """A migration that has not begun is called off at once; nobody listens there."""
+    source = Program(
+        "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--connect-timeout", "100s",
+        stdin=f"migrate -d tcp:127.0.0.1:1\n{last}info migrate\n",
+    )  # fmt: skip
+    assert source.wait(20) in (0, 143)
+    assert "Error" not in source.out
+    assert "Migration status: cancelled" in source.out
+    assert "connecting" not in source.err
+    assert gone(guest_pid(source.err))
 
 
 def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
@@ -233,6 +299,44 @@ def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
         assert type_(f"migrate {both.listen()}") == b""
         assert type_("info status") == b"VM status: paused (postmigrate)\r\n"
     both.verified()
+
+
+def test_the_prompt_of_migrate_ctl(idle, tmp_path: Path) -> None:
+    """Completion, an error that ends nothing, a history for the next one, and the end of input."""
+    both = idle()
+    first = Screen("migrate-ctl", f"{both.directory}/src", XDG_STATE_HOME=str(tmp_path / "state"))
+    try:
+        first.until(r"\(migrate\) ")
+        os.write(first.master, b"info migrate_cac\t\n")
+        first.until("xbzrle cache size: 65536 kbytes\n")
+        os.write(first.master, b"fly\n")
+        first.until(r"unknown command: 'fly'\n.*\(migrate\) ")
+        os.write(first.master, b"\x04")
+        assert first.process.wait(20) == 0
+    finally:
+        first.close()
+    second = Screen("migrate-ctl", f"{both.directory}/src", XDG_STATE_HOME=str(tmp_path / "state"))
+    try:
+        second.until(r"\(migrate\) ")
+        os.write(second.master, b"\x1b[A\x1b[A\n")  # up, up
+        second.until("xbzrle cache size: 65536 kbytes\n")
+        os.write(second.master, b"quit\n")
+        assert second.process.wait(20) == 0
+    finally:
+        second.close()
+    assert both.sender.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["migrate_set_cache_size", "migrate_set_cache_size 1 2", "info status now", "info fly", "fly",
+     "help fly", "migrate_set_parameter max-bandwidth x"],
+)  # fmt: skip
+def test_what_is_refused_in_whatever_words_is_a_failure_for_a_script(idle, line: str) -> None:
+    both = idle()
+    program = Program("migrate-ctl", f"{both.directory}/src", *line.split())
+    assert program.wait() == 1
+    assert program.out
 
 
 # ---------------------------------------------------------------- QEMU's own client
@@ -355,6 +459,55 @@ def test_limits_change_while_it_runs(idle) -> None:
     both.src.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30, "downtime-limit": 900})
     both.until("completed")
     both.verified()
+
+
+def test_nothing_that_was_set_meanwhile_is_lost_by_the_next_change(idle) -> None:
+    """Neither a capability, nor the cache size that the other side has asked for."""
+    both = idle("--max-bandwidth", "4m")
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.until("active")
+    events = {"capability": "events", "state": True}
+    both.src.execute("migrate-set-capabilities", {"capabilities": [events]})
+    both.dst.execute("migrate-set-cache-size", {"value": 1 << 22})
+    end = time.monotonic() + 30
+    while both.src.execute("query-migrate-cache-size") != 1 << 22:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert both.src.say("info migrate_cache_size") == "xbzrle cache size: 4096 kbytes\n"
+    both.src.execute("migrate-set-parameters", {"downtime-limit": 400})
+    both.src.execute("migrate_cancel")
+    both.until("cancelled")
+    assert events in both.src.execute("query-migrate-capabilities")
+    left = both.src.execute("query-migrate-parameters")
+    assert (left["xbzrle-cache-size"], left["downtime-limit"]) == (1 << 22, 400)
+    both.src.execute("migrate-set-cache-size", {"value": 1 << 23})
+    assert both.src.execute("query-migrate-cache-size") == 1 << 23
+
+
+def test_an_address_that_is_not_to_be_had_can_be_replaced_by_another(idle) -> None:
+    both = idle()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
+        both.dst.execute("migrate-incoming", {"uri": busy})
+        state = both.until("failed", side="dst")
+        assert state == {
+            "status": "failed", "error-desc": f"cannot listen on {busy}: Address already in use"
+        }  # fmt: skip
+    both.src.execute("migrate", {"uri": both.listen()})
+    with pytest.raises(Exception, match="has already been started"):
+        both.dst.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+    both.until("completed")
+    both.verified()
+
+
+def test_a_script_is_told_where_nobody_can_listen() -> None:
+    receiver = Program(
+        "migrate-dst", "--monitor", "stdio",
+        stdin="migrate_incoming unix:/nonexistent/x\nmigrate_incoming nowhere\ninfo migrate\n",
+    )  # fmt: skip
+    assert receiver.wait(20) == 143
+    assert receiver.out.count("Error: cannot listen on unix:/nonexistent/x: No such file") == 1
+    assert "Error: address 'nowhere' is not understood" in receiver.out
 
 
 def test_a_lower_round_limit_ends_it(idle) -> None:

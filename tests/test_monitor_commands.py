@@ -107,3 +107,19 @@ def test_the_monitor_for_people_is_within_reach() -> None:
     node = NotingNode()
     said = commands(node)["human-monitor-command"]({"command-line": "info status"})
     assert said == "VM status: running\r\n"
+
+
+def test_setting_nothing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A destination that takes parameters asks the source for its cache size."""
+    node = NotingNode(receives=True)
+    monkeypatch.setattr(node, "take", lambda parameters: pytest.fail(f"{parameters} are taken"))
+    commands(node)["migrate-set-parameters"]({})
+
+
+def test_a_destination_does_not_promise_to_outlive_its_failure() -> None:
+    node = NotingNode(receives=True)
+    command = commands(node)["migrate-incoming"]
+    with pytest.raises(Refused, match="exit-on-error cannot be off"):
+        command({"uri": "tcp::1", "exit-on-error": False})
+    command({"uri": "tcp::1", "exit-on-error": True})
+    assert node.done == ["incoming tcp::1"]

@@ -88,6 +88,15 @@ def test_an_answer_has_the_identity_of_its_request() -> None:
         assert answer == {"return": {"n": 1}, "id": identity}
 
 
+def test_an_identity_that_can_be_read_can_be_written() -> None:
+    """However deep Python's stack is where it is read: a client must not be dropped for it."""
+    for depth in range(800, 1000):
+        identity = b"[" * depth + b"]" * depth
+        said = talk(HELLO, b'{"execute": "echo", "id": ' + identity + b"}")
+        json.dumps(said[1])
+        assert said[1].keys() in ({"return", "id"}, {"error"})
+
+
 @pytest.mark.parametrize(
     ("request_", "kind", "says"),
     [
@@ -201,7 +210,7 @@ async def test_what_another_program_has_put_there_stays(tmp_path) -> None:
     assert path.read_text() == "another's"
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_what_is_no_json_is_not_given_back(number: str) -> None:
     [said] = Conversation({}, VERSION).answers(f'{{"execute": "x", "id": {number}}}'.encode())
     assert said["error"]["desc"].startswith("JSON parse error")
@@ -221,24 +230,27 @@ async def test_a_client_that_sends_without_end_is_dropped_with_a_reason(tmp_path
 
 
 @pytest.mark.asyncio
-async def test_more_clients_than_there_can_be_are_turned_away_and_others_served(tmp_path) -> None:
+async def test_who_comes_late_is_served_and_who_never_asked_makes_room(tmp_path) -> None:
+    """Clients that somebody forgot must not keep out the one that cancels."""
     path = str(tmp_path / "socket")
-    async with serving(path):
+    async with serving(path) as server:
         clients = [await asyncio.open_unix_connection(path) for _ in range(MAX_CLIENTS)]
-        for reader, _ in clients:
+        for number, (reader, writer) in enumerate(clients):
             assert b"QMP" in await reader.readline()
-        reader, writer = await asyncio.open_unix_connection(path)
-        assert await reader.read() == b""
-        writer.close()
-        clients.pop()[1].close()
-        for _ in range(100):  # until it is seen that there is room again
-            reader, writer = await asyncio.open_unix_connection(path)
-            line = await reader.readline()
-            writer.close()
-            if line:
-                break
-            await asyncio.sleep(0.01)
-        assert b"QMP" in line
+            if number != 3:
+                writer.write(HELLO)
+                assert await reader.readline() == b'{"return": {}}\r\n'
+        order = [3, 0, 1]  # the one that never asked, and then who asked first
+        for number in order:
+            clients.append(await asyncio.open_unix_connection(path))
+            assert b"QMP" in await clients[-1][0].readline()
+            clients[-1][1].write(HELLO)
+            assert await clients[-1][0].readline() == b'{"return": {}}\r\n'
+            assert b"32 clients are connected" in await clients[number][0].readline()
+            assert await clients[number][0].read() == b""
+            assert len(server._clients) == MAX_CLIENTS
+        clients[2][1].write(b'{"execute": "echo"}')
+        assert await clients[2][0].readline() == b'{"return": {}}\r\n'
         for _, writer in clients:
             writer.close()
 

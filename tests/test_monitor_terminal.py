@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.monitor.node import Refused
 from migrate.monitor.terminal import MAX_LINE_BYTES, Lines, Talk
 from tests.node import NotingNode
 
@@ -19,11 +18,14 @@ def test_lines_are_found_however_they_are_cut(lines: list[str], size: int) -> No
     assert found == lines
 
 
-def test_a_line_that_never_ends_is_bounded() -> None:
-    lines = Lines()
-    assert not list(lines.feed(b"x" * MAX_LINE_BYTES))
-    with pytest.raises(Refused, match="no more than 4096 bytes"):
-        list(lines.feed(b"x"))
+@given(st.integers(1, 5000))
+def test_a_line_that_is_too_long_is_thrown_away_and_the_next_one_read(size: int) -> None:
+    lines, found = Lines(), []
+    data = b"x" * MAX_LINE_BYTES + b"\n" + b"y" * (MAX_LINE_BYTES + 1) + b"\nz\n"
+    for at in range(0, len(data), size):
+        found += lines.feed(data[at : at + size])
+        assert len(lines._rest) <= MAX_LINE_BYTES
+    assert found == ["x" * MAX_LINE_BYTES, None, "z"]
 
 
 @pytest.mark.asyncio

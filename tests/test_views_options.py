@@ -55,7 +55,7 @@ def test_a_disk_that_is_full_at_the_end_is_said(capsys, tmp_path):
     tell(seen)
     seen.close()
     said = capsys.readouterr().err
-    assert "--report goes no further: No such file or directory" in said
+    assert "--report: No such file or directory" in said
     assert "--metrics-textfile goes no further: No such file or directory" in said
 
 

@@ -46,6 +46,7 @@ def test_the_line_tells_all_and_fits_a_terminal():
     )
     small = BUSY.with_(remaining=64 << 20, dirty_pages_rate=7500.0, mbps=989.0)
     assert len(progress_line(small)) <= 79
+    assert progress_line(BUSY.with_(cpu_throttle_percentage=30)).endswith(", slowed 30 %")
 
 
 def test_no_dirty_rate_is_shown_before_there_is_one():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from migrate.errors import UsageError
 from migrate.quantities import format_size
 from migrate.statistics import Statistics
-from migrate.views import report
+from migrate.views import plots, report
 from migrate.views.history import History
 from migrate.views.report import Report, milliseconds, verdict
 from tests.programs import Program, destination, end_guest, guest_pid
@@ -66,6 +67,7 @@ def written(path, status="completed", rounds=3, facts=None) -> str:
     for event, s in story(rounds, status):
         history.observe(event, s)
         view.end(s) if event == "end" else view.observe(event, s)
+    assert view.close() == ""
     return path.read_text()
 
 
@@ -142,9 +144,30 @@ def test_a_second_migration_has_a_page_of_its_own(tmp_path):
             history.observe(event, s)
             if event == "end":
                 view.end(s)
+    assert view.close() == ""
     assert "failed after" in (tmp_path / "r.html").read_text()
     assert "moved in" in (tmp_path / "r-2.html").read_text()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nobody_waits_for_a_page_that_is_drawn_and_it_tells_of_its_own_migration(
+    tmp_path, monkeypatch
+):
+    """It takes seconds, in which the program is asked, and may begin another migration."""
+    go = threading.Event()
+    monkeypatch.setattr(plots, "figures", lambda _history, _limit: go.wait(60) and [])
+    history = History()
+    view = Report(history, str(tmp_path / "r.html"))
+    for status in ("failed", "completed"):
+        for event, s in story(2, status):
+            history.observe(event, s)
+            if event == "end":
+                view.end(s)
+    assert not list(tmp_path.iterdir())
+    go.set()
+    assert view.close() == ""
+    assert "failed after" in (tmp_path / "r.html").read_text()
+    assert "moved in" in (tmp_path / "r-2.html").read_text()
 
 
 def test_the_verdict_is_one_sentence():

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from migrate import quantities
 from migrate.cli.program import VERSION, Parser
 from migrate.errors import ConnectError, MigrationError, PeerError, PeerLost
+from migrate.monitor.node import TRY_HELP
 
 ENDED = ("completed", "failed", "cancelled")
 WAIT_INTERVAL = 0.1
@@ -198,7 +199,8 @@ def ask(control: Control, command: str, words: list[str]) -> int:
         return 0
     said = control.say(" ".join([command, *words]))
     print(said, end="", flush=True)
-    return 1 if said.startswith(("Error: ", "unknown command: ")) else 0
+    refused = said.startswith(("Error: ", "unknown command: ")) or said.endswith(TRY_HELP)
+    return 1 if refused else 0
 
 
 def converse(control: Control) -> int:

@@ -24,6 +24,7 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import (
+    ConnectError,
     MigrationError,
     OnCompleteError,
     PeerError,
@@ -108,6 +109,8 @@ class DestinationProgram(Node):
             self.wanted_cache or DEFAULT_CACHE_SIZE, capabilities=switches(args.capability)
         )
         self._incoming = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._failed, self._silent = "", False
         self._over = asyncio.Event()
         if args.output:
             check_output(args.output, args.overwrite)
@@ -158,9 +161,7 @@ class DestinationProgram(Node):
 
     async def _serve(self) -> int:
         try:
-            if self.deferred:
-                await self._incoming.wait()
-            opening = await self._open()
+            opening = await (self._open_as_asked() if self.deferred else self._open())
         except asyncio.CancelledError:
             return self._cancelled()
         async with opening as self._door:
@@ -180,10 +181,26 @@ class DestinationProgram(Node):
     async def _silence(self, terminal: Terminal) -> None:
         """Nobody can ask for anything any more: what was asked for is done, and that is all."""
         await terminal.closed.wait()
+        self._silent = True
         if self._incoming.is_set():
             await self._over.wait()
         if not self.stop.signal:  # `quit` was the last thing that was asked
             self.stop.request()
+
+    async def _open_as_asked(self) -> Door:
+        """Listens where a command says; what goes wrong is said, and another address is waited
+        for, as long as anybody can say one."""
+        while True:
+            await self._incoming.wait()
+            try:
+                return await self._open()
+            except ConnectError as error:
+                if self._silent:
+                    raise
+                self._failed = str(error)
+                self._print(self._failed)
+                self._incoming.clear()
+                self._heard.set()
 
     async def _open(self) -> Door:
         """Listens, after what an earlier program has left is done."""
@@ -202,6 +219,7 @@ class DestinationProgram(Node):
             allow=self.allow, refused=self._refused,
         )  # fmt: skip
         self._say(f"listening on {listener.address}")
+        self._heard.set()
         return Door(listener, self.records, self._destination, refused=self._refused)
 
     def _refused(self, who: str, why: object) -> None:
@@ -424,7 +442,14 @@ class DestinationProgram(Node):
             self.address = parse_address(uri, listen=True)
         except UsageError as error:
             raise Refused(str(error)) from None
+        self._failed = ""
+        self._heard.clear()
         self._incoming.set()
+
+    async def ended(self) -> str:
+        """Waits until somebody can come, or nobody can."""
+        await self._heard.wait()
+        return self._failed
 
     def cancel(self) -> None:
         if self.migrating and (refusal := self.stop.cancel()):
@@ -469,7 +494,7 @@ class DestinationProgram(Node):
     def query_migrate(self) -> dict[str, Any]:
         """How far the guest that comes has come; {} before anybody can come."""
         if self._door is None:
-            return {}
+            return {"status": "failed", "error-desc": self._failed} if self._failed else {}
         address = self._door.address
         inet = {"type": "inet", "host": address.host, "port": str(address.port)}
         unix = {"type": "unix", "path": address.path}

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from migrate import quantities
@@ -256,6 +257,7 @@ class SourceProgram(Node):
                 "say where to: migrate-src tcp:HOST:PORT; or how it will be said: --monitor stdio"
             )
         self.address = Address() if self.idle else parse_address(args.uri)
+        self.source: Source | None = None
         self.parameters = parameters_of(args)
         self.credentials = credentials(args, Role.SOURCE)
         self.peer_timeout = peer_timeout(args)
@@ -273,7 +275,6 @@ class SourceProgram(Node):
             args.progress = "never"  # the terminal belongs to the monitor
         self.progress = Views(args)
         self.stop = Stop()
-        self.source: Source | None = None
         self._early = Statistics(status="none" if self.idle else "setup")
         self._wanted = asyncio.Event()
         self._over = asyncio.Event()
@@ -370,13 +371,15 @@ class SourceProgram(Node):
                 if not asked.done() and not ends.done():
                     self.stop.request()  # nobody can ask for anything any more
                     await ends
+                over = ends.done()
             finally:
                 for one in waiting:
                     one.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
-            if not self._wanted.is_set():
+            if self._wanted.is_set():
+                status = await self._migrate_as_asked()
+            elif over:
                 return status
-            status = await self._migrate_as_asked()
 
     async def _silence(self, terminal: Terminal) -> None:
         await terminal.closed.wait()
@@ -471,7 +474,7 @@ class SourceProgram(Node):
             await guest.close()
             progress.end(source.statistics)
         progress.clear()
-        self.parameters = source.parameters
+        self._parameters = self.parameters  # what they have come to holds on
         if progress.owns_stdout or args.monitor == "stdio":
             pass
         elif args.json:
@@ -573,9 +576,21 @@ class SourceProgram(Node):
         on = "on" if switches(self.parameters)["xbzrle"] else "off"
         return f"capabilities: xbzrle: {on}\n{status_line(self._statistics)}"
 
+    @property
+    def parameters(self) -> Parameters:
+        """With a cache size that the destination has asked for, or that was found."""
+        if self.source is not None and self.migrating:
+            return replace(self.source.parameters, capabilities=self._parameters.capabilities)
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+
     def take(self, parameters: Parameters) -> None:
         if self.source is not None and self.migrating:
-            self.source.set_parameters(parameters)
+            ours = self.source.parameters.capabilities  # `events` may be switched meanwhile
+            self.source.set_parameters(replace(parameters, capabilities=ours))
         super().take(parameters)
 
     def migrate(self, uri: str) -> None:
@@ -593,7 +608,16 @@ class SourceProgram(Node):
         self.source, self._early = None, Statistics(status="setup")
         self._over.clear()
         self._wanted.set()
-        self.stop.install(lambda: "migrate-src: it is only just beginning: try again")
+        self.stop.install(self._call_off)
+
+    def _call_off(self) -> str:
+        """A migration that was asked for, and has not begun."""
+        self._wanted.clear()
+        self._early = Statistics(status="cancelled")
+        self.tell_migration("MIGRATION", status="cancelled")
+        self._over.set()
+        self.stop.install(str)
+        return ""
 
     def cancel(self) -> None:
         if self.migrating and (refusal := self.stop.cancel()):

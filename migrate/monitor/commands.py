@@ -46,7 +46,7 @@ def commands(node: Node) -> dict[str, Command]:
         **{name: _plain(what) for name, what in plain.items()},
         "human-monitor-command": human_command,
         "migrate": lambda given: _migrate(node, given),
-        "migrate-incoming": lambda given: node.migrate_incoming(_uri(given, "exit-on-error")),
+        "migrate-incoming": lambda given: _migrate_incoming(node, given),
         "migrate-set-cache-size": set_cache_size,
         "migrate-set-capabilities": lambda given: _set_capabilities(node, given),
         "migrate-set-parameters": node.set_parameters,
@@ -67,6 +67,12 @@ def _migrate(node: Node, given: Arguments) -> None:
     if given.get("blk") or given.get("inc"):
         raise Refused("there are no block devices here: memory alone is moved")
     node.migrate(_uri(given, "detach", "resume", "blk", "inc"))
+
+
+def _migrate_incoming(node: Node, given: Arguments) -> None:
+    if given.get("exit-on-error") is False:
+        raise Refused("a destination ends when its guest has not come: exit-on-error cannot be off")
+    node.migrate_incoming(_uri(given, "exit-on-error"))
 
 
 def _set_capabilities(node: Node, given: Arguments) -> None:

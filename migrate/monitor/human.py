@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from migrate.errors import UsageError
 from migrate.monitor import settings
-from migrate.monitor.node import Node, Refused
+from migrate.monitor.node import TRY_HELP, Node, Refused
 from migrate.quantities import parse_milliseconds
 
 
@@ -79,10 +79,11 @@ class Human:
         return f"({self._node.program}) "
 
     async def run(self, line: str) -> str:
-        """Executes a line; returns when a migration without -d is over."""
+        """Executes a line; returns when a migration without -d is over, or a guest can come."""
         said = self.execute(line)
         words = line.split()
-        if not said and words[:1] == ["migrate"] and "-d" not in words:
+        waits = words[:1] in (["migrate"], ["migrate_incoming"]) and "-d" not in words
+        if not said and waits:
             why = await self._node.ended()
             said = f"Error: {why}\n" if why else ""
         return said
@@ -100,7 +101,7 @@ class Human:
             wrong = "extraneous characters at the end of line"
             if len(words) < command.least:
                 wrong = f"it takes: {command.arguments}"
-            return f'{name}: {wrong}\nTry "help {name}" for more information\n'
+            return f'{name}: {wrong}\nTry "help {name}"{TRY_HELP}'
         try:
             return command.what(words)
         except (Refused, UsageError) as error:
@@ -127,7 +128,8 @@ class Human:
         if found is None:
             return f"unknown command: 'info {_printable(words[0])}'\n"
         if words[1:] not in ([], ["-a"]) or (words[1:] and words[0] != "migrate"):
-            return f"info {words[0]}: extraneous characters at the end of line\n"
+            wrong = "extraneous characters at the end of line"
+            return f'info {words[0]}: {wrong}\nTry "info"{TRY_HELP}'
         if words[1:]:
             return f"{self._node.info_migrate(whole=True)}\n"
         return found[2]()

@@ -25,6 +25,8 @@ class Refused(Exception):  # noqa: N818 - what was answered, not a kind of excep
 
 
 IN_PROGRESS = "There's a migration process in progress"
+# So ends what is said to words that do not fit their command.
+TRY_HELP = " for more information\n"
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -74,7 +76,8 @@ class Node(ABC):
                 if one is not None and not one.destination:
                     raise Refused(f"Parameter '{name}' is the source's: set it there")
         try:
-            self.take(settings.changed(self.parameters, values))
+            if values:
+                self.take(settings.changed(self.parameters, values))
         except UsageError as error:
             raise Refused(str(error)) from None
 
@@ -112,7 +115,7 @@ class Node(ABC):
         """Ends the program, in an orderly way."""
 
     async def ended(self) -> str:
-        """Waits for the end of the migration; why it failed, or ""."""
+        """Waits for the end of the migration, or until a guest can come; why not, or ""."""
         return ""
 
     # -- what it tells

@@ -152,14 +152,11 @@ class Conversation:
         return {} if answer is None else answer
 
 
-def _no_number(name: str) -> None:
-    """Python would take these, and give them back in an `id`; they are no JSON."""
-    raise ValueError(name)
-
-
 def _request(text: bytes) -> dict[str, Any]:
     try:
-        request = json.loads(text, parse_constant=_no_number)
+        request = json.loads(text)
+        # What cannot be written (NaN, 1e999, too many brackets) cannot be given back as an `id`.
+        json.dumps(request, allow_nan=False)
     except (ValueError, RecursionError):
         raise Refused("JSON parse error, expecting value") from None
     if not isinstance(request, dict):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import stat
@@ -50,6 +51,9 @@ class Server:
         self._option = option
         self._turn = asyncio.Lock()
         self._clients: dict[asyncio.StreamWriter, Conversation] = {}
+        self._asked: dict[asyncio.StreamWriter, int] = {}
+        """When each has asked last, counted in requests of all; 0: never."""
+        self._count = itertools.count(1)
         self._server: asyncio.Server | None = None
         self._ours: tuple[int, int] | None = None
 
@@ -80,12 +84,13 @@ class Server:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         conversation = self._converse()
         if len(self._clients) >= MAX_CLIENTS:
-            _hang_up(writer)
-            return
-        self._clients[writer] = conversation
+            self._make_room()
+        self._clients[writer], self._asked[writer] = conversation, 0
         try:
             await _say(writer, conversation.begin())
             while data := await reader.read(4096):
+                if writer in self._asked:
+                    self._asked[writer] = next(self._count)
                 async for reply in conversation.replies(data):
                     await _say(writer, reply)
                     async with self._turn:  # all clients together: a migration goes on beside them
@@ -98,8 +103,21 @@ class Server:
             # ends, and asyncio's streams make a traceback of a task that was cancelled.
             pass
         finally:
-            self._clients.pop(writer, None)
-            _hang_up(writer)
+            self._forget(writer)
+
+    def _make_room(self) -> None:
+        """Drops who has been silent the longest, before all others who never asked anything: an
+        operator who wants to cancel must come in."""
+        silent = min(self._clients, key=self._asked.__getitem__)
+        gone = Refused(f"{MAX_CLIENTS} clients are connected, and another one came")
+        if not silent.transport.is_closing():
+            silent.write(self._clients[silent].drop(gone))
+        self._forget(silent)
+
+    def _forget(self, writer: asyncio.StreamWriter) -> None:
+        self._clients.pop(writer, None)
+        self._asked.pop(writer, None)
+        _hang_up(writer)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

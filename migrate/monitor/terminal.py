@@ -1,7 +1,8 @@
 """The monitor for people, on a socket or on standard input.
 
-Standard input is read by a thread: it may be a file, and a terminal that is made non-blocking is so
-for every program that has it.
+Standard input and output have a thread each: they may be files, and a terminal that is made
+non-blocking is so for every program that has it. A terminal that is stopped (^S), or a pipe that
+nobody reads, holds up who types there, and no migration.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
+import queue
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -18,28 +19,26 @@ from migrate.monitor.human import Human
 from migrate.monitor.node import Node, Refused
 
 MAX_LINE_BYTES = 4096
+TOO_LONG = f"Error: a line has no more than {MAX_LINE_BYTES} bytes\n"
 # So many pieces of standard input may wait while a line is executed.
 MAX_ASKED = 16
 
 
 class Lines:
-    """Cuts bytes into lines. Raises Refused where one grows over MAX_LINE_BYTES."""
+    """Cuts bytes into lines. One of more than MAX_LINE_BYTES is thrown away, and None instead."""
 
     def __init__(self) -> None:
         self._rest = b""
+        self._too_long = False
 
-    def feed(self, data: bytes) -> Iterator[str]:
+    def feed(self, data: bytes) -> Iterator[str | None]:
         *whole, rest = (self._rest + data).split(b"\n")
         for line in whole:
-            _check(line)
-            yield line.decode(errors="replace")
-        _check(rest)
-        self._rest = rest
-
-
-def _check(line: bytes) -> None:
-    if len(line) > MAX_LINE_BYTES:
-        raise Refused(f"a line has no more than {MAX_LINE_BYTES} bytes")
+            too_long = self._too_long or len(line) > MAX_LINE_BYTES
+            self._too_long = False
+            yield None if too_long else line.decode(errors="replace")
+        self._too_long |= len(rest) > MAX_LINE_BYTES
+        self._rest = b"" if self._too_long else rest
 
 
 class Talk:
@@ -55,7 +54,8 @@ class Talk:
 
     async def replies(self, data: bytes) -> AsyncIterator[bytes]:
         for line in self._lines.feed(data):
-            yield _bytes(await self._human.run(line) + self._human.prompt)
+            said = TOO_LONG if line is None else await self._human.run(line)
+            yield _bytes(said + self._human.prompt)
 
     def event(self, message: dict[str, Any]) -> bytes:
         del message
@@ -66,7 +66,7 @@ class Talk:
 
 
 def _bytes(text: str) -> bytes:
-    return text.replace("\n", "\r\n").encode()
+    return text.replace("\n", "\r\n").encode(errors="replace")
 
 
 class Terminal:
@@ -80,11 +80,13 @@ class Terminal:
         self._asked: asyncio.Queue[bytes] = asyncio.Queue()
         self._room = threading.Semaphore(MAX_ASKED)
         self._task: asyncio.Task[None] | None = None
+        self._said: queue.SimpleQueue[tuple[bytes, asyncio.Event]] = queue.SimpleQueue()
         self.closed = asyncio.Event()
 
     async def __aenter__(self) -> Terminal:
         loop = asyncio.get_running_loop()
-        threading.Thread(target=self._read, args=(loop,), daemon=True).start()
+        for work in (self._read, self._write):
+            threading.Thread(target=work, args=(loop,), daemon=True).start()
         self._task = asyncio.create_task(self._serve())
         return self
 
@@ -108,19 +110,28 @@ class Terminal:
             if not data:
                 return
 
+    def _write(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread of its own, for the same reason."""
+        while True:
+            said, written = self._said.get()
+            with contextlib.suppress(OSError):  # whoever reads it may be gone
+                while said:
+                    said = said[os.write(1, said) :]
+            try:
+                loop.call_soon_threadsafe(written.set)
+            except RuntimeError:
+                return
+
     async def _serve(self) -> None:
-        self._say(self._talk.begin())
+        await self._say(self._talk.begin())
         while data := await self._asked.get():
             self._room.release()
-            try:
-                async for reply in self._talk.replies(data):
-                    self._say(reply)
-            except Refused as error:
-                self._say(self._talk.drop(error))
-                break
+            async for reply in self._talk.replies(data):
+                await self._say(reply)
         self.closed.set()
 
-    def _say(self, said: bytes) -> None:
-        with contextlib.suppress(OSError):
-            sys.stdout.write(said.decode().replace("\r\n", "\n"))
-            sys.stdout.flush()
+    async def _say(self, said: bytes) -> None:
+        """Returns when it is written: no more is kept than one answer."""
+        written = asyncio.Event()
+        self._said.put((said.replace(b"\r\n", b"\n"), written))
+        await written.wait()

@@ -10,6 +10,7 @@ import contextlib
 import select
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
@@ -19,6 +20,7 @@ from migrate.views.history import History, RoundRecord, together
 
 PLAIN_SECONDS = 2.0
 ROUND_SECONDS = 0.2
+KEPT_LINES = 1000
 
 
 def progress_line(s: Statistics) -> str:
@@ -31,6 +33,8 @@ def progress_line(s: Statistics) -> str:
     parts.append(f"{s.mbps:.0f} Mbit/s")
     if s.expected_downtime is not None:
         parts.append(f"exp. downtime {s.expected_downtime * 1e3:.0f} ms")
+    if s.cpu_throttle_percentage:
+        parts.append(f"slowed {s.cpu_throttle_percentage} %")
     return ", ".join(parts)
 
 
@@ -77,6 +81,7 @@ class Lines:
         self._clock = clock
         self._line_at = self._round_at = float("-inf")
         self._held: RoundRecord | None = None
+        self._kept: deque[str] = deque(maxlen=KEPT_LINES)
 
     def observe(self, event: str, s: Statistics) -> None:
         """After the history was told."""
@@ -114,10 +119,15 @@ class Lines:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A sentence on a line of its own."""
+        """A sentence on a line of its own; kept as long as the terminal is stopped."""
+        self._kept.append(f"{self._name}: {text}\n")
+        while self._kept and takes_more(self._stream):
+            self._write(self._kept.popleft())
+
+    def _write(self, text: str) -> None:
         # Whoever reads it may be gone; that is no reason to stop.
         with contextlib.suppress(OSError):
-            self._stream.write(f"{self._name}: {text}\n")
+            self._stream.write(text)
             self._stream.flush()
 
     def clear(self) -> None:
@@ -131,4 +141,6 @@ class Lines:
         self._tell_held()
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Nothing follows: what was kept is written now."""
+        while self._kept:
+            self._write(self._kept.popleft())

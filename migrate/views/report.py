@@ -8,9 +8,11 @@ is looked for before the migration begins, and loaded after it is over.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -202,6 +204,8 @@ class Report:
         self._path = path
         self._clock = clock
         self._described: Mapping[str, str] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._drawn: list[Future[None]] = []
 
     def describe(self, facts: Mapping[str, str]) -> None:
         """What is about to move: the heading and the options."""
@@ -219,14 +223,27 @@ class Report:
         """The history knows all."""
 
     def end(self, s: Statistics) -> None:
-        """Draws and writes. Raises OSError."""
-        if s.status not in OVER:
-            return
+        """Has it drawn and written, by a thread: it takes seconds, and the program is asked."""
+        if s.status in OVER:
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._clock()))
+            history = copy.deepcopy(self._history)  # the next migration begins another one
+            self._drawn.append(
+                self._thread.submit(self._draw, history, self._described, self._limit(), now)
+            )
+
+    def close(self) -> str:
+        """Waits for what is drawn; what went wrong, or ""."""
+        self._thread.shutdown()
+        faults = [fault for one in self._drawn if (fault := one.exception())]
+        return f"{getattr(faults[0], 'strerror', None) or faults[0]}" if faults else ""
+
+    def _draw(
+        self, history: History, described: Mapping[str, str], limit: float | None, now: str
+    ) -> None:
         from migrate.views.plots import figures
 
-        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._clock()))
-        text = page(self._history, self._described, figures(self._history, self._limit()), now)
-        path, number = self._path, self._history.migrations
+        text = page(history, described, figures(history, limit), now)
+        path, number = self._path, history.migrations
         if number > 1:
             stem, suffix = os.path.splitext(path)
             path = f"{stem}-{number}{suffix}"
