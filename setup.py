@@ -1,6 +1,7 @@
 """The compiled modules, the man pages and the completions; all else stands in pyproject.toml."""
 
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from migrate.manual.__main__ import write  # noqa: E402
 # Made anew from the parsers each time, as pip lays them below PREFIX.
 PAGES = itertools.groupby(write(HERE / "share"), lambda path: Path("share") / path.parent)
 
+# These come after CFLAGS and would overrule a level that is asked for there.
+LEVEL = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
 OPTIONS: dict[str, Any] = {
-    "extra_compile_args": ["-O3", "-fno-strict-aliasing", "-Wno-unused-function"]
+    "extra_compile_args": [*LEVEL, "-fno-strict-aliasing", "-Wno-unused-function"]
 }
 
 setup(
+    # As many compilers as processors: nearly all the time of a build is theirs.
+    options={"build_ext": {"parallel": True}},
     data_files=[(str(where), [f"share/{path}" for path in paths]) for where, paths in PAGES],
     ext_modules=cythonize(
         [

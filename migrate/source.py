@@ -860,6 +860,9 @@ class Source:
             total_time=time.monotonic() - self._began,
             precopy_bytes=transferred - s.downtime_bytes,
         )
+        if s.status == "completed":
+            seconds = max(s.total_time - s.setup_time, 1e-9)
+            s = s.with_(mbps=transferred * 8 / seconds / 1e6)
         self.statistics = s
         if left is not None:
             self._observer("progress", s)

@@ -8,6 +8,7 @@ counted as sent); here each is what its name says:
     transferred   every byte given to the socket, framing and control messages included
     multifd bytes what of it went over further channels
     duplicate     pages sent as zero; normal: pages sent whole; xbzrle pages: pages sent as deltas
+    throughput    of the round that goes; of the whole migration when it is over, without its setup
     skipped       pages that were dirty but equal to what the peer has: they cost nothing
     cache miss    a page sent before whose old content was not in the cache
     overflow skipped  pages sent whole without trying, since their last deltas overflowed

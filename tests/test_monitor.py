@@ -276,7 +276,7 @@ def test_what_is_asked_for_in_one_breath_is_done_in_order(last: str) -> None:
 
 
 def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
-    both = idle()
+    both = idle("--connect-timeout", "0.5s")
     path = both.directory / "monitor"
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     with socket.socket(socket.AF_UNIX) as client:
@@ -426,7 +426,7 @@ def test_qemus_shell(idle) -> None:
 
 
 def test_a_migration_that_is_cancelled_or_fails_can_be_tried_again(idle, tmp_path: Path) -> None:
-    both = idle("--max-bandwidth", SLOW)
+    both = idle("--max-bandwidth", SLOW, "--connect-timeout", "1s")
     both.src.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
     assert "cannot connect" in both.until("failed")["error-desc"]
     assert both.src.execute("query-status") == {"running": True, "status": "running"}
@@ -522,7 +522,7 @@ def test_a_lower_round_limit_ends_it(idle) -> None:
 def test_fifty_cache_sizes_in_one_migration_from_both_sides(idle) -> None:
     """Under the working set and past it: the source confirms each, and the memory stays equal."""
     both = idle(
-        "--max-bandwidth", "16m", "--downtime-limit", "0", guest="demo:16m,hot=8m,stride=4096"
+        "--max-bandwidth", "16m", "--downtime-limit", "0", guest="demo:4m,hot=2m,stride=4096"
     )
     both.src.execute("migrate", {"uri": both.listen()})
     both.until("active")

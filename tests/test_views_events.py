@@ -176,6 +176,9 @@ def test_the_events_of_a_real_migration():
     assert sum(one["transferred"] for one in rounds) == final["ram"]["transferred"]
     assert sum(one["normal"] for one in rounds) == final["ram"]["normal"]
     assert len(rounds) == final["ram"]["dirty-sync-count"]
+    seconds = (final["total-time"] - final["setup-time"]) / 1000
+    of_all = final["ram"]["transferred"] * 8 / seconds / 1e6
+    assert final["ram"]["mbps"] == pytest.approx(of_all, rel=0.1)  # and not of its last round
     stamps = [(one["timestamp"]["seconds"], one["timestamp"]["microseconds"]) for one in seen]
     assert len(stamps) == len(seen)
 

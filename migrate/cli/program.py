@@ -77,7 +77,8 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--resolve-timeout", default="60s", metavar="TIME",
-        help="how long to find out whose the guest is, where the hand-over is cut off",
+        help="how long to find out whose the guest is, where the hand-over is cut off "
+        "(default: 60s)",
     )  # fmt: skip
     add_tls_creds(parser)
     parser.add_argument(
