@@ -5,7 +5,7 @@ error of the kind that is documented.
     pages    batches of pages into a small guest: the kernel against its twin
     delta    one delta, and many, into pages: the same
     rounds   a source and a destination: what arrives is what was there
-    text     control socket, journals, addresses, sizes and times
+    text     control socket, monitor, journals, addresses, sizes and times
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What people and their programs say: the control socket, journals, addresses, sizes and times.
+"""What people and their programs say: the sockets, journals, addresses, sizes and times.
 
 Control: which of these, and how it is said. A piece is a part of the text; in a journal it is a
-line, with a right check if its kind is odd.
+line, with a right check if its kind is odd; for the monitor it is long then.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from migrate import address, journal, quantities
 from migrate.errors import MigrationError, UsageError
 from migrate.monitor import qmp, server
 from migrate.monitor.node import Refused
+from migrate.monitor.terminal import MAX_LINE_BYTES, TOO_LONG, Talk
 from proto.ownership import TABLE, Claim, Event, Role
 from tests.fuzz.pieces import Piece, split
+from tests.node import NotingNode
 
 PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else None
 IDENTITY = bytes(range(16))
@@ -35,6 +37,7 @@ def text(data: bytes) -> None:
         lambda: _journal(control, pieces),
         lambda: _address(content[:SIZE_TEXT].decode(errors="surrogateescape")),
         lambda: _quantities(content[:SIZE_TEXT].decode(errors="surrogateescape")),
+        lambda: _monitor([_long(piece) for piece in pieces], bool(control[1] & 1)),
     )
     readers[control[0] % len(readers)]()
 
@@ -77,6 +80,51 @@ def _answers(content: bytes, sizes: list[int]) -> list[str]:
     except Refused as error:
         said.append(str(error))
     return said
+
+
+# ---------------------------------------------------------------- the monitor for people
+
+
+def _monitor(parts: list[bytes], receives: bool) -> None:
+    content = b"".join(parts)
+    whole = _said([content], receives)
+    assert whole == _said(parts, receives)
+    if len(content) < 300:
+        assert whole == _said([content[at : at + 1] for at in range(len(content))], receives)
+
+
+def _long(piece: Piece) -> bytes:
+    """With what comes before or behind it, it is too long for a line, or just not."""
+    return piece.content + b"x" * (MAX_LINE_BYTES - 2) if piece.kind & 1 else piece.content
+
+
+def _said(parts: list[bytes], receives: bool) -> tuple[object, ...]:
+    """The answers, line by line, and what has come of them."""
+    node = NotingNode(receives=receives)
+    node.why = "nobody listens there"
+    talk, said = Talk(node, "1.2.3"), []
+    prompt = f"({node.program}) ".encode()
+
+    async def listen() -> None:
+        for part in parts:
+            said.extend([reply async for reply in talk.replies(part)])
+
+    _at_once(listen())
+    lines = b"".join(parts).split(b"\n")[:-1]
+    for line, reply in zip(lines, said, strict=True):
+        assert reply.endswith(prompt), reply
+        text = reply.removesuffix(prompt)
+        assert not text or text.endswith(b"\r\n"), reply
+        too_long = text == TOO_LONG.replace("\n", "\r\n").encode()
+        assert too_long == (len(line) > MAX_LINE_BYTES), line[:80]
+    return said, node.done, node.parameters
+
+
+def _at_once(work: Coroutine[Any, Any, None]) -> None:
+    """Without a loop: nothing here waits for anything."""
+    with contextlib.suppress(StopIteration):
+        work.send(None)
+        raise AssertionError("it waits")
 
 
 # ---------------------------------------------------------------- journals
@@ -190,4 +238,12 @@ TEXTS: list[tuple[int, list[tuple[int, bytes]]]] = [
         b"tcp://host:1", b"[::]:4444")),
     *((3, [(0, said)]) for said in (
         b"64m", b"1GiB", b"4096", b" 2t ", b"300ms", b"1.5s", b"2h", b"5", b"1e9", b"-1")),
+    (4, [(0, b"migrate_set_cache_size 256m\r\nmigrate -d tcp:ho"),
+         (0, b"st:4444\ninfo migrate -a\n")]),
+    (4, [(0, b"help\n? info\ninfo\ninfo migrate_parameters\ninfo migrate_capabilities\n"),
+         (0, b"migrate_set_parameter max-bandwidth 10\nmigrate_set_parameter timeout 1.5s\n"),
+         (0, b"migrate_set_capability xbzrle off\nmigrate_set_capability xbzrle maybe\n")]),
+    (4, [(0, b"migrate_set_speed 1g\nmigrate_set_downtime 0.3\nmigrate unix:/run/x\nmigrate_inco"),
+         (0, b"ming tcp:[::]:4444\nmigrate_cancel now\ninfo status\nq\n")]),
+    (4, [(1, b"info "), (0, b"xx\nfl\xfcg\0\xef\xbf\xbd\n"), (1, b"y"), (0, b"xx\n\ninfo \nquit")]),
 ]  # fmt: skip
