@@ -88,6 +88,28 @@ def test_an_answer_has_the_identity_of_its_request() -> None:
         assert answer == {"return": {"n": 1}, "id": identity}
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (b"'x'", "x"),
+        (b"''", ""),
+        (
+            rb"""['a "word" \\"', 'it\'s', "it's", "it\'s", "\"'\u0027" ]""",
+            ['a "word" \\"', "it's", "it's", "it's", "\"''"],
+        ),
+        (rb"""{'a}': "'", "b'": ']', 'c\n': '\\'}""", {"a}": "'", "b'": "]", "c\n": "\\"}),
+    ],
+)
+def test_strings_in_single_quotes(written: bytes, meant: object) -> None:
+    _, answer = talk(b"{'execute': 'qmp_capabilities'}", b"{'execute':'echo','id':%b}" % written)
+    assert answer == {"return": {}, "id": meant}
+
+
+def test_a_long_text_of_quotes_is_read_in_one_go() -> None:
+    text = b"{'execute':'echo','arguments':{'a':[%b'']}}" % (b"'',\"\"," * 9_000)
+    assert len(talk(HELLO, text)[1]["return"]["a"]) == 18_001
+
+
 def test_an_identity_that_can_be_read_can_be_written() -> None:
     """However deep Python's stack is where it is read: a client must not be dropped for it."""
     for depth in range(800, 1000):
@@ -101,6 +123,7 @@ def test_an_identity_that_can_be_read_can_be_written() -> None:
     ("request_", "kind", "says"),
     [
         (b"nonsense ", "GenericError", "JSON parse error, expecting value"),
+        (b"{'execute': 'echo\\x'}", "GenericError", "JSON parse error"),
         (b'{"execute": ]', "GenericError", "JSON parse error"),
         (b"[" * 20_000 + b"]" * 20_000, "GenericError", "JSON parse error"),
         (b"[1]", "GenericError", "QMP input must be a JSON object"),

@@ -224,6 +224,7 @@ TEXTS: list[tuple[int, list[tuple[int, bytes]]]] = [
          (0, b'{"execute": "echo", "arguments": {"a": [1, "\\"}", null]}, "id": "x"}')]),
     (0, [(0, b'\xff{"execute": "qmp_capabilities", "arguments": {"enable": []}}'),
          (0, b'{"execute": "query-commands"} {"execute": "query-version"} nonsense [] {}')]),
+    (0, [(0, b"{'execute': 'qmp_capabilities'}{'execute':'echo','id':'it\\'s \"}'}")]),
     (0, [(0, b'{"execute": "half\\'), (0, b'\xff{"execute": "qmp_capabilities"}')]),
     (1, [(1, b'{"claim": "NONE", "facts": {"description": "demo", "place": {"path": "/x"}}}'),
          (1, b'{"claim": "COMMITTED", "event": "READY", "facts": {}}')]),
