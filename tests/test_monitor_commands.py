@@ -103,6 +103,25 @@ def test_parameters_are_read_as_they_were_set() -> None:
     assert known["query-migrate-cache-size"]({}) == 1 << 28
 
 
+def test_what_is_set_of_tls_is_told_and_stays() -> None:
+    node = NotingNode()
+    node.tls = {"tls-creds": "/etc/pki/x"}
+    known = commands(node)
+    told = known["query-migrate-parameters"]({})
+    assert list(told)[4:9] == [
+        "max-cpu-throttle", "tls-creds", "tls-hostname", "tls-authz", "max-bandwidth",
+    ]  # fmt: skip
+    assert [told[name] for name in list(told)[5:8]] == ["/etc/pki/x", "", ""]
+    same = {"tls-creds": "/etc/pki/x", "tls-hostname": "", "tls-authz": None}
+    known["migrate-set-parameters"](same)
+    for name, value in (("tls-creds", ""), ("tls-hostname", "there"), ("tls-authz", False)):
+        with pytest.raises(Refused, match=rf"'{name}' cannot change while .* \(--{name}\)"):
+            known["migrate-set-parameters"]({"max-bandwidth": 1, name: value})
+    assert known["query-migrate-parameters"]({}) == told
+    receives = commands(NotingNode(receives=True))["query-migrate-parameters"]({})
+    assert list(receives) == ["tls-creds", "tls-hostname", "tls-authz", "xbzrle-cache-size"]
+
+
 def test_the_monitor_for_people_is_within_reach() -> None:
     node = NotingNode()
     said = commands(node)["human-monitor-command"]({"command-line": "info status"})

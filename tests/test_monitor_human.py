@@ -42,6 +42,20 @@ def test_limits_in_their_units() -> None:
     assert human.execute("info migrate_cache_size") == "xbzrle cache size: 65536 kbytes\n"
 
 
+def test_tls_as_qemu_prints_it() -> None:
+    node = NotingNode()
+    node.tls = {"tls-creds": "/etc/pki/x"}
+    human = Human(node)
+    said = human.execute("info migrate_parameters")
+    assert (
+        "max-cpu-throttle: 99\ntls-creds: '/etc/pki/x'\ntls-hostname: ''\ntls-authz: ''\n" in said
+    )
+    assert human.execute('migrate_set_parameter tls-hostname ""') == ""
+    assert human.execute("migrate_set_parameter tls-creds /x").startswith(
+        "Error: Parameter 'tls-creds' cannot change while the program runs"
+    )
+
+
 def test_capabilities_on_one_line_and_xbzrle_first() -> None:
     node = NotingNode()
     human = Human(node)
@@ -109,7 +123,9 @@ def test_each_side_has_its_own_commands() -> None:
         "migrate_set_parameter downtime-limit 1"
     )
     assert destination.execute("migrate_set_cache_size 256m") == ""
-    assert destination.execute("info migrate_parameters") == "xbzrle-cache-size: 268435456 bytes\n"
+    assert destination.execute("info migrate_parameters") == (
+        "tls-creds: ''\ntls-hostname: ''\ntls-authz: ''\nxbzrle-cache-size: 268435456 bytes\n"
+    )
 
 
 def test_help_names_every_command_and_each_alone() -> None:

@@ -88,6 +88,10 @@ def test_any_text_is_a_value_or_an_error(setting: settings.Setting, text: str) -
     assert isinstance(value, bool if setting.kind is Kind.SWITCH else int)
 
 
+def test_every_setting_has_its_place() -> None:
+    assert sorted(settings.ORDER) == sorted([*SETTINGS, *settings.TLS])
+
+
 def test_capabilities() -> None:
     parameters = Parameters()
     assert settings.switches(parameters) == {

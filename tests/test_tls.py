@@ -25,6 +25,7 @@ import pytest
 import migrate
 from migrate import link, secure, tls
 from migrate.address import Address
+from migrate.cli.control import Control
 from migrate.destination import Destination, NoPlaceError
 from migrate.door import Door
 from migrate.errors import ConnectError, MigrationError, TlsError, UsageError
@@ -818,6 +819,33 @@ def test_a_refused_program_ends_with_5_and_the_destination_waits_on(
             assert re.search(rf"refused 127\.0\.0\.1:\d+: .*{why}", receiver.err), receiver.err
     finally:
         receiver.kill()
+
+
+def test_operators_are_told_what_a_program_was_started_with(
+    good: SimpleNamespace, tmp_path: Path
+) -> None:
+    creds = str(good.there)
+    receiver, _ = destination(
+        "--tls-creds", creds, "--tls-authz", DN, "--tls-authz", "b", "--qmp", f"unix:{tmp_path}/dst"
+    )
+    source = Program(
+        "migrate-src", "--guest", "demo:8m", "--tls-creds", str(good.here), "--tls-hostname",
+        "there", "--qmp", f"unix:{tmp_path}/src",
+    )  # fmt: skip
+    try:
+        with Control(f"{tmp_path}/dst", 20) as control:
+            told = control.execute("query-migrate-parameters")
+            assert told.items() >= {"tls-creds": creds, "tls-authz": f"{DN}; b"}.items()
+            control.execute("quit")
+        with Control(f"{tmp_path}/src", 20) as control:
+            said = control.say("info migrate_parameters")
+            assert f"tls-creds: '{good.here}'\ntls-hostname: 'there'\ntls-authz: ''\n" in said
+            control.execute("quit")
+        for program in (receiver, source):
+            program.wait(20)
+    finally:
+        receiver.kill()
+        source.kill()
 
 
 def test_whose_the_guest_is_is_asked_over_tls(good: SimpleNamespace, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from migrate.cli.program import (
     run,
     seconds,
     switches,
+    tls_of,
 )
 from migrate.errors import (
     ConnectError,
@@ -117,6 +118,7 @@ class DestinationProgram(Node):
         self.peer_timeout = peer_timeout(args)
         self.allow = networks(args.allow)
         self.credentials = credentials(args, Role.DESTINATION)
+        self.tls = tls_of(args)
         self.warned = False
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")

@@ -128,6 +128,15 @@ def credentials(args: argparse.Namespace, role: Role) -> Credentials | None:
     return result
 
 
+def tls_of(args: argparse.Namespace) -> dict[str, str]:
+    """The same options, as operators are told of them."""
+    return {
+        "tls-creds": args.tls_creds,
+        "tls-hostname": getattr(args, "tls_hostname", ""),
+        "tls-authz": "; ".join(getattr(args, "tls_authz", [])),
+    }
+
+
 def switches(items: list[str], local: frozenset[str] = frozenset()) -> dict[str, bool]:
     """What --capability says. Raises UsageError.
 

@@ -27,6 +27,7 @@ from migrate.cli.program import (
     run,
     seconds,
     switches,
+    tls_of,
 )
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
@@ -260,6 +261,7 @@ class SourceProgram(Node):
         self.source: Source | None = None
         self.parameters = parameters_of(args)
         self.credentials = credentials(args, Role.SOURCE)
+        self.tls = tls_of(args)
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
         self.journal = args.journal or default_directory()

@@ -20,9 +20,7 @@ def commands(node: Node) -> dict[str, Command]:
         "query-migrate": node.query_migrate,
         "query-status": node.query_status,
         "query-migrate-parameters": lambda: {
-            one.name: one.read(node.parameters)
-            for one in settings.SETTINGS.values()
-            if one.destination or not node.receives
+            name: value for name, (value, _) in settings.table(node).items()
         },
         "query-migrate-capabilities": lambda: [
             {"capability": name, "state": on}

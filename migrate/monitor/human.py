@@ -147,9 +147,7 @@ class Human:
 
     def _info_parameters(self) -> str:
         return "".join(
-            f"{one.name}: {one.shown(self._node.parameters)}\n"
-            for one in settings.SETTINGS.values()
-            if one.destination or not self._node.receives
+            f"{name}: {shown}\n" for name, (_, shown) in settings.table(self._node).items()
         )
 
     def _info_status(self) -> str:
@@ -160,7 +158,7 @@ class Human:
 
     # -- what is set and done
 
-    def _set(self, name: str, value: int | bool) -> str:
+    def _set(self, name: str, value: int | bool | str) -> str:
         self._node.set_parameters({name: value})
         return ""
 

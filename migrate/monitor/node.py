@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from migrate.errors import UsageError
@@ -37,6 +37,8 @@ class Node(ABC):
     receives = False
     """Whether guests come to it."""
     parameters: Parameters
+    tls: Mapping[str, str] = {}
+    """What it was started with, by QEMU's names; what is not there is unset."""
 
     def __init__(self) -> None:
         self.listeners: set[Listener] = set()
@@ -70,6 +72,15 @@ class Node(ABC):
         """Takes all of these, or none."""
         from migrate.monitor import settings
 
+        for name in set(values) & set(settings.TLS):
+            # Who drives QEMU sets them to "" or null for a migration without TLS.
+            given = "" if values[name] is None else values[name]
+            if given != self.tls.get(name, ""):
+                raise Refused(
+                    f"Parameter '{name}' cannot change while the program runs: certificates are "
+                    f"read when it starts (--{name})"
+                )
+        values = {name: value for name, value in values.items() if name not in settings.TLS}
         if self.receives:
             for name in values:
                 one = settings.SETTINGS.get(name)

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from migrate import quantities
 from migrate.errors import UsageError
 from migrate.parameters import LOCAL, Parameters
 from proto.capabilities import OPTIONAL
+
+if TYPE_CHECKING:
+    from migrate.monitor.node import Node
 
 MAX_DOWNTIME = 2_000_000
 # xbzrle first: people look for it.
@@ -89,6 +92,23 @@ SETTINGS = {
 }
 
 
+# Told beside them, and set where a program is started: its certificates are read then.
+TLS = ("tls-creds", "tls-hostname", "tls-authz")
+_BEFORE = list(SETTINGS).index("max-bandwidth")
+ORDER = (*list(SETTINGS)[:_BEFORE], *TLS, *list(SETTINGS)[_BEFORE:])
+
+
+def table(node: Node) -> dict[str, tuple[int | bool | str, str]]:
+    """What is set, in QEMU's order: each value, and how people read it."""
+    rows: dict[str, tuple[int | bool | str, str]] = {
+        one.name: (one.read(node.parameters), one.shown(node.parameters))
+        for one in SETTINGS.values()
+        if one.destination or not node.receives
+    }
+    rows |= {name: (node.tls.get(name, ""), f"'{node.tls.get(name, '')}'") for name in TLS}
+    return {name: rows[name] for name in ORDER if name in rows}
+
+
 def changed(parameters: Parameters, values: Mapping[str, Any]) -> Parameters:
     """The parameters with these values, as a machine gives them. Raises UsageError; then none of
     them is taken."""
@@ -120,9 +140,11 @@ def _check(setting: Setting, value: int, page_size: int) -> None:
         )
 
 
-def parse(name: str, text: str) -> int | bool:
+def parse(name: str, text: str) -> int | bool | str:
     """A value as a person writes it: sizes and times may have a suffix; a bare bandwidth is in
     MiB/s, as QEMU has it. Raises UsageError."""
+    if name in TLS:
+        return "" if text in ("''", '""') else text
     setting = SETTINGS.get(name)
     if setting is None:
         raise UsageError(f"Parameter '{name}' is unexpected")
