@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import pty
 import re
@@ -447,6 +448,59 @@ def test_a_migration_that_is_cancelled_or_fails_can_be_tried_again(idle, tmp_pat
     state = both.until("completed")
     assert state["ram"]["normal-bytes"] <= 40 << 20  # counted anew, not since the first attempt
     both.verified()
+
+
+class Ear:
+    """Follows the events of a program: `statuses` of its migrations."""
+
+    def __init__(self, path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.settimeout(60)
+        self._sock.connect(path)
+        self._lines = self._sock.makefile("rb")
+        for request in (
+            b"{'execute': 'qmp_capabilities'}",
+            b"{'execute': 'migrate-set-capabilities', 'arguments': {'capabilities': "
+            b"[{'capability': 'events', 'state': true}]}}",
+        ):
+            self._lines.readline()
+            self._sock.sendall(request)
+        assert json.loads(self._lines.readline()) == {"return": {}}
+
+    def until(self, last: str) -> list[str]:
+        """What was told since the last call, up to this status; STOP and RESUME are told too."""
+        told: list[str] = []
+        while last not in told:
+            message = json.loads(self._lines.readline())
+            if message.get("event") not in (None, "MIGRATION_PASS"):
+                told.append(message.get("data", {}).get("status", message["event"]))
+        return told
+
+    def close(self) -> None:
+        self._lines.close()
+        self._sock.close()
+
+
+def test_what_ends_early_tells_its_states_in_order(idle) -> None:
+    """As QEMU does, from setup on, also where there was no connection yet."""
+    both = idle("--max-bandwidth", "2m", "--connect-timeout", "100s")
+    ear = Ear(f"{both.directory}/src")
+    early, cancelled = ["setup", "cancelling", "cancelled"], {"status": "cancelled"}
+    nobody = {"uri": f"unix:{both.directory}/nobody"}
+    both.src.execute("migrate", nobody)
+    both.sender.read_line("connecting to")
+    both.src.execute("migrate_cancel")
+    assert ear.until("cancelled") == early
+    assert both.until("cancelled") == cancelled
+    both.src.execute("migrate", nobody)
+    both.src.execute("migrate_cancel")
+    assert ear.until("cancelled") == early
+    both.src.execute("migrate", {"uri": both.listen()})
+    both.until("active")
+    both.src.execute("migrate_cancel")
+    assert ear.until("cancelled") == ["setup", "active", "cancelling", "cancelled"]
+    assert both.receiver.wait() == 8
+    ear.close()
 
 
 def test_limits_change_while_it_runs(idle) -> None:

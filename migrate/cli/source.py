@@ -278,6 +278,7 @@ class SourceProgram(Node):
         self.progress = Views(args)
         self.stop = Stop()
         self._early = Statistics(status="none" if self.idle else "setup")
+        self._told_status = ""
         self._wanted = asyncio.Event()
         self._over = asyncio.Event()
         self._moved, self._busy = False, not self.idle
@@ -394,7 +395,7 @@ class SourceProgram(Node):
             return await self._migrate()
         except MigrationError as error:
             self._early = Statistics(status="failed", error=str(error))
-            self.tell_migration("MIGRATION", status="failed")
+            self._tell_status("failed")
             print(f"migrate-src: {error}", file=sys.stderr)
             return error.exit_code
         finally:
@@ -413,6 +414,7 @@ class SourceProgram(Node):
         """None where it was cancelled."""
         self.stop.cancels_me()
         self._early = Statistics(status="setup")
+        self._tell_status("setup")
         if not self.args.quiet:
             self.progress.say(f"connecting to {self.address}")
         try:
@@ -428,8 +430,7 @@ class SourceProgram(Node):
                 file=sys.stderr,
             )
             _take_note()
-            self._early = Statistics(status="cancelled")
-            self.tell_migration("MIGRATION", status="cancelled")
+            self._cancelled_early()
             return None
 
     async def _move(self, guest: Guest, peer: Link) -> int:
@@ -547,13 +548,25 @@ class SourceProgram(Node):
     def _observe(self, event: str, statistics: Statistics) -> None:
         self.progress.observe(event, statistics)
         if event == "status":
-            self.tell_migration("MIGRATION", status=statistics.status)
+            self._tell_status(statistics.status)
         elif event == "pass":
             self.tell_migration("MIGRATION_PASS", **{"pass": statistics.dirty_sync_count + 1})
         elif event == "paused":
             self.tell("STOP")
         elif event == "resumed":
             self.tell("RESUME")
+
+    def _tell_status(self, status: str) -> None:
+        """Once: a source begins with what was told while there was none."""
+        if status != self._told_status:
+            self._told_status = status
+            self.tell_migration("MIGRATION", status=status)
+
+    def _cancelled_early(self) -> None:
+        """Before there was a source."""
+        self._early = Statistics(status="cancelled")
+        for status in ("cancelling", "cancelled"):
+            self._tell_status(status)
 
     @property
     def _statistics(self) -> Statistics:
@@ -608,6 +621,7 @@ class SourceProgram(Node):
                 str(error) if known else "Parameter 'uri' expects a valid migration protocol"
             ) from None
         self.source, self._early = None, Statistics(status="setup")
+        self._tell_status("setup")
         self._over.clear()
         self._wanted.set()
         self.stop.install(self._call_off)
@@ -615,8 +629,7 @@ class SourceProgram(Node):
     def _call_off(self) -> str:
         """A migration that was asked for, and has not begun."""
         self._wanted.clear()
-        self._early = Statistics(status="cancelled")
-        self.tell_migration("MIGRATION", status="cancelled")
+        self._cancelled_early()
         self._over.set()
         self.stop.install(str)
         return ""
