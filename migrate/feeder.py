@@ -10,6 +10,7 @@ the next begins: which of them carries a page makes no difference to what it bui
 from __future__ import annotations
 
 import time
+from operator import add, sub
 from typing import NamedTuple
 
 from migrate.memory import Memory
@@ -22,20 +23,54 @@ from proto.pageset import PageSet
 TURN_PAGES = 1 << 14
 
 
+class Counts(NamedTuple):
+    """What was made of pages, by the names of Statistics."""
+
+    duplicate: int = 0
+    normal: int = 0
+    skipped: int = 0
+    xbzrle_bytes: int = 0
+    xbzrle_pages: int = 0
+    cache_hits: int = 0
+    cache_miss: int = 0
+    overflow: int = 0
+    overflow_skipped: int = 0
+
+    @classmethod
+    def of(cls, encoder: PageEncoder) -> Counts:
+        return cls(
+            encoder.zero, encoder.raw, encoder.unchanged, encoder.delta_bytes, encoder.delta,
+            encoder.hits, encoder.misses, encoder.overflows, encoder.spared,
+        )  # fmt: skip
+
+    def and_(self, more: Counts) -> Counts:
+        return Counts(*map(add, self, more))
+
+    def since(self, before: Counts) -> Counts:
+        return Counts(*map(sub, self, before))
+
+
 class Turn(NamedTuple):
     """batch: a sealed frame and its raw pages, or None; pages: how many were done; over: nothing
-    is left of the round."""
+    is left of the round; counts: what was made of these pages."""
 
     batch: tuple[memoryview, memoryview] | None
     pages: int
     over: bool
+    counts: Counts
 
 
 class Feeder:
-    """Walks the dirty pages of a round, for all channels. `seconds` is the CPU time it took."""
+    """Walks the dirty pages of a round, for all channels.
+
+    seconds -- the CPU time it took
+    sent    -- what was made of the pages that are sent, as whoever sends them counts: the encoder
+               is ahead of them, and what was made last may never go
+    """
 
     def __init__(self, memory: Memory, encoder: PageEncoder) -> None:
         self.seconds = 0.0
+        self.sent = Counts()
         self._memory = memory
         self._encoder = encoder
         self._cursor = 0
@@ -49,14 +84,15 @@ class Feeder:
 
         holes -- look for holes of a sparse file, which are zeros that nobody need read
         """
-        began = time.thread_time()
+        began, before = time.thread_time(), Counts.of(self._encoder)
         pages = self._fill(dirty, holes and self._memory.view is None)
         batch = None
         if self._encoder.pending:
             batch = self._encoder.take()
             seal(batch[0], MessageType.PAGES, channel, len(batch[1]))
         self.seconds += time.thread_time() - began
-        return Turn(batch, pages, self._cursor >= self._encoder.pages)
+        counts = Counts.of(self._encoder).since(before)
+        return Turn(batch, pages, self._cursor >= self._encoder.pages, counts)
 
     def _fill(self, dirty: PageSet, holes: bool) -> int:
         """Encodes until the batch is full, the turn is over or nothing is left; how many pages."""

@@ -206,7 +206,10 @@ class Source:
             lost = isinstance(error, PeerLost | ConnectError | TlsError) or self._greeting
             self.resumable = self._resumes and bool((lost and self._retry) or self._agreed is None)
             failure = self._failure(error)
-            await self._give_reason(error, failure)
+            try:
+                await self._give_reason(error, failure)
+            finally:
+                self._end("failed" if failure else "cancelled", str(failure or ""))
             if failure is None:
                 raise
             raise failure from error
@@ -214,8 +217,6 @@ class Source:
             self._worker.shutdown(wait=True)
             self._journal.close(keep=self.resumable)
             await self.channels.close()
-            self._update()
-            self._advise()
         return self.statistics
 
     async def _attempts(self) -> None:
@@ -274,10 +275,8 @@ class Source:
     def _failure(self, error: BaseException) -> MigrationError | None:
         """The error as a user sees it; None for a cancellation."""
         failure = failure_of(error, "the guest's memory cannot be read")
-        cancelled = failure is None
         if self.committed and not isinstance(failure, HandOverUnknown):
             failure = self._unknown(str(failure or "interrupted"))
-        self._set_status("cancelled" if cancelled else "failed", str(failure or ""))
         return failure
 
     def _unknown(self, why: str) -> HandOverUnknown:
@@ -364,7 +363,7 @@ class Source:
             | ({AUTO_CONVERGE: True} if parameters.auto_converge else {}),
             channels=parameters.channels,
             cache_size=self._cache_size,
-            remaining=self._bytes_in(dirty),
+            remaining=self._remaining(len(dirty)),
         )
         if not self._round:
             self.statistics = self.statistics.with_(setup_time=time.monotonic() - self._began)
@@ -456,11 +455,11 @@ class Source:
         scan = ScanTracker(self.guest.memory, encoder).take
         dirty = await loop.run_in_executor(self._worker, scan)
         share = 100 * (self._pages - len(dirty)) // self._pages
-        self._notice(f"resuming at {share} %: {format_size(self._bytes_in(dirty))} to go")
+        self._notice(f"resuming at {share} %: {format_size(self._remaining(len(dirty)))} to go")
         return dirty
 
-    def _bytes_in(self, dirty: PageSet) -> int:
-        return min(len(dirty) * self.parameters.page_size, self.guest.memory.size)
+    def _remaining(self, pages: int) -> int:
+        return min(pages * self.parameters.page_size, self.guest.memory.size)
 
     def set_parameters(self, parameters: Parameters) -> None:
         """Takes other parameters while the migration runs; they hold from the next batch on, or
@@ -512,7 +511,7 @@ class Source:
             rate = len(dirty) / elapsed if elapsed else 0.0
             self.statistics = self.statistics.with_(
                 dirty_pages_rate=rate,
-                remaining=self._bytes_in(dirty),
+                remaining=self._remaining(len(dirty)),
             )
             # Where nothing stops the guest, looking for what changed keeps nobody waiting.
             scan = self._tracker.take_seconds
@@ -612,18 +611,20 @@ class Source:
 
     async def _send_channel(self, dirty: PageSet, channel: int, last: bool) -> None:
         """Sends what a channel can take of a round: the next batch is made while one goes out."""
+        assert self._feeder is not None
         loop = asyncio.get_running_loop()
         link = self.channels.links[channel]
         turn = loop.run_in_executor(self._worker, self._turn, dirty, channel)
         try:
             while True:
-                batch, done, over = await turn
+                batch, done, over, counts = await turn
                 if not over:
                     turn = loop.run_in_executor(self._worker, self._turn, dirty, channel)
                 if batch is not None:
                     await link.send_batch(*batch)
                     batch = None  # its memory is free again when the transport is done with it
                 self._round_left -= done
+                self._feeder.sent = self._feeder.sent.and_(counts)
                 await self._confirm_cache()
                 self._check_timeout(last)
                 if time.monotonic() >= self._next_update:
@@ -633,6 +634,7 @@ class Source:
                     return
         finally:
             turn.cancel()
+            self.statistics = self.statistics.with_(remaining=self._remaining(self._round_left))
 
     def _turn(self, dirty: PageSet, channel: int) -> Turn:
         """In the worker thread: the next batch, after a change of the cache's size."""
@@ -701,8 +703,7 @@ class Source:
             dirty_pages_rate=0.0,
         )
         await self._let_go()
-        self._set_status("completed")
-        self._update()
+        self._end("completed")
         await self.guest.release()
 
     async def _last_round(self, encoder: PageEncoder, digest: Digest) -> None:
@@ -785,6 +786,14 @@ class Source:
         if changed:
             self._observer("status", self.statistics)
 
+    def _end(self, status: str, error: str = "") -> None:
+        """The last numbers and what they mean: whoever sees this status sees no others later."""
+        self._worker.shutdown(wait=True)
+        self.statistics = self.statistics.with_(status=status, error=error)
+        self._update()
+        self._advise()
+        self._observer("status", self.statistics)
+
     def cancelling(self) -> None:
         """Says that it is being cancelled; whoever runs this cancels it."""
         self._set_status("cancelling")
@@ -832,18 +841,10 @@ class Source:
     def _update(self, left: int | None = None) -> None:
         """Brings the counters into the statistics; `left` pages of the round are to go."""
         s = self.statistics
-        encoder = self._encoder
-        if encoder is not None:
+        encoder, feeder = self._encoder, self._feeder
+        if encoder is not None and feeder is not None:
             s = s.with_(
-                duplicate=encoder.zero,
-                normal=encoder.raw,
-                skipped=encoder.unchanged,
-                xbzrle_bytes=encoder.delta_bytes,
-                xbzrle_pages=encoder.delta,
-                cache_hits=encoder.hits,
-                cache_miss=encoder.misses,
-                overflow=encoder.overflows,
-                overflow_skipped=encoder.spared,
+                **feeder.sent._asdict(),
                 xbzrle_active=encoder.active,
                 evictions=self._cache.evictions if self._cache else 0,
             )
@@ -851,7 +852,7 @@ class Source:
         if left is not None:
             seconds = max(time.monotonic() - self._round_began, 1e-9)
             s = s.with_(
-                remaining=min(left * s.page_size, s.total),
+                remaining=self._remaining(left),
                 mbps=(transferred - self._round_sent) * 8 / seconds / 1e6,
             )
         s = s.with_(

@@ -503,6 +503,36 @@ def test_what_ends_early_tells_its_states_in_order(idle) -> None:
     ear.close()
 
 
+def test_the_numbers_of_what_ended_early_are_those_of_what_was_sent(idle, tmp_path: Path) -> None:
+    """In the first round each page has gone in one way, or remains; the next begins anew."""
+    both = idle("--max-bandwidth", "2m")
+    ear = Ear(f"{both.directory}/src")
+    for how in ("cancelled", "failed"):
+        other = Program("migrate-dst", "--listen", f"unix:{tmp_path}/{how}")
+        other.read_line("listening on")
+        both.src.execute("migrate", {"uri": f"unix:{tmp_path}/{how}"})
+        end = time.monotonic() + 60
+        while not (ram := both.src.execute("query-migrate").get("ram", {})).get("normal"):
+            assert time.monotonic() < end, ram
+            time.sleep(0.01)
+        if how == "cancelled":
+            both.src.execute("migrate_cancel")
+        else:
+            other.kill()
+        told = ear.until(how)
+        assert told == ["setup", "active", *["cancelling"] * (how == "cancelled"), how]
+        other.wait()
+        state = both.until(how)
+        ram = state["ram"]
+        assert ram["normal"] + ram["duplicate"] + ram["remaining"] // 4096 == 8192
+        assert 0 < ram["normal-bytes"] < ram["transferred"] == ram["precopy-bytes"]
+        assert ram["dirty-sync-count"] == 0
+        assert "downtime" not in state
+        time.sleep(0.1)
+        assert both.src.execute("query-migrate") == state
+    ear.close()
+
+
 def test_limits_change_while_it_runs(idle) -> None:
     """At 64 KiB/s it would take eight minutes; the new rate holds at once."""
     both = idle("--max-bandwidth", "64k")
