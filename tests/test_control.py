@@ -168,6 +168,42 @@ def test_stopping_a_source_that_stays_in_the_middle_ends_it_and_its_guest(pair) 
     until(lambda: not alive(pid))
 
 
+def test_the_socket_of_a_program_that_was_killed_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "src"
+    options = ("--qmp", f"unix:{path}", "--guest")
+    killed = Program("migrate-src", *options, "demo:8m")
+    pid = guest_pid(killed.read_line(r"idle: demo guest, process \d+")[0])
+    killed.kill()
+    killed.wait()
+    assert path.is_socket()
+    try:
+        again = Program("migrate-src", *options, f"demo:pid={pid}")
+        assert answer(path, "query-status") == {"running": True, "status": "running"}
+        second = Program("migrate-src", *options, f"demo:pid={pid}")
+        assert second.wait() == 3
+        assert "another program listens there" in second.err
+        assert answer(path, "query-status") == {"running": True, "status": "running"}
+        ask(path, "quit")
+        assert again.wait() == 0
+        assert not path.exists()
+    finally:
+        end_guest(pid)
+
+
+@pytest.mark.parametrize("option", ["--qmp", "--monitor"])
+@pytest.mark.parametrize("program", ["migrate-src", "migrate-dst"])
+def test_a_socket_that_cannot_be_is_a_mistake(tmp_path: Path, program: str, option: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    for path, says in (
+        (tmp_path / "file", "what stands there is no socket, and is left as it is"),
+        (Path("/sys/socket"), "no socket can be made in /sys: "),
+    ):
+        started = Program(program, option, f"unix:{path}")
+        assert started.wait() == 2
+        assert started.err.startswith(f"{program}: {option} unix:{path}: {says}")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_without_stay_the_guest_outlives_the_programs(tmp_path: Path) -> None:
     receiver, address = destination("--qmp", f"unix:{tmp_path}/dst")
     source = Program(

@@ -214,14 +214,30 @@ async def test_a_socket_that_a_dead_program_left_is_replaced_and_a_living_one_is
     async with serving(path):
         with pytest.raises(ConnectError, match="another program listens there"):
             await machine(path).open()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("file", "what stands there is no socket, and is left as it is"),
+        ("dir", "what stands there is no socket"),
+        ("link", "what stands there is no socket"),
+        ("no/socket", "no socket can be made in .*/no: No such file or directory"),
+        ("file/socket", "no socket can be made in .*/file: Not a directory"),
+        ("x" * 200, "too long"),
+    ],
+)
+async def test_a_path_that_cannot_be_is_a_mistake_and_nothing_is_removed(
+    tmp_path, name: str, says: str
+) -> None:
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(ConnectError, match="Address already in use"):
-        await machine(str(tmp_path / "file")).open()
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match=says):
+        await machine(str(tmp_path / name)).open()
     assert (tmp_path / "file").read_text() == "precious"
-    with pytest.raises(ConnectError, match="No such file or directory"):
-        await machine(str(tmp_path / "no" / "socket")).open()
-    with pytest.raises(ConnectError, match="too long"):
-        await machine(str(tmp_path / ("x" * 200))).open()
+    assert sorted(os.listdir(tmp_path)) == ["dir", "file", "link"]
 
 
 @pytest.mark.asyncio

@@ -15,7 +15,7 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
-from migrate.errors import ConnectError, UsageError
+from migrate.errors import ConnectError, MigrationError, UsageError
 from migrate.monitor.node import Refused
 
 MAX_CLIENTS = 32
@@ -25,6 +25,7 @@ MAX_WAITING = 1 << 20
 # Requests are served no faster than this: one client that asked without pause took the loop from
 # the migration, and made a pause of 8 ms one of 5 s.
 TURN_SECONDS = 0.002
+OTHER = "what stands there is no socket, and is left as it is: remove it, or name another path"
 
 
 class Conversation(Protocol):
@@ -58,7 +59,7 @@ class Server:
         self._ours: tuple[int, int] | None = None
 
     async def open(self) -> None:
-        """Raises ConnectError where the path is not to be had."""
+        """Raises ConnectError where another program has the path, UsageError where it cannot be."""
         sock = _bind(self._path, self._option)
         self._ours = _identity(self._path)
         self._server = await asyncio.start_unix_server(self._serve, sock=sock)
@@ -151,24 +152,31 @@ def parse_path(text: str, option: str = "--qmp") -> str:
 
 
 def _bind(path: str, option: str) -> socket.socket:
-    """A listening socket that nobody but its owner can connect to, from the first moment on."""
+    """A listening socket that nobody but its owner can connect to, from the first moment on.
+
+    Raises ConnectError where another program has it, UsageError for a path that cannot be.
+    """
     sock = socket.socket(socket.AF_UNIX)
     try:
         with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode):
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.setblocking(False)  # its owner may be stopped, and its backlog full
-                    if probe.connect_ex(path) in (0, errno.EAGAIN):
-                        raise ConnectError(f"{option} unix:{path}: another program listens there")
-                os.unlink(path)  # its program has died
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                raise UsageError(f"{option} unix:{path}: {OTHER}")
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.setblocking(False)  # its owner may be stopped, and its backlog full
+                if probe.connect_ex(path) in (0, errno.EAGAIN):
+                    raise ConnectError(f"{option} unix:{path}: another program listens there")
+            os.unlink(path)  # its program has died
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(path)
         sock.listen(MAX_CLIENTS)
     except OSError as error:
         sock.close()
-        why = error.strerror or error
-        raise ConnectError(f"{option} unix:{path}: {why}") from None
-    except ConnectError:
+        directory = os.path.dirname(path) or "."
+        why = f"no socket can be made in {directory}: {error.strerror or error}"
+        raise UsageError(
+            f"{option} unix:{path}: {OTHER if error.errno == errno.EADDRINUSE else why}"
+        ) from None
+    except MigrationError:
         sock.close()
         raise
     return sock
