@@ -545,7 +545,11 @@ class Source:
         )
         if slower:
             self._policy.begin_again(self._round, time.monotonic() - self._began)
-        self.statistics = self.statistics.with_(cpu_throttle_percentage=self._brake.percentage)
+        percentage = self._brake.percentage
+        self.statistics = self.statistics.with_(
+            cpu_throttle_percentage=percentage,
+            cpu_throttle_highest=max(percentage, self.statistics.cpu_throttle_highest),
+        )
 
     async def _send_round(
         self, encoder: PageEncoder, digest: Digest, dirty: PageSet, *, last: bool

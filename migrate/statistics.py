@@ -12,6 +12,7 @@ counted as sent); here each is what its name says:
     skipped       pages that were dirty but equal to what the peer has: they cost nothing
     cache miss    a page sent before whose old content was not in the cache
     overflow skipped  pages sent whole without trying, since their last deltas overflowed
+    cpu throttle highest  what the guest was slowed by at most: its percentage is gone in the end
     xbzrle active whether deltas are made: they are switched off where they cost more than they save
 """
 
@@ -61,6 +62,7 @@ class Statistics:
     reconnects: int = 0
     advice: tuple[str, ...] = ()
     cpu_throttle_percentage: int = 0
+    cpu_throttle_highest: int = 0
 
     @property
     def cache_miss_rate(self) -> float:
@@ -227,6 +229,8 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
         }
     if s.cpu_throttle_percentage:
         result["cpu-throttle-percentage"] = s.cpu_throttle_percentage
+    if s.cpu_throttle_highest:
+        result["cpu-throttle-highest"] = s.cpu_throttle_highest
     if s.reconnects:
         result["reconnects"] = s.reconnects
     if s.advice:

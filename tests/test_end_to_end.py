@@ -843,6 +843,7 @@ def test_a_demo_guest_that_does_not_converge_does_when_it_is_slowed() -> None:
         assert receiver.wait() == 0, receiver.err
         assert "auto-converge: the guest is slowed by 70 %" in source.err
         assert "cpu-throttle-percentage" not in json.loads(source.out)
+        assert json.loads(source.out)["cpu-throttle-highest"] >= 70
         there = DemoProcess.attach(guest_pid(receiver.out))
         assert there.words[THROTTLE] == 0
         there.close()

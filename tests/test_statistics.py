@@ -157,6 +157,10 @@ def test_the_throttle_shows_while_it_is_on():
     slowed = FULL.with_(cpu_throttle_percentage=30)
     assert ("cpu throttle percentage", "30") in labels(slowed)
     assert query_migrate(slowed)["cpu-throttle-percentage"] == 30
+    over = FULL.with_(cpu_throttle_highest=40)
+    assert query_migrate(over)["cpu-throttle-highest"] == 40
+    assert "throttle" not in info_migrate(over)
+    assert "cpu-throttle-highest" not in query_migrate(FULL)
 
 
 def test_the_layout_of_later_qemus():

@@ -14,7 +14,7 @@ from migrate.quantities import format_size
 from migrate.statistics import Statistics
 from migrate.views import plots, report
 from migrate.views.history import History
-from migrate.views.report import Report, milliseconds, verdict
+from migrate.views.report import Report, milliseconds, slowed, verdict
 from tests.programs import Program, destination, end_guest, guest_pid
 from tests.story import move, story
 
@@ -179,6 +179,8 @@ def test_the_verdict_is_one_sentence():
     )
     assert "runs on here" in verdict(done.with_(status="cancelled"))
     assert verdict(done.with_(status="failed")) == "The migration failed after 2.50 s and 1 round."
+    assert slowed(done) == ""
+    assert slowed(done.with_(cpu_throttle_highest=70)) == " The guest was slowed by up to 70 %."
     assert [milliseconds(x) for x in (None, 0.25, 12.0)] == ["-", "250 ms", "12.0 s"]
 
 

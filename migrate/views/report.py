@@ -55,6 +55,11 @@ def verdict(s: Statistics) -> str:
     return f"The migration failed after {took} and {rounds}."
 
 
+def slowed(s: Statistics) -> str:
+    most = s.cpu_throttle_highest
+    return f" The guest was slowed by up to {most} %." if most else ""
+
+
 def tiles(s: Statistics) -> list[tuple[str, str, str]]:
     """The numbers to look at first: name, value, and what to hold it against."""
     predicted = f"{milliseconds(s.expected_downtime)} predicted"
@@ -81,20 +86,20 @@ def moved(s: Statistics) -> list[tuple[str, ...]]:
     """Kinds of page: how many, what of the guest they stand for, what they cost."""
     size = s.page_size
     rest = s.transferred - s.normal * size - s.xbzrle_bytes
-    rows: list[tuple[str, ...]] = [
+    rest_name = "zero, and all framing"
+    if s.status != "completed":
+        rest_name += ", and a batch that was cut off"
+    return [
         ("whole", f"{s.normal}", format_size(s.normal * size), format_size(s.normal * size)),
         ("delta", f"{s.xbzrle_pages}", format_size(s.xbzrle_pages * size),
          format_size(s.xbzrle_bytes)),
-        ("zero, and all framing", f"{s.duplicate}", format_size(s.duplicate * size),
+        (rest_name, f"{s.duplicate}", format_size(s.duplicate * size),
          format_size(max(rest, 0))),
         ("dirty, but equal: not sent", f"{s.skipped}", format_size(s.skipped * size), "0 B"),
         ("total", f"{s.duplicate + s.normal + s.xbzrle_pages + s.skipped}",
          format_size((s.duplicate + s.normal + s.xbzrle_pages + s.skipped) * size),
          format_size(s.transferred)),
     ]  # fmt: skip
-    if rest < 0:  # it ended in the middle of a round
-        rows.insert(-1, ("encoded, but not sent any more", "", "", f"-{format_size(-rest)}"))
-    return rows
 
 
 def round_row(r: RoundRecord) -> tuple[str, ...]:
@@ -171,7 +176,7 @@ def page(
         f"<title>{escape(f'Migration {s.status}: {heading}')}</title>",
         f"<style>{STYLE}</style></head><body><main>",
         f'<header><p class="what">{escape(heading)}</p>',
-        f'<h1 class="{escape(s.status)}">{escape(verdict(s))}</h1>',
+        f'<h1 class="{escape(s.status)}">{escape(verdict(s) + slowed(s))}</h1>',
         f'<p class="why">{escape(s.error)}</p></header>' if s.error else "</header>",
         f'<div class="tiles">{boxes}</div>',
         _section("Advice", _list(list(getattr(s, "advice", ())))),
