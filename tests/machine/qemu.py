@@ -39,7 +39,7 @@ PAGE = 4096
 PIECE = 4 * MIB
 DIMM_AT = 1 << 32
 LARGEST = 2 << 30  # a PC with more has some of it above 4 GiB
-SLOW = 8_000_000  # bytes a second: some 1000 pages with 256 bytes changed in each, in 100 ms
+SLOW = 16_000_000  # bytes a second: 400 pages in 100 ms
 PATIENCE = 30.0
 POLL = 0.01
 LONGEST_DOWNTIME = 2_000_000
@@ -278,15 +278,18 @@ class Machine:
     async def begin(
         self, uri: str, *capabilities: str, passes: int = 4, bandwidth: int = SLOW
     ) -> Info:
-        """Begins to move it, and sees to it that this takes so many passes; query-migrate.
+        """Begins to move it, and lets it go on for so many passes; query-migrate.
 
-        QEMU is through as soon as it finds less dirty than it can send in a millisecond, and if the
-        first pass takes less than 100 ms: `bandwidth` must be too low for either. Then it sends in
-        bursts, one each 100 ms; where a pass fits into one, a guest that has not been given the
-        processor meanwhile, or sleeps, is through too.
+        QEMU is through before that if its first pass takes less than 100 ms (`bandwidth` is too
+        high), or if it finds less dirty than it can send in a millisecond: a pass of small deltas
+        is short, and a guest may sleep, or wait for a processor, all the while.
         """
         await self.migrate(uri, *capabilities, max_bandwidth=bandwidth, downtime_limit=1)
-        return await self.wait_passes(passes)
+        return await self.wait_info(
+            lambda info: info["status"] == "completed"
+            or info.get("ram", {}).get("dirty-sync-count", 0) >= passes,
+            f"in pass {passes}", PATIENCE,
+        )  # fmt: skip
 
     async def finish(self) -> Info:
         """Lets what has begun end, by stopping the guest at once; query-migrate."""
@@ -309,13 +312,6 @@ class Machine:
     ) -> Info:
         """Waits until the answer to query-migrate is accepted; `what` that means. The answer."""
         return await self._wait("query-migrate", accepts, what, timeout)
-
-    async def wait_passes(self, number: int, timeout: float = PATIENCE) -> Info:
-        """Waits until its dirty pages have been collected so many times."""
-        return await self.wait_info(
-            lambda info: info.get("ram", {}).get("dirty-sync-count", 0) >= number,
-            f"in pass {number}", timeout,
-        )  # fmt: skip
 
     # ---------------------------------------------------------------- what the guest does
 
