@@ -1,0 +1,97 @@
+"""Takes what a real QEMU sends into a file, for those that read such streams.
+
+With the return path QEMU waits for a word of the other side before it calls a migration completed:
+the sink answers its ping, and says that all is well once the stream is whole. It reads no more of
+it than that takes.
+
+    QEMU ---- OPEN_RETURN_PATH, PING n --> sink        within the first bytes
+    QEMU <------------------------ PONG n
+    QEMU ---- ... EOF, VMDESCRIPTION ---->
+    QEMU <------------------------ SHUT 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tests.machine.qemu import PATIENCE, SLOW, Machine, MachineError
+
+PIECE = 1 << 16
+PING = re.compile(rb"\x08\x00\x01\x00\x00\x08\x00\x02\x00\x04(.{4})", re.DOTALL)
+PING_WITHIN = 1 << 12
+SHUT, PONG = 1, 2
+DESCRIPTION = b"\x06"
+DESCRIPTION_WITHIN = 1 << 20
+
+
+async def capture(
+    machine: Machine, path: Path, *capabilities: str, passes: int = 4, bandwidth: int = SLOW
+) -> dict[str, Any]:
+    """Moves a machine into a file, with so many passes over its memory at least (see
+    Machine.begin); query-migrate."""
+    with path.open("wb") as file:
+        sink = Sink(file, answers="return-path" in capabilities)
+        where = machine.directory / "sink"
+        server = await asyncio.start_unix_server(sink.serve, where, limit=PIECE)
+        async with server:
+            await machine.begin(f"unix:{where}", *capabilities, passes=passes, bandwidth=bandwidth)
+            info = await machine.finish()
+            async with asyncio.timeout(PATIENCE):
+                await sink.closed.wait()
+    if not sink.whole:
+        raise MachineError(f"the stream in {path} has no end: {path.stat().st_size} bytes")
+    return info
+
+
+class Sink:
+    """Writes what comes to a file, and answers what must be answered."""
+
+    def __init__(self, file: BinaryIO, *, answers: bool) -> None:
+        self.closed = asyncio.Event()
+        self.whole = False
+        self._file = file
+        self._answers = answers
+        self._pinged = False
+        self._head = self._tail = b""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while piece := await reader.read(PIECE):
+                self._file.write(piece)
+                self._take(piece)
+                if self._answers:
+                    self._answer(writer)
+                    await writer.drain()
+        finally:
+            writer.close()
+            self.closed.set()
+
+    def _take(self, piece: bytes) -> None:
+        self._head += piece[: PING_WITHIN - len(self._head)]
+        self._tail = (self._tail + piece)[-DESCRIPTION_WITHIN:]
+        self.whole = is_end(self._tail)
+
+    def _answer(self, writer: asyncio.StreamWriter) -> None:
+        if not self._pinged and (ping := PING.search(self._head)):
+            self._pinged = True
+            writer.write(struct.pack(">HH", PONG, 4) + ping[1])
+        if self.whole:
+            writer.write(struct.pack(">HHI", SHUT, 4, 0))
+
+
+def is_end(tail: bytes) -> bool:
+    """Whether a stream that ends so is whole: the last thing in it is a description, of its length.
+
+    That is text: the last byte that is 0 is one of the four of its length.
+    """
+    if not tail.endswith(b"}"):
+        return False
+    last = tail.rfind(b"\0")
+    return any(
+        tail[start - 5 : start] == DESCRIPTION + (len(tail) - start).to_bytes(4)
+        for start in range(max(last + 1, 5), last + 5)
+    )

@@ -1,0 +1,402 @@
+"""A QEMU (TCG) that runs a sweep, driven by QMP; nothing of it is left after its context.
+
+    async with (
+        Machine(sweep) as source,
+        Machine(sweep, incoming="tcp:127.0.0.1:0", before=source, paused=True) as destination,
+    ):
+        await source.wait_for_count(sweep.every)
+        await source.begin(await destination.uri(), "xbzrle", passes=4)
+        await source.finish()
+        await destination.wait_run_state("paused")
+        await compare(source, destination)
+
+Every wait is bounded. What fails raises MachineError, with what QEMU has written to standard error;
+a command that QEMU refuses raises qemu.qmp.ExecuteError, with QEMU's words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import xxhash
+from qemu.qmp import EventListener, QMPClient, QMPError
+
+from tests.machine.sweep import Sweep, differing
+from tests.requirements import need
+
+PROGRAM = "qemu-system-x86_64"
+MIB = 1 << 20
+PAGE = 4096
+PIECE = 4 * MIB
+DIMM_AT = 1 << 32
+LARGEST = 2 << 30  # a PC with more has some of it above 4 GiB
+SLOW = 16_000_000  # bytes a second: 400 pages in 100 ms
+PATIENCE = 30.0
+POLL = 0.01
+LONGEST_DOWNTIME = 2_000_000
+ENDED = {"completed", "failed", "cancelled"}
+
+Info = dict[str, Any]
+
+
+class MachineError(Exception):
+    """A machine did not do what it should; says which, what, and what its QEMU said of it."""
+
+
+class Machine:
+    """A PC with one processor, `size` bytes of memory, and the guest of `sweep`.
+
+    size     -- bytes of memory from address 0 on, up to 2 GiB
+    incoming -- where it awaits another machine: a URI, or "defer" (see `listen`)
+    paused   -- does not run until `cont`; one that awaits another stays so when that has arrived
+    before   -- the machine that it is moved from: `counted` goes over the serial ports of both
+    blocks   -- names of the memory's blocks, equal parts of it in this order; one, pc.ram, if none
+    dimm     -- bytes of one more block, "dimm0", at 4 GiB: random in a machine that awaits none
+    devices  -- what -device takes: "virtio-rng-pci", ...
+    machine  -- the type, for another version to be able to load it
+    binary   -- the QEMU
+    extra    -- arguments of that
+    """
+
+    def __init__(
+        self, sweep: Sweep, *, size: int = 64 * MIB, incoming: str = "", paused: bool = False,
+        before: Machine | None = None, blocks: Sequence[str] = (), dimm: int = 0,
+        devices: Sequence[str] = (), machine: str = "pc", binary: str = PROGRAM,
+        extra: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        need(shutil.which(binary), f"{binary} (qemu-system-x86)")
+        if not sweep.end <= size <= LARGEST or size % MIB:
+            raise ValueError(f"{size} bytes: whole MiB, {sweep.end} of the sweep to 2 GiB")
+        self.sweep = sweep
+        self.size = size
+        self.dimm = dimm
+        self.name = "the destination" if incoming else "the source"
+        self.before = before
+        self.directory = Path(tempfile.mkdtemp(prefix="xbmigrate-machine-"))
+        self._serial, self._stderr = self.directory / "serial", self.directory / "stderr"
+        self._command = [
+            # ends with us, however we end
+            "setpriv", "--pdeathsig", "KILL", binary,
+            "-nodefaults", "-display", "none", "-machine", f"{machine},accel=tcg",
+            "-m", f"{size >> 20}M" + (f",slots=1,maxmem={(size + dimm) >> 20}M" if dimm else ""),
+            "-drive", f"file={self.directory}/disk,format=raw,if=ide",
+            "-serial", f"file:{self._serial}",
+            *self._memory(blocks), *(word for device in devices for word in ("-device", device)),
+            *(["-incoming", incoming] if incoming else []), *(["-S"] if paused else []), *extra,
+        ]  # fmt: skip
+        self._incoming = bool(incoming)
+        self._process: asyncio.subprocess.Process | None = None
+        self._qmp = QMPClient(self.name)
+        self._listener = EventListener()
+        self._events: list[Info] = []
+        self._said: dict[Path, bytes] = {}
+
+    def _memory(self, blocks: Sequence[str]) -> list[str]:
+        words = []
+        for node, block in enumerate(blocks):
+            words += ["-object", f"memory-backend-ram,id={block},size={self.size // len(blocks)}"]
+            words += ["-numa", f"node,nodeid={node},memdev={block}"]
+        if self.dimm:
+            path = f"{self.directory}/dimm"
+            words += ["-object", f"memory-backend-file,id=dimm0,size={self.dimm},mem-path={path}"]
+            words += ["-device", "pc-dimm,memdev=dimm0,addr=" + hex(DIMM_AT)]
+        return words
+
+    # ---------------------------------------------------------------- from start to end
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._leave()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._leave()
+
+    async def _start(self) -> None:
+        (self.directory / "disk").write_bytes(self.sweep.sector())
+        if self.dimm and not self._incoming:
+            (self.directory / "dimm").write_bytes(random.Random(0).randbytes(self.dimm))
+        ours, theirs = socket.socketpair()
+        with theirs, self._stderr.open("wb") as stderr:
+            number = theirs.fileno()
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, "-chardev", f"socket,id=qmp,fd={number}",
+                "-mon", "chardev=qmp,mode=control", pass_fds=[number],
+                stdin=asyncio.subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+            )  # fmt: skip
+        self._qmp.register_listener(self._listener)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._qmp.connect(ours)
+        except (QMPError, TimeoutError) as error:
+            ours.close()
+            raise await self._failure("does not start") from error
+        await self.prepare("events")
+
+    async def _leave(self) -> None:
+        await self.kill()
+        with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                await self._qmp.disconnect()
+        for path in (self._serial, self._stderr):
+            self._said[path] = self._read(path)
+        shutil.rmtree(self.directory)
+
+    async def kill(self) -> None:
+        """Ends QEMU as a crash would, if it still runs."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    async def ended(self, timeout: float = PATIENCE) -> int:
+        """Waits until QEMU has ended by itself; its exit code."""
+        assert self._process is not None
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._process.wait()
+        except TimeoutError:
+            raise await self._failure(f"still runs after {timeout:.0f} s") from None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU has said so far; also after the context."""
+        return self._read(self._stderr).decode(errors="replace")
+
+    def _read(self, path: Path) -> bytes:
+        if path in self._said:
+            return self._said[path]
+        return path.read_bytes() if path.exists() else b""
+
+    async def _failure(self, what: str) -> MachineError:
+        code = None
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1 if self._qmp.runstate.name == "RUNNING" else 3):
+                    code = await self._process.wait()
+        state = "" if code is None else f" (QEMU has ended with status {code})"
+        return MachineError(f"{self.name} {what}{state}; standard error: {self.stderr or 'empty'}")
+
+    # ---------------------------------------------------------------- commands
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """The command's result. Underscores in names of arguments stand for dashes."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await self._qmp.execute(command, named)
+        except (QMPError, TimeoutError) as error:
+            if self._qmp.runstate.name == "RUNNING" and not isinstance(error, TimeoutError):
+                raise
+            raise await self._failure(f"does not answer {command}") from error
+
+    async def stop(self) -> None:
+        await self.execute("stop")
+
+    async def cont(self) -> None:
+        await self.execute("cont")
+
+    @property
+    def events(self) -> list[Info]:
+        """All that QEMU has told, the oldest first."""
+        self._events += [dict(event) for event in self._listener.clear()]
+        return self._events
+
+    async def wait_run_state(self, *states: str, timeout: float = PATIENCE) -> str:
+        """Waits for a status of query-status: running, paused, postmigrate, inmigrate, ..."""
+        info = await self._wait(
+            "query-status", lambda info: info["status"] in states, " or ".join(states), timeout
+        )
+        return str(info["status"])
+
+    async def _wait(
+        self, query: str, accepts: Callable[[Info], bool], what: str, timeout: float
+    ) -> Info:
+        end = asyncio.get_running_loop().time() + timeout
+        while True:
+            info: Info = await self.execute(query)
+            if accepts(info):
+                return info
+            over = query == "query-migrate" and info.get("status") in ENDED
+            if over or asyncio.get_running_loop().time() > end:
+                late = "" if over else f" after {timeout:.0f} s"
+                raise await self._failure(f"is not {what}{late} but {info}")
+            await asyncio.sleep(POLL)
+
+    # ---------------------------------------------------------------- migration
+
+    async def prepare(self, *capabilities: str, **parameters: int | str) -> None:
+        """Switches capabilities on, and sets parameters (with underscores for their dashes)."""
+        if capabilities:
+            switched = [{"capability": name, "state": True} for name in capabilities]
+            await self.execute("migrate-set-capabilities", capabilities=switched)
+        if parameters:
+            await self.execute("migrate-set-parameters", **parameters)
+
+    async def listen(self, uri: str) -> str:
+        """Of a machine with incoming="defer": where it listens, see `uri`."""
+        await self.execute("migrate-incoming", uri=uri)
+        return await self.uri()
+
+    async def uri(self) -> str:
+        """Where a machine that awaits another listens."""
+        addresses = (await self.execute("query-migrate")).get("socket-address")
+        if not addresses:
+            raise await self._failure("does not listen")
+        address = addresses[0]
+        if address["type"] == "unix":
+            return f"unix:{address['path']}"
+        return f"tcp:{address['host']}:{address['port']}"
+
+    async def migrate(self, uri: str, *capabilities: str, **parameters: int | str) -> None:
+        """Begins to move it; see `prepare`."""
+        await self.prepare(*capabilities, **parameters)
+        await self.execute("migrate", uri=uri)
+
+    async def begin(
+        self, uri: str, *capabilities: str, passes: int = 4, bandwidth: int = SLOW
+    ) -> Info:
+        """Begins to move it, and lets it go on for so many passes; query-migrate.
+
+        QEMU is through before that if its first pass takes less than 100 ms (`bandwidth` is too
+        high), or if it finds less dirty than it can send in a millisecond: a pass of small deltas
+        is short, and a guest may sleep, or wait for a processor, all the while.
+        """
+        await self.migrate(uri, *capabilities, max_bandwidth=bandwidth, downtime_limit=1)
+        return await self.wait_info(
+            lambda info: info["status"] == "completed"
+            or info.get("ram", {}).get("dirty-sync-count", 0) >= passes,
+            f"in pass {passes}", PATIENCE,
+        )  # fmt: skip
+
+    async def finish(self) -> Info:
+        """Lets what has begun end, by stopping the guest at once; query-migrate."""
+        await self.prepare(max_bandwidth=0, downtime_limit=LONGEST_DOWNTIME)
+        info = await self.wait_status("completed")
+        await self.wait_run_state("postmigrate")
+        return info
+
+    async def wait_status(self, *statuses: str, timeout: float = PATIENCE) -> Info:
+        """Waits for a status of the migration (setup, active, completed, failed, cancelled, ...).
+
+        Raises MachineError as soon as the migration has ended in another way; query-migrate.
+        """
+        return await self.wait_info(
+            lambda info: info.get("status") in statuses, " or ".join(statuses), timeout
+        )
+
+    async def wait_info(
+        self, accepts: Callable[[Info], bool], what: str, timeout: float = PATIENCE
+    ) -> Info:
+        """Waits until the answer to query-migrate is accepted; `what` that means. The answer."""
+        return await self._wait("query-migrate", accepts, what, timeout)
+
+    # ---------------------------------------------------------------- what the guest does
+
+    @property
+    def serial(self) -> bytes:
+        """What the guest has written to its serial ports, here and on the machines before."""
+        return (self.before.serial if self.before else b"") + self._read(self._serial)
+
+    def counted(self) -> list[int]:
+        """Its counts so far. Raises SweepError where they are not what they must be."""
+        return self.sweep.counted(self.serial)
+
+    async def wait_for_count(self, number: int, timeout: float = PATIENCE) -> list[int]:
+        """Waits until it has swept so many times; its counts."""
+        end = asyncio.get_running_loop().time() + timeout
+        while not (counts := self.counted()) or counts[-1] < number:
+            assert self._process is not None
+            if self._process.returncode is not None or asyncio.get_running_loop().time() > end:
+                raise await self._failure(f"has not counted to {number} but to {counts[-1:]}")
+            await asyncio.sleep(POLL)
+        return counts
+
+    async def wait_for_more(self, lines: int = 2, timeout: float = PATIENCE) -> list[int]:
+        """Waits until it has counted on, by so many lines; its counts."""
+        counts = self.counted()
+        last = counts[-1] if counts else -self.sweep.every
+        return await self.wait_for_count(last + lines * self.sweep.every, timeout)
+
+    async def check_sweep(self) -> int:
+        """Of a guest that stands still: raises SweepError unless its memory and count agree."""
+        await self._stands_still()
+        memory = await self.read(self.sweep.start, self.sweep.size)
+        return self.sweep.check(memory, self.counted())
+
+    # ---------------------------------------------------------------- its memory
+
+    @property
+    def memory(self) -> list[tuple[int, int]]:
+        """All of it: the first address and the size of what is contiguous."""
+        return [(0, self.size), *([(DIMM_AT, self.dimm)] if self.dimm else [])]
+
+    async def read(self, address: int, size: int) -> bytes:
+        """What the guest would read there; all at once only if it stands still."""
+        return b"".join([piece async for piece in self._pieces(address, size)])
+
+    async def ram_hash(self, first: int = 0, size: int | None = None) -> str:
+        """Of a guest that stands still: the hash of a part of its memory; from 0 on of all."""
+        digest = xxhash.xxh3_128()
+        await self._stands_still()
+        async for piece in self._pieces(first, self.size - first if size is None else size):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    async def page_hashes(self, first: int = 0, size: int | None = None) -> list[bytes]:
+        """As `ram_hash`, of each page."""
+        await self._stands_still()
+        return [
+            xxhash.xxh3_128_digest(piece[offset : offset + PAGE])
+            async for piece in self._pieces(first, self.size - first if size is None else size)
+            for offset in range(0, len(piece), PAGE)
+        ]
+
+    async def _stands_still(self) -> None:
+        if (await self.execute("query-status"))["running"]:
+            raise MachineError(f"{self.name} runs: memory that changes cannot be compared")
+
+    async def _pieces(self, first: int, size: int) -> AsyncIterator[bytes]:
+        path = self.directory / "memory"
+        for address in range(first, first + size, PIECE):
+            length = min(PIECE, first + size - address)
+            await self.execute("pmemsave", val=address, size=length, filename=str(path))
+            content = path.read_bytes()
+            if len(content) != length:
+                raise MachineError(f"{self.name} gives {len(content)} of {length} bytes of memory")
+            yield content
+        path.unlink(missing_ok=True)
+
+
+async def compare(ours: Machine, theirs: Machine) -> None:
+    """Raises MachineError unless the two, which stand still, have the same memory."""
+    for first, size in ours.memory:
+        pages = [await machine.page_hashes(first, size) for machine in (ours, theirs)]
+        if wrong := differing(pages[0], pages[1], first, PAGE):
+            named = ", ".join(map(hex, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+            raise MachineError(
+                f"{ours.name} and {theirs.name} differ in {len(wrong)} of {len(pages[0])} pages "
+                f"from {first:#x} on: {named}"
+            )
