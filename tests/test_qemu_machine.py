@@ -210,19 +210,17 @@ async def test_a_migration_completes_into_a_sink(start, tmp_path: Path) -> None:
                 ("MIGRATION", "completed"),
             )]  # fmt: skip
             assert order == sorted(order)
-            status = await machine.status()
-            assert (status.status, status.runstate, status.error) == (
-                "completed",
-                "postmigrate",
-                "",
-            )
+            status = await until_over(machine)
+            assert (status.status, status.runstate) == ("completed", "postmigrate")
+            assert status.error == ""
             assert status.total > 16 << 20
             assert status.page_size == 4096
             assert status.dirty_sync_count >= 2
             assert 0 < status.transferred < status.total
             assert status.remaining == 0
             assert status.downtime is not None
-            assert 0 <= status.downtime <= status.total_time < 60
+            assert 0 <= status.downtime <= status.total_time
+            assert status.total_time > 0
             assert status.expected_downtime is None
             with pytest.raises(QemuError, match="has moved; `cont` would let it run here again"):
                 await machine.migrate(uri)
@@ -342,7 +340,7 @@ async def test_one_that_quits_or_is_killed_is_an_event_and_a_clear_error(start) 
             names = [event.name async for event in events]
             assert names == ["SHUTDOWN", CLOSED]
         with pytest.raises(
-            QemuError, match=r"cont: .* hung up: it was shut down \(host-qmp-quit\)"
+            QemuError, match=r"query-status: .* hung up: it was shut down \(host-qmp-quit\)"
         ):
             await machine.cont()
         with machine.events() as late:
@@ -355,7 +353,7 @@ async def test_one_that_quits_or_is_killed_is_an_event_and_a_clear_error(start) 
         asking = asyncio.create_task(machine.status())
         await asyncio.sleep(0)
         qemu.process.kill()
-        with pytest.raises(QemuError, match="query-migrate: .* hung up: it has ended, or crashed"):
+        with pytest.raises(QemuError, match="query-status: .* hung up: it has ended, or crashed"):
             await asking
         faults = await machine.restore()
         assert len(faults) == 2
@@ -661,6 +659,35 @@ async def test_a_later_qemu_has_more_to_set(tmp_path: Path) -> None:
         assert parameters["avail-switchover-bandwidth"] == 1000
         assert await machine.restore() == ()
         assert (capabilities, parameters) == before
+
+
+async def test_it_has_not_ended_before_qemu_has_tidied_up(tmp_path: Path) -> None:
+    """7.2 says `completed` before the times are known, and refuses `cont` for that while."""
+    steps = iter([
+        ("running", {"status": "active"}), ("finish-migrate", {"status": "completed"}),
+        ("finish-migrate", {"status": "completed"}), ("finish-migrate", {"status": "completed"}),
+        ("finish-migrate", {"status": "completed"}), ("finish-migrate", {"status": "completed"}),
+        ("postmigrate", {"status": "completed", "total-time": 5}),
+    ])  # fmt: skip
+    now: tuple[str, Any] = ("", {})
+
+    def answers(request: dict[str, Any]) -> list[Any]:
+        nonlocal now
+        if request["execute"] == "query-status":
+            now = next(steps, now)
+            return [answer(request, {"status": now[0]})]
+        if request["execute"] == "cont" and now[0] == "finish-migrate":
+            return [{"error": {"class": "GenericError", "desc": "x"}, "id": request["id"]}]
+        return [answer(request, now[1])]
+
+    async with fake(tmp_path / "q", answers), await Machine.connect(str(tmp_path / "q")) as machine:
+        status = await machine.status()
+        assert (status.runstate, status.status, status.going_on) == (
+            "finish-migrate", "completed", True,
+        )  # fmt: skip
+        await machine.cont()
+        status = await until_over(machine)
+        assert (status.runstate, status.total_time) == ("postmigrate", 0.005)
 
 
 async def test_a_cancellation_is_not_waited_for_without_end(tmp_path: Path) -> None:

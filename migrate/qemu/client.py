@@ -50,6 +50,7 @@ MAY_COME = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)
 ADVICE = (
     ("migration process in progress", "wait until that migration has ended, or cancel it"),
     ("paused due to previous migration", "the guest has moved; `cont` would let it run here again"),
+    ("not finalized yet", "wait until that migration has ended"),
     ("waiting for an incoming migration", "no guest is here yet: this QEMU is a destination"),
     ("'-incoming' was not specified", "start that QEMU with -incoming defer"),
     ("migration has already been started", "start that QEMU anew, with -incoming defer"),

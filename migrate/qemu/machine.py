@@ -11,6 +11,7 @@ QEMU's times are milliseconds; here all are seconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from migrate.qemu.client import Client, Events
 
 POLL_SECONDS = 0.05
 CANCEL_SECONDS = 10.0
+SETTLE_SECONDS = 10.0
 AT_REST = ("none", "completed", "failed", "cancelled")
 
 RETURN_PATH, SWITCHOVER_ACK = "return-path", "switchover-ack"
+FINISHING = "finish-migrate"
 DOWNTIME_LIMIT, MAX_BANDWIDTH = "downtime-limit", "max-bandwidth"
 SWITCHOVER_BANDWIDTH = "avail-switchover-bandwidth"
 
@@ -77,7 +80,8 @@ class MachineStatus:
 
     @property
     def going_on(self) -> bool:
-        return self.status not in AT_REST
+        """Also while QEMU tidies up: it says `completed` before it knows the downtime."""
+        return self.status not in AT_REST or self.runstate == FINISHING
 
 
 class Machine:
@@ -130,7 +134,14 @@ class Machine:
         return await self._client.execute(command, arguments)
 
     async def status(self) -> MachineStatus:
-        return _status(await self.execute("query-migrate"), await self._runstate())
+        """Of one moment, though QEMU has two commands for it."""
+        runstate = await self._runstate()
+        for _ in range(3):
+            answer = await self.execute("query-migrate")
+            before, runstate = runstate, await self._runstate()
+            if before == runstate:
+                break
+        return _status(answer, runstate)
 
     async def running(self) -> bool:
         return await self._runstate() == "running"
@@ -245,6 +256,10 @@ class Machine:
     async def cont(self) -> None:
         """Lets the guest run. After a migration that completed: only where it is sure that it
         does not, and never will, run at the destination."""
+        with contextlib.suppress(TimeoutError):  # QEMU refuses it while it tidies up
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while await self._runstate() == FINISHING:
+                    await asyncio.sleep(POLL_SECONDS)
         await self.execute("cont")
 
     # -- the destination
