@@ -10,6 +10,7 @@ MigrationError             1  failed; the source's guest is as it was
 ├── MismatchError          6  the memories differ at the end
 ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
 ├── CancelledByPeer        8  somebody cancelled at the other side
+├── QemuError              1  a QEMU refused a command, or does not answer
 ├── NotStartedError        1  the destination could not start the guest: it runs here again
 ├── OnCompleteError       10  the guest arrived, and --on-complete failed
 └── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
@@ -88,6 +89,21 @@ class CancelledByPeer(MigrationError):  # noqa: N818
 
     exit_code = 8
     code = ErrorCode.CANCELLED
+
+
+class QemuError(MigrationError):
+    """A QEMU that is driven refused a command, broke QMP, or is gone.
+
+    command -- which it was; "" where the fault is the connection's
+    desc    -- QEMU's own words; "" where it said none
+    kind    -- QEMU's class of the error: GenericError, CommandNotFound, ...
+    """
+
+    def __init__(self, sentence: str, command: str = "", desc: str = "", kind: str = "") -> None:
+        super().__init__(sentence)
+        self.command = command
+        self.desc = desc
+        self.kind = kind
 
 
 class NotStartedError(MigrationError):

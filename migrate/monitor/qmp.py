@@ -31,10 +31,11 @@ class JsonStream:
     """Cuts bytes into JSON texts: each ends with the bracket that closes it.
 
     Outside of brackets a word ends with white space. 0xFF throws away what is unfinished.
-    Raises Refused where a text grows over MAX_REQUEST_BYTES.
+    Raises Refused where a text grows over `limit` bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_REQUEST_BYTES) -> None:
+        self._limit = limit
         self._text = bytearray()
         self._depth = 0
         self._quote = 0
@@ -46,8 +47,8 @@ class JsonStream:
                 self._reset()
                 continue
             if self._text or byte not in b" \t\r\n":
-                if len(self._text) >= MAX_REQUEST_BYTES:
-                    raise Refused(f"a request has no more than {MAX_REQUEST_BYTES} bytes")
+                if len(self._text) >= self._limit:
+                    raise Refused(f"a request has no more than {self._limit} bytes")
                 self._text.append(byte)
                 if self._ends(byte):
                     text = bytes(self._text)
