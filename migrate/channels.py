@@ -13,7 +13,7 @@ from typing import TypeVar
 from migrate.errors import PeerError, PeerLost, UsageError, peer_error
 from migrate.link import SEND_HIGH, Link, close_all, give_reason_on
 from proto import ErrorCode
-from proto.messages import CacheSize, Error, Join, Joined, Message, Running
+from proto.messages import Error, Join, Joined, Message, Running
 
 T = TypeVar("T")
 Dial = Callable[[], Awaitable[Link]]
@@ -23,18 +23,19 @@ class Channels:
     """Begins with one link; `open` adds the further ones.
 
     dial -- connects to the destination once more
-    wish -- told the cache size that the destination's operator asks for
+    aside -- told each message first; True: it has taken it, and nobody waits for it
     """
 
     def __init__(
-        self, link: Link, dial: Dial | None = None, wish: Callable[[int], None] = lambda _size: None
-    ) -> None:
+        self, link: Link, dial: Dial | None = None,
+        aside: Callable[[Message], bool] = lambda _message: False,
+    ) -> None:  # fmt: skip
         self.link = link
         self.links = [link]
         self.handed_over = False
         """GO was sent: an ERROR is an answer to it, and further channels mean nothing any more."""
         self._dial = dial
-        self._wish = wish
+        self._aside = aside
         self._inbox: asyncio.Queue[Message] = asyncio.Queue(64)
         self._group: asyncio.TaskGroup | None = None
         self._readers: list[asyncio.Task[None]] = []
@@ -65,11 +66,9 @@ class Channels:
     async def _read(self) -> None:
         while True:
             message = await self.link.receive_message()
-            if isinstance(message, CacheSize):
-                self._wish(message.size)
-            elif isinstance(message, Error) and not self.handed_over:
+            if isinstance(message, Error) and not self.handed_over:
                 raise peer_error(message)
-            else:
+            if not self._aside(message):
                 await self._inbox.put(message)
                 if isinstance(message, Running | Error):
                     return

@@ -18,16 +18,12 @@ import asyncio
 import contextlib
 import hmac
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from migrate.digest import Digest
 from migrate.errors import (
     MigrationError,
-    MismatchError,
     NotStartedError,
     PeerError,
     PeerLost,
@@ -39,23 +35,19 @@ from migrate.guests.guest import Place
 from migrate.handover import Custody, Records
 from migrate.journal import Journal, JournalError
 from migrate.link import Link, close_all, give_reason_on
+from migrate.reception import Arrival, Lanes, Pages, Reception
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
 from proto.errors import MessageError
-from proto.frames import Frame
-from proto.kernel import PageDecoder, PageHashes
 from proto.messages import (
-    HELD_PAGES,
     MAX_PROBE,
     TOKEN_BYTES,
     Accept,
-    CacheSize,
     Complete,
     Done,
     Error,
     Go,
     GuestInfo,
-    Held,
     Hello,
     Join,
     Joined,
@@ -63,10 +55,8 @@ from proto.messages import (
     Probe,
     Probed,
     Ready,
-    Round,
-    RoundAck,
     Running,
-    unpack,
+    Taken,
 )
 from proto.ownership import Claim
 
@@ -77,23 +67,6 @@ ACKNOWLEDGE_SECONDS = 2.0
 
 T = TypeVar("T")
 Placer = Callable[[GuestInfo], Place]
-
-
-@dataclass
-class Arrival:
-    """How far a guest has come. Sizes in bytes, counts in pages."""
-
-    info: GuestInfo | None = None
-    status: str = "setup"
-    received: int = 0
-    rounds: int = 0
-    zero: int = 0
-    raw: int = 0
-    delta: int = 0
-    cache_size: int = 0
-    capabilities: dict[str, bool] = field(default_factory=dict)
-    running: str = ""
-    """The place's sentence on the guest that runs."""
 
 
 Observer = Callable[[str, Arrival], None]
@@ -145,13 +118,10 @@ class Destination:
         self._heard = False
         """Whether the source has shown that it got ACCEPT: else it will not come back."""
         self._described: GuestInfo | None = None
-        self._hashes: PageHashes | None = None
-        self._decoder: PageDecoder | None = None
+        self._stream = False
+        self._reception: Reception | None = None
         self._worker = ThreadPoolExecutor(1, "apply")
-        self._apply_seconds = 0.0
-        self._round = 1
         self._lanes: dict[int, Link] = {}
-        self._ended: dict[int, int] = {}
         self._news = asyncio.Event()
 
     async def run(self) -> Arrival:
@@ -204,7 +174,7 @@ class Destination:
             visitor, self._came = self._came, None
             assert visitor is not None
             self.link, self._described = visitor.link, visitor._described
-            self._lanes, self._ended = {}, {}
+            self._lanes = {}
             self._observer("back", self.arrival)
 
     @property
@@ -257,7 +227,7 @@ class Destination:
 
     @property
     def _links(self) -> list[Link]:
-        return [self.link, *self._lanes.values()]
+        return Lanes(self.link, self._lanes).links
 
     async def _drain_worker(self) -> None:
         await asyncio.to_thread(self._worker.shutdown)
@@ -316,6 +286,7 @@ class Destination:
                 f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
             ) from None
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
+        self._stream = agreement.stream
         return True
 
     async def _be_probed(self, agreed: bool) -> bool:
@@ -360,19 +331,39 @@ class Destination:
         await self.link.send(Accept(token, held))
         if info.channels > 1:
             await self._gather_channels(token, info.channels - 1)
-            self._ended = dict.fromkeys(self._lanes, 0)
         self.arrival.status = "active"
         if first:
             self._observer("accepted", self.arrival)
-        loop = asyncio.get_running_loop()
-        decoder, digest = await loop.run_in_executor(self._worker, self._take_stock, info, place)
-        if held:
-            assert self._hashes is not None
-            await self._say_what_is_held(self._hashes.table)
-        self._round = info.round
-        complete = await self._rounds(decoder, digest, place)
-        await self._verify(decoder, digest, place, complete)
+        reception = self._reception
+        if reception is None:
+            reception = self._reception = self._reception_of(place)
+        lanes = Lanes(self.link, self._lanes)
+        complete = await reception.receive(lanes, info, held=held)
+        self.arrival.status = "device"
+        seconds = await reception.verify(complete)
+        await self._prepare(place, complete, seconds)
         await self._take_over()
+
+    def _reception_of(self, place: Place) -> Reception:
+        if (place.reception is not None) != self._stream:
+            assert self.arrival.info is not None
+            raise PeerError(
+                f"a guest of kind {self.arrival.info.kind} comes "
+                f"{'as pages' if place.reception is None else 'as a stream'} alone"
+            )
+        kind = place.reception or Pages
+        return kind(
+            place, self.arrival, self._worker, self._hear, self._forget_earlier, self._observer
+        )
+
+    def _hear(self) -> None:
+        self._heard = True
+
+    def _forget_earlier(self) -> None:
+        """What this attempt has brought outdoes the one before."""
+        if self._resumed is not None and self._resumed.claim is Claim.NONE:
+            self._resumed.close()
+        self._resumed = None
 
     async def _begin_journal(self, place: Place, resume: bytes) -> bytes:
         """Each attempt has a name of its own, under which no other can be handed over.
@@ -393,31 +384,10 @@ class Destination:
         self._journal = journal
         return journal.identity
 
-    def _take_stock(self, info: GuestInfo, place: Place) -> tuple[PageDecoder, Digest]:
-        """In the worker thread: hashes what an earlier attempt has left here."""
-        hashes, decoder = self._hashes, self._decoder
-        if hashes is not None and decoder is not None and self._seed == info.hash_seed:
-            # What never came is zeros still, and its hash says so, or anything.
-            decoder.hold(0, info.pages, not place.zeroed)
-        else:
-            anything = place.held or hashes is not None
-            hashes = PageHashes(info.pages, info.page_size, info.hash_seed)
-            decoder = PageDecoder(hashes, info.size, zeroed=place.zeroed)
-            if anything:
-                for page, count, data in place.reads.extents(info.page_size):
-                    decoder.hold(page, count, data)
-        decoder.end_round()
-        digest = Digest(place.reads, hashes)
-        digest.settle()
-        self._hashes, self._decoder, self._seed = hashes, decoder, info.hash_seed
-        return decoder, digest
-
-    async def _say_what_is_held(self, table: bytearray) -> None:
-        for at in range(0, len(table), 8 * HELD_PAGES):
-            await self.link.send(Held(at // 8, bytes(table[at : at + 8 * HELD_PAGES])))
-
     async def _expect(self, kind: type[T]) -> T:
         message = await self.link.receive_message()
+        while self._stream and isinstance(message, Taken):  # it has crossed with READY
+            message = await self.link.receive_message()
         if isinstance(message, Error):
             raise peer_error(message)
         if not isinstance(message, kind):
@@ -478,172 +448,17 @@ class Destination:
             link.abort()
             raise
 
-    # -- rounds
-
-    async def _rounds(self, decoder: PageDecoder, digest: Digest, place: Place) -> Complete:
-        """Applies batches until COMPLETE comes."""
-        tasks = [
-            asyncio.create_task(self._follow(lane, channel, decoder, place))
-            for channel, lane in self._lanes.items()
-        ]
-        main = asyncio.create_task(self._lead(decoder, digest, place))
-        try:
-            while not main.done():
-                done, _ = await asyncio.wait([main, *tasks], return_when=asyncio.FIRST_COMPLETED)
-                for task in done - {main}:
-                    task.result()  # a channel only ends by an error
-            return main.result()
-        finally:
-            for task in (main, *tasks):
-                task.cancel()
-            # A batch that is being applied is let finish: its frame is memory that it reads.
-            await asyncio.shield(asyncio.gather(main, *tasks, return_exceptions=True))
-
-    async def _batches(
-        self, link: Link, decoder: PageDecoder, place: Place
-    ) -> tuple[MessageType, bytes]:
-        """Applies the batches of one channel up to its next other message."""
-        loop = asyncio.get_running_loop()
-        busy: asyncio.Future[None] | None = None
-        try:
-            while True:
-                frame = await link.receive()
-                self._heard = True
-                if busy is not None:
-                    await busy
-                    busy = None
-                if frame.type is not MessageType.PAGES:
-                    body = bytes(frame.head)
-                    frame.release()
-                    return frame.type, body
-                if self._ended.get(link.session.channel) == self._round:
-                    raise PeerError(
-                        f"a batch came after the end of round {self._round} on its channel"
-                    )
-                busy = loop.run_in_executor(
-                    self._worker, self._apply, decoder, place, frame, self._round
-                )
-                # Nothing more may come, and a bad batch must be answered all the same.
-                busy.add_done_callback(link.fail_with)
-        finally:
-            if busy is not None:
-                with contextlib.suppress(BaseException):
-                    await asyncio.shield(busy)
-
-    async def _follow(self, lane: Link, channel: int, decoder: PageDecoder, place: Place) -> None:
-        """One further channel: batches and the ends of rounds."""
-        while True:
-            kind, body = await self._batches(lane, decoder, place)
-            message = unpack(kind, body)
-            if isinstance(message, Error):
-                raise peer_error(message)
-            if not isinstance(message, Round):
-                raise PeerError(f"channel {channel}: {kind.name} came where a round goes on")
-            if message.number != self._round or self._ended[channel] == self._round:
-                raise PeerError(
-                    f"channel {channel}: round {message.number} ended while {self._round} went on"
-                )
-            self._ended[channel] = message.number
-            self._news.set()
-
-    async def _lead(self, decoder: PageDecoder, digest: Digest, place: Place) -> Complete:
-        """The first channel, which carries all the rest; returns at COMPLETE."""
-        apply_before = self._apply_seconds
-        while True:
-            kind, body = await self._batches(self.link, decoder, place)
-            message = unpack(kind, body)
-            if isinstance(message, Complete):
-                return message
-            if isinstance(message, CacheSize):
-                self.arrival.cache_size = message.size
-            elif isinstance(message, Error):
-                raise peer_error(message)
-            elif isinstance(message, Round):
-                if message.number != self._round:
-                    raise PeerError(f"round {message.number} ended while {self._round} went on")
-                while any(number != self._round for number in self._ended.values()):
-                    self._news.clear()
-                    await self._news.wait()
-                await self._end_round(
-                    decoder, digest, place, message, self._apply_seconds - apply_before
-                )
-                apply_before = self._apply_seconds
-
-    def _apply(self, decoder: PageDecoder, place: Place, frame: Frame, number: int) -> None:
-        """In the worker thread."""
-        began = time.thread_time()
-        try:
-            came, fresh = decoder.check(frame.head, len(frame.data))
-            if came != number:
-                raise PeerError(f"a batch of round {came} came in round {number}")
-            for page in fresh:
-                place.make_room(page)
-            decoder.apply(frame.head, frame.data, place.memory, place.fd, place.fd_offset)
-            if decoder.delta and not self.arrival.capabilities["xbzrle"]:
-                raise PeerError("a delta came, though xbzrle was not agreed on")
-        finally:
-            frame.release()
-            self._apply_seconds += time.thread_time() - began
-
-    async def _end_round(
-        self, decoder: PageDecoder, digest: Digest, place: Place, message: Round,
-        apply_seconds: float,
-    ) -> None:  # fmt: skip
-        """Hashes what came to rest, and confirms the round."""
-        loop = asyncio.get_running_loop()
-        arrival = self.arrival
-        arrival.rounds, arrival.zero = message.number, decoder.zero
-        arrival.raw, arrival.delta = decoder.raw, decoder.delta
-        arrival.received = sum(link.received_bytes for link in self._links)
-        began = time.perf_counter()
-        settled = await loop.run_in_executor(
-            self._worker, self._settle, decoder, digest, place, message.last
-        )
-        seconds = time.perf_counter() - began
-        self._round += 1
-        if self._resumed is not None and self._resumed.claim is Claim.NONE:
-            self._resumed.close()
-        self._resumed = None
-        await self.link.send(
-            RoundAck(message.number, apply_seconds, seconds, digest.stale(), settled)
-        )
-        self._observer("round", arrival)
-
-    def _settle(self, decoder: PageDecoder, digest: Digest, place: Place, last: bool) -> int:
-        """All stale pages in the pause; before it, those that this round left alone."""
-        if last:
-            return digest.settle()
-        settled = digest.settle(decoder.recent)
-        decoder.end_round()
-        place.sync()
-        return settled
-
     # -- hand-over
 
-    async def _verify(
-        self, decoder: PageDecoder, digest: Digest, place: Place, complete: Complete
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.arrival.status = "device"
-        if decoder.received_pages != decoder.pages:
-            raise MismatchError(
-                f"only {decoder.received_pages} of {decoder.pages} pages came: the guest is not "
-                "complete"
-            )
-        began = time.perf_counter()
-        ours = await loop.run_in_executor(self._worker, digest.digest)
-        if ours != complete.digest:
-            raise MismatchError(
-                "the memories differ: the digest here is not the source's. If nothing stopped the "
-                "guest's writer, it wrote during the last round"
-            )
+    async def _prepare(self, place: Place, complete: Complete, seconds: float) -> None:
+        """All of it is here, and right: that is written, then said."""
         await place.prepare(complete.state)
         assert self._journal is not None
         self._custody = Custody(place, self._journal, complete.state)
         self._records.keep(self._custody)
         await self._custody.prepare(peer=self.link.peer_name)
         with contextlib.suppress(PeerLost):  # it may come back, as below
-            await self.link.send(Ready(time.perf_counter() - began))
+            await self.link.send(Ready(seconds))
 
     async def _take_over(self) -> None:
         """GO, on this connection or on one that asked; or the end of the patience."""

@@ -136,6 +136,8 @@ class Custody:
             if self.running:
                 return self.running
             await written(self.journal, event)
+            if self.place.irrevocable:
+                await asyncio.to_thread(self.journal.mark_started)
             try:
                 running = await self.place.start(self._state)
             except MigrationError as error:
@@ -144,8 +146,9 @@ class Custody:
                 self.decided.set()
                 raise NotStartedError(str(error)) from error
             self.running = running
-            with contextlib.suppress(JournalError):  # it would only be started once more
-                self.journal.mark_started()
+            if not self.place.irrevocable:
+                with contextlib.suppress(JournalError):  # it would only be started once more
+                    self.journal.mark_started()
             self.decided.set()
             self.on_taken(self)
             return running

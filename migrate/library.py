@@ -13,11 +13,12 @@ from migrate.destination import Destination, NoPlaceError
 from migrate.door import Door
 from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
-from migrate.guests.guest import Guest
+from migrate.guests.guest import MemoryGuest
 from migrate.handover import Records
+from migrate.migration import RETRY_SECONDS, Observer
 from migrate.parameters import Parameters
 from migrate.quantities import format_size
-from migrate.source import RETRY_SECONDS, Observer, Source
+from migrate.source import Source
 from migrate.statistics import Statistics
 from migrate.tls import PLAIN, Credentials, networks
 from proto.messages import GuestInfo
@@ -39,7 +40,7 @@ class Received:
 
 
 async def send(
-    guest: Guest,
+    guest: MemoryGuest,
     address: str,
     parameters: Parameters | None = None,
     *,

@@ -44,7 +44,7 @@ class Way:
 
 async def greet(link: Link, optional: frozenset[str]) -> tuple[caps.Agreement, Hello]:
     """The first words. Raises PeerError, CapabilityError, or what the destination says."""
-    hello = caps.offer(optional, probe=True)
+    hello = caps.offer(optional, frozenset({caps.PROBE}))
     async with asyncio.timeout(PATIENCE_SECONDS):
         await link.send(hello)
         answer = _of_kind(await link.receive_message(), Hello)

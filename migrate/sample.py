@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from migrate.feeder import TURN_PAGES
-from migrate.guests.guest import Guest
+from migrate.guests.guest import MemoryGuest
 from migrate.memory import private_buffer
 from migrate.tracking import DirtyTracker
 from proto.frames import HEADER_BYTES
@@ -131,7 +131,7 @@ class Sampler:
     """
 
     def __init__(
-        self, guest: Guest, page_size: int, cache_size: int, *, xbzrle: bool, merge: bool,
+        self, guest: MemoryGuest, page_size: int, cache_size: int, *, xbzrle: bool, merge: bool,
         sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic,
         most: int = SAMPLE_BYTES,
     ) -> None:  # fmt: skip

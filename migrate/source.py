@@ -1,94 +1,62 @@
-"""The source: moves a running guest, and keeps it if that fails.
+"""The source of a guest whose memory can be read while it writes.
 
     setup      HELLO, GUEST, ACCEPT, CACHE_SIZE
     active     round 1 all pages, then what was written since, until the policy is content
     device     the guest is paused: last round, digest, COMPLETE, READY
-    commit     the guest is given up, COMMITTED is written, then GO: it does not run here again
-    completed  RUNNING came
+    (then      the hand-over: see migrate.migration)
 
-On any failure before the commit the dirty set is put back and the guest goes on here. After it,
-only the destination's word that it never will run the guest gives it back: NOT_STARTED, or ABORTED
-when it is asked. It is asked where the connection broke before it could say how it went.
-
-A connection that breaks before the commit is no failure: another one is made, the destination says
-what it holds, and only what differs from the guest is sent again (see `_take_stock`).
+On any failure before the commit the dirty set is put back and the guest goes on here. After a
+connection that broke, the destination says what it holds, and only what differs from the guest is
+sent again (see `_take_stock`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from migrate.advice import advice, option_size
 from migrate.brake import Brake
-from migrate.channels import Channels, Dial
+from migrate.channels import Dial
 from migrate.deltas import CacheSizing, DeltaSwitch, Lookups
 from migrate.digest import Digest
 from migrate.errors import (
-    CancelledByPeer,
-    ConnectError,
-    HandOverUnknown,
     MigrationError,
     MismatchError,
     NotConvergedError,
-    NotStartedError,
     PeerError,
     PeerLost,
-    TlsError,
-    code_of,
-    failure_of,
 )
 from migrate.feeder import Feeder, Turn
-from migrate.guests.guest import Guest
-from migrate.handover import ask_until_known, written
-from migrate.journal import Journal, JournalError
+from migrate.guests.guest import MemoryGuest
+from migrate.journal import Journal
 from migrate.link import Link
+from migrate.migration import RESOLVE_SECONDS, Migration, Observer
 from migrate.parameters import Parameters
 from migrate.quantities import format_size
 from migrate.rounds import DowntimeModel, Measured, Pending, Policy, Verdict
-from migrate.statistics import Statistics
 from migrate.throttle import CAPABILITY as AUTO_CONVERGE
 from migrate.throttle import Look
 from migrate.tracking import DirtyTracker, ScanTracker
 from migrate.workingset import WorkingSet
-from proto import ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
 from proto.messages import (
     MAX_STATE,
-    SEED_BYTES,
-    TOKEN_BYTES,
-    Accept,
     CacheSize,
     Complete,
-    Done,
-    Go,
-    GuestInfo,
     Held,
-    Hello,
     Ready,
     Round,
     RoundAck,
-    Running,
     batch_bytes,
 )
-from proto.ownership import Claim, Event, Role
 from proto.pageset import PageSet
 
 # Inside a round, statistics are brought up to date no more often.
 UPDATE_SECONDS = 0.05
-HANDSHAKE_SECONDS = 15.0
-HAND_OVER_SECONDS = 60.0
-RESOLVE_SECONDS = 60.0
-RETRY_SECONDS = 60.0
-# The first pause before it is tried to connect again, and the longest.
-CONNECT_AGAIN_SECONDS = (0.1, 5.0)
 # A pause that takes so many times what was predicted, and this long, is given up: the guest has
 # been stopped long enough, and it is still ours.
 PAUSE_FACTOR = 10
@@ -97,54 +65,22 @@ PAUSE_SECONDS = 5.0
 MAX_PAUSES = 3
 
 
-Observer = Callable[[str, Statistics], None]
+class Source(Migration):
+    """Sends the pages of a guest, round after round. See Migration for the parameters."""
 
-
-class Source:
-    """One migration of one guest, over one link and those that replace it when it breaks.
-
-    observer -- called with an event and the statistics as things happen:
-                "status"           it has changed
-                "pass"             a round begins, the one after dirty_sync_count
-                "progress"         some of it is sent
-                "round"            it is over, and the destination has it
-                "paused"           the guest is stopped;  "resumed" it goes on here after all
-                "notice: ..."      a sentence for the user
-    dial     -- connects to the destination once more: for channels beside `link`, and after a break
-    retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
-    journal  -- the directory of the journals; "" keeps this one's in memory
-    earlier  -- the journal of an attempt that an earlier program has left: it is resumed
-    address  -- the destination's, for whoever has to ask it later
-    resolve_timeout -- seconds to find out whose the guest is after a break in the hand-over
-    """
+    guest: MemoryGuest
 
     def __init__(
-        self, guest: Guest, link: Link, parameters: Parameters | None = None,
+        self, guest: MemoryGuest, link: Link, parameters: Parameters | None = None,
         observer: Observer | None = None, dial: Dial | None = None,
         *, retry: float = 0.0, journal: str = "", earlier: Journal | None = None,
         resolve_timeout: float = RESOLVE_SECONDS, address: str = "",
     ) -> None:  # fmt: skip
-        self.guest = guest
-        self.parameters = parameters or Parameters()
-        self.statistics = Statistics(total=guest.memory.size, page_size=self.parameters.page_size)
-        self.channels = Channels(link, dial, self.set_cache_size)
-        self._observer = observer or (lambda _event, _statistics: None)
-        self._dial = dial
-        self._retry = retry
-        self._lost_at = 0.0
+        super().__init__(
+            guest, link, parameters, observer, dial, retry=retry, journal=journal, earlier=earlier,
+            resolve_timeout=resolve_timeout, address=address,
+        )  # fmt: skip
         self._pauses_lost = 0
-        self._sent_before = self._lane_bytes = 0
-        self._seed = os.urandom(SEED_BYTES)
-        self._agreed: caps.Agreement | None = None
-        self._journals = journal
-        self._journal = earlier or Journal(Role.SOURCE, bytes(TOKEN_BYTES))
-        self._resumes = earlier is not None
-        self._greeting = False
-        self.resumable = False
-        """It failed, and whoever tries again (with the journals) can go on with it."""
-        self._resolve_timeout = resolve_timeout
-        self._address = address
-        self._worker = ThreadPoolExecutor(1, "encode")
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
         self._working = WorkingSet(self.parameters.page_size)
@@ -154,8 +90,6 @@ class Source:
         self._delta_news = self._obstacle = ""
         self._cache_refused = 0
         self._brake = Brake(guest, self._notice)
-        self._pages = -(-guest.memory.size // self.parameters.page_size)
-        self._began = time.monotonic()
         self._encoder: PageEncoder | None = None
         self._digest: Digest | None = None
         self._feeder: Feeder | None = None
@@ -164,160 +98,24 @@ class Source:
         self._cache_size = 0
         self._unsent: PageSet | None = None
         self._tracker: DirtyTracker | None = None
-        self._round = 0
         self._peer_stale = 0
         self._round_began = self._began
         self._round_sent = 0
         self._round_left = 0
         self._next_update = 0.0
-        self._paused_at: float | None = None
-        self._sent_before_pause = 0
-        link.limit.rate = self.parameters.limits.max_bandwidth
 
-    @property
-    def committed(self) -> bool:
-        """Whether the guest is given up: it does not run here again unless we hear so."""
-        return self.channels.handed_over
+    async def _transfer(self) -> None:
+        encoder, digest, dirty = await self._set_up()
+        await self._rounds(encoder, digest, dirty)
+        await self._stop_and_copy(encoder, digest)
 
-    @property
-    def sent_bytes(self) -> int:
-        """Over all channels there were."""
-        return self._sent_before + self.channels.sent_bytes
-
-    # -- the whole of it
-
-    async def run(self) -> Statistics:
-        """Migrates. Returns the final statistics.
-
-        Raises MigrationError (see migrate.errors) or asyncio.CancelledError; unless `committed`,
-        the guest runs on here then.
-        """
-        self._began = time.monotonic()
-        try:
-            try:
-                await self._attempts()
-            except BaseException as broken:
-                if not self.committed:
-                    raise
-                await self._find_out(broken)
-        except BaseException as raised:
-            error = _the_cause(raised)
-            # Not where the destination has given up, and keeps nothing.
-            lost = isinstance(error, PeerLost | ConnectError | TlsError) or self._greeting
-            self.resumable = self._resumes and bool((lost and self._retry) or self._agreed is None)
-            failure = self._failure(error)
-            try:
-                await self._give_reason(error, failure)
-            finally:
-                self._end("failed" if failure else "cancelled", str(failure or ""))
-            if failure is None:
-                raise
-            raise failure from error
-        finally:
-            self._worker.shutdown(wait=True)
-            self._journal.close(keep=self.resumable)
-            await self.channels.close()
-        return self.statistics
-
-    async def _attempts(self) -> None:
-        """Migrates, over as many connections as it takes."""
-        while True:
-            try:
-                async with self.channels.reading():
-                    await self._migrate()
-                return
-            except BaseException as raised:
-                error = _the_cause(raised)
-                if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
-                    raise error from None
-                await self._connect_again(error)
-
-    def _can_retry(self) -> bool:
-        """Not before the first ACCEPT: who has never been there is not to be waited for."""
-        return bool(self._retry and self._dial and self._agreed)
-
-    async def _connect_again(self, error: PeerLost) -> None:
-        """The guest runs here meanwhile. Raises PeerLost where it takes too long."""
-        assert self._dial is not None
-        now = time.monotonic()
-        if not self._lost_at:
-            self._lost_at = now
-            self._notice(f"{error}: connecting again, for {self._retry:g} s at most")
-        self._set_status("setup")
-        task = asyncio.current_task()
-        assert task is not None
-        cancelled = task.cancelling()
-        await self.channels.close()
-        if task.cancelling() > cancelled:  # meanwhile: closing goes on regardless
-            raise asyncio.CancelledError
-        limit = self.channels.link.limit
-        pause, longest = CONNECT_AGAIN_SECONDS
-        why: Exception = error
-        while True:
-            await asyncio.sleep(pause)
-            self._check_timeout(last=False)
-            left = self._lost_at + self._retry - time.monotonic()
-            if left <= 0:
-                raise PeerLost(f"{error}; no other connection in {self._retry:g} s: {why}")
-            try:
-                async with asyncio.timeout(left):
-                    link = await self._dial()
-                break
-            except (ConnectError, PeerLost, TimeoutError) as fault:
-                why = fault if str(fault) else why
-            pause = min(2 * pause, longest)
-        link.limit = limit
-        self._lane_bytes += self.channels.lane_bytes
-        self._sent_before = self.sent_bytes
-        self.channels = Channels(link, self._dial, self.set_cache_size)
-        self.statistics = self.statistics.with_(reconnects=self.statistics.reconnects + 1)
-
-    def _failure(self, error: BaseException) -> MigrationError | None:
-        """The error as a user sees it; None for a cancellation."""
-        failure = failure_of(error, "the guest's memory cannot be read")
-        if self.committed and not isinstance(failure, HandOverUnknown):
-            failure = self._unknown(str(failure or "interrupted"))
-        return failure
-
-    def _unknown(self, why: str) -> HandOverUnknown:
-        text = (
-            "the guest was handed over, but the destination has not confirmed that it runs "
-            f"({why}): look there first; here it stays paused"
-        )
-        if self._journals:
-            text += f"; `migrate-src resolve {self._journal.name}` asks again"
-        return HandOverUnknown(text)
-
-    async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
-        """Tells the peer why, where it can still hear."""
-        if isinstance(error, PeerLost | CancelledByPeer):
-            return
-        reason = str(failure or "cancelled at the source")
-        await self.channels.give_reason(code_of(error, failure), reason)
-
-    async def _migrate(self) -> None:
-        try:
-            encoder, digest, dirty = await self._set_up()
-            await self._rounds(encoder, digest, dirty)
-            await self._hand_over(encoder, digest)
-        except BaseException:
-            if not self.committed:
-                await asyncio.shield(self._keep_guest())
-            raise
-
-    async def _keep_guest(self) -> None:
-        """Undoes everything: no dirty page forgotten, the guest runs here."""
+    async def _undo(self) -> None:
+        """No dirty page is forgotten."""
         if self._tracker is not None and self._unsent is not None:
             self._tracker.put_back(self._unsent)
             self._unsent = None
-        await self._let_go()
-        if self._paused_at is not None:
-            await self.guest.resume()
-            self._paused_at = None
-            self._observer("resumed", self.statistics)
 
     async def _let_go(self) -> None:
-        """It runs at its own speed, here or there."""
         await self._brake.release()
         self.statistics = self.statistics.with_(cpu_throttle_percentage=0)
 
@@ -327,24 +125,11 @@ class Source:
         """Returns what sends the pages, what hashes them, and the pages to begin with."""
         self._set_status("setup")
         parameters, resumes = self.parameters, self._resumes
-        try:
-            async with asyncio.timeout(HANDSHAKE_SECONDS):
-                self._greeting = True
-                agreement, accept = await self._greet()
-                self._greeting = False
-                await self._begin_journal(accept.token)
-                await self.channels.open(parameters.channels, accept.token)
-                link = self.channels.link
-                self._model.round_trip = min([await link.round_trip() for _ in range(3)])
-        except TimeoutError:
-            raise PeerLost(
-                f"the destination does not answer within {HANDSHAKE_SECONDS:g} s"
-            ) from None
+        agreement, accept = await self._greet()
+        link = self.channels.link
+        self._model.round_trip = min([await link.round_trip() for _ in range(3)])
         if self._encoder is None:
             self._make_encoder(agreement)
-        elif agreement != self._agreed:
-            raise MigrationError("the destination has other capabilities now: begin again")
-        self._agreed = agreement
         assert self._encoder is not None
         assert self._digest is not None
         if accept.held and not resumes:
@@ -368,44 +153,6 @@ class Source:
         if not self._round:
             self.statistics = self.statistics.with_(setup_time=time.monotonic() - self._began)
         return self._encoder, self._digest, dirty
-
-    async def _greet(self) -> tuple[caps.Agreement, Accept]:
-        parameters, link = self.parameters, self.channels.link
-        hello = caps.offer(parameters.wire_capabilities)
-        await link.send(hello)
-        answer = await self.channels.expect(Hello)
-        agreement = caps.agree(hello, answer)
-        if self._pages > answer.max_pages:
-            raise MigrationError(
-                f"the guest has {self._pages} pages, the destination takes no more than "
-                f"{answer.max_pages}: use a larger --page-size"
-            )
-        if self._agreed is None:
-            for name in sorted(agreement.dropped):
-                self._notice(f"the destination has no {name}: it is not used")
-        await link.send(
-            GuestInfo(
-                self.guest.kind,
-                self.guest.memory.size,
-                parameters.page_size,
-                self._seed,
-                parameters.channels,
-                self.guest.description,
-                self._journal.identity if self._resumes else b"",
-                self._round + 1,
-            )
-        )
-        return agreement, await self.channels.expect(Accept)
-
-    async def _begin_journal(self, token: bytes) -> None:
-        """Each attempt has its own name, and so its own journal; that of the last one goes."""
-        journal = Journal(Role.SOURCE, token, self._journals)
-        await asyncio.to_thread(
-            journal.begin, guest=self.guest.facts(), address=self._address,
-            description=self.guest.description,
-        )  # fmt: skip
-        self._journal.close()
-        self._journal, self._resumes = journal, True
 
     def _make_encoder(self, agreement: caps.Agreement) -> None:
         parameters, page_size = self.parameters, self.parameters.page_size
@@ -630,7 +377,8 @@ class Source:
                 self._round_left -= done
                 self._feeder.sent = self._feeder.sent.and_(counts)
                 await self._confirm_cache()
-                self._check_timeout(last)
+                if not last:
+                    self._check_time()
                 if time.monotonic() >= self._next_update:
                     self._next_update = time.monotonic() + UPDATE_SECONDS
                     self._update(left=self._round_left)
@@ -667,7 +415,8 @@ class Source:
 
     # -- hand-over
 
-    async def _hand_over(self, encoder: PageEncoder, digest: Digest) -> None:
+    async def _stop_and_copy(self, encoder: PageEncoder, digest: Digest) -> None:
+        """Pauses the guest, and sends what is left of it; the destination has it all then."""
         self._set_status("device")
         before = self.sent_bytes
         self._paused_at = time.monotonic()
@@ -686,29 +435,6 @@ class Source:
                 f"{expected * 1e3:.0f} ms were expected"
             ) from None
         self._sent_before_pause = before
-        await self.guest.give_up()
-        self.channels.handed_over = True
-        try:
-            await written(self._journal, Event.READY)
-        except JournalError:
-            await self.guest.take_back()
-            self.channels.handed_over = False
-            raise
-        await self._commit()
-        await self._done()
-
-    async def _done(self) -> None:
-        """It runs over there."""
-        assert self._paused_at is not None
-        self.statistics = self.statistics.with_(
-            downtime=time.monotonic() - self._paused_at,
-            downtime_bytes=self.sent_bytes - self._sent_before_pause,
-            remaining=0,
-            dirty_pages_rate=0.0,
-        )
-        await self._let_go()
-        self._end("completed")
-        await self.guest.release()
 
     async def _last_round(self, encoder: PageEncoder, digest: Digest) -> None:
         """Sends the rest of the paused guest; returns when the destination has verified all."""
@@ -736,80 +462,13 @@ class Source:
                     "differ: stop the writer (--pid or --pause-cmd)"
                 )
 
-    async def _commit(self) -> None:
-        """GO, and the answer. The guest runs there, or nowhere until somebody looks."""
-        try:
-            async with asyncio.timeout(HAND_OVER_SECONDS):
-                await self.channels.link.send(Go())
-                await self.channels.expect(Running)
-        except NotStartedError:
-            await written(self._journal, Event.NOT_STARTED, must=False)
-            await self._take_back()
-            raise
-        except TimeoutError:
-            raise PeerLost(f"no answer to GO for {HAND_OVER_SECONDS:g} s") from None
-        await written(self._journal, Event.RUNNING, must=False)
-        with contextlib.suppress(PeerLost, ProtoError):
-            await self.channels.link.send(Done())
-
-    async def _take_back(self) -> None:
-        """It will never run over there: it is ours again, and still paused."""
-        await self.guest.take_back()
-        self.channels.handed_over = False
-
-    async def _find_out(self, error: BaseException) -> None:
-        """The connection broke after the commit: asks until it is known whose the guest is.
-
-        Returns where it runs over there. Raises NotStartedError where it is ours again, and runs;
-        HandOverUnknown where that is not to be found out in time.
-        """
-        why = str(error) or type(error).__name__
-        if self._journal.claim is Claim.COMMITTED:
-            if isinstance(error, asyncio.CancelledError) or self._dial is None:
-                raise self._unknown("interrupted" if not str(error) else why) from error
-            self._notice(f"the hand-over was cut off ({why}): asking whose the guest is")
-            try:
-                async with asyncio.timeout(self._resolve_timeout):
-                    await ask_until_known(self._dial, self._journal)
-            except TimeoutError:
-                raise self._unknown(why) from error
-        if self._journal.claim is Claim.DONE:
-            await self._done()
-            return
-        await self._take_back()
-        await self._keep_guest()
-        raise NotStartedError(
-            f"the hand-over was cut off ({why}), and the destination has given the guest up"
-        )
-
     # -- statistics
 
-    def _set_status(self, status: str, error: str = "") -> None:
-        changed = status != self.statistics.status
-        self.statistics = self.statistics.with_(status=status, error=error)
-        if changed:
-            self._observer("status", self.statistics)
-
-    def _end(self, status: str, error: str = "") -> None:
-        """The last numbers and what they mean: whoever sees this status sees no others later."""
-        self._worker.shutdown(wait=True)
-        self.statistics = self.statistics.with_(status=status, error=error)
-        self._update()
-        self._advise()
-        self._observer("status", self.statistics)
-
-    def cancelling(self) -> None:
-        """Says that it is being cancelled; whoever runs this cancels it."""
-        self._set_status("cancelling")
-
-    def _notice(self, text: str) -> None:
-        self._observer(f"notice: {text}", self.statistics)
-
-    def _check_timeout(self, last: bool) -> None:
-        """--timeout holds inside a round too, until the guest is paused."""
+    def _check_time(self) -> None:
+        """--timeout holds inside a round too."""
         timeout = self.parameters.limits.timeout
         elapsed = time.monotonic() - self._began
-        if timeout and elapsed > timeout and not last:
+        if timeout and elapsed > timeout:
             raise self._given_up(
                 f"round {self._round} was not through after {elapsed:.0f} s (--timeout)"
             )
@@ -852,30 +511,13 @@ class Source:
                 xbzrle_active=encoder.active,
                 evictions=self._cache.evictions if self._cache else 0,
             )
-        transferred = self.sent_bytes
         if left is not None:
             seconds = max(time.monotonic() - self._round_began, 1e-9)
             s = s.with_(
                 remaining=self._remaining(left),
-                mbps=(transferred - self._round_sent) * 8 / seconds / 1e6,
+                mbps=(self.sent_bytes - self._round_sent) * 8 / seconds / 1e6,
             )
-        s = s.with_(
-            transferred=transferred,
-            channel_bytes=self._lane_bytes + self.channels.lane_bytes,
-            total_time=time.monotonic() - self._began,
-            precopy_bytes=transferred - s.downtime_bytes,
-        )
-        if s.status == "completed":
-            seconds = max(s.total_time - s.setup_time, 1e-9)
-            s = s.with_(mbps=transferred * 8 / seconds / 1e6)
         self.statistics = s
+        super()._update()
         if left is not None:
-            self._observer("progress", s)
-
-
-def _the_cause(error: BaseException) -> BaseException:
-    """What stands inside nested exception groups: a fault rather than a cancellation."""
-    while isinstance(error, BaseExceptionGroup):
-        faults = [e for e in error.exceptions if not isinstance(e, asyncio.CancelledError)]
-        error = (faults or list(error.exceptions))[0]
-    return error
+            self._observer("progress", self.statistics)

@@ -20,6 +20,8 @@ REQUIRED = frozenset({"page-hash-nh"})
 OPTIONAL = frozenset({"xbzrle", "xbzrle-merge"})
 # Required by a source that only wants to know the way; every destination here has it.
 PROBE = "probe"
+# Required by a source whose guest comes as a stream; every destination here can take it.
+STREAM = "stream"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Agreement:
         return PROBE in self.used
 
     @property
+    def stream(self) -> bool:
+        """The guest is QEMU's stream: its pages, and what stands between them, in order."""
+        return STREAM in self.used
+
+    @property
     def merge(self) -> bool:
         """Deltas close short gaps; it means nothing without xbzrle."""
         return self.xbzrle and "xbzrle-merge" in self.used
@@ -53,16 +60,16 @@ def switched_on(switches: Mapping[str, bool]) -> frozenset[str]:
     return frozenset(name for name in OPTIONAL if switches.get(name, True))
 
 
-def offer(optional: frozenset[str], *, probe: bool = False) -> Hello:
-    """The source's HELLO; `probe`: that of one that wants to know the way first."""
-    required = REQUIRED | ({PROBE} if probe else frozenset())
+def offer(optional: frozenset[str], required: frozenset[str] = frozenset()) -> Hello:
+    """The source's HELLO; `required` beside what every migration requires: PROBE, STREAM."""
+    required |= REQUIRED
     return Hello(PROTOCOL_VERSION, tuple(sorted(required)), tuple(sorted(optional)))
 
 
 def answer(theirs: Hello, optional: frozenset[str]) -> tuple[Hello, Agreement]:
     """The destination's HELLO. Raises CapabilityError for what it must refuse."""
     _same_version(theirs)
-    known = REQUIRED | optional | {PROBE}
+    known = REQUIRED | optional | {PROBE, STREAM}
     for name in theirs.required:
         if name not in known:
             raise CapabilityError(f"the source requires capability {name!r}: it is not known here")

@@ -49,18 +49,20 @@ def test_all_is_on_that_is_not_switched_off():
     assert caps.switched_on(dict.fromkeys(caps.OPTIONAL, False)) == frozenset()
 
 
-def test_who_wants_to_know_the_way_must_be_understood():
-    offer = caps.offer(XBZRLE, probe=True)
-    assert offer.required == (*REQUIRED, "probe")
-    answer, there = caps.answer(offer, XBZRLE)
+@pytest.mark.parametrize("name", [caps.PROBE, caps.STREAM])
+def test_what_a_source_requires_of_every_destination_is_there(name):
+    offer = caps.offer(XBZRLE, frozenset({name}))
+    assert offer.required == (*REQUIRED, name)
+    answer, there = caps.answer(offer, frozenset())
     here = caps.agree(offer, answer)
     assert here == there
-    assert here.probe
-    assert here.xbzrle
-    with pytest.raises(CapabilityError, match="the destination lacks capability 'probe'"):
+    assert (here.probe, here.stream) == (name == "probe", name == "stream")
+    with pytest.raises(CapabilityError, match=f"the destination lacks capability '{name}'"):
         caps.agree(offer, hello(optional=XBZRLE))
-    plain, _ = caps.answer(caps.offer(XBZRLE), XBZRLE)
-    assert "probe" not in plain.required + plain.optional
+    plain, agreed = caps.answer(caps.offer(XBZRLE), XBZRLE)
+    assert name not in plain.required + plain.optional
+    assert not agreed.probe
+    assert not agreed.stream
 
 
 @pytest.mark.parametrize("name", ["zstd", "page-hash-nh", ""])

@@ -17,7 +17,7 @@ import xxhash
 import migrate
 from migrate import destination as destination_module
 from migrate import link
-from migrate import source as source_module
+from migrate import migration as migration_module
 from migrate.address import Address
 from migrate.destination import Destination, NoPlaceError
 from migrate.errors import (
@@ -622,7 +622,7 @@ async def test_no_batch_of_the_next_round_is_sent_before_the_last_one_is_confirm
     ids=["refused", "silent", "gone"],
 )
 async def test_a_source_whose_channel_does_not_open_keeps_its_guest(answer, says, monkeypatch):
-    monkeypatch.setattr(source_module, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(migration_module, "HANDSHAKE_SECONDS", 0.5)
     async with hand_destination(2) as (hand, source, running):
         await hand.accept()
         lane = await hand.listener.accept()

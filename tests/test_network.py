@@ -459,13 +459,13 @@ def test_a_destination_that_stops_reading_does_not_fill_the_sources_memory() -> 
 
 SLOW_WORKER = """
 import itertools, sys, time
-from migrate import destination
+from migrate import reception
 from migrate.cli.destination import main
-apply, numbers = destination.Destination._apply, itertools.count(1)
+apply, numbers = reception.Pages._apply, itertools.count(1)
 def slowly(*arguments):
     time.sleep({stall} if next(numbers) == 3 else {usual})
     apply(*arguments)
-destination.Destination._apply = slowly
+reception.Pages._apply = slowly
 main()
 """
 

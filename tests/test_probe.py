@@ -196,7 +196,7 @@ async def test_a_source_that_takes_its_time_has_as_much_as_any_other(monkeypatch
 async def test_while_a_guest_comes_nobody_measures():
     async with pair() as (source, far):
         serving = asyncio.create_task(greeter(far).greet(busy=True))
-        await source.send(capabilities.offer(frozenset(), probe=True))
+        await source.send(capabilities.offer(frozenset(), frozenset({capabilities.PROBE})))
         with pytest.raises(MigrationError, match="another guest is being received"):
             await serving
 

@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 import migrate
 from migrate import link
 from migrate.address import Address
-from migrate.destination import Destination
 from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost, UsageError
 from migrate.journal import Journal, attempt, journals, settled
+from migrate.reception import Pages
 from proto import ErrorCode, capabilities
 from proto.kernel import PageHashes
 from proto.messages import (
@@ -767,15 +767,15 @@ def test_a_guest_that_was_moved_is_neither_moved_again_nor_woken(shm: Path) -> N
 @pytest.mark.asyncio
 async def test_a_source_that_comes_again_while_the_destination_is_busy_is_let_in(monkeypatch):
     """It hashes, or waits for its disk: the last one that came is the one to go on with."""
-    real, busy = Destination._take_stock, threading.Event()
+    real, busy = Pages._take_stock, threading.Event()
 
-    def slow(self, info, place):
+    def slow(self, info):
         busy.wait(10)
-        return real(self, info, place)
+        return real(self, info)
 
     async with hand_source() as (come, _):
         _, first = await come()
-        monkeypatch.setattr(Destination, "_take_stock", slow)
+        monkeypatch.setattr(Pages, "_take_stock", slow)
         _, second = await come(first.token)
         coming = [asyncio.create_task(come(second.token)) for _ in range(2)]
         await asyncio.sleep(0.3)

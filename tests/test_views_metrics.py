@@ -10,8 +10,8 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from migrate.destination import Arrival
 from migrate.errors import ConnectError, UsageError
+from migrate.reception import Arrival
 from migrate.statistics import Statistics
 from migrate.views.metrics import Metrics, destination_families, source_families
 from proto.messages import GuestInfo

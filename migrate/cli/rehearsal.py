@@ -16,7 +16,7 @@ from typing import Any
 
 from migrate import dry_run, probe
 from migrate.errors import MigrationError, NotConvergedError, PeerError, code_of, failure_of
-from migrate.guests.guest import Guest
+from migrate.guests.guest import MemoryGuest
 from migrate.link import Link
 from migrate.parameters import Parameters
 from migrate.sample import Sample, Sampler
@@ -55,7 +55,7 @@ class Rehearsal:
     """
 
     def __init__(
-        self, link: Link, parameters: Parameters, opened: Callable[[], Guest], *,
+        self, link: Link, parameters: Parameters, opened: Callable[[], MemoryGuest], *,
         ends_guest: bool, say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._link = link
@@ -117,7 +117,7 @@ class Rehearsal:
         )
         return Found(prediction, sample, way, agreement.xbzrle)
 
-    async def _sample(self, guest: Guest, agreement: caps.Agreement) -> Sample:
+    async def _sample(self, guest: MemoryGuest, agreement: caps.Agreement) -> Sample:
         """Where this is cancelled, nobody looks at the guest any more when it returns."""
         told = threading.Event()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from migrate._memory import set_marks
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.guest import Guest, Place
+from migrate.guests.guest import MemoryGuest, Place
 from migrate.memory import Memory, private_buffer
 from migrate.tracking import DirtyTracker, MarkTracker
 from proto.kernel import PageEncoder
@@ -64,7 +64,7 @@ class Gate:
             self._changed.notify_all()
 
 
-class BufferGuest(Guest):
+class BufferGuest(MemoryGuest):
     """Moves `buffer` (writable, contiguous) while this program's threads go on writing to it.
 
     Writers do `with guest.writing(): array[i] += 1`. In the last round they wait at the door for

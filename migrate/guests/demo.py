@@ -38,7 +38,7 @@ from typing import Any
 from migrate._memory import first_wrong
 from migrate.available import machine_memory
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.guest import Guest, Place
+from migrate.guests.guest import MemoryGuest, Place
 from migrate.guests.process import start_time, state
 from migrate.memory import Memory
 from migrate.quantities import format_size, parse_size
@@ -259,7 +259,7 @@ def _words(*values: int) -> memoryview:
     return memoryview(struct.pack(f"{len(values)}Q", *values)).cast("Q")
 
 
-class DemoGuest(Guest):
+class DemoGuest(MemoryGuest):
     """A demo guest at the source: started here, or attached to with `demo:pid=N`."""
 
     kind = "demo"

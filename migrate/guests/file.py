@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.guest import Guest, Place
+from migrate.guests.guest import MemoryGuest, Place
 from migrate.guests.process import start_time, state
 from migrate.memory import Memory
 from migrate.quantities import format_size
@@ -26,7 +26,7 @@ STOP_PATIENCE = 5.0
 COMMAND_PATIENCE = 60.0
 
 
-class FileGuest(Guest):
+class FileGuest(MemoryGuest):
     """`file:PATH`. Its writer is stopped by `pids` (SIGSTOP) or by commands; with neither, nobody
     stops it, and the digest at the end tells whether it wrote during the last round.
     """

@@ -14,20 +14,21 @@ each kind arranges that with somebody who outlives us (see demo.py, guard.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from migrate.memory import Memory
 from migrate.tracking import DirtyTracker, ScanTracker
 from proto.kernel import PageEncoder
 
+if TYPE_CHECKING:
+    from migrate.reception import Reception
+
 
 class Guest(ABC):
-    """A running guest whose memory can be read while it writes."""
+    """A running guest."""
 
     kind: str
-    memory: Memory
-    marks = False
-    """Whether it marks what it writes; else the source scans, and hashes what it sends."""
     stoppable = True
     """Whether `pause` really stops it; else what it writes in the pause is looked for again."""
     can_throttle = False
@@ -35,10 +36,13 @@ class Guest(ABC):
     description = ""
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
+    remains = "the guest runs on here"
+    """What is true of it after a migration that failed."""
 
-    def track(self, encoder: PageEncoder) -> DirtyTracker:
-        """Starts tracking for one migration."""
-        return ScanTracker(self.memory, encoder)
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Of its memory, in bytes."""
 
     async def started(self) -> None:
         """Waits until the guest runs and can be paused."""
@@ -80,9 +84,27 @@ class Guest(ABC):
         return {"kind": self.kind}
 
 
+class MemoryGuest(Guest):
+    """A guest whose memory can be read while it writes."""
+
+    memory: Memory
+    marks = False
+    """Whether it marks what it writes; else the source scans, and hashes what it sends."""
+
+    @property
+    def size(self) -> int:
+        return self.memory.size
+
+    def track(self, encoder: PageEncoder) -> DirtyTracker:
+        """Starts tracking for one migration."""
+        return ScanTracker(self.memory, encoder)
+
+
 class Place(ABC):
     """Where the destination puts a guest."""
 
+    reception: Callable[..., Reception] | None = None
+    """How it is received, where that is not page by page into `memory`."""
     memory: memoryview
     """Writable, whole pages."""
     zeroed = True
@@ -99,6 +121,9 @@ class Place(ABC):
     """The same bytes as they are hashed."""
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
+    irrevocable = False
+    """Whether `start` may have been heard though it has not returned: a later program must take it
+    for done."""
 
     async def ready(self) -> None:
         """Waits until the place can take a guest; the source is told to begin after that."""

@@ -18,7 +18,7 @@ from migrate.statistics import Statistics
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
-    from migrate.destination import Arrival
+    from migrate.reception import Arrival
 
 TEXTFILE_SECONDS = 5.0
 STATES = ("none", "setup", "active", "device", "completed", "failed", "cancelled")

@@ -23,7 +23,7 @@ from migrate.views.history import History
 from migrate.views.progress import Lines
 
 if TYPE_CHECKING:
-    from migrate.destination import Arrival
+    from migrate.reception import Arrival
     from migrate.views.metrics import Metrics
 
 

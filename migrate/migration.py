@@ -1,0 +1,476 @@
+"""What every migration goes through at the source, whatever kind of guest it moves.
+
+    setup      HELLO, GUEST, ACCEPT; further channels
+    active     the guest's memory goes over: `_transfer`, up to READY
+    commit     the guest is given up, COMMITTED is written, then GO: it does not run here again
+    completed  RUNNING came
+
+On any failure before the commit what was begun is undone, and the guest goes on here. After it,
+only the destination's word that it never will run the guest gives it back: NOT_STARTED, or ABORTED
+when it is asked. It is asked where the connection broke before it could say how it went.
+
+A connection that breaks before the commit is no failure: another one is made, and the transfer
+goes on from what the destination holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from migrate.channels import Channels, Dial
+from migrate.errors import (
+    CancelledByPeer,
+    ConnectError,
+    HandOverUnknown,
+    MigrationError,
+    NotStartedError,
+    PeerLost,
+    TlsError,
+    code_of,
+    failure_of,
+)
+from migrate.guests.guest import Guest
+from migrate.handover import ask_until_known, written
+from migrate.journal import Journal, JournalError
+from migrate.link import Link
+from migrate.parameters import Parameters
+from migrate.statistics import Statistics
+from proto import ProtoError
+from proto import capabilities as caps
+from proto.messages import (
+    SEED_BYTES,
+    TOKEN_BYTES,
+    Accept,
+    CacheSize,
+    Done,
+    Go,
+    GuestInfo,
+    Hello,
+    Message,
+    Running,
+)
+from proto.ownership import Claim, Event, Role
+
+HANDSHAKE_SECONDS = 15.0
+HAND_OVER_SECONDS = 60.0
+RESOLVE_SECONDS = 60.0
+RETRY_SECONDS = 60.0
+# The first pause before it is tried to connect again, and the longest.
+CONNECT_AGAIN_SECONDS = (0.1, 5.0)
+
+Observer = Callable[[str, Statistics], None]
+
+
+class Migration(ABC):
+    """One migration of one guest, over one link and those that replace it when it breaks.
+
+    observer -- called with an event and the statistics as things happen:
+                "status"           it has changed
+                "pass"             a round begins, the one after dirty_sync_count
+                "progress"         some of it is sent
+                "round"            it is over, and the destination has it
+                "paused"           the guest is stopped;  "resumed" it goes on here after all
+                "notice: ..."      a sentence for the user
+    dial     -- connects to the destination once more: for channels beside `link`, and after a break
+    retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
+    journal  -- the directory of the journals; "" keeps this one's in memory
+    earlier  -- the journal of an attempt that an earlier program has left: it is resumed
+    address  -- the destination's, for whoever has to ask it later
+    resolve_timeout -- seconds to find out whose the guest is after a break in the hand-over
+    """
+
+    required: frozenset[str] = frozenset()
+    """Capabilities that the destination must have for this kind of transfer."""
+
+    def __init__(
+        self, guest: Guest, link: Link, parameters: Parameters | None = None,
+        observer: Observer | None = None, dial: Dial | None = None,
+        *, retry: float = 0.0, journal: str = "", earlier: Journal | None = None,
+        resolve_timeout: float = RESOLVE_SECONDS, address: str = "",
+    ) -> None:  # fmt: skip
+        self.guest = guest
+        self.parameters = parameters or Parameters()
+        self.statistics = Statistics(total=guest.size, page_size=self.parameters.page_size)
+        self.channels = Channels(link, dial, self._aside)
+        self._observer = observer or (lambda _event, _statistics: None)
+        self._dial = dial
+        self._retry = retry
+        self._lost_at = 0.0
+        self._sent_before = self._lane_bytes = 0
+        self._seed = os.urandom(SEED_BYTES)
+        self._agreed: caps.Agreement | None = None
+        self._journals = journal
+        self._journal = earlier or Journal(Role.SOURCE, bytes(TOKEN_BYTES))
+        self._resumes = earlier is not None
+        self._greeting = False
+        self.resumable = False
+        """It failed, and whoever tries again (with the journals) can go on with it."""
+        self._resolve_timeout = resolve_timeout
+        self._address = address
+        self._worker = ThreadPoolExecutor(1, "encode")
+        self._pages = -(-guest.size // self.parameters.page_size)
+        self._began = time.monotonic()
+        self._round = 0
+        self._paused_at: float | None = None
+        self._sent_before_pause = 0
+        link.limit.rate = self.parameters.limits.max_bandwidth
+
+    @property
+    def committed(self) -> bool:
+        """Whether the guest is given up: it does not run here again unless we hear so."""
+        return self.channels.handed_over
+
+    @property
+    def sent_bytes(self) -> int:
+        """Over all channels there were."""
+        return self._sent_before + self.channels.sent_bytes
+
+    # -- what a kind of transfer is
+
+    @abstractmethod
+    async def _transfer(self) -> None:
+        """Greets the destination and sends the guest, over the channels there are now; returns
+        when the destination is READY. Called once more after a break."""
+
+    @abstractmethod
+    async def _undo(self) -> None:
+        """The transfer has failed: what was begun with the guest is undone, so that it runs on."""
+
+    @abstractmethod
+    async def _let_go(self) -> None:
+        """The guest runs at its own speed, here or there."""
+
+    @abstractmethod
+    def _advise(self) -> None:
+        """It is over: what the numbers mean."""
+
+    @abstractmethod
+    def set_cache_size(self, size: int) -> None:
+        """Somebody asks for another cache size."""
+
+    @abstractmethod
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Takes other parameters while the migration runs.
+
+        Raises UsageError for a change of what was agreed on with the destination.
+        """
+
+    def _aside(self, message: Message) -> bool:
+        """Takes what the destination says when it likes; False for an answer."""
+        if isinstance(message, CacheSize):
+            self.set_cache_size(message.size)
+            return True
+        return False
+
+    def _check_time(self) -> None:
+        """Raises NotConvergedError where the migration has had all the time it gets."""
+
+    # -- the whole of it
+
+    async def run(self) -> Statistics:
+        """Migrates. Returns the final statistics.
+
+        Raises MigrationError (see migrate.errors) or asyncio.CancelledError; unless `committed`,
+        the guest runs on here then.
+        """
+        self._began = time.monotonic()
+        try:
+            try:
+                await self._attempts()
+            except BaseException as broken:
+                if not self.committed:
+                    raise
+                await self._find_out(broken)
+        except BaseException as raised:
+            error = _the_cause(raised)
+            # Not where the destination has given up, and keeps nothing.
+            lost = isinstance(error, PeerLost | ConnectError | TlsError) or self._greeting
+            self.resumable = self._resumes and bool((lost and self._retry) or self._agreed is None)
+            failure = self._failure(error)
+            try:
+                await self._give_reason(error, failure)
+            finally:
+                self._end("failed" if failure else "cancelled", str(failure or ""))
+            if failure is None:
+                raise
+            raise failure from error
+        finally:
+            self._worker.shutdown(wait=True)
+            self._journal.close(keep=self.resumable)
+            await self.channels.close()
+        return self.statistics
+
+    async def _attempts(self) -> None:
+        """Migrates, over as many connections as it takes."""
+        while True:
+            try:
+                async with self.channels.reading():
+                    await self._migrate()
+                return
+            except BaseException as raised:
+                error = _the_cause(raised)
+                if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
+                    raise error from None
+                await self._connect_again(error)
+
+    def _can_retry(self) -> bool:
+        """Not before the first ACCEPT: who has never been there is not to be waited for."""
+        return bool(self._retry and self._dial and self._agreed)
+
+    async def _connect_again(self, error: PeerLost) -> None:
+        """The guest runs here meanwhile. Raises PeerLost where it takes too long."""
+        assert self._dial is not None
+        now = time.monotonic()
+        if not self._lost_at:
+            self._lost_at = now
+            self._notice(f"{error}: connecting again, for {self._retry:g} s at most")
+        self._set_status("setup")
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        await self.channels.close()
+        if task.cancelling() > cancelled:  # meanwhile: closing goes on regardless
+            raise asyncio.CancelledError
+        limit = self.channels.link.limit
+        pause, longest = CONNECT_AGAIN_SECONDS
+        why: Exception = error
+        while True:
+            await asyncio.sleep(pause)
+            self._check_time()
+            left = self._lost_at + self._retry - time.monotonic()
+            if left <= 0:
+                raise PeerLost(f"{error}; no other connection in {self._retry:g} s: {why}")
+            try:
+                async with asyncio.timeout(left):
+                    link = await self._dial()
+                break
+            except (ConnectError, PeerLost, TimeoutError) as fault:
+                why = fault if str(fault) else why
+            pause = min(2 * pause, longest)
+        link.limit = limit
+        self._lane_bytes += self.channels.lane_bytes
+        self._sent_before = self.sent_bytes
+        self.channels = Channels(link, self._dial, self._aside)
+        self.statistics = self.statistics.with_(reconnects=self.statistics.reconnects + 1)
+
+    def _failure(self, error: BaseException) -> MigrationError | None:
+        """The error as a user sees it; None for a cancellation."""
+        failure = failure_of(error, "the guest's memory cannot be read")
+        if self.committed and not isinstance(failure, HandOverUnknown):
+            failure = self._unknown(str(failure or "interrupted"))
+        return failure
+
+    def _unknown(self, why: str) -> HandOverUnknown:
+        text = (
+            "the guest was handed over, but the destination has not confirmed that it runs "
+            f"({why}): look there first; here it stays paused"
+        )
+        if self._journals:
+            text += f"; `migrate-src resolve {self._journal.name}` asks again"
+        return HandOverUnknown(text)
+
+    async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
+        """Tells the peer why, where it can still hear."""
+        if isinstance(error, PeerLost | CancelledByPeer):
+            return
+        reason = str(failure or "cancelled at the source")
+        await self.channels.give_reason(code_of(error, failure), reason)
+
+    async def _migrate(self) -> None:
+        try:
+            await self._transfer()
+            await self._hand_over()
+        except BaseException:
+            if not self.committed:
+                await asyncio.shield(self._keep_guest())
+            raise
+
+    async def _keep_guest(self) -> None:
+        """Undoes everything: nothing that was written is forgotten, the guest runs here."""
+        await self._undo()
+        await self._let_go()
+        if self._paused_at is not None:
+            await self.guest.resume()
+            self._paused_at = None
+            self._observer("resumed", self.statistics)
+
+    # -- setup
+
+    async def _greet(self) -> tuple[caps.Agreement, Accept]:
+        """Up to ACCEPT, with the further channels. Raises PeerLost where that takes too long."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                self._greeting = True
+                agreement, accept = await self._describe()
+                self._greeting = False
+                await self._begin_journal(accept.token)
+                await self.channels.open(self.parameters.channels, accept.token)
+        except TimeoutError:
+            raise PeerLost(
+                f"the destination does not answer within {HANDSHAKE_SECONDS:g} s"
+            ) from None
+        if self._agreed not in (None, agreement):
+            raise MigrationError("the destination has other capabilities now: begin again")
+        self._agreed = agreement
+        return agreement, accept
+
+    async def _describe(self) -> tuple[caps.Agreement, Accept]:
+        parameters, link = self.parameters, self.channels.link
+        hello = caps.offer(parameters.wire_capabilities, self.required)
+        await link.send(hello)
+        answer = await self.channels.expect(Hello)
+        agreement = caps.agree(hello, answer)
+        if self._pages > answer.max_pages:
+            raise MigrationError(
+                f"the guest has {self._pages} pages, the destination takes no more than "
+                f"{answer.max_pages}: use a larger --page-size"
+            )
+        if self._agreed is None:
+            for name in sorted(agreement.dropped):
+                self._notice(f"the destination has no {name}: it is not used")
+        await link.send(
+            GuestInfo(
+                self.guest.kind,
+                self.guest.size,
+                parameters.page_size,
+                self._seed,
+                parameters.channels,
+                self.guest.description,
+                self._journal.identity if self._resumes else b"",
+                self._round + 1,
+            )
+        )
+        return agreement, await self.channels.expect(Accept)
+
+    async def _begin_journal(self, token: bytes) -> None:
+        """Each attempt has its own name, and so its own journal; that of the last one goes."""
+        journal = Journal(Role.SOURCE, token, self._journals)
+        await asyncio.to_thread(
+            journal.begin, guest=self.guest.facts(), address=self._address,
+            description=self.guest.description,
+        )  # fmt: skip
+        self._journal.close()
+        self._journal, self._resumes = journal, True
+
+    # -- hand-over
+
+    async def _hand_over(self) -> None:
+        """READY came: the guest is given up, and GO is said; returns when it runs over there."""
+        await self.guest.give_up()
+        self.channels.handed_over = True
+        try:
+            await written(self._journal, Event.READY)
+        except JournalError:
+            await self._take_back()
+            raise
+        await self._commit()
+        await self._done()
+
+    async def _commit(self) -> None:
+        """GO, and the answer. The guest runs there, or nowhere until somebody looks."""
+        try:
+            async with asyncio.timeout(HAND_OVER_SECONDS):
+                await self.channels.link.send(Go())
+                await self.channels.expect(Running)
+        except NotStartedError:
+            await written(self._journal, Event.NOT_STARTED, must=False)
+            await self._take_back()
+            raise
+        except TimeoutError:
+            raise PeerLost(f"no answer to GO for {HAND_OVER_SECONDS:g} s") from None
+        await written(self._journal, Event.RUNNING, must=False)
+        with contextlib.suppress(PeerLost, ProtoError):
+            await self.channels.link.send(Done())
+
+    async def _done(self) -> None:
+        """It runs over there."""
+        assert self._paused_at is not None
+        self.statistics = self.statistics.with_(
+            downtime=time.monotonic() - self._paused_at,
+            downtime_bytes=self.sent_bytes - self._sent_before_pause,
+            remaining=0,
+            dirty_pages_rate=0.0,
+        )
+        await self._let_go()
+        self._end("completed")
+        await self.guest.release()
+
+    async def _take_back(self) -> None:
+        """It will never run over there: it is ours again, and still paused."""
+        await self.guest.take_back()
+        self.channels.handed_over = False
+
+    async def _find_out(self, error: BaseException) -> None:
+        """The connection broke after the commit: asks until it is known whose the guest is.
+
+        Returns where it runs over there. Raises NotStartedError where it is ours again, and runs;
+        HandOverUnknown where that is not to be found out in time.
+        """
+        why = str(error) or type(error).__name__
+        if self._journal.claim is Claim.COMMITTED:
+            if isinstance(error, asyncio.CancelledError) or self._dial is None:
+                raise self._unknown("interrupted" if not str(error) else why) from error
+            self._notice(f"the hand-over was cut off ({why}): asking whose the guest is")
+            try:
+                async with asyncio.timeout(self._resolve_timeout):
+                    await ask_until_known(self._dial, self._journal)
+            except TimeoutError:
+                raise self._unknown(why) from error
+        if self._journal.claim is Claim.DONE:
+            await self._done()
+            return
+        await self._take_back()
+        await self._keep_guest()
+        raise NotStartedError(
+            f"the hand-over was cut off ({why}), and the destination has given the guest up"
+        )
+
+    # -- statistics
+
+    def _set_status(self, status: str, error: str = "") -> None:
+        changed = status != self.statistics.status
+        self.statistics = self.statistics.with_(status=status, error=error)
+        if changed:
+            self._observer("status", self.statistics)
+
+    def _end(self, status: str, error: str = "") -> None:
+        """The last numbers and what they mean: whoever sees this status sees no others later."""
+        self._worker.shutdown(wait=True)
+        self.statistics = self.statistics.with_(status=status, error=error)
+        self._update()
+        self._advise()
+        self._observer("status", self.statistics)
+
+    def cancelling(self) -> None:
+        """Says that it is being cancelled; whoever runs this cancels it."""
+        self._set_status("cancelling")
+
+    def _notice(self, text: str) -> None:
+        self._observer(f"notice: {text}", self.statistics)
+
+    def _update(self) -> None:
+        """Brings what is counted into the statistics."""
+        s, transferred = self.statistics, self.sent_bytes
+        self.statistics = s.with_(
+            transferred=transferred,
+            channel_bytes=self._lane_bytes + self.channels.lane_bytes,
+            total_time=time.monotonic() - self._began,
+            precopy_bytes=transferred - s.downtime_bytes,
+        )
+        if s.status == "completed":
+            seconds = max(self.statistics.total_time - s.setup_time, 1e-9)
+            self.statistics = self.statistics.with_(mbps=transferred * 8 / seconds / 1e6)
+
+
+def _the_cause(error: BaseException) -> BaseException:
+    """What stands inside nested exception groups: a fault rather than a cancellation."""
+    while isinstance(error, BaseExceptionGroup):
+        faults = [e for e in error.exceptions if not isinstance(e, asyncio.CancelledError)]
+        error = (faults or list(error.exceptions))[0]
+    return error
