@@ -67,6 +67,7 @@ cdef extern from *:
     #include <sys/mman.h>
     #define xb_map_failed(p) ((p) == MAP_FAILED)
     #define xb_popcount(x) __builtin_popcountll(x)
+    #define xb_prefetch(p) __builtin_prefetch(p)
 
     static inline uint64_t xb_word(const uint8_t *at)
     {
@@ -95,9 +96,19 @@ cdef extern from *:
     """
     bint xb_map_failed(void*) nogil
     int xb_popcount(uint64_t) nogil
+    void xb_prefetch(const void*) nogil
     uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
 
+cdef packed struct StreamRecord:    # of a RamReader: see proto/_ram.pyx
+    uint64_t page
+    uint64_t at
+    uint32_t length
+    uint32_t kind
+
 cdef enum:
+    RAM_ZERO = 0
+    RAM_PAGE = 1
+    AHEAD = 16                  # records, half of them for what the first look has found
     HEAD = 20                   # round (4 bytes), first page (8), check of the raw pages (8)
     OP_ZERO = 0x00
     OP_RAW = 0x40
@@ -116,7 +127,7 @@ cdef enum:
     MOST_OVERFLOWS = 6          # (then it is left out for 16 sendings)
 
 # The check of a batch's raw pages: check = check * STEP + hash, page after page.
-cdef uint64_t STEP = 0x9E3779B97F4A7C15u
+STEP = 0x9E3779B97F4A7C15u
 
 
 # ---------------------------------------------------------------- guests and their bitmaps
@@ -142,16 +153,6 @@ cdef class PageHashes:
     stale -- a bit per page: it was changed by a delta, and its hash is of an older content
     """
 
-    cdef readonly uint64_t pages
-    cdef readonly Py_ssize_t page_size
-    cdef readonly bytearray table
-    cdef readonly bytearray stale
-    cdef bytes key
-    cdef const uint64_t* key_at
-    cdef uint64_t* table_at
-    cdef uint8_t* stale_at
-    cdef uint64_t zero
-
     def __cinit__(self, uint64_t pages, Py_ssize_t page_size, bytes seed):
         check_guest(pages, page_size)
         self.pages = pages
@@ -170,14 +171,14 @@ cdef class PageHashes:
         self.table_at = <uint64_t*>PyByteArray_AS_STRING(self.table)
         self.stale_at = <uint8_t*>PyByteArray_AS_STRING(self.stale)
 
-    cdef inline uint64_t hash_of(self, const uint8_t* page) noexcept nogil:
+    cdef uint64_t hash_of(self, const uint8_t* page) noexcept nogil:
         return xb_hash(page, self.key_at, self.page_size >> 3)
 
-    cdef inline void note(self, uint64_t page, uint64_t value) noexcept nogil:
+    cdef void note(self, uint64_t page, uint64_t value) noexcept nogil:
         self.table_at[page] = htole64(value)
         clear_bit(self.stale_at, page)
 
-    cdef inline bint matches(self, uint64_t page, const uint8_t* content) noexcept nogil:
+    cdef bint matches(self, uint64_t page, const uint8_t* content) noexcept nogil:
         return self.table_at[page] == htole64(self.hash_of(content))
 
     def note_pages(
@@ -280,6 +281,7 @@ cdef class PageEncoder:
     cdef Py_ssize_t raw_at      # where the open raw run has its count, 0 for none
     cdef uint32_t raw_count
     cdef uint32_t now
+    cdef uint64_t past          # one past the last page of `feed_records` in this round
     cdef readonly uint64_t zero
     cdef readonly uint64_t unchanged
     cdef readonly uint64_t raw
@@ -392,6 +394,7 @@ cdef class PageEncoder:
         if number == 0 or number < self.now:
             raise ValueError(f"round {number} after round {self.now}")
         self.now = number
+        self.past = 0
 
     cdef void drop_batch(self):
         self.slab = None
@@ -727,6 +730,115 @@ cdef class PageEncoder:
                 page += 1
         return count, page
 
+    def feed_records(
+        self, const uint8_t[::1] data not None, const uint8_t[::1] records not None,
+        Py_ssize_t first, Py_ssize_t count,
+    ):
+        """Takes in pages as somebody else sends them: records `first` to `count` of a RamReader.
+
+        A delta changes what the peer holds as it is, and what the cache holds with it; a page that
+        is not cached is not known any more, and the next time is sent whole. There are deltas
+        though `active` is not set.
+
+        Returns (the first record that was not taken, whether it begins a new round): the batch is
+        full, or a page comes that does not follow on the last one. Raises DecodeError for a delta
+        that is none, or that has no base.
+        """
+        cdef const StreamRecord* at
+        cdef const uint8_t* content
+        cdef Py_ssize_t i = first, size = data.shape[0], fault = 0
+        cdef bint wrapped = False
+        cdef uint8_t[ENCODE_ROOM] scratch
+        if self.now == 0:
+            raise ValueError("no round was begun")
+        if not 0 <= first <= count or records.shape[0] < count * <Py_ssize_t>sizeof(StreamRecord):
+            raise ValueError("there are fewer records than that")
+        if first == count:
+            return count, False
+        self.open_slab()
+        self.offered = 0
+        at = <const StreamRecord*>&records[0]
+        content = &data[0] if size else NULL
+        with nogil:
+            while i < count and not self.is_full():
+                if self.on:
+                    self.look_ahead(at, i, count)
+                if at[i].page < self.past:
+                    wrapped = True
+                    break
+                if at[i].page >= self.pages or at[i].at > <uint64_t>size or \
+                        at[i].length > <uint64_t>size - at[i].at or (
+                    at[i].kind == RAM_PAGE and at[i].length != <uint32_t>self.page_size
+                ):
+                    fault = PAST_GUEST
+                    break
+                if at[i].kind == RAM_ZERO:
+                    self.find_zero(at[i].page)
+                elif at[i].kind == RAM_PAGE:
+                    self.put_page(
+                        at[i].page, content + at[i].at, self.page_size, False, scratch, NULL, 0
+                    )
+                else:
+                    fault = self.pass_delta(
+                        at[i].page, content + at[i].at, at[i].length, scratch
+                    )
+                    if fault:
+                        break
+                self.past = at[i].page + 1
+                i += 1
+        if fault:
+            raise DecodeError(f"page {at[i].page}: {FAULTS[fault]}")
+        return i, wrapped
+
+    cdef inline void look_ahead(
+        self, const StreamRecord* at, Py_ssize_t i, Py_ssize_t count
+    ) noexcept nogil:
+        """Has the processor fetch what later records will ask of the cache: the pages follow on each
+        other, but their places in the tables do not."""
+        cdef uint32_t entry
+        if i + AHEAD < count:
+            xb_prefetch(&self.cache.index[self.cache.home(at[i + AHEAD].page)])
+        if i + AHEAD // 2 < count:
+            entry = self.cache.index[self.cache.home(at[i + AHEAD // 2].page)]
+            if entry:
+                xb_prefetch(&self.cache.tags[entry - 1])
+                xb_prefetch(self.cache.at(entry - 1))
+
+    cdef Py_ssize_t pass_delta(
+        self, uint64_t page, const uint8_t* delta, Py_ssize_t length, uint8_t* scratch
+    ) noexcept nogil:
+        """A delta that somebody else has made; 0 or a Fault."""
+        cdef Py_ssize_t fault
+        cdef uint32_t slot = NO_SLOT
+        cdef bint zero = get_bit(self.zeros, page)
+        if not get_bit(self.sent, page):
+            return NO_BASE
+        if length == 0:
+            self.unchanged += 1
+            return 0
+        if length > self.page_size:
+            return EMPTY_DELTA
+        if self.on:
+            slot = self.cache.find(page)
+        if slot != NO_SLOT:
+            fault = decode_page(delta, length, self.cache.at(slot), self.page_size)
+        else:
+            memset(scratch, 0, self.page_size)
+            fault = decode_page(delta, length, scratch, self.page_size)
+        if fault:
+            return fault
+        if not zero:
+            self.warm(page)
+        if slot != NO_SLOT:
+            self.cache.ages[slot] = self.now
+            self.cache.proven[slot] = 1
+        elif zero and self.on and not self.overflowed[page] & WAIT_MASK:
+            self.cache.insert(page, scratch, self.now, NULL, 0)
+        self.flush_zeros()
+        self.put_delta(page, delta, length)
+        clear_bit(self.zeros, page)
+        return 0
+
     def feed_zeros(self, uint64_t first, uint64_t count):
         """Pages that are known to be zero without reading them (holes of a sparse file).
 
@@ -828,14 +940,6 @@ cdef class PageEncoder:
 
 
 # ---------------------------------------------------------------- decoder
-
-cdef struct Record:
-    uint8_t op
-    uint64_t first
-    uint64_t count
-    const uint8_t* delta
-    Py_ssize_t length
-
 
 cdef Py_ssize_t read_record(
     const uint8_t* at, Py_ssize_t left, Py_ssize_t page_size, uint64_t pages, uint64_t next_page,

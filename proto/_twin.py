@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,6 +54,9 @@ STEP = 0x9E3779B97F4A7C15
 WORD = 64  # gaps of two are looked at in pieces of so many bytes
 DENSE = 21  # of those, so many changed bytes could become all of them
 SIMD = "none"
+# Of a RamReader: page, where its body begins, how long that is, its kind.
+RAM_RECORD = struct.Struct("=QQII")
+RAM_ZERO, RAM_PAGE, RAM_DELTA = range(3)
 
 
 class FaultError(Exception):
@@ -517,6 +521,7 @@ class PageEncoder:
         self._data = bytearray()
         self._check = 0
         self._next_page = 0  # one past the last page of the batch
+        self._past = 0  # one past the last page of `feed_records` in this round
         self._zero_first = self._zero_count = 0  # a zero run that is not written yet
         self._raw_at = self._raw_count = 0  # where the open raw run has its count, 0 for none
         self._active = cache is not None
@@ -575,6 +580,7 @@ class PageEncoder:
         if number == 0 or number < self._now:
             raise ValueError(f"round {number} after round {self._now}")
         self._now = number
+        self._past = 0
 
     def _drop_batch(self) -> None:
         self._out, self._data = bytearray(), bytearray()
@@ -821,6 +827,75 @@ class PageEncoder:
                 count += 1
         return count, max(first, end)
 
+    def feed_records(
+        self, data: Buffer, records: Buffer, first: int, count: int
+    ) -> tuple[int, bool]:
+        """Takes in pages as somebody else sends them: records `first` to `count` of a RamReader.
+
+        A delta changes what the peer holds as it is, and what the cache holds with it; a page that
+        is not cached is not known any more, and the next time is sent whole. There are deltas
+        though `active` is not set.
+
+        Returns (the first record that was not taken, whether it begins a new round): the batch is
+        full, or a page comes that does not follow on the last one. Raises DecodeError for a delta
+        that is none, or that has no base.
+        """
+        content, table = memoryview(data), memoryview(records)
+        if self._now == 0:
+            raise ValueError("no round was begun")
+        if not 0 <= first <= count or len(table) < count * RAM_RECORD.size:
+            raise ValueError("there are fewer records than that")
+        if first < count:
+            self._snapshot = memoryview(bytearray())
+        for i in range(first, count):
+            if self.full:
+                return i, False
+            page, at, length, kind = RAM_RECORD.unpack_from(table, i * RAM_RECORD.size)
+            if page < self._past:
+                return i, True
+            try:
+                if (
+                    page >= self.pages
+                    or at + length > len(content)
+                    or (kind == RAM_PAGE and length != self.page_size)
+                ):
+                    raise FaultError(PAST_GUEST)
+                if kind == RAM_ZERO:
+                    self._put_page(page, self._zero_page, b"")
+                elif kind == RAM_PAGE:
+                    self._put_page(page, bytes(content[at : at + length]), b"")
+                else:
+                    self._pass_delta(page, bytes(content[at : at + length]))
+            except FaultError as fault:
+                raise DecodeError(f"page {page}: {fault}") from None
+            self._past = page + 1
+        return count, False
+
+    def _pass_delta(self, page: int, delta: bytes) -> None:
+        """A delta that somebody else has made."""
+        if page not in self._sent:
+            raise FaultError(NO_BASE)
+        if not delta:
+            self.unchanged += 1
+            return
+        if len(delta) > self.page_size:
+            raise FaultError(EMPTY_DELTA)
+        zero = page in self._zeros
+        entry = self._cache._entry(page) if self._cache is not None and self._active else None
+        content = bytearray(self._zero_page if entry is None else entry.content)
+        for at, run in delta_runs(delta, self.page_size):
+            content[at : at + len(run)] = run
+        if not zero:
+            self._warm(page)
+        if entry is not None:
+            entry.content, entry.age, entry.proven = bytes(content), self._now, True
+        elif zero and self._active and not self._wait.get(page):
+            assert self._cache is not None
+            self._cache._insert(page, bytes(content), self._now, b"")
+        self._flush_zeros()
+        self._put_delta(page, delta)
+        self._zeros.discard(page)
+
     def feed_zeros(self, first: int, count: int) -> int:
         """Pages that are known to be zero without reading them (holes of a sparse file).
 
@@ -914,6 +989,43 @@ class Record:
         return range(self.first, self.first + self.count)
 
 
+def read_record(
+    head: bytes, at: int, next_page: int, pages: int, page_size: int
+) -> tuple[Record, int]:
+    """The record at `at` and the position after it; nothing is believed before it is compared.
+
+    Raises FaultError.
+    """
+    op, first = head[at] & OP_MASK, head[at] & GAP_MASK
+    at += 1
+    if first == GAP_MASK:
+        more, at = get_uleb(head, at, 9)
+        if more >= pages:
+            raise FaultError(PAST_GUEST)
+        first += more
+    first += next_page
+    if first >= pages:
+        raise FaultError(PAST_GUEST)
+    count, length = 1, 0
+    if op == OP_ZERO:
+        count, at = get_uleb(head, at, 9)
+    elif op == OP_RAW:
+        if len(head) - at < 2:
+            raise FaultError(SHORT)
+        count, at = int.from_bytes(head[at : at + 2], "big"), at + 2
+    elif op == OP_DELTA:
+        length, at = get_uleb(head, at, 3)
+        if not 0 < length <= page_size:
+            raise FaultError(EMPTY_DELTA)
+    else:
+        raise FaultError(BAD_OP)
+    if not 0 < count <= pages - first:
+        raise FaultError(PAST_GUEST)
+    if length > len(head) - at:
+        raise FaultError(SHORT)
+    return Record(op, first, count, head[at : at + length]), at + length
+
+
 class PageDecoder:
     """Applies batches to the destination's memory, and knows what has come.
 
@@ -957,40 +1069,6 @@ class PageDecoder:
         """Forgets which pages are `recent`."""
         self.recent[:] = bytes(len(self.recent))
 
-    def _read_record(self, head: bytes, at: int, next_page: int) -> tuple[Record, int]:
-        """The record at `at` and the position after it; nothing is believed before it is compared.
-
-        Raises FaultError.
-        """
-        op, first = head[at] & OP_MASK, head[at] & GAP_MASK
-        at += 1
-        if first == GAP_MASK:
-            more, at = get_uleb(head, at, 9)
-            if more >= self.pages:
-                raise FaultError(PAST_GUEST)
-            first += more
-        first += next_page
-        if first >= self.pages:
-            raise FaultError(PAST_GUEST)
-        count, length = 1, 0
-        if op == OP_ZERO:
-            count, at = get_uleb(head, at, 9)
-        elif op == OP_RAW:
-            if len(head) - at < 2:
-                raise FaultError(SHORT)
-            count, at = int.from_bytes(head[at : at + 2], "big"), at + 2
-        elif op == OP_DELTA:
-            length, at = get_uleb(head, at, 3)
-            if not 0 < length <= self.page_size:
-                raise FaultError(EMPTY_DELTA)
-        else:
-            raise FaultError(BAD_OP)
-        if not 0 < count <= self.pages - first:
-            raise FaultError(PAST_GUEST)
-        if length > len(head) - at:
-            raise FaultError(SHORT)
-        return Record(op, first, count, head[at : at + length]), at + length
-
     def check(self, head: Buffer, data_bytes: int) -> tuple[int, list[int]]:
         """Validates the records of a batch, but not what its deltas hold; touches nothing.
 
@@ -1008,7 +1086,7 @@ class PageDecoder:
                 raise FaultError(PAST_GUEST)
             while at < len(head):
                 where = at
-                record, after = self._read_record(head, at, next_page)
+                record, after = read_record(head, at, next_page, self.pages, self.page_size)
                 page = record.first
                 if record.op == OP_RAW:
                     raw += record.count
@@ -1057,7 +1135,7 @@ class PageDecoder:
             if check != int.from_bytes(head[12:HEAD], "big"):
                 raise FaultError(BAD_CHECK)
             while at < len(head):
-                record, after = self._read_record(head, at, next_page)
+                record, after = read_record(head, at, next_page, self.pages, self.page_size)
                 self._apply_record(record, raw, values, target, fd, fd_offset)
                 done += record.count
                 next_page, at = record.first + record.count, after

@@ -3,6 +3,7 @@
 ProtoError
 ├── LocalError         we did: a message that is not ours to send now, a value past its limit
 │   └── CacheSizeError a cache size that breaks the rule (also a ValueError)
+├── StreamError        QEMU did, or whoever has changed its stream: `at` is the byte
 └── RemoteError        the peer did: it carries the code to send back before hanging up
     ├── FrameError     the framing is broken: nothing after this byte can be understood
     ├── MessageError   a message that does not parse, breaks a limit or comes at the wrong time
@@ -40,6 +41,15 @@ class LocalError(ProtoError):
 
 class CacheSizeError(LocalError, ValueError):
     """A cache size that is not a power of two, or smaller than a page."""
+
+
+class StreamError(ProtoError):
+    """A migration stream of QEMU that cannot be read, or carried; `at` says where, in what was
+    given to be read."""
+
+    def __init__(self, text: str, at: int = 0) -> None:
+        super().__init__(text)
+        self.at = at
 
 
 class RemoteError(ProtoError):

@@ -22,6 +22,9 @@ if TYPE_CHECKING or NAME == "cython":
         from proto._batch import PageDecoder, PageEncoder, PageHashes
         from proto._cache import PageCache
         from proto._codec import SIMD, decode, decode_pages, encode, encode_pages
+        from proto._ram import SCAN_END, SCAN_MORE, SCAN_RECORDS, RamReader, RamWriter
+        from proto._ram_apply import RamApplier, RamRecorder
+        from proto._ram_survey import BatchSurvey, RamImage, RamSurvey, select_records
     except ModuleNotFoundError as error:
         raise ImportError(
             f"the compiled kernel is missing ({error.name}): build it with 'pip install .' "
@@ -39,16 +42,30 @@ else:
         encode,
         encode_pages,
     )
+    from proto._twin_ram import SCAN_END, SCAN_MORE, SCAN_RECORDS, RamReader, RamWriter
+    from proto._twin_ram_apply import RamApplier, RamRecorder
+    from proto._twin_ram_survey import BatchSurvey, RamImage, RamSurvey, select_records
 
 __all__ = [
     "NAME",
+    "SCAN_END",
+    "SCAN_MORE",
+    "SCAN_RECORDS",
     "SIMD",
+    "BatchSurvey",
     "PageCache",
     "PageDecoder",
     "PageEncoder",
     "PageHashes",
+    "RamApplier",
+    "RamImage",
+    "RamReader",
+    "RamRecorder",
+    "RamSurvey",
+    "RamWriter",
     "decode",
     "decode_pages",
     "encode",
     "encode_pages",
+    "select_records",
 ]

@@ -31,6 +31,10 @@ MAX_BODY = BATCH_BYTES + BATCH_SLACK
 MAX_CONTROL = 64 << 10
 HELD_PAGES = 8000
 PROBE_BYTES = 64_000
+PIECE_BYTES = 64_000
+MAX_RETURNED = 1024
+MAX_BLOCKS = 1024
+MAX_BLOCK_LIST = 288 << 10
 MAX_PROBE = 1 << 30
 MAX_SECONDS = 1e9
 
@@ -66,6 +70,9 @@ class MessageType(IntEnum):
     HELD = 20
     PROBE = 21
     PROBED = 22
+    BLOCKS = 23
+    BYTES = 24
+    TAKEN = 25
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -219,6 +226,38 @@ class Ownership(_Message, frozen=True):
     claim: Claim
 
 
+class Blocks(_Message, frozen=True):
+    """What the pages of a stream are numbered through: name and pages of each block, in order."""
+
+    blocks: Annotated[
+        tuple[
+            tuple[
+                Annotated[bytes, msgspec.Meta(min_length=1, max_length=255)],
+                Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)],
+            ],
+            ...,
+        ],
+        msgspec.Meta(min_length=1, max_length=MAX_BLOCKS),
+    ]
+
+
+class Bytes(_Message, frozen=True):
+    """A piece of a stream that is no page.
+
+    held -- from the source: it must not be passed on before GO
+    """
+
+    data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=PIECE_BYTES)]
+    held: bool = False
+
+
+class Taken(_Message, frozen=True):
+    """So many items of the stream came in all, and need not be sent again: PAGES and BYTES from the
+    source, BYTES from the destination."""
+
+    items: Count
+
+
 class Ping(_Message, frozen=True):
     token: Count
 
@@ -241,6 +280,7 @@ class Pages:
 Message = (
     Hello | GuestInfo | Accept | Join | Joined | CacheSize | Pages | Round | RoundAck | Complete
     | Ready | Go | Running | Ping | Pong | Error | Query | Ownership | Done | Held | Probe | Probed
+    | Blocks | Bytes | Taken
 )  # fmt: skip
 
 _TYPES: dict[MessageType, type[_Message]] = {
@@ -265,6 +305,9 @@ _TYPES: dict[MessageType, type[_Message]] = {
     MessageType.HELD: Held,
     MessageType.PROBE: Probe,
     MessageType.PROBED: Probed,
+    MessageType.BLOCKS: Blocks,
+    MessageType.BYTES: Bytes,
+    MessageType.TAKEN: Taken,
 }
 TYPE_OF: dict[type, MessageType] = {cls: kind for kind, cls in _TYPES.items()} | {
     Pages: MessageType.PAGES
@@ -273,6 +316,7 @@ BODY_LIMITS: dict[MessageType, int] = {
     **dict.fromkeys(MessageType, MAX_CONTROL),
     MessageType.PAGES: MAX_BODY,
     MessageType.COMPLETE: MAX_STATE + 1024,
+    MessageType.BLOCKS: MAX_BLOCK_LIST,
 }
 
 
@@ -287,8 +331,8 @@ def body_limits(channels: int, channel: int) -> dict[MessageType, int]:
         **BODY_LIMITS,
         MessageType.PAGES: max(MAX_BODY // channels, LEAST_BATCH + BATCH_SLACK),
     }
-    if channel:
-        limits[MessageType.COMPLETE] = MAX_CONTROL  # it comes on the first one alone
+    if channel:  # they come on the first one alone
+        limits[MessageType.COMPLETE] = limits[MessageType.BLOCKS] = MAX_CONTROL
     return limits
 
 

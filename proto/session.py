@@ -2,10 +2,12 @@
 
     START --HELLO--> GREETED ==HELLO==> OPEN --GUEST--> DESCRIBED ==ACCEPT==> STREAM
     OPEN: --PROBE-->, ==PROBED==>
+    a stream in STREAM: --BLOCKS-->, --PAGES-->, --BYTES-->, ==BYTES==>, TAKEN either way
     STREAM: --PAGES-->, --ROUND-->, ==ROUND_ACK==>, CACHE_SIZE either way; ==HELD==>
     STREAM --COMPLETE--> COMPLETED ==READY==> PREPARED --GO--> COMMITTED ==RUNNING==> DONE
     DONE: --DONE-->
-    a further channel: START --JOIN--> JOINING ==JOINED==> LANE; LANE: --PAGES-->, --ROUND-->
+    a further channel: START --JOIN--> JOINING ==JOINED==> LANE; LANE: --PAGES-->, --ROUND-->,
+                       --BYTES-->
     after a break: START --QUERY--> ASKED ==OWNERSHIP==> ANSWERED --GO--> COMMITTED
     (-- from the source, == from the destination; PING and PONG in any state but START
      and FAILED; ERROR at any time before DONE leads to FAILED)
@@ -58,7 +60,11 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
         (S, M.DONE): State.DONE,
     },
     State.JOINING: {(D, M.JOINED): State.LANE},
-    State.LANE: {(S, M.PAGES): State.LANE, (S, M.ROUND): State.LANE},
+    State.LANE: {
+        (S, M.PAGES): State.LANE,
+        (S, M.ROUND): State.LANE,
+        (S, M.BYTES): State.LANE,
+    },
     State.GREETED: {(D, M.HELLO): State.OPEN},
     State.OPEN: {
         (S, M.PROBE): State.OPEN,
@@ -74,17 +80,26 @@ TABLE: dict[State, dict[tuple[Role, MessageType], State]] = {
         (D, M.HELD): State.STREAM,
         (S, M.CACHE_SIZE): State.STREAM,
         (D, M.CACHE_SIZE): State.STREAM,
+        (S, M.BLOCKS): State.STREAM,
+        (S, M.BYTES): State.STREAM,
+        (D, M.BYTES): State.STREAM,
+        (S, M.TAKEN): State.STREAM,
+        (D, M.TAKEN): State.STREAM,
         (S, M.COMPLETE): State.COMPLETED,
     },
     # COMPLETE follows the last ROUND at once, while the destination still digests: its ack, and
     # a wish for another cache size, may cross with it. (So may HELD, for all this table knows.)
+    # The return path of a stream stays open as long as nobody has said GO.
     State.COMPLETED: {
         (D, M.READY): State.PREPARED,
         (D, M.ROUND_ACK): State.COMPLETED,
         (D, M.HELD): State.COMPLETED,
         (D, M.CACHE_SIZE): State.COMPLETED,
+        (D, M.BYTES): State.COMPLETED,
+        (D, M.TAKEN): State.COMPLETED,
+        (S, M.TAKEN): State.COMPLETED,
     },
-    State.PREPARED: {(S, M.GO): State.COMMITTED},
+    State.PREPARED: {(S, M.GO): State.COMMITTED, (S, M.TAKEN): State.PREPARED},
     State.COMMITTED: {(D, M.RUNNING): State.DONE},
     State.DONE: {(S, M.DONE): State.DONE},
     State.FAILED: {},

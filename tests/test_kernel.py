@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from proto import _batch, _cache, _codec, _twin, kernel
+from proto import _batch, _cache, _codec, _ram, _twin, _twin_ram, kernel
 from proto._codec import SIMD, encode, simd_kernels, use_simd
 
 ROOT = Path(__file__).parent.parent
@@ -23,16 +23,23 @@ def run(code, **environment):
 
 SHOW = (
     "from proto import kernel as k; "
-    "print(k.NAME, k.PageCache.__module__, k.PageEncoder.__module__, k.encode.__module__)"
+    "print(k.NAME, k.PageCache.__module__, k.PageEncoder.__module__, k.encode.__module__, "
+    "k.RamReader.__module__)"
 )
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "cython proto._cache proto._batch proto._codec"),
-        ({"XBMIGRATE_KERNEL": "cython"}, "cython proto._cache proto._batch proto._codec"),
-        ({"XBMIGRATE_KERNEL": "python"}, "python proto._twin proto._twin proto._twin"),
+        ({}, "cython proto._cache proto._batch proto._codec proto._ram"),
+        (
+            {"XBMIGRATE_KERNEL": "cython"},
+            "cython proto._cache proto._batch proto._codec proto._ram",
+        ),
+        (
+            {"XBMIGRATE_KERNEL": "python"},
+            "python proto._twin proto._twin proto._twin proto._twin_ram",
+        ),
     ],
     ids=["default", "cython", "python"],
 )
@@ -53,7 +60,7 @@ def test_another_kernel_is_an_import_error_that_names_the_choices(value):
     assert repr(value) in last
 
 
-@pytest.mark.parametrize("module", ["_batch", "_cache", "_codec"])
+@pytest.mark.parametrize("module", ["_batch", "_cache", "_codec", "_ram"])
 def test_a_missing_extension_is_an_import_error_not_the_twin(module):
     done = run(f"import sys; sys.modules['proto.{module}'] = None; {SHOW}")
     assert done.returncode != 0
@@ -106,5 +113,5 @@ def test_another_can_be_chosen_while_it_runs():
 @pytest.mark.parametrize("name", kernel.__all__)
 def test_both_have_what_is_imported_from_them(name):
     if name != "NAME":
-        assert any(hasattr(module, name) for module in (_batch, _cache, _codec))
-        assert hasattr(_twin, name)
+        assert any(hasattr(module, name) for module in (_batch, _cache, _codec, _ram))
+        assert any(hasattr(module, name) for module in (_twin, _twin_ram))

@@ -12,6 +12,8 @@ from proto.errors import ErrorCode, MessageError
 from proto.messages import (
     BATCH_BYTES,
     HELD_PAGES,
+    MAX_BLOCK_LIST,
+    MAX_BLOCKS,
     MAX_BODY,
     MAX_CAPABILITIES,
     MAX_CHANNELS,
@@ -21,9 +23,12 @@ from proto.messages import (
     MAX_PROBE,
     MAX_SECONDS,
     MAX_STATE,
+    PIECE_BYTES,
     PROBE_BYTES,
     TYPE_OF,
     Accept,
+    Blocks,
+    Bytes,
     CacheSize,
     Complete,
     Done,
@@ -46,6 +51,8 @@ from proto.messages import (
     Round,
     RoundAck,
     Running,
+    Taken,
+    body_limits,
     pack,
     unpack,
 )
@@ -76,6 +83,9 @@ EXAMPLES = {
     M.HELD: Held(8000, bytes(16)),
     M.PROBE: Probe(b"padding"),
     M.PROBED: Probed(64_000),
+    M.BLOCKS: Blocks(((b"pc.ram", 8192), (b"/rom@etc/acpi/tables", 32))),
+    M.BYTES: Bytes(b"\x01\0\0\0\2\3ram", True),
+    M.TAKEN: Taken(70_000),
 }
 
 COUNT = ([0, 1, (1 << 63) - 1], [-1, 1 << 63, (1 << 64) - 1, 1.0, True, "1", None, b"1", [1]])
@@ -127,6 +137,21 @@ FIELDS = {
         [b"x", bytes(PROBE_BYTES)],
         [b"", bytes(PROBE_BYTES + 1), "x", 1, [0], None],
     ),
+    (M.BLOCKS, "blocks"): (
+        [
+            [[b"a", 1]], [[b"\0" * 255, MAX_PAGES]] * MAX_BLOCKS, [[b"a", 1], [b"a", 2]],
+        ],
+        [
+            [], [[b"a", 1]] * (MAX_BLOCKS + 1), [[b"", 1]], [[b"a" * 256, 1]], [["a", 1]],
+            [[b"a", 0]], [[b"a", -1]], [[b"a", MAX_PAGES + 1]], [[b"a", 1.0]], [[b"a", True]],
+            [[b"a"]], [[b"a", 1, 2]], [[1, b"a"]], [None], [b"a", 1], b"a", 1, {}, None,
+        ],
+    ),
+    (M.BYTES, "data"): (
+        [b"x", bytes(PIECE_BYTES)], [b"", bytes(PIECE_BYTES + 1), "x", 1, [0], None],
+    ),
+    (M.BYTES, "held"): ([True, False], [0, 1, "true", None]),
+    (M.TAKEN, "items"): COUNT,
     (M.PROBED, "received"): ([1, MAX_PROBE], [0, -1, MAX_PROBE + 1, 1.0, True, "1", None]),
     (M.HELD, "first"): ([0, 1, (1 << 32) - 1], [-1, 1 << 32, 1.0, True, "1", None]),
     (M.HELD, "hashes"): (
@@ -168,6 +193,7 @@ DEFAULTS = {
     (M.GUEST, "round"): 1,
     (M.ACCEPT, "held"): False,
     (M.ROUND, "last"): False,
+    (M.BYTES, "held"): False,
 }
 
 
@@ -331,6 +357,13 @@ def test_a_guest_has_as_many_pages_as_it_needs(page_size, size, whole):
     info = unpack(M.GUEST, pack(GuestInfo("demo", size, page_size, bytes(16))))
     assert (info.pages - 1) * page_size < size <= info.pages * page_size
     assert info.pages <= MAX_PAGES
+
+
+def test_the_longest_bodies_come_on_the_first_channel_alone():
+    for channels in (1, 2, 64):
+        assert body_limits(channels, 0)[M.BLOCKS] == MAX_BLOCK_LIST
+        for kind in (M.BLOCKS, M.COMPLETE, M.BYTES):
+            assert body_limits(channels, 1)[kind] == MAX_CONTROL
 
 
 def test_a_batch_has_room_for_a_page():

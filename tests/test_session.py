@@ -12,6 +12,8 @@ from proto.frames import HEADER_BYTES, seal
 from proto.messages import (
     BODY_LIMITS,
     Accept,
+    Blocks,
+    Bytes,
     CacheSize,
     Complete,
     Done,
@@ -34,6 +36,7 @@ from proto.messages import (
     Round,
     RoundAck,
     Running,
+    Taken,
     pack,
 )
 from proto.ownership import Claim
@@ -65,6 +68,9 @@ MESSAGES = {
     M.HELD: Held(0, bytes(8)),
     M.PROBE: Probe(b"x"),
     M.PROBED: Probed(1),
+    M.BLOCKS: Blocks(((b"pc.ram", 1),)),
+    M.BYTES: Bytes(b"x"),
+    M.TAKEN: Taken(0),
 }
 
 # The table of proto/README.md ("States"), written a second time by hand: "type>state" where the
@@ -74,13 +80,16 @@ STATES = {
     State.ASKED: ("", "OWNERSHIP>ANSWERED"),
     State.ANSWERED: ("QUERY>ASKED GO>COMMITTED DONE>DONE", ""),
     State.JOINING: ("", "JOINED>LANE"),
-    State.LANE: ("PAGES ROUND", ""),
+    State.LANE: ("PAGES ROUND BYTES", ""),
     State.GREETED: ("", "HELLO>OPEN"),
     State.OPEN: ("PROBE GUEST>DESCRIBED", "PROBED"),
     State.DESCRIBED: ("", "PROBED ACCEPT>STREAM"),
-    State.STREAM: ("PAGES ROUND CACHE_SIZE COMPLETE>COMPLETED", "ROUND_ACK CACHE_SIZE HELD"),
-    State.COMPLETED: ("", "ROUND_ACK CACHE_SIZE HELD READY>PREPARED"),
-    State.PREPARED: ("GO>COMMITTED", ""),
+    State.STREAM: (
+        "PAGES ROUND CACHE_SIZE BLOCKS BYTES TAKEN COMPLETE>COMPLETED",
+        "ROUND_ACK CACHE_SIZE HELD BYTES TAKEN",
+    ),
+    State.COMPLETED: ("TAKEN", "ROUND_ACK CACHE_SIZE HELD BYTES TAKEN READY>PREPARED"),
+    State.PREPARED: ("GO>COMMITTED TAKEN", ""),
     State.COMMITTED: ("", "RUNNING>DONE"),
     State.DONE: ("DONE", ""),
     State.FAILED: ("", ""),
@@ -275,9 +284,18 @@ STRAIGHT = [
 ]  # fmt: skip
 
 
-def test_a_migration():
+STREAMED = [
+    (S, M.HELLO), (D, M.HELLO), (S, M.GUEST), (D, M.ACCEPT), (S, M.BLOCKS), (S, M.CACHE_SIZE),
+    (S, M.BYTES), (D, M.TAKEN), (S, M.PAGES), (D, M.TAKEN), (D, M.BYTES), (S, M.TAKEN),
+    (S, M.BYTES), (S, M.COMPLETE), (D, M.TAKEN), (D, M.BYTES), (S, M.TAKEN), (D, M.READY),
+    (S, M.GO), (D, M.RUNNING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", [STRAIGHT, STREAMED], ids=["pages", "stream"])
+def test_a_migration(way):
     pair = Pair()
-    for role, kind in STRAIGHT:
+    for role, kind in way:
         pair.send(role, kind)
         pair.deliver(role.peer)
         assert len(pair.states) == 1
@@ -311,9 +329,9 @@ def test_a_further_channel_is_named_by_every_frame_after_join(channel):
         assert pair.states == {State.LANE}
 
 
-def test_a_further_channel_carries_nothing_but_pages_and_rounds():
+def test_a_further_channel_carries_nothing_but_pages_rounds_and_bytes():
     sides = STATES[State.LANE]
-    assert set(sides[0].split()) == {"PAGES", "ROUND"}
+    assert set(sides[0].split()) == {"PAGES", "ROUND", "BYTES"}
     assert sides[1] == "", "the destination confirms on the first channel"
     ways = {
         (role, kind) for (state, role, kind), following in LEGAL.items()
@@ -351,6 +369,17 @@ def test_acks_and_wishes_may_cross_with_complete():
     pair.send(S, M.COMPLETE)
     pair.settle()
     assert pair.states == {State.COMPLETED}
+
+
+def test_what_was_taken_of_a_return_path_may_cross_with_ready():
+    pair = Pair()
+    for role, kind in STREAMED[:16]:
+        pair.send(role, kind)
+        pair.settle()
+    pair.send(S, M.TAKEN)
+    pair.send(D, M.READY)
+    pair.settle()
+    assert pair.states == {State.PREPARED}
 
 
 # Most walks would stay for long where anything may be repeated: they prefer what leads on.

@@ -1,19 +1,20 @@
 """The golden vectors: the bytes of the wire, which no change of the code may change.
 
 tests/vectors/wire.json holds the exchange that proto/README.md walks through, the messages that
-do not occur in it, page hashes, and a batch with every form of a gap.
+do not occur in it, page hashes, a batch with every form of a gap, and the items of a stream.
 """
 
 import hashlib
 import json
 import re
+import struct
 from array import array
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from proto import messages
+from proto import _ram, _twin, _twin_ram, messages
 from proto.frames import HEADER_BYTES, FrameReader, seal
 from proto.messages import MessageType, Pages, pack, unpack
 from proto.session import Role, Session, State
@@ -35,18 +36,24 @@ def batch_of(fields):
     return bytes.fromhex(fields["head"]), bytes.fromhex(fields["data"])
 
 
+def blocks_of(listed):
+    return tuple((bytes.fromhex(name), pages) for name, pages in listed)
+
+
 def message_of(vector):
     """The message that a vector's fields describe."""
     kind = MessageType[vector["type"]]
     fields = dict(vector["fields"])
     if kind is MessageType.PAGES:
         return Pages()
-    binary = {"digest", "state", "token", "hash_seed", "resume", "hashes", "padding"}
+    binary = {"digest", "state", "token", "hash_seed", "resume", "hashes", "padding", "data"}
     for name in binary & fields.keys():
         if kind not in (MessageType.PING, MessageType.PONG):
             fields[name] = bytes.fromhex(fields[name])
     for name in {"required", "optional"} & fields.keys():
         fields[name] = tuple(fields[name])
+    if "blocks" in fields:
+        fields["blocks"] = blocks_of(fields["blocks"])
     if "code" in fields:
         fields["code"] = messages.ErrorCode(fields["code"])
     [cls] = [cls for cls, other in messages.TYPE_OF.items() if other is kind]
@@ -240,6 +247,72 @@ def test_the_encoder_gives_the_bytes_of_the_exchange(kernel, merge):
         assert (bytes(head), bytes(data)) == batch
 
 
+def record_as_specified(blocks, page, size, op, body, last):
+    """Written from proto/README.md ("Streams") alone: (the record, its block)."""
+    first = 0
+    while page >= first + blocks[0][1]:
+        first += blocks[0][1]
+        blocks = blocks[1:]
+    name = blocks[0][0]
+    flags = {0: 0x02, 1: 0x08, 2: 0x40}[op] | (0x20 if name == last else 0)
+    out = ((page - first) * size | flags).to_bytes(8, "big")
+    if name != last:
+        out += bytes([len(name)]) + name
+    return out + (b"\1" + len(body).to_bytes(2, "big") + body if op == 2 else body), name
+
+
+def test_the_encoder_gives_the_batches_of_the_stream(kernel):
+    vector = WIRE["stream"]
+    cache = kernel.PageCache(1 << 16, vector["page_size"])
+    encoder = kernel.PageEncoder(hashes_of(kernel, vector), cache)
+    batches = [item for item in vector["items"] if item["type"] == "PAGES"]
+    for number, item in enumerate(batches, 1):
+        encoder.begin_round(number)
+        data, table = b"", b""
+        for page, op, body in item["pages"]:
+            length = len(body) // 2 if op else 0
+            table += struct.pack("=QQII", page, len(data), length, op)
+            data += bytes.fromhex(body)
+        assert encoder.feed_records(data, table, 0, len(item["pages"])) == (
+            len(item["pages"]), False,
+        )  # fmt: skip
+        head, raw = encoder.take()
+        assert (bytes(head), bytes(raw)) == batch_of(item["fields"])
+
+
+def test_a_stream_is_passed_on_as_the_specification_says(kernel):
+    """Every item, what QEMU gets for it, and the digest of them all."""
+    vector = WIRE["stream"]
+    ram = _twin_ram if kernel is _twin else _ram
+    blocks = blocks_of(vector["blocks"])
+    writer = ram.RamWriter(hashes_of(kernel, vector), blocks)
+    digest, last = xxhash.xxh3_128(), None
+    for item in vector["items"]:
+        if "data" in item["fields"] and "head" not in item["fields"]:
+            data = bytes.fromhex(item["fields"]["data"])
+            digest.update(data)
+            assert item["passed_on"] == ("" if item["fields"]["held"] else data.hex())
+            continue
+        head, data = batch_of(item["fields"])
+        digest.update(head)
+        writer.begin(head, data)
+        out, written = bytearray(1 << 16), b""
+        while count := writer.fill(out):
+            written += out[:count]
+        assert written.hex() == item["passed_on"]
+        expected = b""
+        for page, op, body in item["pages"]:
+            one, last = record_as_specified(
+                blocks, page, vector["page_size"], op, bytes.fromhex(body), last
+            )
+            expected += one
+        assert expected == written
+    assert digest.hexdigest() == vector["digest"]
+    count, return_path = len(vector["items"]), vector["return_path"]
+    assert vector["state"] == (count.to_bytes(8, "big") + bytes([return_path])).hex()
+    assert writer.received_pages == vector["pages"]
+
+
 # ---------------------------------------------------------------- the specification
 
 
@@ -263,7 +336,7 @@ def test_the_example_of_the_specification_is_the_exchange():
 
 def test_the_limits_of_the_specification_are_those_of_the_code():
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d+) \|", README, re.MULTILINE))
-    assert len(rows) == 18
+    assert len(rows) == 22
     assert {name: getattr(messages, name) for name in rows} == {
         name: int(value) for name, value in rows.items()
     }

@@ -65,7 +65,7 @@ def test_the_wheel_has_pages_and_completions_of_every_program(built, expected):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = [name for name in wheel.namelist() if ".data/data/share/" in name]
         found = {name.partition("/share/")[2]: wheel.read(name) for name in names}
-    assert len(found) == 5 + 3 * 3
+    assert len(found) == 6 + 3 * 4
     assert found == expected
 
 

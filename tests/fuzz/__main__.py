@@ -21,14 +21,17 @@ from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import TARGETS
 
 HERE = Path(__file__).parent
-LENGTHS = {"frames": 4096, "pages": 4096, "delta": 4096, "rounds": 1500, "text": 1024}
+LENGTHS = {
+    "frames": 4096, "pages": 4096, "delta": 4096, "rounds": 1500, "stream": 4096, "records": 2048,
+    "text": 1024,
+}  # fmt: skip
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:handle_abort=1"
     ":malloc_context_size=2:quarantine_size_mb=16",  # Python allocates all the time
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
-LINES = {"frames", "text"}  # whose Python code is under test, too
+LINES = {"frames", "stream", "text"}  # whose Python code is under test, too
 MEGABYTES = 1500
 
 

@@ -19,7 +19,7 @@ BUILD = ROOT / "build/fuzz"
 TREE = BUILD / "tree"
 FUZZER = BUILD / "fuzzer"
 # migrate._memory never sees a peer's bytes.
-MODULES = ("proto._codec", "proto._cache", "proto._batch")
+MODULES = ("proto._codec", "proto._cache", "proto._batch", "proto._ram")
 SANITIZERS = "address,undefined"
 FLAGS = ("-g", "-O1", "-fno-omit-frame-pointer", "-fno-strict-aliasing", "-w")
 SANITIZED = (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all")

@@ -108,23 +108,24 @@ def pages(data: bytes) -> None:
     with_file = bool(control[3] & 2)
     guests = [(FileGuest if with_file else Guest)(side, control) for side in SIDES]
     for batch in batches[:MOST_BATCHES]:
-        _take(guests, *_batch(guests[1], batch), batch.kind)
+        made = batch_of(guests[1].page_size, guests[1].hashes, batch)
+        _take(guests, *made, batch.kind)
     for guest in guests:
         if isinstance(guest, FileGuest):
             guest.close()
 
 
-def _batch(guest: Guest, piece: Piece) -> tuple[bytes, bytes]:
+def batch_of(page_size: int, hashes: _twin.PageHashes, piece: Piece) -> tuple[bytes, bytes]:
     """The head and the raw pages of a batch."""
     kind, head = piece
     fills = [(head[-1 - i] if i < len(head) else 0) for i in range(kind & RAW)]
-    raw = [PATTERN[fill : fill + guest.page_size] if fill & 1 else bytes([fill]) * guest.page_size
+    raw = [PATTERN[fill : fill + page_size] if fill & 1 else bytes([fill]) * page_size
            for fill in fills]  # fmt: skip
     data = b"".join(raw)
     if head[12:HEAD] == bytes(8) and not kind & AS_IT_IS:
         check = 0
         for content in raw:
-            check = (check * STEP + guest.hashes.hash_of(content)) % 2**64
+            check = (check * STEP + hashes.hash_of(content)) % 2**64
         head = head[:12] + check.to_bytes(8, "big") + head[HEAD:]
     return head, data[:-1] if kind & TORN else data
 

@@ -10,6 +10,7 @@ from proto.capabilities import OPTIONAL, answer, offer
 from proto.frames import HEADER_BYTES
 from proto.messages import MessageType, pack
 from tests.fuzz import pages, rounds
+from tests.fuzz import stream as streams
 from tests.fuzz.frames import GOLDEN, LONG, LONGEST, ODD
 from tests.fuzz.pages import END_ROUND
 from tests.fuzz.pieces import Piece, join
@@ -179,6 +180,76 @@ def _rounds() -> list[bytes]:
     return found
 
 
+def _streams() -> list[bytes]:
+    """Each kind of part, in pieces."""
+    eos, foot = bytes(7) + b"\x10", b"\x7e\0\0\0\2"
+    page = b"\0\0\0\0\0\0\4"
+    opening = b"QEVM\0\0\0\3"
+    configuration = b"\7\0\0\0\2pc" + b"".join(
+        b"\5" + bytes([len(name)]) + name + b"\0\0\0\1" + body
+        for name, body in (
+            (b"configuration/target-page-bits", b"\0\0\0\x0a"),
+            (b"configuration/capabilities", b"\0\0\0\1\1x"),
+            (b"configuration/uuid", bytes(16)),
+        )
+    )
+    listed = bytes(6) + b"\x14\4" + b"\6pc.ram" + bytes(6) + b"\x10\0" + b"\1b" + bytes(6) + b"\4\0"
+    ram = [b"\1\0\0\0\2\3ram\0\0\0\0\0\0\0\4", listed + eos, foot]
+    records = [
+        bytes(7) + b"\2\6pc.ram\0", page + b"\x28" + PATTERN[:1024],
+        page + b"\x60\1\0\3\0\1x", bytes(7) + b"\2\1b\0", eos,
+    ]  # fmt: skip
+    parts = [b"\2\0\0\0\2", *records, foot, b"\3\0\0\0\2", *records[:1], eos, foot]
+    commands = [b"\x08\0\1\0\0", b"\x08\0\2\0\4\0\0\0\1", b"\x08\0\3\0\0", b"\x08\0\x0b\0\0"]
+    device = [b"\4\0\0\0\2\5timer" + bytes(8), b"state" + foot + b"\5" + foot[:3], foot]
+    other = [b"\1\0\0\0\3\5block" + bytes(8), b"\2\0", b"\x7e\0\0\0\3"]
+    end = [b"\0", b"\6\0\0\0\2{}"]
+    found = []
+    for many in (
+        [opening, *ram, *parts, *device, *end],
+        [opening + configuration, *commands, *ram, *other, *parts, commands[3], *device, *end],
+        [opening, *other, *device, *device, b"\0"],
+        [opening, *ram, b"\2\0\0\0\2" + b"".join(records[:4]) + bytes(7) + b"\x80"],
+        [opening + b"\x08\0\7\0\4\0\0\0\1"],
+    ):
+        found.append(join(bytes(4), [Piece(0, part) for part in many]))
+    return found
+
+
+def _records() -> list[bytes]:
+    found = []
+    for control in (b"\0\1\1\0", b"\0\2\0\1", b"\3\3\2\0", b"\0\0\4\0", b"\0\1\3\1"):
+        chance, happens = random.Random(control[1]), []
+        for step in range(24):
+            page, kind = chance.randrange(8), chance.randrange(3)
+            body = bytes([chance.randrange(256)]) + chance.randrange(1000).to_bytes(2, "big")
+            body += chance.randbytes(chance.randrange(1, 20))
+            if kind == 2:
+                body = chance.choice((b"\0\1x", b"", b"\5\2xy\3\1z", b"\xff\7\1e"))
+            if step < 8:
+                page, kind = step, step % 2
+            happens.append(Piece(streams.RECORD, bytes([page, kind]) + body))
+        happens.insert(14, Piece(streams.RESIZE, b"\1"))
+        raw = Piece(streams.BYTES, bytes(7) + b"\2\6pc.ram\0" * 2)
+        found.append(join(control, [*happens, raw]))
+        again = [Piece(streams.RECORD, bytes([3, 1, fill, 0, 0])) for fill in (1, 3, 5)]
+        again += [Piece(streams.RECORD, bytes([3, 0])), Piece(streams.RECORD, b"\3\2\0\1x")]
+        found.append(join(control, [*again, *again]))
+    batch = "000000010000000000000000" + "0000000000000000"
+    hostile = [
+        Piece(streams.BATCH, bytes.fromhex(batch + body))
+        for body in (
+            "0018",
+            "800300017880030001798204fe070121",
+            "4000014100020001",
+            "c000",
+            "bf7f00",
+        )
+    ]
+    hostile = [Piece(piece.kind | raw << 2, piece.content) for piece in hostile for raw in (0, 1)]
+    return [*found, join(b"\0\1\1\0", hostile)]
+
+
 def _texts() -> list[bytes]:
     return [
         join(bytes([which, side, 1 + side, 0]), [Piece(kind, part) for kind, part in said])
@@ -192,5 +263,7 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "pages": _batches,
     "delta": _deltas,
     "rounds": _rounds,
+    "stream": _streams,
+    "records": _records,
     "text": _texts,
 }

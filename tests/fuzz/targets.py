@@ -5,6 +5,8 @@ error of the kind that is documented.
     pages    batches of pages into a small guest: the kernel against its twin
     delta    one delta, and many, into pages: the same
     rounds   a source and a destination: what arrives is what was there
+    stream   a stream of QEMU's: cut into parts, the same however it comes
+    records  its pages, into batches and out of them: the kernel against its twin, and a loader
     text     control socket, monitor, journals, addresses, sizes and times
 """
 
@@ -16,10 +18,11 @@ from tests.fuzz.delta import delta
 from tests.fuzz.frames import frames
 from tests.fuzz.pages import pages
 from tests.fuzz.rounds import rounds
+from tests.fuzz.stream import records, stream
 from tests.fuzz.text import text
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    each.__name__: each for each in (frames, pages, delta, rounds, text)
+    each.__name__: each for each in (frames, pages, delta, rounds, stream, records, text)
 }
 
 

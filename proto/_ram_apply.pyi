@@ -1,0 +1,13 @@
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+class RamApplier:
+    def __init__(self, blocks: Sequence[int], files: Sequence[int], page_size: int) -> None: ...
+    def apply(self, data: Buffer, records: Buffer, count: int) -> None: ...
+
+class RamRecorder:
+    def __init__(self, blocks: Sequence[tuple[bytes, int]], page_size: int) -> None: ...
+    def put(
+        self, out: Buffer, block: int, page: int, count: int, data: Buffer | None
+    ) -> tuple[int, int]: ...
