@@ -13,6 +13,7 @@ class Relay:
     breaks -- after so many bytes from the source, once for each number, all connections break
     flips  -- there a bit is changed, instead
     seen   -- all bytes that passed, both ways, where `keep`
+    sent   -- those from the source
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Relay:
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
         self.seen = bytearray()
+        self.sent = bytearray()
         self._threads = [threading.Thread(target=self._run)]
         self._threads[0].start()
 
@@ -78,6 +80,7 @@ class Relay:
                 with self._lock:
                     if self._keep:
                         self.seen += data
+                        self.sent += data if forth else b""
                     self._passed += len(data) if forth else 0
                     cut = forth and bool(self._breaks) and self._passed >= self._breaks[0]
                     if cut:

@@ -1,1 +1,1 @@
-"""The programs: migrate-src, migrate-dst and migrate-ctl."""
+"""The programs: migrate-src, migrate-dst, migrate-ctl and migrate-stream."""

@@ -11,14 +11,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from migrate import quantities
-from migrate.address import parse_address
+from migrate.address import Address, parse_address
 from migrate.cli.program import (
+    QEMU_FORMS,
     Parser,
     Stop,
     answering,
     credentials,
     migration_parser,
     peer_timeout,
+    qemu_words,
     run,
     seconds,
     switches,
@@ -38,7 +40,7 @@ from proto import ProtoError
 from proto.ownership import Claim, Role
 
 if TYPE_CHECKING:
-    from migrate.destination import Arrival, Destination
+    from migrate.destination import Destination
     from migrate.door import Door
     from migrate.guests.guest import Place
     from migrate.handover import Custody
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from migrate.link import Link
     from migrate.monitor.terminal import Terminal
     from migrate.parameters import Parameters
+    from migrate.reception import Arrival
     from proto.messages import GuestInfo, Message
 
 
@@ -70,6 +73,11 @@ def destination_parser() -> Parser:
         help="only clients of this name may bring a guest: the certificate's distinguished name "
         "(CN=host,O=...), common name or DNS name (repeatable; default: all it vouches for)",
     )  # fmt: skip
+    parser.add_argument(
+        "--guest", default="", metavar="qemu:tcp:HOST:PORT|qemu:unix:PATH|qemu:qmp=PATH|qemu",
+        help="the QEMU that waits for a guest there (-incoming), or is told to (-incoming defer); "
+        "qemu alone: a QEMU's guest lands in the directory --output",
+    )  # fmt: skip
     parser.add_argument("--output", default="", metavar="PATH", help="where a file guest lands")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -80,6 +88,24 @@ def destination_parser() -> Parser:
     )
     add_metrics_options(parser)
     return parser
+
+
+def qemu_of(args: argparse.Namespace) -> tuple[Address | None, str] | None:
+    """Where the QEMU listens, and its QMP socket, that tells it to. Raises UsageError."""
+    if not args.guest:
+        return None
+    kind, _, rest = args.guest.partition(":")
+    if args.guest == "qemu" and args.output:
+        return None
+    if kind != "qemu" or not rest:
+        raise UsageError(
+            f"--guest {args.guest!r}: say where the QEMU is: {QEMU_FORMS}; or qemu, and with "
+            "--output where its guest is to land"
+        )
+    if args.output:
+        raise UsageError("--guest and --output: a guest lands in one of both")
+    where, qmp = qemu_words(rest)
+    return parse_address(where) if where else None, qmp
 
 
 class DestinationProgram(Node):
@@ -113,7 +139,13 @@ class DestinationProgram(Node):
         self._heard = asyncio.Event()
         self._failed, self._silent = "", False
         self._over = asyncio.Event()
-        if args.output:
+        self.qemu = qemu_of(args)
+        self.landing = args.guest == "qemu"
+        if self.landing:
+            from migrate.qemu.landing import check_landing
+
+            check_landing(args.output, args.overwrite)
+        elif args.output:
             check_output(args.output, args.overwrite)
         self.peer_timeout = peer_timeout(args)
         self.allow = networks(args.allow)
@@ -256,7 +288,7 @@ class DestinationProgram(Node):
         """What an earlier program would have done when its guest ran; the exit code."""
         if not self.args.quiet and not self.args.json:
             print(f"completed and verified: {custody.running}", flush=True)
-        status = await self._on_complete("file")
+        status = await self._on_complete("qemu" if self.landing else "file")
         if self.args.stay or self.deferred:
             await self.stop.stay(0)
         else:
@@ -359,7 +391,9 @@ class DestinationProgram(Node):
         from migrate.guests.file import FilePlace
 
         args = self.args
-        if info.kind == "file":
+        if info.kind == "qemu" or self.qemu is not None or self.landing:
+            self.place = self._qemu_place(info)
+        elif info.kind == "file":
             if not args.output:
                 raise NoPlaceError(
                     "a file guest has nowhere to land: start migrate-dst with --output PATH"
@@ -377,6 +411,23 @@ class DestinationProgram(Node):
                 "migrate.receive()"
             )
         return self.place
+
+    def _qemu_place(self, info: GuestInfo) -> Place:
+        from migrate.destination import NoPlaceError
+        from migrate.qemu.place import QemuPlace
+
+        if info.kind != "qemu":
+            raise NoPlaceError(f"a QEMU's guest is awaited here, and no {info.kind} guest")
+        if self.landing:
+            from migrate.qemu.landing import LandingPlace
+
+            return LandingPlace(self.args.output, overwrite=self.args.overwrite)
+        if self.qemu is None:
+            raise NoPlaceError(
+                "a QEMU guest lands in a QEMU that waits for it: start migrate-dst with "
+                "--guest qemu:tcp:HOST:PORT; or in a directory: --guest qemu --output DIR"
+            )
+        return QemuPlace(*self.qemu)
 
     def _attempts(self) -> list[Journal]:
         """Journals of guests that came half-way to our output."""

@@ -39,6 +39,24 @@ LEAST_OPEN_FILES = 256
 CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
 
 
+QEMU_FORMS = "qemu:tcp:HOST:PORT[,qmp=PATH], qemu:unix:PATH[,qmp=PATH] or qemu:qmp=PATH"
+
+
+def qemu_words(text: str) -> tuple[str, str]:
+    """What stands behind `qemu:`: an address, and the path of a QMP socket; one may be missing.
+
+    Raises UsageError.
+    """
+    where, qmp = text, ""
+    if text.startswith("qmp="):
+        where, qmp = "", text.removeprefix("qmp=")
+    elif ",qmp=" in text:
+        where, _, qmp = text.rpartition(",qmp=")
+    if not where and not qmp:
+        raise UsageError(f"--guest qemu: say where it is: {QEMU_FORMS}")
+    return where, qmp
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help lists what there is")

@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from migrate import quantities
 from migrate.address import Address, parse_address
 from migrate.cli.program import (
+    QEMU_FORMS,
     Parser,
     Stop,
     add_tls_hostname,
@@ -24,6 +25,7 @@ from migrate.cli.program import (
     migration_parser,
     number,
     peer_timeout,
+    qemu_words,
     run,
     seconds,
     switches,
@@ -31,7 +33,7 @@ from migrate.cli.program import (
 )
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
-from migrate.journal import attempt, check_directory, default_directory
+from migrate.journal import Journal, attempt, check_directory, default_directory
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
 from migrate.statistics import (
     Statistics,
@@ -44,11 +46,12 @@ from migrate.views.options import Views, add_view_options
 from proto.ownership import Role
 
 if TYPE_CHECKING:
-    from migrate.guests.guest import Guest
+    from migrate.guests.guest import Guest, MemoryGuest
     from migrate.link import Link
+    from migrate.migration import Migration
     from migrate.monitor.terminal import Terminal
     from migrate.parameters import Parameters
-    from migrate.source import Source
+    from migrate.qemu.guest import QemuGuest
     from migrate.throttle import Throttle
 
 
@@ -67,17 +70,25 @@ def source_parser() -> Parser:
     parser.add_argument(
         "--guest", default="demo", metavar="SPEC",
         help="demo[:SIZE][,hot=SIZE][,stride=BYTES][,rate=N][,fill=zero|random], demo:pid=PID, "
-        "or file:PATH (default: demo)",
+        "file:PATH, or of QEMU, which is to migrate to that address: qemu:tcp:HOST:PORT or "
+        "qemu:unix:PATH, with ,qmp=PATH it is told to; qemu:qmp=PATH; or snapshot:DIR, one that "
+        "has landed (default: demo)",
     )  # fmt: skip
     parser.add_argument(
         "--pid", action="append", default=[], metavar="PID",
         help="a process that writes the file: stopped for the last round (repeatable)",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-return-path", action="store_true",
+        help="carry the stream of a QEMU that hears nothing back: it takes its guest for moved as "
+        "soon as all is sent",
+    )  # fmt: skip
     parser.add_argument("--pause-cmd", default="", metavar="CMD", help="stops the file's writer")
     parser.add_argument("--resume-cmd", default="", metavar="CMD", help="lets it go on")
     parser.add_argument(
-        "--cache-size", default="64m", metavar="SIZE|auto",
-        help="xbzrle page cache (default: 64m); auto: as large as the working set needs",
+        "--cache-size", metavar="SIZE|auto",
+        help="xbzrle page cache; auto: as large as the working set needs (default: 64m, and auto "
+        "for a QEMU guest)",
     )  # fmt: skip
     parser.add_argument(
         "--cache-max", metavar="SIZE",
@@ -178,7 +189,8 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
         timeout=seconds(args.timeout, "--timeout"),
         stall_timeout=seconds(args.stall_timeout, "--stall-timeout"),
     )
-    cache_size, cache_max = cache_sizes(args.cache_size, args.cache_max, page_size)
+    wanted = args.cache_size or ("auto" if args.guest.startswith("qemu") else "64m")
+    cache_size, cache_max = cache_sizes(wanted, args.cache_max, page_size)
     return Parameters(
         cache_size=cache_size,
         page_size=page_size,
@@ -214,7 +226,7 @@ def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
     return min(DEFAULT_CACHE_SIZE, limit), limit
 
 
-def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
+def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryGuest]:
     """Reads --guest and raises UsageError; calling the result opens the guest.
 
     A new demo guest is not started before there is a destination: it would be left running.
@@ -238,7 +250,47 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], Guest]:
             return lambda: running
         parse_demo(rest, page_size).check_fits()
         return lambda: DemoGuest.open(rest, page_size)
-    raise UsageError(f"--guest {args.guest!r}: there are demo[:...] and file:PATH")
+    raise UsageError(
+        f"--guest {args.guest!r}: there are demo[:...], file:PATH, {QEMU_FORMS}, and snapshot:DIR"
+    )
+
+
+def qemu_guest(args: argparse.Namespace, page_size: int) -> QemuGuest:
+    """Raises UsageError."""
+    from migrate.qemu.guest import QemuGuest
+
+    if args.pid or args.pause_cmd or args.resume_cmd or args.dry_run:
+        raise UsageError(
+            "--pid, --pause-cmd, --resume-cmd and --dry-run are not for a QEMU guest: QEMU itself "
+            "stops it"
+        )
+    if args.guest.startswith("snapshot"):
+        return snapshot_guest(args)
+    where, qmp = qemu_words(args.guest.removeprefix("qemu").removeprefix(":"))
+    if args.auto_converge and not qmp:
+        raise UsageError("--auto-converge: QEMU slows its guest where it is told to: add qmp=PATH")
+    settings: dict[str, Any] = {
+        "downtime_limit": quantities.parse_milliseconds(args.downtime_limit, "--downtime-limit")
+        / 1e3,
+    }
+    if args.auto_converge:
+        settings |= {"auto_converge": True, **asdict(throttle_of(args))}
+    return QemuGuest(
+        parse_address(where, listen=True) if where else None, qmp, page_size=page_size,
+        return_path=not args.no_return_path, settings=settings,
+    )  # fmt: skip
+
+
+def snapshot_guest(args: argparse.Namespace) -> QemuGuest:
+    """Raises UsageError."""
+    from migrate.qemu.lifting import SnapshotGuest
+
+    path = args.guest.removeprefix("snapshot").removeprefix(":")
+    if not path:
+        raise UsageError("guest snapshot: name the directory: --guest snapshot:DIR")
+    if args.auto_converge or args.no_return_path:
+        raise UsageError("--auto-converge and --no-return-path are for a QEMU that sends its guest")
+    return SnapshotGuest(path)
 
 
 class SourceProgram(Node):
@@ -258,7 +310,7 @@ class SourceProgram(Node):
                 "say where to: migrate-src tcp:HOST:PORT; or how it will be said: --monitor stdio"
             )
         self.address = Address() if self.idle else parse_address(args.uri)
-        self.source: Source | None = None
+        self.source: Migration | None = None
         self.parameters = parameters_of(args)
         self.credentials = credentials(args, Role.SOURCE)
         self.tls = tls_of(args)
@@ -272,7 +324,13 @@ class SourceProgram(Node):
             from migrate.link import check_congestion
 
             check_congestion(args.congestion)
-        self.opened = open_guest(args, self.parameters.page_size)
+        self.qemu: QemuGuest | None = None
+        self.opened: Callable[[], Guest]
+        if args.guest.partition(":")[0] in ("qemu", "snapshot"):
+            self.qemu = qemu_guest(args, self.parameters.page_size)
+            self.opened = self._open_again
+        else:
+            self.opened = open_guest(args, self.parameters.page_size)
         if args.monitor == "stdio" and args.progress == "auto":
             args.progress = "never"  # the terminal belongs to the monitor
         self.progress = Views(args)
@@ -331,6 +389,8 @@ class SourceProgram(Node):
         self.opened = self._open_again
 
     def _open_again(self) -> Guest:
+        if self.qemu is not None:
+            return qemu_guest(self.args, self.parameters.page_size)
         return open_guest(self.args, self.parameters.page_size)()
 
     async def _migrate(self) -> int:
@@ -342,6 +402,8 @@ class SourceProgram(Node):
             self._busy = False
 
     async def _connect_and_move(self) -> int:
+        if self.qemu is not None:
+            return await self._connect_and_carry(self.qemu)
         peer = await self._connect()
         if peer is None:
             return self.stop.cancelled_code
@@ -357,6 +419,34 @@ class SourceProgram(Node):
         # A guest that was given up, and may be the only one, does not end with us.
         self._moved = status in (0, HandOverUnknown.exit_code)
         return status
+
+    async def _connect_and_carry(self, guest: QemuGuest) -> int:
+        """Waits for QEMU, or has it begin once there is a destination; the exit code."""
+        self.qemu = qemu_guest(self.args, self.parameters.page_size)  # for the next time
+        peer: Link | None = None
+        try:
+            if guest.driven and (peer := await self._connect()) is None:
+                return self.stop.cancelled_code
+            self.stop.cancels_me()
+            where = guest.listen()
+            if not guest.driven and not self.args.quiet:
+                self.progress.say(f"waiting for QEMU at {where}")
+            await guest.started()
+            if peer is None and (peer := await self._connect()) is None:
+                return self.stop.cancelled_code
+        except asyncio.CancelledError:
+            _take_note()
+            print("migrate-src: cancelled before QEMU came: nothing was moved", file=sys.stderr)
+            return self.stop.cancelled_code
+        else:
+            status = await self._move(guest, peer)
+            self._moved = status in (0, HandOverUnknown.exit_code)
+            peer = None  # it is closed
+            return status
+        finally:
+            await guest.close()
+            if peer is not None:
+                await peer.close()
 
     async def _stay(self, status: int, terminal: Terminal | None) -> int:
         """Waits for a signal, `quit` or the end of the guest, and moves it where that is asked
@@ -435,12 +525,15 @@ class SourceProgram(Node):
 
     async def _move(self, guest: Guest, peer: Link) -> int:
         """Moves an open guest over an open link, and prints what came of it."""
+        from migrate.qemu.guest import QemuGuest
+        from migrate.qemu.source import StreamSource
         from migrate.source import Source
 
         args, progress = self.args, self.progress
-        source = self.source = Source(
+        kind: Callable[..., Migration] = StreamSource if isinstance(guest, QemuGuest) else Source
+        source = self.source = kind(
             guest, peer, self.parameters, self._observe, self.dial, retry=self.retry,
-            journal=self.journal, earlier=attempt(guest.facts(), str(self.address), self.journal),
+            journal=self.journal, earlier=self._earlier(guest),
             resolve_timeout=self.resolve_timeout, address=str(self.address),
         )  # fmt: skip
         task = asyncio.current_task()
@@ -489,6 +582,12 @@ class SourceProgram(Node):
                     print(f"migrate-src: advice: {sentence}", file=sys.stderr)
         return status
 
+    def _earlier(self, guest: Guest) -> Journal | None:
+        """A stream cannot be gone on with: QEMU begins anew."""
+        if guest.kind == "qemu":
+            return None
+        return attempt(guest.facts(), str(self.address), self.journal)
+
     def _facts(self, guest: Guest) -> dict[str, str]:
         """What moves where, and with which parameters, for those who look on."""
         size, p = quantities.format_size, self.parameters
@@ -508,7 +607,7 @@ class SourceProgram(Node):
         progress = self.progress
         new = self.args.guest.startswith("demo") and "pid=" not in self.args.guest
         rehearsal = Rehearsal(
-            peer, self.parameters, self.opened, ends_guest=new,
+            peer, self.parameters, open_guest(self.args, self.parameters.page_size), ends_guest=new,
             say=(lambda _text: None) if self.args.quiet else progress.say,
         )  # fmt: skip
         try:
@@ -535,7 +634,7 @@ class SourceProgram(Node):
     def _where(self, guest: Guest) -> str:
         """Where the guest is after a failure, and how to go on."""
         if not guest.pid:
-            return "the guest runs on here"
+            return guest.remains
         if self.args.stay or self.idle:
             return f"the guest runs on here, in process {guest.pid}, until this program is stopped"
         return (

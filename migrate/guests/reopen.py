@@ -17,6 +17,14 @@ def reopen_guest(facts: dict[str, Any]) -> Guest:
         return DemoGuest.reopen(facts)
     if facts.get("kind") == "file":
         return FileGuest.reopen(facts)
+    if facts.get("kind") == "qemu":
+        from migrate.qemu.guest import QemuGuest
+
+        return QemuGuest.reopen(facts)
+    if facts.get("kind") == "snapshot":
+        from migrate.qemu.guest import QemuGuest
+
+        return QemuGuest(None)  # the snapshot stays as it is, whatever became of what was lifted
     raise MigrationError("that guest was memory of the program that moved it, and ended with it")
 
 
@@ -29,4 +37,10 @@ def reopen_place(facts: dict[str, Any]) -> Place:
         return DemoPlace.reopen(facts)
     if facts.get("kind") == "file":
         return FilePlace.reopen(facts)
+    if facts.get("kind") == "snapshot":
+        from migrate.qemu.landing import LandedPlace
+
+        return LandedPlace.reopen(facts)
+    if facts.get("kind") == "qemu":
+        raise MigrationError("the QEMU that waited for that guest has ended with the stream")
     raise MigrationError("that guest was memory of the program that received it")

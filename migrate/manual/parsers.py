@@ -17,6 +17,7 @@ from migrate.cli.control import control_parser
 from migrate.cli.destination import destination_parser
 from migrate.cli.resolve import resolve_parser
 from migrate.cli.source import source_parser
+from migrate.cli.stream import stream_parser
 
 # proto.capabilities has them, and more than there is at build time.
 CAPABILITIES = ("xbzrle", "xbzrle-merge")
@@ -95,6 +96,7 @@ def programs() -> tuple[Program, ...]:
         read(source_parser(), read(resolve_parser("migrate-src"))),
         read(destination_parser(), read(resolve_parser("migrate-dst"))),
         read(control_parser()),
+        read(stream_parser()),
     )
 
 

@@ -1,0 +1,347 @@
+"""A guest that runs in a QEMU, whose outgoing migration stream comes to us.
+
+await guest.started()       QEMU has connected, or was told to (qmp), and has said what memory
+                            there is
+(the stream is read: see intake.py; what the other QEMU says: `say`)
+give_up / take_back         from GO on the socket outlives us, since QEMU lets the guest run on
+                            where it is closed (see holder.py)
+release / resume            QEMU hears that its guest runs over there, or that it does not
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from typing import Any
+
+from migrate.address import Address
+from migrate.errors import MigrationError, QemuError, UsageError
+from migrate.guests.guest import Guest
+from migrate.guests.process import start_time
+from migrate.qemu.holder import MOVED
+from migrate.qemu.intake import Intake, StreamLost
+from migrate.qemu.machine import Machine
+
+# So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
+BEGIN_SECONDS = 30.0
+RECEIVE_BYTES = 1 << 20
+HOLDER_SECONDS = 5.0
+POLL_SECONDS = 0.05
+
+
+class QemuGuest(Guest):
+    """The guest of one QEMU, for one migration.
+
+    address -- where QEMU is to send its stream; None: a socket of our own, for a QEMU that is told
+               to (qmp)
+    qmp     -- of that QEMU; "" leaves it to others to begin, and to set what it needs
+    settings -- capabilities and parameters to set there meanwhile, by QEMU's names with _ for -
+    """
+
+    kind = "qemu"
+
+    def __init__(
+        self, address: Address | None, qmp: str = "", *, page_size: int = 4096,
+        return_path: bool = True, settings: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.machine: Machine | None = None
+        self._directory = ""
+        self._wanted = address
+        self._qmp = qmp
+        self._page_size = page_size
+        self._return_path = return_path
+        self._settings = settings or {}
+        self._listener: socket.socket | None = None
+        self._socket: socket.socket | None = None
+        self._intake: Intake | None = None
+        self._holder: asyncio.subprocess.Process | None = None
+        self._left: tuple[int, str] | None = None
+        """The holder of an earlier program, and when it was started."""
+        self._moved = self._given_up = self._told = False
+
+    @property
+    def driven(self) -> bool:
+        """Whether QEMU does what we say."""
+        return bool(self._qmp)
+
+    @property
+    def intake(self) -> Intake:
+        assert self._intake is not None
+        return self._intake
+
+    @property
+    def blocks(self) -> tuple[tuple[bytes, int], ...]:
+        parser = self.intake.parser
+        return tuple((one.name, one.pages(parser.page_size)) for one in parser.blocks)
+
+    @property
+    def size(self) -> int:
+        if self._intake is None:
+            return 0
+        return sum(pages for _, pages in self.blocks) * self._intake.parser.page_size
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
+        machine = self._intake.machine if self._intake else ""
+        return f"QEMU guest ({machine})" if machine else "QEMU guest"
+
+    # -- QEMU's connection
+
+    def listen(self) -> Address:
+        """QEMU can connect now: where. Raises UsageError where that cannot be."""
+        where = self._wanted
+        try:
+            if where is None:
+                self._directory = tempfile.mkdtemp(prefix="migrate-src-")
+                where = Address(path=f"{self._directory}/stream")
+            if where.path:
+                listener = socket.socket(socket.AF_UNIX)
+                self._listener = listener
+                mask = os.umask(0o177)
+                try:
+                    listener.bind(where.path)
+                finally:
+                    os.umask(mask)
+                listener.listen(1)
+            else:
+                family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+                listener = socket.create_server((where.host, where.port), family=family, backlog=1)
+                where = Address(where.host, listener.getsockname()[1])
+        except OSError as error:
+            raise UsageError(
+                f"QEMU cannot be waited for at {where}: {error.strerror or error}"
+            ) from None
+        listener.setblocking(False)
+        self._listener, self._wanted = listener, where
+        return where
+
+    def _unlisten(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            if self._wanted is not None and self._wanted.path:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._wanted.path)
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = ""
+
+    async def started(self) -> None:
+        """Waits until QEMU has begun to migrate, or has it begin.
+
+        Raises MigrationError: it does not, or what came is no stream that can be carried.
+        """
+        if self._intake is not None:
+            return
+        where = self.listen() if self._listener is None else self._wanted
+        assert self._listener is not None
+        if self._qmp:
+            self.machine = await Machine.connect(self._qmp)
+            await self.machine.prepare(return_path=self._return_path, **self._settings)
+            await self.machine.migrate(str(where))
+        self._socket = await self._accept(self._listener)
+        self._unlisten()
+        self._socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        intake = Intake(self._socket, self._page_size)
+        loop = asyncio.get_running_loop()
+        if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
+            raise MigrationError(
+                f"what connected to {where} has not begun a migration stream in {BEGIN_SECONDS:g} s"
+            )
+        intake.check(return_path=self._return_path)
+        await self._have_held(self._socket)
+        self._intake = intake
+
+    async def _accept(self, listener: socket.socket) -> socket.socket:
+        coming = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listener))
+        try:
+            while self.machine is not None:
+                done, _ = await asyncio.wait({coming}, timeout=POLL_SECONDS)
+                if done:
+                    break
+                status = await self.machine.status()
+                if not status.going_on:
+                    raise QemuError(f"QEMU does not begin to migrate: {status.error}")
+            return (await coming)[0]
+        finally:
+            coming.cancel()
+
+    async def say(self, data: bytes) -> None:
+        """On the return path. A QEMU that is gone is noticed where its stream is read."""
+        if self._socket is not None and self._return_path:
+            with contextlib.suppress(OSError):
+                await asyncio.get_running_loop().sock_sendall(self._socket, data)
+
+    # -- the holder
+
+    async def _have_held(self, connection: socket.socket) -> None:
+        self._holder = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "migrate.qemu.holder", str(connection.fileno()),
+            pass_fds=[connection.fileno()], stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        await self._holder_answers()
+
+    async def _tell_holder(self, letter: bytes) -> None:
+        assert self._holder is not None
+        assert self._holder.stdin is not None
+        with contextlib.suppress(OSError, RuntimeError):  # the answer that does not come says so
+            self._holder.stdin.write(letter)
+        await self._holder_answers()
+
+    async def _holder_answers(self) -> None:
+        assert self._holder is not None
+        assert self._holder.stdout is not None
+        answer = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HOLDER_SECONDS):
+                answer = await self._holder.stdout.read(1)
+        if answer != b"k":
+            raise MigrationError("the process that holds QEMU's stream for us has died")
+
+    # -- whose it is
+
+    async def pause(self) -> None:
+        """QEMU does that itself."""
+
+    async def give_up(self) -> None:
+        """From here on QEMU must not let the guest run by itself.
+
+        A QEMU that does what we say is told now that its guest has moved: nobody can cancel that
+        any more, and it can be told to let it run on. Another one waits for its answer; whoever
+        cancels it meanwhile has two guests.
+        """
+        self.check_alive()
+        await asyncio.shield(self._tell_holder(b"g"))
+        self._given_up = True
+        if self.machine is not None and self._return_path:
+            try:
+                await asyncio.shield(self._tell_moved(self.machine))
+            except BaseException:
+                self._given_up = False
+                raise
+
+    async def _tell_moved(self, machine: Machine) -> None:
+        await self.say(MOVED)
+        self._told = True
+        async with asyncio.timeout(BEGIN_SECONDS):
+            while (status := await machine.status()).going_on:
+                await asyncio.sleep(POLL_SECONDS / 10)
+        if status.status != "completed":
+            raise StreamLost(f"QEMU has not moved its guest: {status.status} {status.error}")
+
+    def check_alive(self) -> None:
+        """Raises StreamLost where QEMU has hung up: it lets its guest run on."""
+        if self._socket is None or not self._return_path:
+            return  # without one QEMU hangs up as soon as all is sent
+        try:
+            gone = not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            gone = False
+        except OSError:
+            gone = True
+        if gone:
+            raise StreamLost("QEMU has cancelled, or is gone, after all had been sent")
+
+    async def take_back(self) -> None:
+        if self._holder is not None:
+            await asyncio.shield(self._tell_holder(b"r"))
+        self._given_up = False
+
+    async def release(self) -> None:
+        """QEMU hears that its guest runs over there."""
+        self._moved = True
+        if self._left is not None:
+            await self._signal_left(signal.SIGUSR1)
+        if not self._told:
+            await self.say(MOVED)
+
+    async def resume(self) -> None:
+        """QEMU hears nothing any more, and lets its guest run on; one that takes it for moved is
+        told to."""
+        if self._left is not None:
+            await self._signal_left(signal.SIGTERM)
+        await self._hang_up()
+
+    async def close(self) -> None:
+        """Where nobody knows whose the guest is, the holder stays, and QEMU waits."""
+        self._unlisten()
+        unknown = self._given_up and not self._moved
+        if not self._moved:
+            await self._hang_up(for_good=not unknown)
+        if self.machine is not None:
+            machine, self.machine = self.machine, None
+            if not unknown:
+                with contextlib.suppress(QemuError):
+                    await self._leave(machine, self._moved)
+            await machine.close()
+        await self._hang_up()
+
+    async def _leave(self, machine: Machine, moved: bool) -> None:
+        """QEMU is as it was before; its guest runs, where it is still ours."""
+        status = await machine.status()
+        if status.going_on and not moved:
+            status = await machine.cancel()
+        while moved and status.going_on and machine.ended is None:
+            await asyncio.sleep(POLL_SECONDS)
+            status = await machine.status()
+        if not moved and status.status == "completed":
+            await machine.cont()  # it had no return path, and believed that all was well
+        await machine.restore()
+
+    async def _hang_up(self, *, for_good: bool = True) -> None:
+        """for_good: QEMU sees that at once, whoever else holds its stream."""
+        if self._socket is not None and for_good and not self._moved:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._holder is not None:
+            holder, self._holder = self._holder, None
+            assert holder.stdin is not None
+            holder.stdin.close()
+            if for_good and self._moved:
+                # it does not end by itself where it was told to hold on
+                with contextlib.suppress(ProcessLookupError):
+                    holder.kill()
+            if for_good:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HOLDER_SECONDS):
+                        await holder.wait()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    # -- what a later program needs
+
+    def facts(self) -> dict[str, Any]:
+        pid = self._holder.pid if self._holder is not None else 0
+        return {"kind": self.kind, "pid": pid, "started": start_time(pid) if pid else ""}
+
+    @classmethod
+    def reopen(cls, facts: dict[str, Any]) -> QemuGuest:
+        """A guest that an earlier program had given up. Raises MigrationError where it is gone."""
+        pid, started = facts["pid"], facts["started"]
+        if not started or start_time(pid) != started:
+            raise MigrationError("nobody holds the stream of that QEMU any more: ask QEMU itself")
+        guest = cls(None)
+        guest._left = pid, started
+        return guest
+
+    async def _signal_left(self, number: signal.Signals) -> None:
+        assert self._left is not None
+        pid, started = self._left
+        for _ in range(int(HOLDER_SECONDS / POLL_SECONDS)):
+            if start_time(pid) != started:
+                return
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+            await asyncio.sleep(POLL_SECONDS)
+        raise MigrationError(f"process {pid}, which holds QEMU's stream, does not end")

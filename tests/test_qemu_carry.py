@@ -1,0 +1,448 @@
+"""Real QEMUs, moved through the two programs: nothing is lost, whatever breaks, none runs twice.
+
+QEMU --> migrate-src ==> (a tap, a relay) ==> migrate-dst --> QEMU -incoming
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proto.messages import MessageType
+from tests.machine import Machine, Sweep, compare
+from tests.machine.capture import is_end
+from tests.machine.qemu import PROGRAM
+from tests.programs import Program, destination
+from tests.relay import Relay
+from tests.requirements import need
+from tests.tap import Tap
+
+MIB = 1 << 20
+SWEEP = Sweep(4 * MIB, fill=6 * MIB, rate=1_000_000)
+SLOW = 16_000_000
+# The programs have the loops that are to be tested; the machine's is not.
+pytestmark = [
+    pytest.mark.asyncio(loop_factories=["asyncio"]),
+    pytest.mark.timeout(180),
+]
+
+
+@pytest.fixture(params=["system's", "later"])
+def binary(request: pytest.FixtureRequest) -> str:
+    """The QEMUs that there are here: Debian's own, and its backport."""
+    if request.param != "later":
+        return PROGRAM
+    script = Path(__file__).parent / "machine/later.sh"
+    made = subprocess.run([script], capture_output=True, text=True, check=False)
+    need(made.returncode == 0, f"a later QEMU than the system's: {made.stderr}")
+    return made.stdout.strip()
+
+
+class Carried:
+    """Two machines, and what carries the one into the other."""
+
+    def __init__(
+        self, source: Machine, there: Machine, here: Program, far: Program, uri: str, qmp: str
+    ) -> None:
+        self.source, self.destination = source, there
+        self.here, self.far = here, far
+        self.uri, self.qmp = uri, qmp
+
+    async def begin(self, *capabilities: str, passes: int = 3, return_path: bool = True) -> None:
+        """It moves, slowly, and does not end before `finish`."""
+        path = ("return-path",) if return_path else ()
+        await self.source.begin(self.uri, *path, *capabilities, passes=passes, bandwidth=SLOW)
+
+    async def arrived(self) -> None:
+        """It is there, whole, and the programs say so."""
+        await self.destination.wait_run_state("paused")
+        status = await asyncio.to_thread(self.here.wait)
+        assert status == 0, self.here.err
+        assert await asyncio.to_thread(self.far.wait) == 0, self.far.err
+        assert "Migration status: completed" in self.here.out
+        assert "completed and verified: the guest runs in the QEMU" in self.far.out
+        await compare(self.source, self.destination)
+        before = await self.source.check_sweep(), self.source.counted()
+        assert before == (await self.destination.check_sweep(), self.destination.counted())
+        await self.destination.cont()
+        await self.destination.wait_for_more()
+
+    async def stayed(self) -> None:
+        """It runs on at the source, whole, and not at the destination."""
+        await self.source.wait_status("failed", "cancelled", "none")
+        await self.source.wait_run_state("running")
+        await self.source.wait_for_more()
+        await self.source.stop()
+        await self.source.check_sweep()
+        with contextlib.suppress(Exception):
+            assert not (await self.destination.execute("query-status"))["running"]
+
+
+@asynccontextmanager
+async def carried(
+    *here: str, there: tuple[str, ...] = (), between: Callable[[str], Any] | None = None,
+    incoming: str = "tcp:127.0.0.1:0", out: str = "tcp:127.0.0.1:0", sweep: Sweep = SWEEP,
+    **options: Any,
+) -> AsyncIterator[Carried]:  # fmt: skip
+    """The programs wait, the source counts; `between` stands between them, given an address."""
+    with tempfile.TemporaryDirectory(prefix="xbmigrate-carry-") as directory:
+        incoming, out = incoming.format(directory), out.format(directory)
+        qmp = f"{directory}/qmp"
+        options |= {"extra": ["-qmp", f"unix:{qmp},server=on,wait=off"]}
+        source = Machine(sweep, **options)
+        options |= {"extra": ["-qmp", f"unix:{qmp}-in,server=on,wait=off"]}
+        target = Machine(sweep, incoming=incoming, before=source, paused=True, **options)
+        journals = ("--journal", f"{directory}/journals")
+        async with source, target:
+            await source.wait_for_count(sweep.every)
+            waits = f"qmp={qmp}-in" if incoming == "defer" else await target.uri()
+            far, address = await asyncio.to_thread(
+                destination, "--guest", f"qemu:{waits}", *journals, *there
+            )
+            with contextlib.ExitStack() as stack:
+                stack.callback(_end, far)
+                if between is not None:
+                    address = stack.enter_context(between(address)).address
+                guest = f"qemu:{out}" if not out.startswith("qmp=") else f"qemu:qmp={qmp}"
+                near = Program("migrate-src", "--guest", guest, *journals, *here, address)
+                stack.callback(_end, near)
+                uri = ""
+                if not out.startswith("qmp="):
+                    uri = (await asyncio.to_thread(near.read_line, r"waiting for QEMU at (\S+)"))[1]
+                yield Carried(source, target, near, far, uri, qmp)
+
+
+def _end(program: Program) -> None:
+    program.kill()
+    program.process.wait(10)
+    for stream in (program.process.stdout, program.process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+# ---------------------------------------------------------------- moves
+
+
+@pytest.mark.parametrize(
+    ("options", "here"),
+    [
+        ({}, ()),
+        ({"incoming": "unix:{}/in", "out": "unix:{}/out"}, ("--channels", "3")),
+        ({"blocks": ("low", "high"), "dimm": 8 * MIB, "devices": ("virtio-rng-pci",)}, ()),
+        ({}, ("--capability", "xbzrle=off")),
+        ({}, ("--cache-size", "1m")),
+    ],
+    ids=["plain", "unix and channels", "blocks and devices", "no deltas", "small cache"],
+)
+async def test_a_guest_goes_on_where_it_was_with_all_its_memory(options, here, binary) -> None:
+    async with carried(*here, binary=binary, **options) as move:
+        await move.begin()
+        await move.source.finish()
+        await move.arrived()
+        if not here:
+            assert count_of(move, "xbzrle pages") > 0
+
+
+def count_of(move: Carried, label: str) -> int:
+    """A count that migrate-src has printed."""
+    line = next(line for line in move.here.out.splitlines() if line.startswith(f"{label}:"))
+    return int(line.split(":")[1].split()[0])
+
+
+async def test_deltas_that_qemu_makes_itself_pass_and_our_cache_stays_true(binary) -> None:
+    async with carried(binary=binary) as move:
+        await move.begin("xbzrle", passes=4)
+        info = await move.source.finish()
+        assert info["xbzrle-cache"]["pages"] > 0
+        await move.arrived()
+
+
+async def test_a_qemu_without_a_return_path_is_refused_unless_that_is_wanted() -> None:
+    async with carried() as move:
+        await move.source.migrate(move.uri)
+        assert await asyncio.to_thread(move.here.wait) == 2
+        assert "Set the capability return-path there; or say --no-return-path" in move.here.err
+        await move.stayed()
+
+
+async def test_without_a_return_path_it_arrives_too() -> None:
+    async with carried("--no-return-path") as move:
+        await move.begin(return_path=False)
+        await move.source.finish()
+        await move.arrived()
+
+
+async def test_with_qmp_qemu_does_all_by_itself_and_is_as_before_afterwards(binary) -> None:
+    async with carried(
+        "--downtime-limit", "2000", out="qmp=", incoming="defer", binary=binary
+    ) as move:
+        before = (
+            await move.source.execute("query-migrate-capabilities"),
+            await move.source.execute("query-migrate-parameters"),
+        )
+        await move.source.wait_run_state("postmigrate")
+        await move.arrived()
+        assert before == (
+            await move.source.execute("query-migrate-capabilities"),
+            await move.source.execute("query-migrate-parameters"),
+        )
+
+
+async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:
+    """There and back again, five times; each time the same memory, and the count goes on."""
+    with tempfile.TemporaryDirectory() as directory:
+        async with contextlib.AsyncExitStack() as stack:
+
+            def machine(number: int, **options: Any) -> Machine:
+                qmp = ["-qmp", f"unix:{directory}/{number}.qmp,server=on,wait=off"]
+                return Machine(SWEEP, extra=qmp, **options)
+
+            here = await stack.enter_async_context(machine(0))
+            await here.wait_for_count(SWEEP.every)
+            for hop in range(1, 11):
+                options = {"incoming": "defer", "before": here, "paused": True}
+                there = await stack.enter_async_context(machine(hop, **options))
+                journals = ("--journal", directory)
+                far, address = await asyncio.to_thread(
+                    destination, "--guest", f"qemu:qmp={directory}/{hop}.qmp", *journals
+                )
+                near = Program(
+                    "migrate-src", "--guest", f"qemu:qmp={directory}/{hop - 1}.qmp",
+                    "--downtime-limit", "2000", *journals, address,
+                )  # fmt: skip
+                try:
+                    assert await asyncio.to_thread(near.wait) == 0, near.err
+                    assert await asyncio.to_thread(far.wait) == 0, far.err
+                finally:
+                    _end(near)
+                    _end(far)
+                await there.wait_run_state("paused")
+                await compare(here, there)
+                await there.check_sweep()
+                await there.cont()
+                await there.wait_for_more(1)
+                await here.kill()
+                here = there
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+@pytest.mark.parametrize("channels", ["1", "3"])
+async def test_a_connection_that_breaks_is_no_failure(channels) -> None:
+    def between(address: str) -> Relay:
+        return Relay(address, breaks=(2 * MIB, 5 * MIB, 6 * MIB))
+
+    async with carried(
+        "--retry", "20", "--channels", channels, there=("--retry", "20"), between=between
+    ) as move:
+        await move.begin()
+        await move.source.finish()
+        await move.arrived()
+        assert "reconnects: 3" in move.here.out or "sent again" in move.here.err
+
+
+CUTS = [MessageType.COMPLETE, MessageType.READY, MessageType.GO, MessageType.RUNNING]
+
+
+@pytest.mark.parametrize("at", CUTS, ids=lambda kind: kind.name)
+async def test_a_break_in_the_hand_over_is_asked_about(at) -> None:
+    taps = []
+
+    @contextlib.contextmanager
+    def between(address: str):
+        tap = Tap(address, lambda kind, _head, _channel: kind is at)
+        tap.act = tap.cut
+        taps.append(tap)
+        try:
+            yield tap
+        finally:
+            tap.close()
+
+    async with carried("--retry", "20", there=("--retry", "20"), between=between) as move:
+        await move.begin()
+        await move.source.finish()
+        await move.arrived()
+        assert taps[0].acted.is_set()
+
+
+async def test_a_link_that_stays_broken_leaves_the_guest_where_it_was() -> None:
+    def between(address: str) -> Relay:
+        return Relay(address, breaks=(2 * MIB,))
+
+    async with carried(between=between) as move:
+        await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW, downtime_limit=1)
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "the guest runs on here" in move.here.err
+        await move.stayed()
+
+
+@pytest.mark.parametrize("which", ["here", "far"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+async def test_a_program_that_dies_leaves_the_guest_where_it_was(which, number, binary) -> None:
+    async with carried(binary=binary) as move:
+        await move.begin(passes=2)
+        await asyncio.to_thread(move.far.read_line, "receiving a qemu guest")
+        getattr(move, which).kill(number)
+        await move.stayed()
+        await asyncio.to_thread(move.here.wait)
+        await asyncio.to_thread(move.far.wait)
+
+
+async def test_a_migration_that_qemu_cancels_ends_and_nothing_is_left() -> None:
+    async with carried() as move:
+        await move.begin(passes=2)
+        await move.source.execute("migrate_cancel")
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "QEMU has closed its stream before the end" in move.here.err
+        await move.stayed()
+
+
+async def test_a_destination_that_cannot_load_the_guest_says_no_before_it_is_too_late() -> None:
+    """Another machine: QEMU refuses it as soon as it reads the configuration."""
+    async with carried() as move:
+        await move.destination.kill()
+        await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW, downtime_limit=1)
+        assert await asyncio.to_thread(move.here.wait) != 0
+        assert "no QEMU waits for a guest" in move.here.err
+        await move.stayed()
+
+
+async def test_a_source_that_dies_after_go_lets_nobody_run_the_guest_twice() -> None:
+    """The holder keeps QEMU waiting, until somebody has asked whose the guest is."""
+    with tempfile.TemporaryDirectory() as directory:
+        journals = ("--journal", directory)
+        taps: list[Tap] = []
+
+        @contextlib.contextmanager
+        def between(address: str):
+            tap = Tap(address, lambda kind, _head, _channel: kind is MessageType.RUNNING)
+            taps.append(tap)
+            try:
+                yield tap
+            finally:
+                tap.close()
+
+        async with carried(*journals, there=("--stay",), between=between) as move:
+            taps[0].act = lambda: (move.here.kill(), taps[0].cut())
+            await move.begin()
+            await move.source.prepare(max_bandwidth=0, downtime_limit=2_000_000)
+            await move.destination.wait_run_state("paused")  # as it was started: it has it all
+            await asyncio.to_thread(move.here.wait)
+            await asyncio.sleep(0.5)
+            status = await move.source.execute("query-status")
+            assert not status["running"], "two would run it"
+            resolve = Program("migrate-src", "resolve", *journals)
+            assert await asyncio.to_thread(resolve.wait) == 0, resolve.err
+            assert "the guest runs at the destination" in resolve.out
+            await move.source.wait_status("completed")
+            await compare(move.source, move.destination)
+            assert Path(directory).exists()
+            assert json.dumps(status)
+
+
+# ---------------------------------------------------------------- a QEMU that fails in the end
+
+
+class FakeIncoming:
+    """Takes a stream as an incoming QEMU does, answers PINGs, and ends as it is told."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self.took = bytearray()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        connection, _ = self._server.accept()
+        self._server.close()
+        with connection, contextlib.suppress(OSError):
+            answered = 0
+            while data := connection.recv(1 << 16):
+                self.took += data
+                pings = [found.start() for found in re.finditer(PING, self.took, re.DOTALL)]
+                for at in pings[answered:]:
+                    connection.sendall(b"\x00\x02\x00\x04" + self.took[at + 5 : at + 9])
+                answered = len(pings)
+                if is_end(bytes(self.took)):
+                    connection.sendall(self._answer)
+                    return
+
+
+PING = rb"\x08\x00\x02\x00\x04(?:\x00\x00\x00\x01|XBM1)"
+
+
+@pytest.mark.parametrize("driven", [False, True], ids=["by hand", "by qmp"])
+@pytest.mark.parametrize(
+    ("answer", "stays"),
+    [(b"\0\1\0\4\0\0\0\5", True), (b"", False), (b"\0\1\0\4\0\0\0\0", False)],
+    ids=["says no", "says nothing", "says yes"],
+)
+async def test_only_a_qemu_that_says_no_gives_the_guest_back(answer, stays, driven) -> None:
+    """One that ends without a word may have run it: it is taken for started."""
+    fake = FakeIncoming(answer)
+    with tempfile.TemporaryDirectory() as directory:
+        qmp, journals = f"{directory}/qmp", ("--journal", directory)
+        far, address = await asyncio.to_thread(
+            destination, "--guest", f"qemu:{fake.uri}", *journals
+        )
+        async with Machine(SWEEP, extra=["-qmp", f"unix:{qmp},server=on,wait=off"]) as source:
+            await source.wait_for_count(SWEEP.every)
+            guest = f"qemu:qmp={qmp}" if driven else "qemu:tcp:127.0.0.1:0"
+            near = Program(
+                "migrate-src", "--guest", guest, "--downtime-limit", "2000", *journals, address
+            )
+            if not driven:
+                uri = (await asyncio.to_thread(near.read_line, r"waiting for QEMU at (\S+)"))[1]
+                await source.migrate(uri, "return-path", max_bandwidth=0, downtime_limit=2000)
+            status = await asyncio.to_thread(near.wait)
+            if stays:
+                assert status == 1, near.err
+                assert "says that it failed (5)" in near.err
+                await source.wait_run_state("running")
+                await source.wait_for_more()
+            else:
+                assert status == 0, near.err
+                await source.wait_status("completed")
+                await source.wait_run_state("postmigrate")
+            await asyncio.to_thread(far.wait)
+            _end(near)
+            _end(far)
+        if answer == b"":
+            assert "which has not said" in far.out
+
+
+@pytest.mark.parametrize("status", ["setup", "active", "device", "completed"])
+async def test_a_cancel_in_each_status(status) -> None:
+    """Either it ends there or it runs on here; never neither, never both."""
+    async with carried("--max-bandwidth", "8m") as move:
+        if status == "setup":
+            await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW)
+        else:
+            await move.begin(passes=2)
+        if status in ("device", "completed"):
+            await move.source.prepare(max_bandwidth=0, downtime_limit=2_000_000)
+            await asyncio.sleep(0.3)
+        if status == "completed":
+            await move.source.wait_status("completed")
+        await move.source.execute("migrate_cancel")
+        code = await asyncio.to_thread(move.here.wait)
+        if code == 0:
+            await move.arrived()
+        else:
+            await move.stayed()
