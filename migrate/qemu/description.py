@@ -1,0 +1,66 @@
+"""QEMU's description of the devices in a stream: whether the sections were cut where it says.
+
+    {"devices": [{"name", "instance_id", "fields": [{"size"[, "array_len"]}],
+                  "subsections": [{"vmsd_name", "fields", "subsections"}]}]}
+
+A section ends where a parser has seen a footer that something can follow. The description comes
+last, and tells how long each was: the fields, and a head of 1 + 1 + name + 4 bytes before those of
+a subsection. It is QEMU's note to people and not to itself, so a length that leads to no footer is
+taken for a flaw in it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from migrate.errors import MigrationError
+from migrate.qemu.snapshot import StoredSection
+from proto.qemu import FOOTER, FULL
+
+MAX_DEPTH = 64
+
+
+def check_sections(
+    text: bytes, sections: Sequence[StoredSection], early: int, read: Callable[[int, int], bytes]
+) -> None:
+    """Raises MigrationError where `text` speaks against the way the sections were cut.
+
+    early -- how many of the sections come before the memory, which not all versions describe
+    read  -- gives bytes of devices.bin: (at, size)
+    """
+    try:
+        devices = json.loads(text)["devices"]
+        told = [(str(one["name"]), int(one["instance_id"])) for one in devices]
+        sizes = [_size(one) for one in devices]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise MigrationError("QEMU's description of its devices is not to be understood") from None
+    for skip in (0, early):
+        full = [one for one in sections[skip:] if one.kind == FULL]
+        if [(one.name, one.instance) for one in full] == told:
+            break
+    else:
+        raise MigrationError(
+            f"the stream has the sections of {len(full)} devices, which are not the {len(told)} of "
+            "QEMU's description"
+        )
+    for section, size in zip(full, sizes, strict=True):
+        head = 14 + len(section.name.encode())
+        mark = bytes([FOOTER]) + struct.pack(">I", section.id)
+        ends = head + size + len(mark)
+        if ends < section.size and read(section.at + head + size, len(mark)) == mark:
+            raise MigrationError(
+                f"the section of {section.name} may end after {ends} bytes as well as after "
+                f"{section.size}: it cannot be kept for sure"
+            )
+
+
+def _size(entry: dict[str, Any], depth: int = 0) -> int:
+    if depth > MAX_DEPTH:
+        raise ValueError
+    size = sum(int(one["size"]) * int(one.get("array_len", 1)) for one in entry.get("fields", ()))
+    for one in entry.get("subsections", ()):
+        size += 2 + len(one["vmsd_name"]) + 4 + _size(one, depth + 1)
+    return max(size, 0)

@@ -1,0 +1,557 @@
+"""Where a guest lands that a QEMU sends, without any QEMU: a directory (see snapshot.py).
+
+    source ==> QemuPlace --socket--> Landing: StreamParser -> RamApplier -> a file for each block
+                                                           -> all else   -> devices.bin
+
+To the rest of the program a Landing is a QEMU that waits: it answers PING, and says in the end how
+it went. But nothing runs here, so it gets all of the stream before GO, and READY means that all of
+it is checked and safe on the disk, in a directory of another name. GO gives it its name. Until it
+is whole its files have no names at all, where the file system can do that: nothing is left of a
+landing that fails, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import socket
+import struct
+import threading
+from typing import Any
+
+import xxhash
+
+from migrate.address import Address
+from migrate.errors import MigrationError, UsageError
+from migrate.guests.guest import Place
+from migrate.memory import private_buffer
+from migrate.qemu.description import check_sections
+from migrate.qemu.place import LOAD_SECONDS, NoQemuError, QemuPlace
+from migrate.qemu.snapshot import (
+    BLOCKS,
+    DESCRIPTION,
+    DEVICES,
+    FACTS,
+    PIECE_BYTES,
+    Hash,
+    Snapshot,
+    Stored,
+    StoredBlock,
+    StoredSection,
+    block_file,
+    contents,
+)
+from migrate.quantities import format_size
+from proto.errors import ProtoError
+from proto.kernel import RamApplier
+from proto.qemu import (
+    RAM,
+    START,
+    BlockList,
+    Body,
+    Command,
+    Description,
+    End,
+    Header,
+    Order,
+    Pages,
+    Part,
+    Reply,
+    Section,
+    SectionEnd,
+    StreamParser,
+    Text,
+)
+
+BUFFER_BYTES = 4 << 20
+LEAST_READ = BUFFER_BYTES // 4
+# What was written is brought to the disk so often, for little to be left in the end.
+FLUSH_SECONDS = 1.0
+MAX_SECTIONS = 100_000
+# Orders to the one that loads a stream which are of its own way, not of the guest.
+OF_THE_WAY = (Command.OPEN_RETURN_PATH, Command.PING, Command.POSTCOPY_ADVISE)
+
+
+class Files:
+    """The files of a directory that is being made: they have names when all of it is whole.
+
+    Raises OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.directory = os.path.dirname(os.path.abspath(path))
+        name = os.path.basename(os.path.abspath(path))[:200]
+        hidden = f".{name}.{secrets.token_hex(4)}.xbmigrate"
+        self.temporary = os.path.join(self.directory, hidden)
+        self._open: dict[str, int] = {}
+        self._named = False
+
+    def make(self, name: str) -> int:
+        """A new file, to read and write; its descriptor is closed by `close`."""
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if not self._named:
+            try:
+                fd = os.open(self.directory, flags | os.O_TMPFILE, 0o600)
+            except OSError as error:
+                if error.errno not in (
+                    errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL
+                ):  # fmt: skip
+                    raise
+                self._name()
+        if self._named:
+            fd = os.open(os.path.join(self.temporary, name), flags | os.O_CREAT | os.O_EXCL, 0o600)
+        self._open[name] = fd
+        return fd
+
+    def _name(self) -> None:
+        os.makedirs(os.path.join(self.temporary, BLOCKS), 0o700)
+        nameless, self._named = dict(self._open), True
+        # A directory must be given for linkat(2) to be used, which follows the link.
+        own = os.open("/proc/self/fd", os.O_RDONLY)
+        try:
+            for name, fd in nameless.items():
+                where = os.path.join(self.temporary, name)
+                os.link(str(fd), where, src_dir_fd=own, follow_symlinks=True)
+        finally:
+            os.close(own)
+
+    def finish(self) -> None:
+        """All of them are on the disk, under their names."""
+        for fd in self._open.values():
+            os.fsync(fd)
+        if not self._named:
+            self._name()
+        for directory in (os.path.join(self.temporary, BLOCKS), self.temporary):
+            sync_directory(directory)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+class Landing:
+    """One stream, taken in by a thread of its own; `path` is where it will be."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.files = Files(path)
+        self.snapshot: Snapshot | None = None
+        """What there is, when it is whole."""
+        self.error = ""
+        """Why it is not."""
+        self._parser = StreamParser()
+        self._buffer = private_buffer(BUFFER_BYTES)
+        self._start = self._end = 0
+        self._last = False
+        self._applier: RamApplier | None = None
+        self._blocks: list[tuple[bytes, int, int]] = []  # name, size, file
+        self._header = Header()
+        self._devices = self._described = -1
+        self._at = 0  # in devices.bin
+        self._header_bytes = 0
+        self._ram = self._head = self._early = -1
+        self._sections: list[StoredSection] = []
+        self._began = 0  # the section that is read, in devices.bin
+        self._hash = xxhash.xxh3_128()
+        self._description = bytearray()
+        self._sock: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+        self._flusher = Flusher()
+
+    def start(self, sock: socket.socket) -> None:
+        """Raises OSError where there can be no file."""
+        self._devices = self.files.make(DEVICES)
+        self._sock = sock
+        self._thread = threading.Thread(target=self._run, name="landing", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._take_all()
+            self._finish()
+            self._say(Reply.SHUT, 0)
+        except BaseException as error:
+            self.error = self._sentence(error)
+            self._flusher.stop()
+            self.files.remove()
+            self._say(Reply.SHUT, 1)
+            assert self._sock is not None
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _sentence(self, error: BaseException) -> str:
+        if isinstance(error, OSError):
+            return f"--output {self.path}: {error.strerror or error}"
+        if isinstance(error, ProtoError):
+            return f"QEMU's stream cannot be landed: {error}"
+        return str(error) or type(error).__name__
+
+    def _say(self, reply: Reply, value: int) -> None:
+        assert self._sock is not None
+        with contextlib.suppress(OSError):
+            self._sock.sendall(struct.pack(">HHI", reply, 4, value))
+
+    def close(self) -> None:
+        """It is over, one way or the other: the thread has ended when this returns."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.join()
+        self._flusher.stop()
+        if self._sock is not None:
+            self._sock.close()
+        self.files.close()
+
+    # -- the stream
+
+    def _take_all(self) -> None:
+        parser = self._parser
+        while not parser.complete:
+            at, part = parser.step(self._buffer, self._start, self._end, last=self._last)
+            if part is not None:
+                self._take(part, self._buffer[self._start : at])
+                self._start = at
+            elif self._last:
+                break
+            elif not self._fill():
+                self._last = True
+        half = self._described >= 0 and not parser.complete
+        if not parser.ended or self._start < self._end or half:
+            raise MigrationError("the stream has ended before its end")
+
+    def _fill(self) -> bool:
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif len(self._buffer) - self._end < LEAST_READ:
+            rest = bytes(self._buffer[self._start : self._end])
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        assert self._sock is not None
+        try:
+            count = self._sock.recv_into(self._buffer[self._end :])
+        except ConnectionError:
+            return False
+        self._end += count
+        return count > 0
+
+    def _take(self, part: Part, data: memoryview) -> None:
+        if isinstance(part, Pages):
+            assert self._applier is not None
+            assert self._parser.reader is not None
+            # Where the records are, they say from the beginning of the buffer.
+            whole = self._buffer[: self._end]
+            self._applier.apply(whole, self._parser.reader.records, part.count)
+        elif isinstance(part, BlockList):
+            self._open_blocks(part)
+        elif isinstance(part, Header):
+            self._header = part
+            self._keep(data)
+            self._header_bytes = self._at
+        elif isinstance(part, Section):
+            self._begin_section(part, data)
+        elif isinstance(part, Body | SectionEnd):
+            self._go_on(part, data)
+        elif isinstance(part, Order):
+            if part.number == Command.PING:
+                self._say(Reply.PONG, int.from_bytes(part.data[:4], "big"))
+            if part.number not in OF_THE_WAY:
+                self._keep(data)
+        elif isinstance(part, Description):
+            self._described = self.files.make(DESCRIPTION)
+        elif isinstance(part, Text):
+            self._description += data
+        else:
+            assert isinstance(part, End)
+
+    def _open_blocks(self, part: BlockList) -> None:
+        page_size, pages = self._parser.page_size, []
+        for number, block in enumerate(part.blocks):
+            fd = self.files.make(block_file(number, block.name))
+            pages.append(block.pages(page_size))
+            os.ftruncate(fd, pages[-1] * page_size)
+            self._blocks.append((block.name, block.size, fd))
+        files = [fd for _, _, fd in self._blocks]
+        self._applier = RamApplier(pages, files, page_size)
+        self._flusher.start(files)
+
+    def _begin_section(self, section: Section, data: memoryview) -> None:
+        if section.name == RAM.decode():
+            if section.kind == START:
+                self._ram, self._head, self._early = section.id, self._at, len(self._sections)
+            return
+        self._began = self._at
+        self._keep(data)
+
+    def _go_on(self, part: Body | SectionEnd, data: memoryview) -> None:
+        section = part.section
+        if section.name == RAM.decode():
+            return
+        self._keep(data)
+        if isinstance(part, Body):
+            return
+        if len(self._sections) == MAX_SECTIONS:
+            raise MigrationError(f"the stream has more than {MAX_SECTIONS} sections")
+        self._sections.append(
+            StoredSection(
+                section.kind, section.id, section.name, section.instance, section.version,
+                self._began, self._at - self._began,
+            )
+        )  # fmt: skip
+
+    def _keep(self, data: memoryview) -> None:
+        write_all(self._devices, data)
+        self._hash.update(data)
+        self._at += len(data)
+
+    # -- the end
+
+    def _finish(self) -> None:
+        if self._applier is None:
+            raise MigrationError("the stream has no memory")
+        self._flusher.stop()
+        self._flusher.check()
+        text = bytes(self._description)
+        if self._described >= 0:
+            write_all(self._described, memoryview(text))
+            check_sections(
+                text, self._sections, self._early,
+                lambda at, size: os.pread(self._devices, size, at),
+            )  # fmt: skip
+        snapshot = Snapshot(
+            id=secrets.token_hex(16), machine=self._header.machine,
+            page_size=self._parser.page_size, capabilities=self._header.capabilities,
+            ram=self._ram, header=self._header_bytes, head=self._head,
+            blocks=tuple(self._blocks_stored()),
+            devices=Stored(DEVICES, self._at, self._hash.hexdigest()),
+            sections=tuple(self._sections),
+            description=Stored(DESCRIPTION, len(text), xxhash.xxh3_128_hexdigest(text))
+            if self._described >= 0 else None,
+        )  # fmt: skip
+        write_all(self.files.make(FACTS), memoryview(snapshot.text().encode()))
+        self.files.finish()
+        self.snapshot = snapshot
+
+    def _blocks_stored(self) -> list[StoredBlock]:
+        buffer, page_size, found = private_buffer(PIECE_BYTES), self._parser.page_size, []
+        for number, (name, size, fd) in enumerate(self._blocks):
+            os.ftruncate(fd, size)
+            digest = Hash(size, page_size)
+            for _, pages, data in contents(fd, size, page_size, buffer):
+                digest.update(pages, data)
+            file = block_file(number, name)
+            found.append(StoredBlock(file, size, digest.hexdigest(), name.decode("latin-1")))
+        return found
+
+
+class Flusher:
+    """A thread that brings files to the disk while they are written."""
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def start(self, files: list[int]) -> None:
+        self._thread = threading.Thread(target=self._run, args=(files,), daemon=True)
+        self._thread.start()
+
+    def _run(self, files: list[int]) -> None:
+        try:
+            while not self._over.wait(FLUSH_SECONDS):
+                for fd in files:
+                    os.fdatasync(fd)
+        except OSError as error:
+            self._error = error  # the kernel says it once, and forgets it
+
+    def stop(self) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raises OSError where a file was not written."""
+        if self._error is not None:
+            raise self._error
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- places
+
+
+def check_landing(path: str, overwrite: bool) -> None:
+    """Raises UsageError where a machine cannot land at `path`."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(directory):
+        raise UsageError(f"--output {path}: there is no directory {directory}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {path}: no permission to write in {directory}")
+    if not os.path.lexists(path):
+        return
+    if os.path.islink(path) or not os.path.isdir(path):
+        raise UsageError(f"--output {path}: it is no directory")
+    if not os.listdir(path):
+        return
+    if not overwrite:
+        raise UsageError(f"--output {path}: it is not empty: remove it or give --overwrite")
+    if not os.path.isfile(os.path.join(path, FACTS)):
+        raise UsageError(f"--output {path}: no machine has landed there: it is not overwritten")
+
+
+class LandedPlace(Place):
+    """A machine that is whole, in `temporary`."""
+
+    def __init__(self, path: str, temporary: str, identity: str, *, overwrite: bool) -> None:
+        self.path = path
+        self.temporary = temporary
+        self.identity = identity
+        self._overwrite = overwrite
+
+    @property
+    def _before(self) -> str:
+        """Where one goes that is overwritten."""
+        return f"{self.temporary}.before"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "kind": "snapshot", "path": os.path.abspath(self.path), "temporary": self.temporary,
+            "identity": self.identity, "overwrite": self._overwrite,
+        }  # fmt: skip
+
+    @classmethod
+    def reopen(cls, facts: dict[str, Any]) -> LandedPlace:
+        """What an earlier program had prepared. Raises MigrationError where it is gone."""
+        place = cls(
+            facts["path"], facts["temporary"], facts["identity"], overwrite=facts["overwrite"]
+        )
+        for where in (place.temporary, place.path):
+            with contextlib.suppress(UsageError):
+                if Snapshot.read(where).id == place.identity:
+                    return place
+        raise MigrationError(f"what was prepared for {place.path} is gone")
+
+    async def start(self, state: bytes = b"") -> str:
+        """Gives it its name."""
+        size = await asyncio.to_thread(self._put_in_place)
+        return f"the machine is in {self.path}, {format_size(size)} of memory"
+
+    def _put_in_place(self) -> int:
+        try:
+            if os.path.lexists(self.temporary):
+                check_landing(self.path, self._overwrite)
+                self._rename()
+            snapshot = Snapshot.read(self.path)
+        except OSError as error:
+            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+        with contextlib.suppress(OSError):  # it stands under its name now
+            sync_directory(os.path.dirname(os.path.abspath(self.path)))
+        shutil.rmtree(self._before, ignore_errors=True)
+        return snapshot.memory
+
+    def _rename(self) -> None:
+        """One that was there goes when this one has its place."""
+        if not os.path.lexists(os.path.join(self.path, FACTS)):
+            os.rename(self.temporary, self.path)  # which an empty directory may be at
+            return
+        before = self._before
+        os.rename(self.path, before)
+        try:
+            os.rename(self.temporary, self.path)
+        except OSError:
+            os.rename(before, self.path)
+            raise
+
+    async def discard(self) -> None:
+        await asyncio.to_thread(shutil.rmtree, self.temporary, ignore_errors=True)
+
+
+class LandingPlace(QemuPlace):
+    """A directory `path` that a machine lands in."""
+
+    irrevocable = False
+
+    def __init__(self, path: str, *, overwrite: bool = False) -> None:
+        super().__init__(Address(path=path))
+        self.path = path
+        self._overwrite = overwrite
+        self._landing: Landing | None = None
+        self._sent = False
+        self._landed: LandedPlace | None = None
+
+    async def _open(self) -> socket.socket:
+        try:
+            check_landing(self.path, self._overwrite)
+            landing = Landing(self.path)
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            landing.start(theirs)
+        except UsageError as error:
+            raise NoQemuError(str(error)) from None
+        except OSError as error:
+            raise NoQemuError(f"--output {self.path}: {error.strerror}") from None
+        self._landing = landing
+        return ours
+
+    def _gone(self, reason: str) -> MigrationError:
+        error = self._landing.error if self._landing else ""
+        return MigrationError(error or f"--output {self.path}: the landing {reason}")
+
+    async def prove(self, *, return_path: bool) -> None:
+        """Returns when all of the machine is safe on the disk. Raises MigrationError."""
+        del return_path
+        if not self._sent:
+            self._sent = True
+            await asyncio.to_thread(self.send, self._held)
+            assert self._socket is not None
+            self._socket.shutdown(socket.SHUT_WR)
+        try:
+            async with asyncio.timeout(LOAD_SECONDS):
+                await self._ended.wait()
+        except TimeoutError:
+            raise MigrationError(
+                f"--output {self.path}: the disk has not taken the machine in {LOAD_SECONDS:g} s"
+            ) from None
+        assert self._landing is not None
+        snapshot = self._landing.snapshot
+        if snapshot is None:
+            raise self._gone("has failed")
+        temporary = self._landing.files.temporary
+        self._landed = LandedPlace(self.path, temporary, snapshot.id, overwrite=self._overwrite)
+
+    async def start(self, state: bytes) -> str:
+        assert self._landed is not None
+        return await self._landed.start()
+
+    def facts(self) -> dict[str, Any]:
+        return self._landed.facts() if self._landed else {"kind": "snapshot"}
+
+    def close(self) -> None:
+        super().close()
+        if self._landing is not None:
+            self._landing.close()
+
+    async def discard(self) -> None:
+        super().close()
+        if self._landing is not None:
+            await asyncio.to_thread(self._landing.close)
+            await asyncio.to_thread(self._landing.files.remove)

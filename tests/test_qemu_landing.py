@@ -1,0 +1,627 @@
+"""Machines that land in a directory, and are lifted out of it: what is there is what the guest had,
+and it is there whole, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from migrate.errors import MigrationError, UsageError
+from migrate.qemu.description import check_sections
+from migrate.qemu.landing import LandedPlace, Landing, check_landing
+from migrate.qemu.lifting import Lifter
+from migrate.qemu.snapshot import Snapshot, StoredSection, block_file
+from proto import _ram_apply, _twin_ram_apply
+from proto._ram import SCAN_END, RamReader
+from proto.errors import DecodeError
+from tests.machine import Machine, Sweep, compare
+from tests.machine.qemu import DIMM_AT, PROGRAM
+from tests.machine.sweep import BASE
+from tests.programs import Program, destination
+from tests.relay import Relay
+from tests.requirements import need
+
+MIB = 1 << 20
+PAGE = 4096
+# It goes from one block on into the next.
+SWEEP = Sweep(4 * MIB, start=30 * MIB, fill=6 * MIB, rate=1_000_000)
+MACHINE: dict[str, Any] = {
+    "blocks": ("low", "high"), "dimm": 16 * MIB, "devices": ["virtio-rng-pci"],
+}  # fmt: skip
+SLOW = 4_000_000
+one_loop = pytest.mark.asyncio(loop_factories=["asyncio"])
+
+
+@pytest.fixture
+def qemu() -> None:
+    need(shutil.which(PROGRAM), f"{PROGRAM} (qemu-system-x86)")
+
+
+# ---------------------------------------------------------------- real machines
+
+
+class Way:
+    """The programs between a machine, or a snapshot, and where it goes; all in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._here = directory
+        self._journals = ("--journal", str(directory / "dst"))
+
+    async def destination(self, *arguments: str) -> tuple[Program, str]:
+        return await asyncio.to_thread(destination, *arguments, *self._journals)
+
+    async def land(self, output: Path, *arguments: str) -> tuple[Program, str]:
+        return await self.destination("--guest", "qemu", "--output", str(output), *arguments)
+
+    async def source(self, guest: str, address: str, *arguments: str) -> tuple[Program, str]:
+        """A migrate-src; and where it waits for QEMU, if it does."""
+        program = Program(
+            "migrate-src", "--guest", guest, address, *arguments,
+            "--journal", str(self._here / "src"),
+        )  # fmt: skip
+        if guest.startswith("snapshot"):
+            return program, ""
+        found = await asyncio.to_thread(program.read_line, r"waiting for QEMU at (\S+)")
+        return program, found[1]
+
+    async def landed(self, machine: Machine, output: Path, *capabilities: str) -> Program:
+        """The machine, after some passes over its memory; the migrate-dst that took it."""
+        receiver, address = await self.land(output)
+        sender, where = await self.source("qemu:tcp:127.0.0.1:0", address)
+        if (await machine.execute("query-status"))["running"]:
+            await machine.begin(where, "return-path", *capabilities)
+            await machine.finish()
+        else:
+            await machine.migrate(where, "return-path", *capabilities, max_bandwidth=0)
+        await both(sender, receiver)
+        await machine.wait_status("completed")
+        return receiver
+
+    async def lifted(self, snapshot: Path, machine: Machine) -> None:
+        receiver, address = await self.destination("--guest", f"qemu:{await machine.uri()}")
+        sender, _ = await self.source(f"snapshot:{snapshot}", address)
+        await both(sender, receiver)
+        await machine.wait_run_state("paused", "running")
+
+
+async def both(*programs: Program) -> None:
+    codes = [await asyncio.to_thread(one.wait) for one in programs]
+    assert codes == [0, 0], "\n".join(one.err for one in programs)
+
+
+@pytest.fixture
+def way(tmp_path: Path) -> Way:
+    return Way(tmp_path)
+
+
+@asynccontextmanager
+async def counting() -> AsyncIterator[Machine]:
+    async with Machine(SWEEP, **MACHINE) as machine:
+        await machine.wait_for_count(SWEEP.every)
+        yield machine
+
+
+def waiting(before: Machine, *, paused: bool = True) -> Machine:
+    return Machine(SWEEP, incoming="tcp:127.0.0.1:0", before=before, paused=paused, **MACHINE)
+
+
+def digest(path: Path, first: int = 0) -> str:
+    return xxhash.xxh3_128_hexdigest(path.read_bytes()[first:])
+
+
+def hidden(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if name.startswith(".")]
+
+
+@one_loop
+@pytest.mark.parametrize("capabilities", [(), ("xbzrle",)], ids=["plain", "xbzrle"])
+async def test_a_machine_lands_and_runs_on_in_another(
+    qemu: None, way: Way, tmp_path: Path, capabilities: tuple[str, ...]
+) -> None:
+    vm, again = tmp_path / "vm", tmp_path / "again"
+    async with counting() as source:
+        receiver = await way.landed(source, vm, *capabilities)
+        assert f"the machine is in {vm}, 80.5 MiB of memory" in receiver.out
+        blocks = vm / "blocks"
+        # below 1 MiB the machine shows its firmware in place of some of the memory
+        assert digest(blocks / "low", BASE) == await source.ram_hash(BASE, 31 * MIB)
+        assert digest(blocks / "high") == await source.ram_hash(32 * MIB, 32 * MIB)
+        assert digest(blocks / "dimm0") == await source.ram_hash(DIMM_AT, 16 * MIB)
+        assert (blocks / "high").stat().st_blocks * 512 < 8 * MIB
+        snapshot = Snapshot.read(str(vm))
+        assert [section.name for section in snapshot.sections if "virtio-rng" in section.name]
+        for stored in (*snapshot.blocks, snapshot.devices, snapshot.description):
+            assert stored is not None
+            assert digest(vm / stored.file) == stored.hash
+
+        # lifted, it is the same, and lands as the same again
+        async with waiting(source) as other:
+            await way.lifted(vm, other)
+            await compare(source, other)
+            assert await source.check_sweep() == await other.check_sweep()
+            await way.landed(other, again)
+        assert Snapshot.read(str(again)).blocks == snapshot.blocks
+
+        # and once more: it runs on from where it was
+        async with waiting(source, paused=False) as other:
+            await way.lifted(vm, other)
+            await other.wait_run_state("running")
+            await other.wait_for_more()
+            await other.stop()
+            await other.check_sweep()
+    assert not hidden(tmp_path)
+
+
+@one_loop
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+async def test_half_a_machine_leaves_nothing(
+    qemu: None, way: Way, tmp_path: Path, number: signal.Signals
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    async with counting() as machine:
+        receiver, address = await way.land(place / "vm")
+        sender, where = await way.source("qemu:tcp:127.0.0.1:0", address)
+        await machine.migrate(where, "return-path", max_bandwidth=SLOW)
+        await machine.wait_info(
+            lambda info: info.get("ram", {}).get("transferred", 0) > 2 * MIB, "under way"
+        )
+        assert not (place / "vm").exists()
+        receiver.kill(number)
+        codes = [await asyncio.to_thread(one.wait) for one in (receiver, sender)]
+        assert codes == ([130, 8] if number is signal.SIGINT else [-9, 1])
+        assert os.listdir(place) == []
+        await machine.wait_for_more()
+        # nor is anything in the way of the next one
+        await way.landed(machine, place / "vm", "xbzrle")
+        assert os.listdir(place) == ["vm"]
+
+
+@one_loop
+async def test_a_full_disk_says_so_and_the_guest_runs_on(
+    qemu: None, way: Way, tmp_path: Path
+) -> None:
+    need(os.geteuid() == 0, "root, to mount a small file system")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(small)], check=True)
+    try:
+        async with counting() as machine:
+            receiver, address = await way.land(small / "vm")
+            sender, where = await way.source("qemu:tcp:127.0.0.1:0", address)
+            await machine.migrate(where, "return-path", max_bandwidth=0, downtime_limit=2000)
+            for program in (receiver, sender):
+                assert await asyncio.to_thread(program.wait) == 1
+                assert f"--output {small}/vm: No space left on device" in program.err
+            assert "the guest runs on here" in sender.err
+            await machine.wait_status("failed", "cancelled")
+            await machine.wait_for_more()
+        assert os.listdir(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@one_loop
+async def test_a_connection_that_breaks_is_no_harm(qemu: None, way: Way, tmp_path: Path) -> None:
+    async with counting() as machine:
+        receiver, address = await way.land(tmp_path / "vm", "--retry", "30s")
+        with Relay(address, breaks=(3 * MIB, 12 * MIB)) as relay:
+            sender, where = await way.source(
+                "qemu:tcp:127.0.0.1:0", relay.address, "--retry", "30s"
+            )
+            await machine.begin(where, "return-path", "xbzrle")
+            await machine.finish()
+            await both(sender, receiver)
+            assert relay.broken
+        assert digest(tmp_path / "vm/blocks/low", BASE) == await machine.ram_hash(BASE, 31 * MIB)
+
+
+@one_loop
+async def test_a_damaged_snapshot_never_runs(qemu: None, way: Way, tmp_path: Path) -> None:
+    vm = tmp_path / "vm"
+    async with counting() as source:
+        await way.landed(source, vm)
+        with (vm / "blocks/high").open("r+b") as file:
+            file.seek(MIB)
+            byte = file.read(1)[0]
+            file.seek(MIB)
+            file.write(bytes([byte ^ 1]))
+        async with waiting(source, paused=False) as other:
+            receiver, address = await way.destination("--guest", f"qemu:{await other.uri()}")
+            sender, _ = await way.source(f"snapshot:{vm}", address)
+            assert await asyncio.to_thread(sender.wait) == 1
+            assert f"{vm}/blocks/high is not what had landed there" in sender.err
+            assert "the snapshot is as it was" in sender.err
+            assert await asyncio.to_thread(receiver.wait) == 1
+            assert await other.ended() == 1
+        assert len(other.counted()) == len(source.counted())
+
+
+def test_what_cannot_be_is_refused_early(tmp_path: Path) -> None:
+    """Before anything listens, or connects."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thing").touch()
+    (tmp_path / "file").touch()
+    for arguments, says in (
+        (("--guest", "qemu"), "with --output where its guest is to land"),
+        (("--guest", "qemu", "--output", f"{tmp_path}/full"), "it is not empty"),
+        (("--guest", "qemu", "--output", f"{tmp_path}/full", "--overwrite"), "no machine has"),
+        (("--guest", "qemu", "--output", f"{tmp_path}/file"), "it is no directory"),
+        (("--guest", "qemu", "--output", f"{tmp_path}/none/vm"), "there is no directory"),
+        (("--guest", "qemu:tcp:h:1", "--output", f"{tmp_path}/vm"), "one of both"),
+    ):
+        program = Program("migrate-dst", "--listen", "127.0.0.1:0", *arguments)
+        assert program.wait() == 2
+        assert says in program.err
+    for guest, says in (
+        ("snapshot", "name the directory"),
+        (f"snapshot:{tmp_path}", "no snapshot"),
+    ):
+        program = Program("migrate-src", "--guest", guest, "tcp:127.0.0.1:1")
+        assert program.wait() == 2
+        assert says in program.err
+
+
+def test_only_a_qemu_lands(tmp_path: Path) -> None:
+    receiver, address = destination(
+        "--guest", "qemu", "--output", f"{tmp_path}/vm", "--journal", f"{tmp_path}/dst"
+    )
+    sender = Program("migrate-src", "--guest", f"file:{__file__}", address)
+    assert sender.wait() == 4
+    assert "a QEMU's guest is awaited here, and no file guest" in sender.err
+    receiver.kill(signal.SIGINT)
+    receiver.wait()
+    assert not (tmp_path / "vm").exists()
+
+
+# ---------------------------------------------------------------- without a machine
+
+BLOCKS = ((b"pc.ram", 300 * PAGE), (b"/rom@etc/acpi/tables", 2 * PAGE), (b"../..", PAGE))
+DEVICE = b"\x04\0\0\0\x09\x05timer\0\0\0\0\0\0\0\x02" + bytes(24) + b"\x7e\0\0\0\x09"
+DESCRIPTION = (
+    b'{"devices": [{"name": "timer", "instance_id": 0, "fields": [{"size": 8, "array_len": 3}]}]}'
+)
+
+
+def memory() -> list[bytes]:
+    rng = random.Random(5)
+    return [
+        b"".join(rng.choice([bytes(PAGE), rng.randbytes(PAGE)]) for _ in range(size // PAGE))
+        for _, size in BLOCKS
+    ]
+
+
+def stream(
+    blocks: tuple[tuple[bytes, int], ...] = BLOCKS, device: bytes = DEVICE,
+    description: bytes = DESCRIPTION,
+) -> bytes:  # fmt: skip
+    """As a QEMU would send it that has such memory, and one device."""
+    recorder = _twin_ram_apply.RamRecorder([(n, s // PAGE) for n, s in blocks], PAGE)
+    mark, end = b"\x7e\0\0\0\2", struct.pack(">Q", 0x10)
+    said = b"QEVM\0\0\0\3\x07\0\0\0\x02pc" + b"\x08\0\1\0\0" + b"\x08\0\2\0\4\0\0\0\1"
+    said += b"\x01\0\0\0\2\x03ram\0\0\0\0\0\0\0\4"
+    said += struct.pack(">Q", sum(size for _, size in blocks) | 4)
+    for name, size in blocks:
+        said += bytes([len(name)]) + name + struct.pack(">Q", size)
+    said += end + mark
+    for number, content in enumerate(memory()[: len(blocks)]):
+        out = bytearray(2 * len(content) + 4096)
+        used, _ = recorder.put(out, number, 0, len(content) // PAGE, content)
+        said += b"\x02\0\0\0\2" + bytes(out[:used]) + end + mark
+    said += b"\x03\0\0\0\2" + end + mark + device + b"\0"
+    return said + (b"\x06" + struct.pack(">I", len(description)) + description) * bool(description)
+
+
+def land(path: Path, said: bytes) -> tuple[Landing, bytes]:
+    """A landing of what is said, and then no more; and what it says."""
+    landing = Landing(str(path))
+    ours, theirs = socket.socketpair()
+    with ours:
+        landing.start(theirs)
+        try:
+            ours.sendall(said)
+            ours.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        answer = b""
+        while not answer.endswith((struct.pack(">HHI", 1, 4, 0), struct.pack(">HHI", 1, 4, 1))):
+            answer += ours.recv(100)
+        landing.close()
+    return landing, answer
+
+
+@pytest.fixture
+def landed(tmp_path: Path) -> Iterator[Path]:
+    landing, answer = land(tmp_path / "vm", stream())
+    assert landing.error == ""
+    assert answer == struct.pack(">HHIHHI", 2, 4, 1, 1, 4, 0)
+    os.rename(landing.files.temporary, tmp_path / "vm")
+    yield tmp_path / "vm"
+    assert not hidden(tmp_path)
+
+
+def test_what_landed_is_what_was_sent(landed: Path) -> None:
+    names = ["blocks/pc.ram", "blocks/%2From@etc%2Facpi%2Ftables", "blocks/%2E.%2F.."]
+    assert sorted(os.listdir(landed / "blocks")) == sorted(name[7:] for name in names)
+    for name, content in zip(names, memory(), strict=True):
+        assert (landed / name).read_bytes() == content
+    assert (landed / "devices.bin").read_bytes() == b"QEVM\0\0\0\3\x07\0\0\0\x02pc" + DEVICE
+    assert (landed / "description.json").read_bytes() == DESCRIPTION
+    holes = sum(not any(memory()[0][i : i + PAGE]) for i in range(0, 300 * PAGE, PAGE))
+    assert (landed / names[0]).stat().st_blocks * 512 <= (300 - holes) * PAGE + 8 * PAGE
+
+
+def lift(path: Path) -> tuple[bytes, Lifter]:
+    lifter = Lifter(str(path), Snapshot.read(str(path)))
+    ours, theirs = socket.socketpair()
+    said = bytearray()
+    with ours:
+        lifter.start(theirs)
+        while not said.endswith(DESCRIPTION) and (piece := ours.recv(1 << 16)):
+            said += piece
+    lifter.join()
+    return bytes(said), lifter
+
+
+def test_what_is_lifted_lands_as_the_same(landed: Path, tmp_path: Path) -> None:
+    said, lifter = lift(landed)
+    assert lifter.error == ""
+    landing, _ = land(tmp_path / "again", said)
+    assert landing.snapshot is not None
+    found = Snapshot.read(str(landed))
+    assert replace(landing.snapshot, id="") == replace(found, id="")
+    landing.files.remove()
+
+
+@pytest.mark.parametrize("size", range(0, len(stream()), 49_999))
+def test_half_a_stream_is_nothing(tmp_path: Path, size: int) -> None:
+    landing, answer = land(tmp_path / "vm", stream()[:size])
+    assert answer.endswith(struct.pack(">HHI", 1, 4, 1))
+    assert "end" in landing.error
+    assert os.listdir(tmp_path) == []
+
+
+def test_any_end_but_the_true_one_is_noticed(tmp_path: Path) -> None:
+    whole = stream()
+    for size in range(len(whole) - 200, len(whole)):
+        landing, _ = land(tmp_path / "vm", whole[:size])
+        if whole[:size].endswith(DEVICE + b"\0"):
+            assert landing.snapshot is not None  # some versions have no description
+            landing.files.remove()
+        else:
+            assert landing.error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (b"nothing of the kind", "no migration stream"),
+        (stream(BLOCKS[:1] * 2), "two blocks b'pc.ram'"),
+        (stream(description=b'{"devices": []}'), "1 devices, which are not the 0"),
+        (stream(description=b'{"devices": 5}'), "not to be understood"),
+        (stream(description=b'{"devices": ' + b"[" * 100_000), "not to be understood"),
+        (b"QEVM\0\0\0\3\0", "has no memory"),
+    ],
+)
+def test_a_stream_that_makes_no_sense(tmp_path: Path, said: bytes, says: str) -> None:
+    landing, answer = land(tmp_path / "vm", said)
+    assert says in landing.error
+    assert answer.endswith(struct.pack(">HHI", 1, 4, 1))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_section_that_may_be_cut_in_two_ways() -> None:
+    """Its body has a footer where QEMU says that it ends."""
+    body = bytes(24) + b"\x7e\0\0\0\x09" + bytes(7)
+    section = DEVICE[:19] + body + b"\x7e\0\0\0\x09"
+    stored = StoredSection(4, 9, "timer", 0, 2, 0, len(section))
+    with pytest.raises(MigrationError, match="timer may end after 48 bytes as well as after 60"):
+        check_sections(DESCRIPTION, [stored], 0, lambda at, size: section[at : at + size])
+    # where it has none, QEMU's note is wrong
+    check_sections(DESCRIPTION, [stored], 0, lambda _at, size: bytes(size))
+
+
+@pytest.mark.parametrize("name", ["blocks/pc.ram", "devices.bin", "description.json"])
+def test_each_byte_is_checked(landed: Path, name: str) -> None:
+    content = bytearray((landed / name).read_bytes())
+    content[-3] ^= 1
+    (landed / name).write_bytes(content)
+    said, lifter = lift(landed)
+    assert f"{landed / name} is not what had landed there" in lifter.error
+    assert not said.endswith(DESCRIPTION)
+    assert not said.endswith(DEVICE + b"\0")
+
+
+def test_a_snapshot_that_is_not_whole(landed: Path) -> None:
+    facts = landed / "snapshot.json"
+    text = facts.read_text()
+    for wrong, says in (
+        ("", "is damaged"),
+        ("[]", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        (text.replace('"page_size": 4096', '"page_size": 8192'), "was changed"),
+        (text.replace("xbmigrate snapshot", "x"), "of another program"),
+        (text.replace('"format-version": 1', '"format-version": 2'), "later version"),
+    ):
+        facts.write_text(wrong)
+        with pytest.raises(UsageError, match=says):
+            Snapshot.read(str(landed))
+    facts.write_text(text)
+    with (landed / "blocks/pc.ram").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UsageError, match=r"has 1228801 bytes, not 1228800"):
+        Snapshot.read(str(landed))
+    (landed / "blocks/pc.ram").unlink()
+    with pytest.raises(UsageError, match="No such file or directory: the snapshot is not whole"):
+        Snapshot.read(str(landed))
+
+
+def test_no_block_has_a_file_elsewhere() -> None:
+    names = [b"..", b".", b"/", b"a/../b", b"\0", b"\xff" * 255, b"%-1", b"x" * 255, b"a", b"A"]
+    files = [block_file(number, name) for number, name in enumerate(names)]
+    assert len(set(files)) == len(names)
+    for file in files:
+        directory, _, name = file.partition("/")
+        assert directory == "blocks"
+        assert "/" not in name
+        assert not name.startswith(".")
+        assert len(name) <= 255
+
+
+@one_loop
+async def test_a_later_program_gives_it_its_name(landed: Path, tmp_path: Path) -> None:
+    """What was prepared outlives the program, also between the steps of overwriting."""
+    old, _ = land(tmp_path / "old", stream())
+    assert old.snapshot is not None
+    place = LandedPlace(str(landed), old.files.temporary, old.snapshot.id, overwrite=True)
+    with pytest.raises(MigrationError, match="not empty"):
+        await LandedPlace(str(landed), old.files.temporary, "", overwrite=False).start()
+    os.rename(landed, place._before)
+    later = LandedPlace.reopen(place.facts())
+    assert Snapshot.read(later.temporary).memory == 303 * PAGE
+    await later.start()
+    assert Snapshot.read(str(landed)).id == old.snapshot.id
+    # it is done; and doing it again is no harm
+    await LandedPlace.reopen(place.facts()).start()
+    shutil.rmtree(landed)
+    with pytest.raises(MigrationError, match="is gone"):
+        LandedPlace.reopen(place.facts())
+
+
+@one_loop
+async def test_one_landing_replaces_another(landed: Path, tmp_path: Path) -> None:
+    check_landing(str(landed), True)
+    with pytest.raises(UsageError, match="give --overwrite"):
+        check_landing(str(landed), False)
+    newer, _ = land(landed, stream())
+    assert newer.snapshot is not None
+    place = LandedPlace(str(landed), newer.files.temporary, newer.snapshot.id, overwrite=True)
+    assert f"the machine is in {landed}" in await place.start()
+    assert Snapshot.read(str(landed)).id == newer.snapshot.id
+
+
+# ---------------------------------------------------------------- pages and files
+
+
+@pytest.fixture(params=[_ram_apply, _twin_ram_apply], ids=["kernel", "twin"])
+def kernel(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def records(*found: tuple[int, int, int, int]) -> bytes:
+    return b"".join(struct.pack("=QQII", *one) for one in found)
+
+
+ZERO, RAW, DELTA = range(3)
+
+
+def test_pages_come_out_as_they_went_in(kernel: Any) -> None:
+    blocks = [(name, size // PAGE) for name, size in BLOCKS]
+    said = b""
+    recorder, room = kernel.RamRecorder(blocks, PAGE), bytearray(40_000)
+    for number, content in enumerate(memory()):
+        done = 0
+        while done < len(content) // PAGE:
+            rest = len(content) // PAGE - done
+            used, count = recorder.put(room, number, done, rest, content[done * PAGE :])
+            said += room[:used]
+            done += count
+    reader, files = RamReader(blocks, PAGE), [os.memfd_create("block") for _ in blocks]
+    applier = kernel.RamApplier([pages for _, pages in blocks], files, PAGE)
+    said += struct.pack(">Q", 0x10)
+    at, why = 0, -1
+    while why != SCAN_END:
+        at, count, why = reader.scan(said, at, len(said))
+        applier.apply(said, reader.records, count)
+    for fd, content in zip(files, memory(), strict=True):
+        assert os.pread(fd, len(content), 0) == content.rstrip(b"\0") + bytes(
+            max(os.fstat(fd).st_size - len(content.rstrip(b"\0")), 0)
+        )
+        os.close(fd)
+    # the same bytes, whoever writes them
+    assert hashlib.sha256(said).hexdigest() == hashlib.sha256(_spoken(blocks)).hexdigest()
+
+
+def _spoken(blocks: list[tuple[bytes, int]]) -> bytes:
+    said, last = b"", -1
+    for number, content in enumerate(memory()):
+        name = bytes([len(blocks[number][0])]) + blocks[number][0]
+        for at in range(0, len(content), PAGE):
+            page = content[at : at + PAGE]
+            word = at | (0x20 if last == number else 0) | (8 if any(page) else 2)
+            said += struct.pack(">Q", word) + (b"" if last == number else name)
+            said += page if any(page) else b"\0"
+            last = number
+    return said + struct.pack(">Q", 0x10)
+
+
+def test_pages_change_in_the_order_of_their_records(kernel: Any) -> None:
+    fd = os.memfd_create("block")
+    os.ftruncate(fd, 8 * PAGE)
+    applier = kernel.RamApplier([3, 5], [fd, os.dup(fd)], PAGE)
+    page, delta = b"\x11" * PAGE, b"\x02\x01z"
+    data = page + delta
+    found = records(
+        (0, 0, PAGE, RAW), (1, 0, PAGE, RAW), (0, PAGE, 3, DELTA), (0, PAGE, 0, DELTA),
+        (1, 0, 0, ZERO), (2, 0, 0, ZERO), (2, PAGE, 3, DELTA),
+    )  # fmt: skip
+    applier.apply(data, found, 7)
+    assert os.pread(fd, 3 * PAGE, 0) == (
+        b"\x11\x11z" + b"\x11" * (PAGE - 3) + bytes(PAGE) + b"\0\0z" + bytes(PAGE - 3)
+    )
+    if kernel is _ram_apply:
+        assert os.fstat(fd).st_blocks * 512 == 2 * PAGE
+    with pytest.raises(DecodeError, match="page 2: "):
+        applier.apply(data, records((2, 0, 5, DELTA)), 1)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [(8, 0, PAGE, RAW), (0, 1, PAGE, RAW), (0, 1 << 63, PAGE, RAW), (0, 0, 5, RAW), (0, 0, 0, 3)],
+)
+def test_records_that_cannot_be(kernel: Any, wrong: tuple[int, int, int, int]) -> None:
+    applier = kernel.RamApplier([3, 5], [-1, -1], PAGE)
+    with pytest.raises(ValueError, match="not those of this data"):
+        applier.apply(bytes(PAGE), records(wrong), 1)
+    with pytest.raises(ValueError, match="fewer records"):
+        applier.apply(bytes(PAGE), records(wrong), 2)
+
+
+def test_a_full_disk_is_an_error(kernel: Any) -> None:
+    fd = os.open("/dev/full", os.O_RDWR)
+    applier = kernel.RamApplier([3], [fd], PAGE)
+    with pytest.raises(OSError, match="No space left") as caught:
+        applier.apply(b"x" * 2 * PAGE, records((0, 0, PAGE, RAW), (1, PAGE, PAGE, RAW)), 2)
+    assert caught.value.errno == errno.ENOSPC
+    os.close(fd)
+
+
+def test_what_no_guest_has(kernel: Any) -> None:
+    for blocks, page in (([], PAGE), ([(b"", 1)], PAGE), ([(b"x", 1)], 1000)):
+        with pytest.raises(ValueError, match="block|page"):
+            kernel.RamRecorder(blocks, page)
+        with pytest.raises(ValueError, match="block|page"):
+            kernel.RamApplier([1] * (len(blocks) + (page == PAGE)), [1] * len(blocks), page)
+    recorder = kernel.RamRecorder([(b"x", 2)], PAGE)
+    for block, page, count, data in ((1, 0, 1, None), (0, 1, 2, None), (0, 0, 2, bytes(PAGE))):
+        with pytest.raises(ValueError, match="block|bytes"):
+            recorder.put(bytearray(9000), block, page, count, data)
+    assert recorder.put(bytearray(100), 0, 0, 2, None) == (0, 0)
