@@ -1,0 +1,180 @@
+"""The program migrate-stream: tells what is in a captured migration stream.
+
+migrate-stream FILE                        a stream of QEMU's or of ours, - is standard input
+migrate-stream FILE --pages pc.ram:256     the records of a page, with their places
+migrate-stream FILE --extract pc.ram=RAM   the memory as it is in the end
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from migrate.cli.program import VERSION, Parser
+from migrate.errors import MigrationError, UsageError
+
+MAX_RECORDS = 1_000_000
+
+EPILOG = """exit codes:
+    0 the stream is whole    1 it is damaged or cut off, or cannot be read    2 usage
+
+examples:
+  migrate-stream guest.stream
+  migrate-stream guest.stream --devices | less
+  migrate-stream guest.stream --json | jq .deltas
+  zstdcat guest.stream.zst | migrate-stream -
+  migrate-stream guest.stream --pages pc.ram:256-511
+  migrate-stream guest.stream --extract pc.ram=guest.memory
+"""
+
+
+def stream_parser() -> Parser:
+    parser = Parser(
+        prog="migrate-stream",
+        description="Tells what is in a captured migration stream: of QEMU, or of migrate-src.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"migrate-stream {VERSION}")
+    parser.add_argument("file", metavar="FILE", help="the stream; -: standard input")
+    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+    parser.add_argument(
+        "--devices", action="store_true",
+        help="print the fields of each device, as the stream's description explains them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pages", default="", metavar="BLOCK[:FIRST[-LAST]]",
+        help="list the records of a block's pages instead: place, page, kind and length "
+        "(streams of QEMU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--extract", action="append", default=[], metavar="BLOCK=FILE",
+        help="write the memory of a block, as the stream leaves it, to a file; repeatable "
+        "(streams of QEMU)",
+    )  # fmt: skip
+    return parser
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if path == "-":
+        yield sys.stdin.buffer.raw if hasattr(sys.stdin.buffer, "raw") else sys.stdin.buffer
+        return
+    with open(path, "rb", buffering=0) as file:
+        yield file
+
+
+class Progress:
+    """A line on a terminal: how far it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._size = os.fstat(file.fileno()).st_size
+        self._shown = False
+
+    def __call__(self, read: int) -> None:
+        if read > (64 << 20) and sys.stderr.isatty():
+            share = f" of {self._size >> 20}" if self._size else ""
+            print(f"\r{read >> 20}{share} MiB ", end="", file=sys.stderr, flush=True)
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._shown = False
+
+
+def survey(args: argparse.Namespace) -> int:
+    """Reads the stream and prints; the exit code."""
+    import msgspec
+
+    from migrate.stream.pages import BlockImage, PageList, PageRecord
+    from migrate.stream.reading import Reader, read
+    from migrate.stream.text import lines_of
+    from proto.qemu_survey import QemuSurvey
+    from proto.stream_facts import QemuFacts
+
+    records: list[PageRecord] = []
+    left_out = 0
+
+    def tell(record: PageRecord) -> None:
+        nonlocal left_out
+        if not args.json:
+            print(f"{record.at:>14}  {record.page:>10}  {record.kind:<6}  {record.length}")
+        elif len(records) < MAX_RECORDS:
+            records.append(record)
+        else:
+            left_out += 1
+
+    pages = PageList(args.pages, tell) if args.pages else None
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_opened(args.file))
+        there = os.fstat(file.fileno())
+        images = [BlockImage(one, (there.st_dev, there.st_ino)) for one in args.extract]
+        for image in images:
+            stack.callback(image.close)
+        made = QemuSurvey([*images, *([pages] if pages else [])])
+        progress = Progress(file)
+        stack.callback(progress.clear)
+        facts = read(Reader(file, progress), lambda: made)
+        progress.clear()
+        wanted = [image.block for image in images] + ([pages.block] if pages else [])
+        if wanted and not isinstance(facts, QemuFacts):
+            raise UsageError("--pages and --extract are for streams of QEMU")
+        _check_blocks(wanted, [one.name for one in facts.blocks])
+        for image in images:
+            image.open(made.parser)
+    if args.json:
+        told: dict[str, Any] = msgspec.to_builtins(facts)
+        if pages:
+            told |= {"records": msgspec.to_builtins(records), "records_left_out": left_out}
+        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+    elif not pages:
+        for line in lines_of(facts, devices=args.devices):
+            print(line)
+    else:
+        for fault in facts.faults:
+            print(f"migrate-stream: byte {fault.at}: {fault.what}", file=sys.stderr)
+    sys.stdout.flush()
+    return 0 if facts.whole else 1
+
+
+def _check_blocks(wanted: list[str], there: list[str]) -> None:
+    for name in wanted:
+        if name not in there:
+            listed = ", ".join(there) if there else "none: the list of them did not come"
+            raise UsageError(f"there is no block {name!r} in the stream; there are: {listed}")
+
+
+def run(words: list[str] | None = None) -> int:
+    parser = stream_parser()
+    try:
+        args = parser.parse_args(words)
+        return survey(args)
+    except MigrationError as error:
+        print(f"migrate-stream: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # What is still in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("migrate-stream: no memory for a guest of that size", file=sys.stderr)
+        return 1
+    except OSError as error:
+        why = f"{error.strerror or error}"
+        print(f"migrate-stream: {error.filename or args.file}: {why}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def main() -> None:
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
