@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.bench.boot_sector import BASE, boot_sector
 from tests.bench.guest_files import same_content, shelf
+from tests.bench.migration import migration
 from tests.bench.processes import Measured, ProgramError
 from tests.bench.qmp import QMP
 from tests.bench.report import LeftOutError
@@ -131,6 +132,44 @@ def attempt(workload: Workload, xbzrle: bool) -> Attempt:
         memory=memory,
         detail={"rate": rate, "query-migrate": info},
     )
+
+
+def carried(workload: Workload, *options: str) -> Attempt:
+    """The same two machines, and our two programs between them; the link is between those."""
+    with (
+        shelf(4 * workload.size) as directory,
+        Link(workload.link) as link,
+        Machine(
+            workload, directory, "far", link.far, "-S", "-incoming", f"unix:{directory}/in"
+        ) as far,
+        Machine(
+            workload, directory, "near", link.near,
+            "-qmp", f"unix:{directory}/drive,server=on,wait=off",
+        ) as near,
+    ):  # fmt: skip
+        near.wait_counting()
+        rate = near.rate()
+        with migration(
+            [
+                "--guest", f"qemu:qmp={directory}/drive", *options,
+                "--downtime-limit", f"{workload.downtime_limit * 1e3:.0f}",
+            ],
+            ["--guest", f"qemu:unix:{directory}/in"],
+            listen=f"{FAR}:0", namespaces=(link.near, link.far), timeout=workload.patience,
+        ) as moved:  # fmt: skip
+            info = near.qmp.execute("query-migrate")
+            memory = compare(near, far, workload, directory) if moved.completed else "-"
+            expected = moved.result.get("expected-downtime")
+            return Attempt(
+                completed=moved.completed,
+                why="" if moved.completed else moved.why,
+                seconds=info.get("total-time", 0) / 1e3,
+                link_bytes=link.carried(),
+                downtime=info["downtime"] / 1e3 if moved.completed else None,
+                expected=None if expected is None else expected / 1e3,
+                memory=memory,
+                detail={**moved.numbers(), "rate": rate, "query-migrate": info},
+            )
 
 
 def follow(qmp: QMP, patience: float) -> dict[str, Any]:

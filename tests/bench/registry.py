@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, channels, codec, forecast, lossy, rivals, scaling, tls
+from tests.bench import bulk, carry, channels, codec, forecast, lossy, rivals, scaling, tls
 from tests.bench.report import Options, Part
 
 
@@ -27,4 +27,5 @@ PARTS: dict[str, PartModule] = {
     "tls": tls,
     "forecast": forecast,
     "rivals": rivals,
+    "carry": carry,
 }

@@ -85,19 +85,19 @@ def contenders_for(
     else:
         contenders["rsync in passes"] = lambda: copies.rsync(workload)
     contenders["stop, copy, start"] = lambda: copies.plain_copy(workload)
-    return {name: _guarded(measure) for name, measure in contenders.items()}
+    return {name: guarded(measure) for name, measure in contenders.items()}
 
 
-def _guarded(attempt: Callable[[], Attempt]) -> Callable[[], Attempt]:
+def guarded(attempt: Callable[[], Attempt]) -> Callable[[], Attempt]:
     """A contender that breaks is a result: the others go on."""
 
-    def guarded() -> Attempt:
+    def guard() -> Attempt:
         try:
             return attempt()
         except (ProgramError, QMPError) as error:
             return Attempt(False, f"failed: {error}", 0.0, 0, None, None, "-", {})
 
-    return guarded
+    return guard
 
 
 def medians(runs: list[Attempt]) -> dict[str, Any]:
