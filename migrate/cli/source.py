@@ -88,7 +88,7 @@ def source_parser() -> Parser:
     parser.add_argument(
         "--cache-size", metavar="SIZE|auto",
         help="xbzrle page cache; auto: as large as the working set needs (default: 64m, and auto "
-        "for a QEMU guest)",
+        "for a QEMU guest, for which it is --cache-max at once)",
     )  # fmt: skip
     parser.add_argument(
         "--cache-max", metavar="SIZE",

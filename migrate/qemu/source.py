@@ -26,7 +26,6 @@ import xxhash
 
 from migrate.advice import advice
 from migrate.channels import Dial
-from migrate.deltas import CacheSizing, Lookups
 from migrate.errors import HandOverUnknown, MigrationError, NotConvergedError, PeerError
 from migrate.feeder import Counts
 from migrate.journal import Journal
@@ -127,9 +126,7 @@ class StreamSource(Migration):
         self._encoder: PageEncoder | None = None
         self._cache: PageCache | None = None
         self._cache_size = self._wanted_cache = self.parameters.cache_size
-        self._sizing: CacheSizing | None = None
         self._working = WorkingSet(self.parameters.page_size)
-        self._lookups = Lookups()
         self._looked_at = guest.intake.rounds
         self._items: Iterator[Item | None] | None = None
         self._turn: asyncio.Future[object] | None = None
@@ -164,7 +161,7 @@ class StreamSource(Migration):
         elif self._encoder is not None and self._cache is None:
             self._notice("xbzrle is off: there is no cache to have another size")
         else:
-            self._wanted_cache, self._sizing = size, None
+            self._wanted_cache = size
             self.parameters = replace(self.parameters, cache_size=size, cache_max=0)
 
     # -- the transfer
@@ -199,7 +196,7 @@ class StreamSource(Migration):
         self._set_status("active" if self._paused_at is None else "device")
         beside = [asyncio.create_task(self._pass_back())]
         if self.guest.machine is not None:
-            governor = Governor(self.guest.machine, self._limit, self._gone_by, self._hear_of)
+            governor = Governor(self.guest.machine, self._limit, self._progress, self._hear_of)
             beside.append(asyncio.create_task(governor.run()))
         try:
             await self._carry()
@@ -219,6 +216,9 @@ class StreamSource(Migration):
             return 0
         return encoder.unchanged + encoder.raw + encoder.delta + zeros * encoder.zero
 
+    def _progress(self) -> tuple[int, int]:
+        return self._gone_by(), self.guest.intake.received
+
     def _hear_of(self, status: MachineStatus, expected: float | None) -> None:
         """What QEMU knows."""
         if status.status == "active":
@@ -231,8 +231,10 @@ class StreamSource(Migration):
         page_size, intake = self.parameters.page_size, self.guest.intake
         if agreement.xbzrle:
             if self.parameters.cache_max:
-                most = self._useful(self.parameters.cache_max)
-                self._sizing = CacheSizing(self._cache_size, most, page_size)
+                # What is hot shows when it comes again, and then its old content must be there: as
+                # much of it as there may be. Memory is taken as pages come.
+                self._cache_size = self._useful(self.parameters.cache_max)
+                self._wanted_cache = self._cache_size
             self._cache = PageCache(self._useful(self._cache_size), page_size)
         else:
             self._cache_size = 0
@@ -283,31 +285,19 @@ class StreamSource(Migration):
     def _next(self) -> object:
         """In the worker thread: the next item, None where none came yet, or that it is over."""
         assert self._items is not None
-        if self.guest.intake.rounds > self._looked_at:
-            self._adapt()
+        if self.guest.intake.rounds > self._looked_at and self._encoder is not None:
+            self._looked_at = self.guest.intake.rounds
+            self._working.learn(*self._encoder.survey())
         if self._cache is not None and self._wanted_cache != self._cache_size:
             try:
                 self._cache.resize(self._useful(self._wanted_cache))
                 self._cache_size = self._wanted_cache
             except MemoryError:
-                self._wanted_cache, self._sizing = self._cache_size, None
+                self._wanted_cache = self._cache_size
         item = next(self._items, _OVER)
         if isinstance(item, Item):
             self._digest.update(item.body if item.head is None else item.head[HEADER_BYTES:])
         return item
-
-    def _adapt(self) -> None:
-        """In the worker thread, when the pages have begun from the first one again."""
-        encoder = self._encoder
-        assert encoder is not None
-        self._looked_at = self.guest.intake.rounds
-        self._working.learn(*encoder.survey())
-        before, self._lookups = (
-            self._lookups,
-            Lookups(encoder.hits, encoder.misses, encoder.overflows, encoder.delta_bytes),
-        )
-        if self._sizing is not None:
-            self._wanted_cache = self._sizing.decide(self._working, self._lookups.since(before))
 
     async def _send(self) -> None:
         """What is not sent. At any moment an item is there, or kept: a break loses none."""
@@ -445,10 +435,7 @@ class StreamSource(Migration):
 
     def _advise(self) -> None:
         if self._encoder is not None and self.guest.intake.rounds > 2:
-            found = advice(
-                self.statistics, self._working,
-                cache_max=self._sizing.most if self._sizing is not None else 0,
-            )  # fmt: skip
+            found = advice(self.statistics, self._working, cache_max=self.parameters.cache_max)
             self.statistics = self.statistics.with_(advice=found)
 
     def _update(self) -> None:
