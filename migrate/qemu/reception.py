@@ -23,6 +23,7 @@ from migrate.guests.guest import Place
 from migrate.link import Link
 from migrate.memory import private_buffer
 from migrate.reception import Arrival, Lanes, Reception
+from proto.errors import LocalError
 from proto.frames import Frame
 from proto.kernel import PageHashes, RamWriter
 from proto.messages import (
@@ -33,10 +34,12 @@ from proto.messages import (
     Complete,
     Error,
     GuestInfo,
+    Message,
     MessageType,
     Taken,
     unpack,
 )
+from proto.session import State
 
 if TYPE_CHECKING:
     from migrate.qemu.place import QemuPlace
@@ -170,7 +173,7 @@ class StreamReception(Reception):
         arrival.zero, arrival.raw, arrival.delta = writer.zero, writer.raw, writer.delta
         arrival.received = lanes.received_bytes
         self._resting()
-        await lanes.link.send(Taken(self._items))
+        await _tell(lanes.link, Taken(self._items))
 
     async def _next(self, links: list[Link], lane: int) -> Frame | None:
         """The next item; None: all of them came."""
@@ -243,7 +246,7 @@ class StreamReception(Reception):
             while self._to_return < len(self._returned):
                 data = self._returned[self._to_return]
                 self._to_return += 1
-                await link.send(Bytes(data))
+                await _tell(link, Bytes(data))
             self._news.clear()
             await self._news.wait()
 
@@ -257,6 +260,15 @@ class StreamReception(Reception):
         began = loop.time()
         await self._place.prove(return_path=return_path)
         return loop.time() - began
+
+
+async def _tell(link: Link, message: Message) -> None:
+    """Not where the source has just given up: it says why, and that is what counts."""
+    try:
+        await link.send(message)
+    except LocalError:
+        if link.session.state is not State.FAILED:
+            raise
 
 
 def _state(complete: Complete) -> tuple[int, bool]:
