@@ -793,8 +793,8 @@ cdef class PageEncoder:
     cdef inline void look_ahead(
         self, const StreamRecord* at, Py_ssize_t i, Py_ssize_t count
     ) noexcept nogil:
-        """Has the processor fetch what later records will ask of the cache: the pages follow on each
-        other, but their places in the tables do not."""
+        """Has the processor fetch what later records will ask of the cache: the pages follow on
+        each other, but their places in the tables do not."""
         cdef uint32_t entry
         if i + AHEAD < count:
             xb_prefetch(&self.cache.index[self.cache.home(at[i + AHEAD].page)])
