@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from proto import _batch, _cache, _codec, _ram, _twin, _twin_ram, kernel
+from proto import (
+    _batch,
+    _cache,
+    _codec,
+    _ram,
+    _ram_apply,
+    _ram_survey,
+    _twin,
+    _twin_ram,
+    _twin_ram_apply,
+    _twin_ram_survey,
+    kernel,
+)
 from proto._codec import SIMD, encode, simd_kernels, use_simd
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +72,9 @@ def test_another_kernel_is_an_import_error_that_names_the_choices(value):
     assert repr(value) in last
 
 
-@pytest.mark.parametrize("module", ["_batch", "_cache", "_codec", "_ram"])
+@pytest.mark.parametrize(
+    "module", ["_batch", "_cache", "_codec", "_ram", "_ram_apply", "_ram_survey"]
+)
 def test_a_missing_extension_is_an_import_error_not_the_twin(module):
     done = run(f"import sys; sys.modules['proto.{module}'] = None; {SHOW}")
     assert done.returncode != 0
@@ -110,8 +124,12 @@ def test_another_can_be_chosen_while_it_runs():
         assert use_simd(SIMD) == SIMD
 
 
+COMPILED = (_batch, _cache, _codec, _ram, _ram_apply, _ram_survey)
+TWINS = (_twin, _twin_ram, _twin_ram_apply, _twin_ram_survey)
+
+
 @pytest.mark.parametrize("name", kernel.__all__)
 def test_both_have_what_is_imported_from_them(name):
     if name != "NAME":
-        assert any(hasattr(module, name) for module in (_batch, _cache, _codec, _ram))
-        assert any(hasattr(module, name) for module in (_twin, _twin_ram))
+        assert any(hasattr(module, name) for module in COMPILED)
+        assert any(hasattr(module, name) for module in TWINS)

@@ -1,11 +1,12 @@
-"""A QEMU, driven over its control socket (QMP).
+"""Virtual machines: the migration stream of a QEMU, carried from one to another.
 
-    Machine  machine.py  what is wanted of it: prepare, migrate, cancel, let run again, ...
-       |
-    Client   client.py   commands and their answers, and the events between them
-       |     messages.py what QEMU says, text by text
-       |
-    QEMU -qmp unix:PATH,server=on,wait=off
-
-Nothing here reads a migration stream.
+source       guest.py, holder.py   a QEMU that migrates to us, and what keeps its socket
+             intake.py             its stream, cut into items
+             source.py             sends them, in order, until they are taken
+             lifting.py            a stream made from a directory
+destination  reception.py          takes them in
+             place.py              a QEMU that waits for them
+             landing.py            a directory, by an incoming QEMU of ours
+control      machine.py, client.py, messages.py   a QEMU, driven over its QMP socket
+             governor.py           tells it when the rest is quick enough
 """
