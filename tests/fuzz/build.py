@@ -19,7 +19,14 @@ BUILD = ROOT / "build/fuzz"
 TREE = BUILD / "tree"
 FUZZER = BUILD / "fuzzer"
 # migrate._memory never sees a peer's bytes.
-MODULES = ("proto._codec", "proto._cache", "proto._batch", "proto._ram")
+MODULES = (
+    "proto._codec",
+    "proto._cache",
+    "proto._batch",
+    "proto._ram",
+    "proto._ram_apply",
+    "proto._ram_survey",
+)
 SANITIZERS = "address,undefined"
 FLAGS = ("-g", "-O1", "-fno-omit-frame-pointer", "-fno-strict-aliasing", "-w")
 SANITIZED = (f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all")
