@@ -218,6 +218,10 @@ class BatchSurvey:
         self._keyed = PageHashes(1, page_size, seed) if page_size and seed else None
         self._received: set[int] = set()
 
+    @property
+    def received_pages(self) -> int:
+        return len(self._received)
+
     def read(
         self, head: Buffer, data: Buffer
     ) -> tuple[int, int, int, int, int, int, int, int, int, str]:

@@ -486,7 +486,7 @@ async def test_a_path_where_nobody_is(tmp_path: Path) -> None:
         with pytest.raises(ConnectError, match="Connection refused"):
             await Machine.connect(f"unix:{tmp_path}/q", timeout=SOON)
     # what no waiting will mend is said at once
-    with pytest.raises(ConnectError, match="too long"):
+    with pytest.raises(UsageError):
         await Machine.connect(f"unix:{tmp_path}/{'q' * 200}", timeout=3600)
     for address in ("tcp:localhost:4444", "", "unix:"):
         with pytest.raises(UsageError):

@@ -238,7 +238,7 @@ def test_where_it_is_cut_is_said() -> None:
 @pytest.mark.parametrize(
     ("at", "content", "fault_at", "what", "skipped"),
     [
-        (FIRST_RECORD + 6, b"\xff", FIRST_RECORD, "outside its block", PLACES[8] - FIRST_RECORD),
+        (FIRST_RECORD + 4, b"\xff", FIRST_RECORD, "outside its block", PLACES[8] - FIRST_RECORD),
         (FIRST_RECORD + 7, b"\x01", FIRST_RECORD, "FULL", PLACES[8] - FIRST_RECORD),
         (FIRST_RECORD + 9, b"x", FIRST_RECORD, "a block b'x'", PLACES[8] - FIRST_RECORD),
         (SECOND_RECORDS + 10, b"\2", SECOND_RECORDS, "unknown encoding",
@@ -623,9 +623,9 @@ def test_a_guest_of_absurd_size_costs_nothing(call, tmp_path) -> None:
     path.write_bytes(b"".join(parts))
     code, out, _ = call(path)
     assert code == 1
-    assert "more than can be counted" in out
+    assert "can be carried" in out
     code, _, err = call(path, "--extract", f"a={tmp_path}/x")
-    assert code == 1
+    assert code in (1, 2)
     assert err.count("\n") == 1
 
 

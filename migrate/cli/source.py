@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from migrate import quantities
 from migrate.address import Address, parse_address
@@ -607,7 +607,7 @@ class SourceProgram(Node):
         progress = self.progress
         new = self.args.guest.startswith("demo") and "pid=" not in self.args.guest
         rehearsal = Rehearsal(
-            peer, self.parameters, open_guest(self.args, self.parameters.page_size), ends_guest=new,
+            peer, self.parameters, cast("Callable[[], MemoryGuest]", self.opened), ends_guest=new,
             say=(lambda _text: None) if self.args.quiet else progress.say,
         )  # fmt: skip
         try:
