@@ -29,7 +29,6 @@ from migrate.errors import (
     PeerLost,
     code_of,
     failure_of,
-    peer_error,
 )
 from migrate.guests.guest import Place
 from migrate.handover import Custody, Records
@@ -45,7 +44,6 @@ from proto.messages import (
     Accept,
     Complete,
     Done,
-    Error,
     Go,
     GuestInfo,
     Hello,
@@ -56,7 +54,6 @@ from proto.messages import (
     Probed,
     Ready,
     Running,
-    Taken,
 )
 from proto.ownership import Claim
 
@@ -385,14 +382,9 @@ class Destination:
         return journal.identity
 
     async def _expect(self, kind: type[T]) -> T:
-        message = await self.link.receive_message()
-        while self._stream and isinstance(message, Taken):  # it has crossed with READY
-            message = await self.link.receive_message()
-        if isinstance(message, Error):
-            raise peer_error(message)
-        if not isinstance(message, kind):
-            raise PeerError(f"{type(message).__name__} came where {kind.__name__} was due")
-        return message
+        while self._stream and await self.link.first_type() is MessageType.TAKEN:
+            await self.link.receive_message()  # it has crossed with READY
+        return await self.link.expect(kind)
 
     # -- channels
 

@@ -21,11 +21,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from migrate import tls
 from migrate.address import Address
-from migrate.errors import ConnectError, MigrationError, PeerLost, TlsError, UsageError
+from migrate.errors import (
+    ConnectError,
+    MigrationError,
+    PeerError,
+    PeerLost,
+    TlsError,
+    UsageError,
+    peer_error,
+)
 from migrate.secure import RECORD_TYPES, HungUp, Secured
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
@@ -63,6 +71,9 @@ RTO_BOUNDS = 1000, 120_000
 
 # States in which nothing but the handshake is said.
 QUIET = (State.START, State.GREETED, State.JOINING, State.FAILED)
+
+
+T = TypeVar("T")
 
 
 class RateLimit:
@@ -301,6 +312,15 @@ class Link(asyncio.BufferedProtocol):
             return unpack(frame.type, frame.head)
         finally:
             frame.release()
+
+    async def expect(self, kind: type[T]) -> T:
+        """The next message, which is of this kind. Raises PeerError, or what an ERROR says."""
+        message = await self.receive_message()
+        if isinstance(message, Error):
+            raise peer_error(message)
+        if not isinstance(message, kind):
+            raise PeerError(f"{type(message).__name__} came where {kind.__name__} was due")
+        return message
 
     async def send(self, message: Message) -> None:
         """Sends a message now, past the rate limit: it is small."""

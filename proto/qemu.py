@@ -55,6 +55,11 @@ class Command(IntEnum):
     SWITCHOVER_START = 11
 
 
+def order(number: Command, data: bytes = b"") -> bytes:
+    """A command, as it stands in the stream."""
+    return struct.pack(">BHH", COMMAND, number, len(data)) + data
+
+
 class Reply(IntEnum):
     """What the destination says on the return path."""
 

@@ -35,7 +35,6 @@ from migrate.qemu.snapshot import (
 )
 from proto.kernel import RamRecorder
 from proto.qemu import (
-    COMMAND,
     DESCRIPTION,
     EOF,
     EOS,
@@ -47,6 +46,7 @@ from proto.qemu import (
     RAM_VERSION,
     START,
     Command,
+    order,
 )
 
 OUT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 4)
@@ -98,7 +98,7 @@ class Lifter:
         with self._opened(snapshot.devices) as fd:
             devices = _Devices(fd, self._path, snapshot.devices)
             self._send_devices(devices, snapshot.header)
-            self._send(_order(Command.OPEN_RETURN_PATH) + _order(Command.PING, b"\0\0\0\1"))
+            self._send(order(Command.OPEN_RETURN_PATH) + order(Command.PING, b"\0\0\0\1"))
             self._send_devices(devices, snapshot.head - snapshot.header)
             self._begin_memory()
             for number, block in enumerate(snapshot.blocks):
@@ -221,10 +221,6 @@ class _Opened:
 
 class _GoneError(Exception):
     """Nobody reads the stream any more."""
-
-
-def _order(number: Command, data: bytes = b"") -> bytes:
-    return struct.pack(">BHH", COMMAND, number, len(data)) + data
 
 
 # ---------------------------------------------------------------- the guest

@@ -18,7 +18,7 @@ from migrate.guests.guest import Place
 from migrate.qemu.machine import Machine
 from migrate.qemu.reception import StreamReception
 from proto import ErrorCode
-from proto.qemu import COMMAND, Command, Reply
+from proto.qemu import Command, Reply, order
 
 CONNECT_SECONDS = 10.0
 SEND_BYTES = 4 << 20
@@ -168,9 +168,9 @@ class QemuPlace(Place):
 
     async def prove(self, *, return_path: bool) -> None:
         """Returns when QEMU has loaded all that was sent. Raises MigrationError."""
-        order = b"" if return_path else _command(Command.OPEN_RETURN_PATH)
-        order += _command(Command.PING, PROOF.to_bytes(4, "big"))
-        await asyncio.to_thread(self.send, order)
+        orders = b"" if return_path else order(Command.OPEN_RETURN_PATH)
+        orders += order(Command.PING, PROOF.to_bytes(4, "big"))
+        await asyncio.to_thread(self.send, orders)
         proven = asyncio.ensure_future(self._proven.wait())
         assert self.lost is not None
         either: set[asyncio.Future[Any]] = {proven, self.lost}
@@ -218,7 +218,3 @@ class QemuPlace(Place):
     async def discard(self) -> None:
         """QEMU sees the end of its stream, and ends."""
         self.close()
-
-
-def _command(number: Command, data: bytes = b"") -> bytes:
-    return struct.pack(">BHH", COMMAND, number, len(data)) + data

@@ -14,11 +14,11 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from migrate.errors import MigrationError, MismatchError, PeerError, peer_error
+from migrate.errors import MismatchError, PeerError, peer_error
 from migrate.guests.guest import Place
 from migrate.link import Link
 from migrate.memory import private_buffer
@@ -48,8 +48,6 @@ OUT_BYTES = 1 << 20
 # Items of the first channel that wait for their turn.
 AHEAD = 2
 STATE_BYTES = 9
-
-T = TypeVar("T")
 
 
 class StreamReception(Reception):
@@ -85,7 +83,7 @@ class StreamReception(Reception):
         if held:
             await link.send(Taken(self._items))
         if not self._items:
-            blocks = await _expect(link, Blocks)
+            blocks = await link.expect(Blocks)
             self._heard()
             if sum(pages for _, pages in blocks.blocks) != info.pages:
                 raise PeerError("the blocks have other pages than the guest")
@@ -276,15 +274,3 @@ def _state(complete: Complete) -> tuple[int, bool]:
     if len(complete.state) != STATE_BYTES:
         raise PeerError("COMPLETE does not say how many items the stream has")
     return int.from_bytes(complete.state[:8], "big"), bool(complete.state[8])
-
-
-async def _expect(link: Link, kind: type[T]) -> T:
-    message = await link.receive_message()
-    if isinstance(message, Error):
-        raise peer_error(message)
-    if not isinstance(message, kind):
-        raise PeerError(f"{type(message).__name__} came where {kind.__name__} was due")
-    return message
-
-
-__all__ = ["MigrationError", "StreamReception"]
