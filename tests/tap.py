@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from proto.frames import FrameReader
 from proto.messages import Join, MessageType, Round, unpack
@@ -17,6 +18,7 @@ class Tap:
     """Stands between the two programs, and does something the moment a certain frame passes.
 
     when -- told the type, head and channel of each frame
+    act  -- what to do; it may be set once the programs run, the frame is held until then
     """
 
     def __init__(self, address: str, when: When) -> None:
@@ -27,9 +29,17 @@ class Tap:
         self._there = (host, int(port))
         self._when = when
         self._open: list[socket.socket] = []
-        self.act: Callable[[], None] = lambda: None
+        self._act: Future[Callable[[], object]] = Future()
         self.acted = threading.Event()
         threading.Thread(target=self._run, args=(self._server,), daemon=True).start()
+
+    @property
+    def act(self) -> Callable[[], object]:
+        return self._act.result(timeout=30)
+
+    @act.setter
+    def act(self, act: Callable[[], object]) -> None:
+        self._act.set_result(act)
 
     def _run(self, server: socket.socket) -> None:
         """Every connection through the tap has one of its own to the other side."""

@@ -401,7 +401,7 @@ def test_a_destination_that_cannot_start_the_guest_gives_it_back(shm: Path) -> N
         try:
             receiver, address = destination("--output", str(output))
             tap = Tap(address, of_kind(MessageType.GO))
-            tap.act = lambda: output.write_text("mine")  # type: ignore[assignment,return-value]
+            tap.act = lambda: output.write_text("mine")
             source = Program(
                 "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), tap.address
             )
@@ -483,7 +483,7 @@ def test_a_file_replaced_by_another_is_not_taken_for_it(shm: Path) -> None:
     other.write_bytes(os.urandom(4 << 20))
     receiver, address = destination("--output", str(shm / "output"))
     tap = Tap(address, of_kind(MessageType.ROUND))
-    tap.act = lambda: other.rename(memory)  # type: ignore[assignment,return-value]
+    tap.act = lambda: other.rename(memory)
     source = Program("migrate-src", "--guest", f"file:{memory}", tap.address)
     assert source.wait() == 1
     assert "replaced by another file" in source.err
