@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from migrate.cli import control, destination, program, source
+from migrate.cli.source_words import parameters_of, source_parser
 from tests.programs import Program
 
 NOWHERE = "tcp:127.0.0.1:1"
@@ -54,8 +55,8 @@ def one_sentence(program: str, err: str) -> str:
     ],
 )  # fmt: skip
 def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
-    args = source.source_parser().parse_args([*arguments, "--max-cpu-throttle", "80", NOWHERE])
-    parameters = source.parameters_of(args)
+    args = source_parser().parse_args([*arguments, "--max-cpu-throttle", "80", NOWHERE])
+    parameters = parameters_of(args)
     assert parameters.auto_converge is on
     assert parameters.throttle.max_cpu_throttle == 80
     assert parameters.throttle.cpu_throttle_initial == 20

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from migrate.cli.source import source_parser
+from migrate.cli.source_words import source_parser
 from migrate.views.options import Views, wants_live
 from tests.story import story
 

@@ -16,7 +16,7 @@ from enum import Enum
 from migrate.cli.control import control_parser
 from migrate.cli.destination import destination_parser
 from migrate.cli.resolve import resolve_parser
-from migrate.cli.source import source_parser
+from migrate.cli.source_words import source_parser
 from migrate.cli.stream import stream_parser
 
 # proto.capabilities has them, and more than there is at build time.
