@@ -7,8 +7,9 @@ BIN = .venv/bin
 demo: build
 	$(BIN)/python -m tests.demo
 
+# Most tests wait for others: four run at a time.
 test: build
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 4 --dist loadfile
 
 # What hostile bytes reach, with sanitizers: a minute for each target, or FUZZ='pages --seconds 600'.
 fuzz: build

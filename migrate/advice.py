@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from migrate.quantities import format_size
+from migrate.quantities import format_size, option_size
 
 if TYPE_CHECKING:
     from migrate.deltas import DeltaSwitch
@@ -35,15 +35,6 @@ LITTLE_SAVED = 0.1
 ABOVE = 1.05
 # Bytes per second, above which deltas may cost more than they save.
 FAST_LINK = 400e6
-SUFFIXES = ((1 << 40, "t"), (1 << 30, "g"), (1 << 20, "m"), (1 << 10, "k"))
-
-
-def option_size(size: int) -> str:
-    """As --cache-size takes it: 256m."""
-    for unit, suffix in SUFFIXES:
-        if size >= unit and size % unit == 0:
-            return f"{size // unit}{suffix}"
-    return str(size)
 
 
 def advice(

@@ -22,7 +22,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+from migrate.cache import SizedCache
 from migrate.channels import Channels, Dial
 from migrate.errors import (
     CancelledByPeer,
@@ -43,6 +45,8 @@ from migrate.parameters import Parameters
 from migrate.statistics import Statistics
 from proto import ProtoError
 from proto import capabilities as caps
+from proto.frames import HEADER_BYTES
+from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
     SEED_BYTES,
     TOKEN_BYTES,
@@ -54,6 +58,7 @@ from proto.messages import (
     Hello,
     Message,
     Running,
+    batch_bytes,
 )
 from proto.ownership import Claim, Event, Role
 
@@ -114,7 +119,9 @@ class Migration(ABC):
         self._resolve_timeout = resolve_timeout
         self._address = address
         self._worker = ThreadPoolExecutor(1, "encode")
-        self._pages = -(-guest.size // self.parameters.page_size)
+        page_size = self.parameters.page_size
+        self._pages = -(-guest.size // page_size)
+        self._cache = SizedCache(self._pages * page_size, page_size, self.parameters.cache_size)
         self._began = time.monotonic()
         self._round = 0
         self._paused_at: float | None = None
@@ -150,16 +157,41 @@ class Migration(ABC):
     def _advise(self) -> None:
         """It is over: what the numbers mean."""
 
-    @abstractmethod
-    def set_cache_size(self, size: int) -> None:
-        """Somebody asks for another cache size."""
+    # -- settings
 
-    @abstractmethod
     def set_parameters(self, parameters: Parameters) -> None:
-        """Takes other parameters while the migration runs.
+        """Takes other parameters while the migration runs; they hold from the next batch on, or
+        from the end of the round.
 
         Raises UsageError for a change of what was agreed on with the destination.
         """
+        ours = self.parameters
+        ours.check_change(parameters)
+        self.parameters = parameters
+        self.channels.link.limit.rate = parameters.limits.max_bandwidth
+        if (parameters.cache_size, parameters.cache_max) != (ours.cache_size, ours.cache_max):
+            self.set_cache_size(parameters.cache_size)
+
+    def set_cache_size(self, size: int) -> None:
+        """Asks for another cache size, which it has as soon as the thread gets to it."""
+        if refusal := self._cache.ask(size):
+            self._notice(refusal)
+        else:
+            self.parameters = replace(self.parameters, cache_size=size, cache_max=0)
+
+    async def _confirm_cache(self) -> None:
+        """Tells the destination the size in force, and counts it."""
+        if refusal := self._cache.refusal():
+            self._notice(refusal)
+        if (size := self._cache.size) != self.statistics.cache_size:
+            self.statistics = self.statistics.with_(cache_size=size)
+            await self.channels.link.send(CacheSize(size))
+
+    def _new_encoder(self, hashes: PageHashes, agreement: caps.Agreement) -> PageEncoder:
+        return PageEncoder(
+            hashes, self._cache.open(deltas=agreement.xbzrle), merge=agreement.merge,
+            headroom=HEADER_BYTES, room=batch_bytes(self.parameters.channels),
+        )  # fmt: skip
 
     def _aside(self, message: Message) -> bool:
         """Takes what the destination says when it likes; False for an answer."""

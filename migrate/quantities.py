@@ -50,3 +50,11 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def option_size(size: int) -> str:
+    """As --cache-size takes it: 256m."""
+    for suffix in "tgmk":
+        if size and size % (1 << _SHIFT[suffix]) == 0:
+            return f"{size >> _SHIFT[suffix]}{suffix}"
+    return str(size)

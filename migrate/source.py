@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 
-from migrate.advice import advice, option_size
+from migrate.advice import advice
 from migrate.brake import Brake
 from migrate.channels import Dial
 from migrate.deltas import CacheSizing, DeltaSwitch, Lookups
@@ -34,15 +33,14 @@ from migrate.journal import Journal
 from migrate.link import Link
 from migrate.migration import RESOLVE_SECONDS, Migration, Observer
 from migrate.parameters import Parameters
-from migrate.quantities import format_size
+from migrate.quantities import format_size, option_size
 from migrate.rounds import DowntimeModel, Measured, Pending, Policy, Verdict
 from migrate.throttle import CAPABILITY as AUTO_CONVERGE
 from migrate.throttle import Look
 from migrate.tracking import DirtyTracker, ScanTracker
 from migrate.workingset import WorkingSet
 from proto import capabilities as caps
-from proto.frames import HEADER_BYTES
-from proto.kernel import PageCache, PageEncoder, PageHashes
+from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
     MAX_STATE,
     CacheSize,
@@ -51,7 +49,6 @@ from proto.messages import (
     Ready,
     Round,
     RoundAck,
-    batch_bytes,
 )
 from proto.pageset import PageSet
 
@@ -88,14 +85,10 @@ class Source(Migration):
         self._sizing: CacheSizing | None = None
         self._lookups = Lookups()
         self._delta_news = self._obstacle = ""
-        self._cache_refused = 0
         self._brake = Brake(guest, self._notice)
         self._encoder: PageEncoder | None = None
         self._digest: Digest | None = None
         self._feeder: Feeder | None = None
-        self._cache: PageCache | None = None
-        self._wanted_cache = 0
-        self._cache_size = 0
         self._unsent: PageSet | None = None
         self._tracker: DirtyTracker | None = None
         self._peer_stale = 0
@@ -141,13 +134,13 @@ class Source(Migration):
             dirty = await self._take_stock(self._encoder, held=accept.held)
         else:
             dirty = PageSet.full(self._pages)
-        await link.send(CacheSize(self._cache_size))
+        await link.send(CacheSize(self._cache.size))
         self._lost_at = 0.0
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle}
             | ({AUTO_CONVERGE: True} if parameters.auto_converge else {}),
             channels=parameters.channels,
-            cache_size=self._cache_size,
+            cache_size=self._cache.size,
             remaining=self._remaining(len(dirty)),
         )
         if not self._round:
@@ -156,24 +149,14 @@ class Source(Migration):
 
     def _make_encoder(self, agreement: caps.Agreement) -> None:
         parameters, page_size = self.parameters, self.parameters.page_size
-        asked, self._wanted_cache = self._wanted_cache, self._wanted_cache or parameters.cache_size
         if agreement.xbzrle:
-            if parameters.cache_max and not asked:
-                most = self._useful(parameters.cache_max)
+            if parameters.cache_max:
+                most = self._cache.useful(parameters.cache_max)
                 self._sizing = CacheSizing(parameters.cache_size, most, page_size)
-                self._wanted_cache = self._sizing.size
-            self._cache_size = self._wanted_cache
-            self._cache = PageCache(self._useful(self._cache_size), page_size)
+                self._cache.wanted = self._sizing.size
             self._deltas = DeltaSwitch(page_size)
         hashes = PageHashes(self._pages, page_size, self._seed)
-        encoder = PageEncoder(
-            hashes,
-            self._cache,
-            merge=agreement.merge,
-            headroom=HEADER_BYTES,
-            room=batch_bytes(parameters.channels),
-        )
-        self._encoder = encoder
+        encoder = self._encoder = self._new_encoder(hashes, agreement)
         self._digest = Digest(self.guest.memory, hashes)
         self._feeder = Feeder(self.guest.memory, encoder)
         self._tracker = self.guest.track(encoder)
@@ -209,36 +192,8 @@ class Source(Migration):
         return min(pages * self.parameters.page_size, self.guest.memory.size)
 
     def set_parameters(self, parameters: Parameters) -> None:
-        """Takes other parameters while the migration runs; they hold from the next batch on, or
-        from the end of the round.
-
-        Raises UsageError for a change of what was agreed on with the destination.
-        """
-        ours = self.parameters
-        ours.check_change(parameters)
-        self.parameters = parameters
-        self._policy.limits = parameters.limits
-        self.channels.link.limit.rate = parameters.limits.max_bandwidth
-        if (parameters.cache_size, parameters.cache_max) != (ours.cache_size, ours.cache_max):
-            self.set_cache_size(parameters.cache_size)
-
-    def set_cache_size(self, size: int) -> None:
-        """Asks for another cache size; it is in force within a batch, keeping what still fits.
-
-        Whoever asks knows better: the cache finds its size itself no more.
-        """
-        if size < self.parameters.page_size or size & (size - 1):
-            self._notice(f"a cache size of {size} bytes cannot be used: powers of two only")
-        elif self._encoder is not None and self._cache is None:
-            self._notice("xbzrle is off: there is no cache to have another size")
-        else:
-            self._wanted_cache, self._sizing = size, None
-            self.parameters = replace(self.parameters, cache_size=size, cache_max=0)
-
-    def _useful(self, size: int) -> int:
-        """What of a cache size this guest can fill: any pages fit together, so no more than it."""
-        whole = 1 << (self._pages * self.parameters.page_size - 1).bit_length()
-        return min(size, max(whole, self.parameters.page_size))
+        super().set_parameters(parameters)
+        self._policy.limits = self.parameters.limits
 
     # -- rounds
 
@@ -348,16 +303,16 @@ class Source(Migration):
             self._lookups,
             Lookups(encoder.hits, encoder.misses, encoder.overflows, encoder.delta_bytes),
         )
-        if self._sizing is not None and encoder.active:
-            self._wanted_cache = self._sizing.decide(self._working, self._lookups.since(before))
+        if self._sizing is not None and encoder.active and not self._cache.fixed:
+            self._cache.wanted = self._sizing.decide(self._working, self._lookups.since(before))
 
     def _say_changes(self) -> None:
         if self._delta_news:
             self._notice(self._delta_news)
-        if self._sizing is not None and self._wanted_cache != self._cache_size:
+        if not self._cache.fixed and self._cache.wanted != self._cache.size:
             self._notice(
                 f"the working set is about {format_size(self._working.size)}: the cache is "
-                f"{option_size(self._wanted_cache)} now"
+                f"{option_size(self._cache.wanted)} now"
             )
 
     async def _send_channel(self, dirty: PageSet, channel: int, last: bool) -> None:
@@ -391,27 +346,8 @@ class Source(Migration):
     def _turn(self, dirty: PageSet, channel: int) -> Turn:
         """In the worker thread: the next batch, after a change of the cache's size."""
         assert self._feeder is not None
-        if self._cache is not None and self._wanted_cache != self._cache_size:
-            try:
-                self._cache.resize(self._useful(self._wanted_cache))
-                self._cache_size = self._wanted_cache
-            except MemoryError:
-                self._cache_refused, self._wanted_cache = self._wanted_cache, self._cache_size
-                self._sizing = None
+        self._cache.resize()
         return self._feeder.turn(dirty, channel, holes=self._round == 1)
-
-    async def _confirm_cache(self) -> None:
-        """Tells the destination the size in force, and counts it."""
-        size = self._cache_size
-        if self._cache_refused:
-            self._notice(
-                f"there is no memory for a cache of {option_size(self._cache_refused)}: it stays "
-                f"{option_size(size)}"
-            )
-            self._cache_refused = 0
-        if size != self.statistics.cache_size:
-            self.statistics = self.statistics.with_(cache_size=size)
-            await self.channels.link.send(CacheSize(size))
 
     # -- hand-over
 
@@ -488,7 +424,7 @@ class Source(Migration):
     def _found(self) -> tuple[str, ...]:
         return advice(
             self.statistics, self._working, self._deltas,
-            cache_max=self._sizing.most if self._sizing is not None else 0,
+            cache_max=self._sizing.most if self._sizing and not self._cache.fixed else 0,
             bandwidth=self._model.link_bandwidth(self.parameters.limits),
         )  # fmt: skip
 
@@ -509,7 +445,7 @@ class Source(Migration):
             s = s.with_(
                 **feeder.sent._asdict(),
                 xbzrle_active=encoder.active,
-                evictions=self._cache.evictions if self._cache else 0,
+                evictions=self._cache.evictions,
             )
         if left is not None:
             seconds = max(time.monotonic() - self._round_began, 1e-9)

@@ -41,8 +41,9 @@ def counts(pid: int) -> bool:
     except UsageError:
         return False
     try:
-        before = process.place()
-        time.sleep(0.05)
+        before, end = process.place(), time.monotonic() + 0.5  # it may have to wait for a processor
+        while process.place() == before and time.monotonic() < end:
+            time.sleep(0.02)
         return process.place() != before
     finally:
         process.close()

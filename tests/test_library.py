@@ -236,7 +236,7 @@ class Refusing:
 async def test_a_cache_that_cannot_grow_stays_and_says_so() -> None:
     def refuse(source: Source, number: int) -> None:
         if number == 1:
-            source._cache = Refusing(source._cache)  # type: ignore[assignment]
+            source._cache.pages = Refusing(source._cache.pages)  # type: ignore[assignment]
 
     source, notices = await rewritten(
         migrate.Parameters(cache_size=1 << 20, cache_max=64 << 20), refuse

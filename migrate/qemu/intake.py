@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from migrate.errors import MigrationError, UsageError
 from migrate.memory import private_buffer
+from migrate.sliding import Sliding
 from proto.errors import DecodeError, StreamError
 from proto.kernel import PageEncoder
 from proto.messages import PIECE_BYTES
@@ -83,39 +84,38 @@ class Intake:
         self.stopped_at: float | None = None
         """When the guest was seen to stand still."""
         self.return_path = False
-        self.received = 0
         self._sock = sock
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
-        self._buffer = private_buffer(BUFFER_BYTES)
-        self._start = self._end = self._part_end = 0
+        self._stream = Sliding(private_buffer(BUFFER_BYTES), LEAST_READ)
+        self._part_end = 0
         self._fed = 0  # pages since the last batch
         self._literal = bytearray()
         self._held = False
         self._quiet_since = 0.0
 
+    @property
+    def received(self) -> int:
+        """Bytes of the stream."""
+        return self._stream.received
+
     # -- bytes
 
     def _fill(self) -> bool:
         """Takes in what is there; False where that is nothing. Raises StreamLost at the end."""
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif len(self._buffer) - self._end < LEAST_READ:
-            rest = bytes(self._buffer[self._start : self._end])
-            self._buffer[: len(rest)] = rest
-            self._start, self._end = 0, len(rest)
         try:
-            count = self._sock.recv_into(self._buffer[self._end :])
+            count = self._sock.recv_into(self._stream.room())
         except BlockingIOError:
             return False
+        except ConnectionResetError:
+            count = 0  # it has closed it, and had not read all that was said to it
         except OSError as error:
             raise StreamLost(f"QEMU's stream broke: {error.strerror}") from None
         if not count:
             raise StreamLost(
                 "QEMU has closed its stream before the end: it was cancelled there, or is gone"
             )
-        self._end += count
-        self.received += count
+        self._stream.come(count)
         self._quiet_since = 0.0
         return True
 
@@ -126,15 +126,15 @@ class Intake:
     def _step(self, *, last: bool = False) -> Part | None:
         """The next part. Where it is no pages, and not the end, it is taken: to go on its way as it
         is."""
+        stream = self._stream
         try:
-            at, part = self.parser.step(self._buffer, self._start, self._end, last=last)
+            at, part = self.parser.step(stream.data, stream.start, stream.end, last=last)
         except StreamError as error:
-            place = self.received - (self._end - error.at)
+            place = stream.base + error.at
             raise MigrationError(f"QEMU's stream, byte {place}: {error}") from None
         self._part_end = at
         if part is not None and not isinstance(part, Pages | End):
-            self._literal += self._buffer[self._start : at]
-            self._start = at
+            self._literal += stream.take(at)
         if isinstance(part, Header):
             self.machine = part.machine
         elif isinstance(part, Order):
@@ -184,8 +184,7 @@ class Intake:
                 yield from self._batch()
                 yield from self._pieces()
                 self._held = True
-                self._literal += self._buffer[self._start : self._part_end]
-                self._start = self._part_end
+                self._literal += self._stream.take(self._part_end)
             elif part is not None:
                 yield from self._batch()
                 if len(self._literal) >= PIECE_BYTES:
@@ -204,7 +203,7 @@ class Intake:
         try:
             return self._fill() or (self._wait(LINGER_SECONDS) and self._fill())
         except StreamLost:
-            if self.parser.ended and self._start == self._end:
+            if self.parser.ended and not self._stream:
                 self.parser.complete = True
                 return True
             raise
@@ -215,9 +214,9 @@ class Intake:
         self._quiet_since = self._quiet_since or now
         if now - self._quiet_since < END_SECONDS:
             return False
-        if self.parser.ended and self._start == self._end:
+        if self.parser.ended and not self._stream:
             return True
-        if self.stopped_at is not None and self._start < self._end:
+        if self.stopped_at is not None and self._stream:
             with contextlib.suppress(MigrationError):
                 self._step(last=True)  # the footer of the last section, and nothing behind it
         return False
@@ -226,7 +225,7 @@ class Intake:
         encoder, reader = self.encoder, self.parser.reader
         assert encoder is not None
         assert reader is not None
-        done, count, data = 0, part.count, self._buffer[: self._end]
+        done, count, data = 0, part.count, self._stream.data[: self._stream.end]
         while True:
             try:
                 done, wrapped = encoder.feed_records(data, reader.records, done, count)
@@ -238,7 +237,7 @@ class Intake:
             if wrapped:
                 self.rounds += 1
                 encoder.begin_round(self.rounds)
-        self._start = self._part_end
+        self._stream.take(self._part_end)
         self._fed += count
         if self._fed >= BATCH_PAGES:
             yield from self._batch()

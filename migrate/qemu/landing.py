@@ -46,6 +46,7 @@ from migrate.qemu.snapshot import (
     contents,
 )
 from migrate.quantities import format_size
+from migrate.sliding import Sliding
 from proto.errors import ProtoError
 from proto.kernel import RamApplier
 from proto.qemu import (
@@ -148,8 +149,7 @@ class Landing:
         self.error = ""
         """Why it is not."""
         self._parser = StreamParser()
-        self._buffer = private_buffer(BUFFER_BYTES)
-        self._start = self._end = 0
+        self._stream = Sliding(private_buffer(BUFFER_BYTES), LEAST_READ)
         self._last = False
         self._applier: RamApplier | None = None
         self._blocks: list[tuple[bytes, int, int]] = []  # name, size, file
@@ -214,33 +214,26 @@ class Landing:
     # -- the stream
 
     def _take_all(self) -> None:
-        parser = self._parser
+        parser, stream = self._parser, self._stream
         while not parser.complete:
-            at, part = parser.step(self._buffer, self._start, self._end, last=self._last)
+            at, part = parser.step(stream.data, stream.start, stream.end, last=self._last)
             if part is not None:
-                self._take(part, self._buffer[self._start : at])
-                self._start = at
+                self._take(part, stream.take(at))
             elif self._last:
                 break
             elif not self._fill():
                 self._last = True
         half = self._described >= 0 and not parser.complete
-        if not parser.ended or self._start < self._end or half:
+        if not parser.ended or stream or half:
             raise MigrationError("the stream has ended before its end")
 
     def _fill(self) -> bool:
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif len(self._buffer) - self._end < LEAST_READ:
-            rest = bytes(self._buffer[self._start : self._end])
-            self._buffer[: len(rest)] = rest
-            self._start, self._end = 0, len(rest)
         assert self._sock is not None
         try:
-            count = self._sock.recv_into(self._buffer[self._end :])
+            count = self._sock.recv_into(self._stream.room())
         except ConnectionError:
             return False
-        self._end += count
+        self._stream.come(count)
         return count > 0
 
     def _take(self, part: Part, data: memoryview) -> None:
@@ -248,7 +241,7 @@ class Landing:
             assert self._applier is not None
             assert self._parser.reader is not None
             # Where the records are, they say from the beginning of the buffer.
-            whole = self._buffer[: self._end]
+            whole = self._stream.data[: self._stream.end]
             self._applier.apply(whole, self._parser.reader.records, part.count)
         elif isinstance(part, BlockList):
             self._open_blocks(part)

@@ -40,7 +40,7 @@ from migrate.quantities import format_size
 from migrate.workingset import WorkingSet
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES, seal
-from proto.kernel import PageCache, PageEncoder, PageHashes
+from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
     MAX_RETURNED,
     Blocks,
@@ -51,7 +51,6 @@ from proto.messages import (
     MessageType,
     Ready,
     Taken,
-    batch_bytes,
 )
 
 UPDATE_SECONDS = 0.05
@@ -124,8 +123,6 @@ class StreamSource(Migration):
         )  # fmt: skip
         del earlier  # QEMU begins anew, so nothing that came is of use
         self._encoder: PageEncoder | None = None
-        self._cache: PageCache | None = None
-        self._cache_size = self._wanted_cache = self.parameters.cache_size
         self._working = WorkingSet(self.parameters.page_size)
         self._looked_at = guest.intake.rounds
         self._items: Iterator[Item | None] | None = None
@@ -148,21 +145,8 @@ class StreamSource(Migration):
     # -- settings
 
     def set_parameters(self, parameters: Parameters) -> None:
-        ours = self.parameters
-        ours.check_change(replace(parameters, page_size=ours.page_size))
-        self.parameters = replace(parameters, page_size=ours.page_size)
-        self.channels.link.limit.rate = parameters.limits.max_bandwidth
-        if parameters.cache_size != ours.cache_size:
-            self.set_cache_size(parameters.cache_size)
-
-    def set_cache_size(self, size: int) -> None:
-        if size < self.parameters.page_size or size & (size - 1):
-            self._notice(f"a cache size of {size} bytes cannot be used: powers of two only")
-        elif self._encoder is not None and self._cache is None:
-            self._notice("xbzrle is off: there is no cache to have another size")
-        else:
-            self._wanted_cache = size
-            self.parameters = replace(self.parameters, cache_size=size, cache_max=0)
+        """The page size is QEMU's."""
+        super().set_parameters(replace(parameters, page_size=self.parameters.page_size))
 
     # -- the transfer
 
@@ -185,11 +169,11 @@ class StreamSource(Migration):
             await link.send(Taken(self._returned))
         else:
             await link.send(Blocks(self.guest.blocks))
-        await link.send(CacheSize(self._cache_size))
+        await link.send(CacheSize(self._cache.size))
         self._lost_at = 0.0
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle}, channels=self.parameters.channels,
-            cache_size=self._cache_size,
+            cache_size=self._cache.size,
         )  # fmt: skip
         if not resumes:
             self.statistics = self.statistics.with_(setup_time=time.monotonic() - self._began)
@@ -229,26 +213,15 @@ class StreamSource(Migration):
 
     def _make_encoder(self, agreement: caps.Agreement) -> None:
         page_size, intake = self.parameters.page_size, self.guest.intake
-        if agreement.xbzrle:
-            if self.parameters.cache_max:
-                # What is hot shows when it comes again, and then its old content must be there: as
-                # much of it as there may be. Memory is taken as pages come.
-                self._cache_size = self._useful(self.parameters.cache_max)
-                self._wanted_cache = self._cache_size
-            self._cache = PageCache(self._useful(self._cache_size), page_size)
-        else:
-            self._cache_size = 0
-        self._encoder = PageEncoder(
-            PageHashes(self._pages, page_size, self._seed), self._cache, merge=agreement.merge,
-            headroom=HEADER_BYTES, room=batch_bytes(self.parameters.channels),
-        )  # fmt: skip
+        if self.parameters.cache_max:
+            # What is hot shows when it comes again, and then its old content must be there: as
+            # much of it as there may be. Memory is taken as pages come.
+            self._cache.wanted = self._cache.useful(self.parameters.cache_max)
+        hashes = PageHashes(self._pages, page_size, self._seed)
+        self._encoder = self._new_encoder(hashes, agreement)
         self._encoder.begin_round(intake.rounds)
         intake.encoder = self._encoder
         self._items = intake.items()
-
-    def _useful(self, size: int) -> int:
-        """What of a cache size this guest can fill."""
-        return min(size, 1 << (self._pages * self.parameters.page_size - 1).bit_length())
 
     async def _resume(self, taken: Taken) -> None:
         """What the destination has not taken is sent again."""
@@ -288,12 +261,7 @@ class StreamSource(Migration):
         if self.guest.intake.rounds > self._looked_at and self._encoder is not None:
             self._looked_at = self.guest.intake.rounds
             self._working.learn(*self._encoder.survey())
-        if self._cache is not None and self._wanted_cache != self._cache_size:
-            try:
-                self._cache.resize(self._useful(self._wanted_cache))
-                self._cache_size = self._wanted_cache
-            except MemoryError:
-                self._wanted_cache = self._cache_size
+        self._cache.resize()
         item = next(self._items, _OVER)
         if isinstance(item, Item):
             self._digest.update(item.body if item.head is None else item.head[HEADER_BYTES:])
@@ -326,9 +294,7 @@ class StreamSource(Migration):
             self._sent_before_pause = self.sent_bytes
             self._set_status("device")
             self._observer("paused", self.statistics)
-        if self._cache_size != self.statistics.cache_size:
-            self.statistics = self.statistics.with_(cache_size=self._cache_size)
-            await self.channels.link.send(CacheSize(self._cache_size))
+        await self._confirm_cache()
         if self._paused_at is None:
             self._check_time()
         if intake.rounds > self.statistics.dirty_sync_count:
@@ -444,7 +410,7 @@ class StreamSource(Migration):
             s = s.with_(
                 **Counts.of(encoder)._asdict(),
                 xbzrle_active=encoder.active,
-                evictions=self._cache.evictions if self._cache else 0,
+                evictions=self._cache.evictions,
             )
             if self.guest.machine is None and self.guest.intake.rounds == 1:
                 s = s.with_(remaining=max(s.total - self._gone_by(zeros=True) * s.page_size, 0))

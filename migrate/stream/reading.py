@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
 from migrate.errors import MigrationError
+from migrate.sliding import Sliding
 from proto.frame_survey import FrameSurvey
 from proto.frames import MAGIC
 from proto.qemu_survey import QemuSurvey
@@ -36,33 +37,27 @@ class Reader:
     def __init__(self, file: BinaryIO, progress: Progress = lambda _read: None) -> None:
         self._file = file
         self._progress = progress
-        self._data = memoryview(bytearray(BUFFER_BYTES))
-        self._start = self._end = 0
-        self._base = 0
+        self._stream = Sliding(memoryview(bytearray(BUFFER_BYTES)), LEAST_READ)
         self._over = False
         self._told = 0.0
-        while self._end < len(QEMU) and not self._over:
+        while len(self._stream) < len(QEMU) and not self._over:
             self._fill()
-        self.begins = bytes(self._data[: min(self._end, len(QEMU))])
+        self.begins = bytes(self._stream.data[: min(self._stream.end, len(QEMU))])
 
     def _fill(self) -> None:
-        if len(self._data) - self._end < LEAST_READ:
-            rest = bytes(self._data[self._start : self._end])
-            self._data[: len(rest)] = rest
-            self._base += self._start
-            self._start, self._end = 0, len(rest)
-        count = self._file.readinto(self._data[self._end :])  # type: ignore[attr-defined]
+        count = self._file.readinto(self._stream.room())  # type: ignore[attr-defined]
         self._over = not count
-        self._end += count or 0
+        self._stream.come(count or 0)
         if (now := time.monotonic()) - self._told > TELL_SECONDS:
             self._told = now
-            self._progress(self._base + self._end)
+            self._progress(self._stream.received)
 
     def run(self, survey: Survey) -> None:
         """Gives all of it to the survey."""
+        stream = self._stream
         while True:
-            self._start = survey.feed(
-                self._data, self._start, self._end, self._base, last=self._over
+            stream.start = survey.feed(
+                stream.data, stream.start, stream.end, stream.base, last=self._over
             )
             if self._over:
                 return
