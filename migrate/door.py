@@ -21,7 +21,8 @@ from migrate.address import Address
 from migrate.destination import Destination
 from migrate.errors import MigrationError, PeerLost
 from migrate.handover import Records, answer
-from migrate.link import Link, Listener
+from migrate.link import Link
+from migrate.listening import Listener
 from proto import ErrorCode, ProtoError
 from proto.messages import MAX_CHANNELS, MessageType
 

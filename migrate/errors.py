@@ -19,6 +19,7 @@ MigrationError             1  failed; the source's guest is as it was
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 from proto import ErrorCode, ProtoError
@@ -160,3 +161,8 @@ def code_of(error: BaseException, failure: MigrationError | None) -> ErrorCode:
     if isinstance(error, ProtoError):
         return getattr(error, "code", ErrorCode.PROTOCOL)
     return ErrorCode.CANCELLED if failure is None else failure.code
+
+
+def system_reason(error: OSError) -> str:
+    """What the system says of it; the resolver's errors have numbers of their own."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

@@ -7,14 +7,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from migrate import link
 from migrate.address import Address, parse_address
 from migrate.destination import Destination, NoPlaceError
+from migrate.dialing import connect
 from migrate.door import Door
 from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
 from migrate.guests.guest import MemoryGuest
 from migrate.handover import Records
+from migrate.link import Link
+from migrate.listening import listen
 from migrate.migration import RETRY_SECONDS, Observer
 from migrate.parameters import Parameters
 from migrate.quantities import format_size
@@ -24,7 +26,7 @@ from migrate.tls import PLAIN, Credentials, networks
 from proto.messages import GuestInfo
 
 
-def _warn(peer: link.Link) -> None:
+def _warn(peer: Link) -> None:
     """Once in a program, as Python's warnings go."""
     if peer.exposed:
         warnings.warn(PLAIN.replace("--tls-creds", "credentials="), RuntimeWarning, stacklevel=3)
@@ -59,8 +61,8 @@ async def send(
     """
     where = parse_address(address)
 
-    def dial() -> Awaitable[link.Link]:
-        return link.connect(where, timeout=connect_timeout, credentials=credentials)
+    def dial() -> Awaitable[Link]:
+        return connect(where, timeout=connect_timeout, credentials=credentials)
 
     peer = await dial()
     _warn(peer)
@@ -105,11 +107,11 @@ async def receive(
         return place
 
     records = Records()
-    listener = await link.listen(
+    listener = await listen(
         parse_address(address, listen=True), credentials=credentials, allow=networks(allow)
     )
 
-    def greeter(peer: link.Link) -> Destination:
+    def greeter(peer: Link) -> Destination:
         return Destination(peer, placer, accept=door.lane, records=records, retry=retry)
 
     async with Door(listener, records, greeter) as door:

@@ -14,27 +14,21 @@ import asyncio
 import contextlib
 import itertools
 import math
-import os
 import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 from migrate import tls
-from migrate.address import Address
 from migrate.errors import (
-    ConnectError,
     MigrationError,
     PeerError,
     PeerLost,
-    TlsError,
-    UsageError,
     peer_error,
 )
-from migrate.secure import RECORD_TYPES, HungUp, Secured
+from migrate.secure import RECORD_TYPES, Secured
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
 from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
@@ -48,14 +42,6 @@ SEND_LOW_SHARE = 4
 RECEIVE_AHEAD_BYTES = 3 << 20
 RECEIVE_AHEAD = 16
 SOCKET_TIMEOUT = 30.0
-# The kernel holds so many connections until they are taken, and so many wait for `accept`: a loop
-# takes all there are at once, and those that come meanwhile, before anybody else has his turn.
-BACKLOG = 64
-MAX_WAITING = 4 * BACKLOG
-# So many may be in the TLS handshake: of more, the one that has been in it longest goes.
-MAX_HANDSHAKES = 2 * BACKLOG
-# Who is sent away is told so when it has said something, or after so long.
-FIRST_WORD_SECONDS = 5.0
 # Inside a frame a peer sends so many bytes per second at least: who sends one now and then is not
 # silent, and would be listened to for ever.
 LEAST_RATE = 256
@@ -168,7 +154,7 @@ class Link(asyncio.BufferedProtocol):
         self.bound_sending(SEND_HIGH)
         sock = transport.get_extra_info("socket")
         far = transport.get_extra_info("peername")
-        self.peer_name = _name_of(far)
+        self.peer_name = name_of(far)
         self.exposed = not isinstance(transport, Secured) and tls.another_host(
             transport.get_extra_info("sockname"), far
         )
@@ -491,293 +477,8 @@ def _have_watched(sock: socket.socket, timeout: float) -> None:
             )  # fmt: skip
 
 
-def check_congestion(name: str) -> None:
-    """Raises UsageError where TCP cannot find its pace that way here."""
-    with socket.socket() as probe:
-        try:
-            probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
-        except (OSError, AttributeError):
-            there = "/proc/sys/net/ipv4/tcp_available_congestion_control"
-            known = Path(there).read_text().split() if os.path.exists(there) else []
-            raise UsageError(
-                f"--congestion {name!r}: this system does not have it, or does not allow it; there "
-                f"are {', '.join(known) or 'none to choose from'}"
-            ) from None
-
-
-def _name_of(far: Any) -> str:
+def name_of(far: Any) -> str:
     """HOST:PORT or [HOST]:PORT of what `getpeername` gives."""
     if not isinstance(far, tuple):
         return "a local process"
     return f"[{far[0]}]:{far[1]}" if ":" in far[0] else f"{far[0]}:{far[1]}"
-
-
-async def connect(
-    address: Address, *, timeout: float = 10.0, peer_timeout: float = SOCKET_TIMEOUT,
-    congestion: str = "", credentials: tls.Credentials | None = None,
-) -> Link:  # fmt: skip
-    """Connects as the source. A refused connection is tried again until `timeout` seconds.
-
-    credentials -- speak TLS with these; None: plain
-
-    Raises ConnectError, and TlsError where one side does not trust the other, or where TLS is
-    required and there are no credentials.
-    """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout
-
-    while True:
-        link = Link(Role.SOURCE, peer_timeout)
-        link.congestion = congestion
-        try:
-            async with asyncio.timeout_at(end):
-                await _connect(address, link, credentials)
-                return link
-        except TimeoutError:
-            raise ConnectError(f"no answer from {address} within {timeout:g} s") from None
-        except HungUp as error:
-            if loop.time() + 0.2 > end:
-                raise ConnectError(f"cannot connect to {address}: {error}") from None
-            await asyncio.sleep(0.1)
-        except (ConnectionRefusedError, FileNotFoundError) as error:
-            if loop.time() + 0.2 > end:
-                raise ConnectError(
-                    f"cannot connect to {address}: {_why(error)}: is migrate-dst listening there?"
-                ) from None
-            await asyncio.sleep(0.1)
-        except OSError as error:
-            # Several addresses that all refuse come as one error without a number.
-            several = error.errno is None and not isinstance(error, socket.gaierror)
-            if several and loop.time() + 0.2 <= end:
-                await asyncio.sleep(0.1)
-                continue
-            raise ConnectError(f"cannot connect to {address}: {_why(error)}") from None
-
-
-async def _connect(address: Address, link: Link, credentials: tls.Credentials | None) -> None:
-    """Once. The link is ready to speak then, or nothing is left of it."""
-    loop = asyncio.get_running_loop()
-    protocol: Link | Secured = link
-    if credentials is not None:
-        protocol = Secured(credentials, link, credentials.name_of(address))
-    required = tls.required()
-    if address.path:
-        await loop.create_unix_connection(lambda: protocol, address.path)
-    else:
-        await loop.create_connection(lambda: protocol, address.host, address.port)
-    if isinstance(protocol, Secured):
-        try:
-            await protocol.ready()
-        except HungUp:
-            raise
-        except ConnectError as error:
-            raise ConnectError(f"cannot connect to {address}: {error}") from None
-        except TlsError as error:
-            raise TlsError(f"{address}: {error}") from None
-    elif link.exposed and required:
-        link.abort()
-        await link.close()
-        raise tls.plain_refused()
-
-
-def _why(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-
-
-Refused = Callable[[str, str], object]
-
-
-class Listener:
-    """Waits for sources and their further channels; `address` says where, with the real port.
-
-    refused -- told of whoever is sent away here: its name, and why
-    """
-
-    def __init__(
-        self, path: str, peer_timeout: float, credentials: tls.Credentials | None,
-        allow: Sequence[tls.Network], refused: Refused,
-    ) -> None:  # fmt: skip
-        self.server: asyncio.Server | None = None
-        self._path = path
-        self._peer_timeout = peer_timeout
-        self._credentials = credentials
-        self._allow = allow
-        self._refused = refused
-        self._links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
-        self._shaking: dict[Secured, None] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
-
-    @property
-    def address(self) -> Address:
-        if self._path:
-            return Address(path=self._path)
-        assert self.server is not None
-        name = self.server.sockets[0].getsockname()
-        return Address(host=name[0], port=name[1])
-
-    async def accept(self) -> Link:
-        """The next connection."""
-        return await self._links.get()
-
-    async def close(self) -> None:
-        if self.server is not None:
-            self.server.close()
-        for secured in [*self._shaking]:
-            secured.abort()
-        for task in [*self._leaving]:
-            task.cancel()
-        await asyncio.gather(*self._leaving, return_exceptions=True)
-        while not self._links.empty():
-            self._links.get_nowait().abort()
-        if self._path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
-
-    def protocol(self) -> asyncio.BufferedProtocol:
-        """For the next connection."""
-        link = _Incoming(self._peer_timeout, self._come)
-        if self._credentials is None:
-            return link
-        return _Shaking(self._credentials, link, self)
-
-    # -- what a connection tells
-
-    def admits(self, transport: asyncio.BaseTransport) -> bool:
-        """Whether its address may connect; where not, that is said here."""
-        far = transport.get_extra_info("peername")
-        if tls.allowed(far, self._allow):
-            return True
-        self._refused(_name_of(far), "its address may not connect (--allow)")
-        return False
-
-    def shakes(self, secured: Secured) -> None:
-        while len(self._shaking) >= MAX_HANDSHAKES:
-            oldest = next(iter(self._shaking))
-            del self._shaking[oldest]
-            oldest.abort()
-        self._shaking[secured] = None
-
-    def shaken(self, secured: Secured, fault: MigrationError | None) -> None:
-        if fault is not None:
-            self._refused(_name_of(secured.get_extra_info("peername")), str(fault))
-        else:
-            self.gone(secured)
-
-    def gone(self, secured: Secured) -> None:
-        self._shaking.pop(secured, None)
-
-    def _come(self, link: Link, transport: asyncio.BaseTransport) -> None:
-        why = ""
-        if isinstance(transport, Secured):
-            why = transport.denial
-        elif not self.admits(transport):
-            why = "your address may not connect here"
-        if why:
-            if isinstance(transport, Secured):
-                self._refused(link.peer_name, why)
-            self._send_away(link, why)
-            return
-        try:
-            self._links.put_nowait(link)
-        except asyncio.QueueFull:
-            link.abort()
-
-    def _send_away(self, link: Link, why: str) -> None:
-        async def say() -> None:
-            try:
-                # Who has not said anything yet may not expect an answer.
-                with contextlib.suppress(Exception):
-                    async with asyncio.timeout(FIRST_WORD_SECONDS):
-                        await link.first_type()
-                await link.give_reason(ErrorCode.DENIED, why)
-                await link.close()
-            finally:
-                link.abort()
-
-        if len(self._leaving) >= MAX_HANDSHAKES:
-            link.abort()
-            return
-        task = asyncio.get_running_loop().create_task(say())
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
-
-
-class _Incoming(Link):
-    """Tells the listener when it can be spoken over."""
-
-    def __init__(
-        self, peer_timeout: float, come: Callable[[Link, asyncio.BaseTransport], None]
-    ) -> None:
-        super().__init__(Role.DESTINATION, peer_timeout)
-        self._come = come
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._come(self, transport)
-
-
-class _Shaking(Secured):
-    """Tells the listener of its handshake."""
-
-    def __init__(self, credentials: tls.Credentials, link: Link, listener: Listener) -> None:
-        super().__init__(credentials, link, done=lambda fault: listener.shaken(self, fault))
-        self._listener = listener
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._listener.shakes(self)
-        if self._listener.admits(transport):
-            super().connection_made(transport)
-        else:
-            self.turn_away(transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.gone(self)
-        super().connection_lost(exc)
-
-
-def _check_unused(address: Address) -> None:
-    """Raises ConnectError where somebody listens on this unix socket already."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(address.path)
-        except OSError:
-            return
-    raise ConnectError(f"cannot listen on {address}: another program does")
-
-
-async def listen(
-    address: Address, *, peer_timeout: float = SOCKET_TIMEOUT,
-    credentials: tls.Credentials | None = None, allow: Sequence[tls.Network] = (),
-    refused: Refused = lambda _who, _why: None,
-) -> Listener:  # fmt: skip
-    """Listens as a destination.
-
-    credentials -- speak TLS with these; None: plain
-    allow       -- only these may connect; none: everybody
-    refused     -- told of whoever is sent away before it has said anything: its name, and why
-
-    Raises ConnectError where the address is not to be had, TlsError where TLS is required, there
-    are no credentials, and other hosts could connect.
-    """
-    loop = asyncio.get_running_loop()
-    required = tls.required()
-    listener = Listener(address.path, peer_timeout, credentials, allow, refused)
-    try:
-        if address.path:
-            _check_unused(address)
-            server: Any = await loop.create_unix_server(
-                listener.protocol, address.path, backlog=BACKLOG
-            )
-        else:
-            # A free port is picked once: on all IPv4 interfaces, not one number per family.
-            host = address.host or (None if address.port else "0.0.0.0")
-            server = await loop.create_server(
-                listener.protocol, host, address.port, backlog=BACKLOG, reuse_address=True
-            )
-    except OSError as error:
-        raise ConnectError(f"cannot listen on {address}: {_why(error)}") from None
-    listener.server = server
-    if required and credentials is None and not tls.only_local(server.sockets):
-        await listener.close()
-        raise tls.plain_refused()
-    return listener

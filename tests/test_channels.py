@@ -16,10 +16,10 @@ import xxhash
 
 import migrate
 from migrate import destination as destination_module
-from migrate import link
 from migrate import migration as migration_module
 from migrate.address import Address
 from migrate.destination import Destination, NoPlaceError
+from migrate.dialing import connect
 from migrate.errors import (
     CancelledByPeer,
     MismatchError,
@@ -30,6 +30,7 @@ from migrate.errors import (
 )
 from migrate.guests.buffer import BufferPlace
 from migrate.link import SEND_HIGH, Link
+from migrate.listening import Listener, listen
 from migrate.source import Source
 from proto import ErrorCode, RemoteError, capabilities
 from proto.errors import FrameError, MessageError
@@ -79,7 +80,7 @@ class Place(BufferPlace):
 class HandSource:
     """A source that does what a test says, towards a Destination that runs."""
 
-    def __init__(self, listener: link.Listener, near: Link, far: Link, accepts: bool) -> None:
+    def __init__(self, listener: Listener, near: Link, far: Link, accepts: bool) -> None:
         self.listener = listener
         self.links = [near]
         self.places: list[Place] = []
@@ -106,7 +107,7 @@ class HandSource:
 
     async def knock(self, message: Any) -> tuple[Link, Any]:
         """What a new connection with this first message is answered."""
-        lane = await link.connect(self.listener.address)
+        lane = await connect(self.listener.address)
         await lane.send(message)
         if isinstance(message, Join):
             lane.session.channel = message.channel
@@ -182,8 +183,8 @@ class HandSource:
 @contextlib.asynccontextmanager
 async def hand_source(channels: int = 3, *, accepts: bool = True, describe: bool = True):
     async with asyncio.timeout(60):
-        listener = await link.listen(Address("127.0.0.1", 0))
-        near = await link.connect(listener.address)
+        listener = await listen(Address("127.0.0.1", 0))
+        near = await connect(listener.address)
         hand = HandSource(listener, near, await listener.accept(), accepts)
         try:
             if describe:
@@ -467,7 +468,7 @@ async def test_a_page_that_never_came_over_any_channel_is_missed():
 class HandDestination:
     """A destination that does what a test says, towards a Source that runs."""
 
-    def __init__(self, listener: link.Listener) -> None:
+    def __init__(self, listener: Listener) -> None:
         self.listener = listener
         self.links: list[Link] = []
         self.memory = bytearray(PAGES * PAGE)
@@ -545,13 +546,13 @@ class HandDestination:
 @contextlib.asynccontextmanager
 async def hand_destination(channels: int = 3, **options: Any):
     async with asyncio.timeout(60):
-        listener = await link.listen(Address("127.0.0.1", 0))
+        listener = await listen(Address("127.0.0.1", 0))
         buffer = bytearray(CONTENT[:SIZE])
         guest = migrate.BufferGuest(buffer)
-        near = await link.connect(listener.address)
+        near = await connect(listener.address)
         parameters = migrate.Parameters(channels=channels, **options)
         address = listener.address
-        source = Source(guest, near, parameters, dial=lambda: link.connect(address))
+        source = Source(guest, near, parameters, dial=lambda: connect(address))
         hand = HandDestination(listener)
         running = asyncio.create_task(source.run())
         try:

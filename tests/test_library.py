@@ -13,12 +13,13 @@ import numpy
 import pytest
 
 import migrate
-from migrate import link
 from migrate.address import parse_address
 from migrate.deltas import DeltaSwitch
 from migrate.destination import Destination
+from migrate.dialing import connect
 from migrate.errors import UsageError
 from migrate.guests.buffer import BufferPlace
+from migrate.listening import listen
 from migrate.rounds import Decision, Measured, Pending, Verdict
 from migrate.source import Source
 from migrate.tracking import DirtyTracker
@@ -95,8 +96,8 @@ async def test_the_cache_is_resized_fifty_times_while_it_moves() -> None:
     """By the source's user and by the destination's: the memory stays equal."""
     array = numpy.random.default_rng(2).integers(0, 256, 24 << 20, dtype="u1")
     guest = migrate.BufferGuest(array)
-    listener = await link.listen(parse_address("127.0.0.1:0", listen=True))
-    near = await link.connect(parse_address(str(listener.address)))
+    listener = await listen(parse_address("127.0.0.1:0", listen=True))
+    near = await connect(parse_address(str(listener.address)))
     far = await listener.accept()
     place: list[BufferPlace] = []
 
@@ -157,8 +158,8 @@ async def rewritten(
 ) -> tuple[Source, list[str]]:
     """Moves an array of which 8 MiB change in each round; what was noticed."""
     array = numpy.random.default_rng(2).integers(1, 256, GUEST_BYTES, dtype="u1")
-    listener = await link.listen(parse_address("127.0.0.1:0", listen=True))
-    near = await link.connect(parse_address(str(listener.address)))
+    listener = await listen(parse_address("127.0.0.1:0", listen=True))
+    near = await connect(parse_address(str(listener.address)))
     far = await listener.accept()
     places: list[BufferPlace] = []
     notices: list[str] = []
@@ -331,8 +332,8 @@ def test_a_number_of_channels_that_cannot_be_is_refused(channels: int) -> None:
 async def test_a_destination_that_cannot_write_says_so_and_the_buffer_stays() -> None:
     """A full disk is met by write(2), and is a sentence on both sides."""
     guest = migrate.BufferGuest(bytearray(b"x") * 100_000)
-    listener = await link.listen(parse_address("127.0.0.1:0", listen=True))
-    near = await link.connect(parse_address(str(listener.address)))
+    listener = await listen(parse_address("127.0.0.1:0", listen=True))
+    near = await connect(parse_address(str(listener.address)))
     far = await listener.accept()
     full = os.open("/dev/full", os.O_WRONLY)
 

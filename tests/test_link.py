@@ -10,8 +10,10 @@ import pytest
 
 from migrate import link
 from migrate.address import Address
+from migrate.dialing import connect
 from migrate.errors import ConnectError, PeerLost
 from migrate.link import RECEIVE_AHEAD, RECEIVE_AHEAD_BYTES, SEND_HIGH, Link, RateLimit
+from migrate.listening import MAX_WAITING, listen
 from proto import LocalError, RemoteError, capabilities
 from proto.frames import HEADER_BYTES, seal
 from proto.kernel import PageEncoder, PageHashes
@@ -45,8 +47,8 @@ MIB = 1 << 20
 async def pair(address=LOCAL, **options):
     """A source's and a destination's link, joined; no test may hang."""
     async with asyncio.timeout(30):
-        listener = await link.listen(address, **options)
-        source = await link.connect(listener.address, timeout=10, **options)
+        listener = await listen(address, **options)
+        source = await connect(listener.address, timeout=10, **options)
         destination = await listener.accept()
         try:
             yield source, destination
@@ -99,7 +101,7 @@ async def raw_peer():
     async with asyncio.timeout(30):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         address = Address(*server.sockets[0].getsockname()[:2])
-        source = await link.connect(address, peer_timeout=20)
+        source = await connect(address, peer_timeout=20)
         reader, writer = await came.get()
         try:
             yield source, reader, writer
@@ -396,7 +398,7 @@ async def test_a_silent_peer_is_lost():
     async with asyncio.timeout(30):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = Address(*server.getsockname()[:2])
-            source = await link.connect(address, peer_timeout=0.2)
+            source = await connect(address, peer_timeout=0.2)
             with pytest.raises(PeerLost, match="has said nothing"):
                 await source.receive()
             with pytest.raises(PeerLost):
@@ -583,11 +585,11 @@ async def test_a_round_trip_ends_where_the_peer_dies():
 
 @pytest.mark.asyncio
 async def test_port_0_picks_a_free_port_and_says_which():
-    listener = await link.listen(LOCAL)
+    listener = await listen(LOCAL)
     assert listener.address.host == "127.0.0.1"
     assert listener.address.port > 0
     await listener.close()
-    anywhere = await link.listen(Address("", 0))
+    anywhere = await listen(Address("", 0))
     assert anywhere.address.port > 0
     await anywhere.close()
 
@@ -609,7 +611,7 @@ async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
     address = Address("127.0.0.1", port) if kind == "tcp" else Address(path=str(tmp_path / "no"))
     async with asyncio.timeout(20):
         with pytest.raises(ConnectError, match="is migrate-dst listening there") as error:
-            await link.connect(address, timeout=0.3)
+            await connect(address, timeout=0.3)
     assert str(address) in str(error.value)
 
 
@@ -617,9 +619,9 @@ async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
 async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
     address = Address(path=str(tmp_path / "socket"))
     async with asyncio.timeout(20):
-        connecting = asyncio.create_task(link.connect(address, timeout=15))
+        connecting = asyncio.create_task(connect(address, timeout=15))
         await asyncio.sleep(0.15)
-        listener = await link.listen(address)
+        listener = await listen(address)
         source = await connecting
         destination = await listener.accept()
         for end in (source, destination, listener):
@@ -630,28 +632,28 @@ async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
 async def test_a_host_that_does_not_exist_is_an_error_at_once():
     async with asyncio.timeout(20):
         with pytest.raises(ConnectError, match=r"cannot connect to tcp:nowhere\.invalid:1"):
-            await link.connect(Address("nowhere.invalid", 1), timeout=15)
+            await connect(Address("nowhere.invalid", 1), timeout=15)
 
 
 @pytest.mark.asyncio
 async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
-    listener = await link.listen(LOCAL)
+    listener = await listen(LOCAL)
     with pytest.raises(ConnectError, match="cannot listen on"):
-        await link.listen(listener.address)
+        await listen(listener.address)
     await listener.close()
     with pytest.raises(ConnectError, match="cannot listen on"):
-        await link.listen(Address(path=str(tmp_path / "no" / "socket")))
+        await listen(Address(path=str(tmp_path / "no" / "socket")))
 
 
 @pytest.mark.asyncio
 async def test_so_many_wait_and_the_next_is_turned_away():
     async with asyncio.timeout(30):
-        listener = await link.listen(LOCAL)
+        listener = await listen(LOCAL)
         waiting = []
-        for number in range(link.MAX_WAITING):
-            waiting.append(await link.connect(listener.address))
+        for number in range(MAX_WAITING):
+            waiting.append(await connect(listener.address))
             await until(lambda number=number: listener._links.qsize() == number + 1)
-        one_more = await link.connect(listener.address)
+        one_more = await connect(listener.address)
         with pytest.raises(PeerLost):
             await one_more.receive()
         destination = await listener.accept()

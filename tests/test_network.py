@@ -21,8 +21,8 @@ from types import TracebackType
 import pytest
 import uvloop
 
-from migrate import link as links
 from migrate.address import Address
+from migrate.dialing import connect
 from migrate.errors import PeerLost
 from migrate.guests.demo import GIVEN_UP, OWNER, PAUSED, DemoProcess
 from migrate.link import RECEIVE_AHEAD_BYTES, SEND_HIGH
@@ -392,7 +392,7 @@ def test_the_kernel_notices_too(loop: str, mechanism: str) -> None:
             server = socket.create_server((FAR, 0))
 
         async def lose() -> float:
-            peer = await links.connect(Address(*server.getsockname()), peer_timeout=PEER_TIMEOUT)
+            peer = await connect(Address(*server.getsockname()), peer_timeout=PEER_TIMEOUT)
             assert peer._heart is not None
             peer._heart.cancel()
             await asyncio.sleep(0.1)

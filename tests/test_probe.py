@@ -7,10 +7,12 @@ import time
 import pytest
 
 from migrate import destination as destination_module
-from migrate import link, probe
+from migrate import probe
 from migrate.address import Address
 from migrate.destination import Destination
+from migrate.dialing import connect
 from migrate.errors import MigrationError, PeerError, PeerLost
+from migrate.listening import listen
 from proto import ErrorCode, capabilities
 from proto.errors import CapabilityError
 from proto.messages import MAX_PROBE, PROBE_BYTES, Error, Hello, Probe, Probed
@@ -22,8 +24,8 @@ LOCAL = Address("127.0.0.1", 0)
 @contextlib.asynccontextmanager
 async def pair():
     async with asyncio.timeout(30):
-        listener = await link.listen(LOCAL)
-        source = await link.connect(listener.address, timeout=10)
+        listener = await listen(LOCAL)
+        source = await connect(listener.address, timeout=10)
         far = await listener.accept()
         try:
             yield source, far

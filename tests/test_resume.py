@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import migrate
 from migrate import link
 from migrate.address import Address
+from migrate.dialing import connect
 from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost, UsageError
 from migrate.journal import Journal, attempt, journals, settled
 from migrate.reception import Pages
@@ -338,7 +339,7 @@ async def hand_source(**options: Any):
         made: list[link.Link] = []
 
         async def come(resume: bytes = b"", size: int = SIZE, seed: bytes = SEED) -> Any:
-            peer = await link.connect(await asyncio.shield(ready))
+            peer = await connect(await asyncio.shield(ready))
             made.append(peer)
             await peer.send(capabilities.offer(capabilities.OPTIONAL))
             await peer.receive_message()

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import migrate
-from migrate import link
 from migrate.address import Address
 from migrate.errors import PeerLost
+from migrate.listening import listen
 from proto.frames import HEADER_BYTES, seal
 from proto.messages import MessageType, Ping, pack
 from proto.session import Role
@@ -108,7 +108,7 @@ def frame(message: Ping, kind: MessageType) -> bytearray:
 @pytest.mark.asyncio
 async def test_a_peer_that_sends_a_byte_now_and_then_inside_a_frame_is_lost() -> None:
     """It is never silent for as long as the timeout; but it will never be done either."""
-    listener = await link.listen(Address("127.0.0.1", 0), peer_timeout=1.0)
+    listener = await listen(Address("127.0.0.1", 0), peer_timeout=1.0)
     _, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
     peer = await listener.accept()
     assert peer.session.role is Role.DESTINATION

@@ -238,7 +238,7 @@ class DestinationProgram(Node):
 
     async def _open(self) -> Door:
         """Listens, after what an earlier program has left is done."""
-        from migrate import link
+        from migrate import listening
         from migrate.door import Door
 
         for said in await self.records.finish(self.resolve_timeout):
@@ -248,7 +248,7 @@ class DestinationProgram(Node):
         for file in {one.facts["place"]["temporary"] for one in self._attempts()}:
             self._say(f"a guest came half-way here ({file}): its source can go on with it")
         assert self.address is not None
-        listener = await link.listen(
+        listener = await listening.listen(
             self.address, peer_timeout=self.peer_timeout, credentials=self.credentials,
             allow=self.allow, refused=self._refused,
         )  # fmt: skip

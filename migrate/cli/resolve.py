@@ -147,13 +147,13 @@ async def resolve_source(args: argparse.Namespace) -> int:
 
 
 async def _ask(args: argparse.Namespace, journal: Journal) -> None:
-    from migrate import link
+    from migrate import dialing
     from migrate.handover import ask
 
     address: Address = parse_address(args.uri or journal.facts["address"])
     hint = "start migrate-dst there again, with the journal it had, and try again"
     try:
-        peer = await link.connect(
+        peer = await dialing.connect(
             address,
             timeout=seconds(args.connect_timeout, "--connect-timeout"),
             peer_timeout=peer_timeout(args),

@@ -76,7 +76,7 @@ class SourceProgram(Node):
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         if args.congestion:
-            from migrate.link import check_congestion
+            from migrate.dialing import check_congestion
 
             check_congestion(args.congestion)
         self.qemu: QemuGuest | None = None
@@ -248,9 +248,9 @@ class SourceProgram(Node):
             self._over.set()
 
     def dial(self) -> Awaitable[Link]:
-        from migrate import link
+        from migrate import dialing
 
-        return link.connect(
+        return dialing.connect(
             self.address, timeout=self.connect_timeout, peer_timeout=self.peer_timeout,
             congestion=self.args.congestion, credentials=self.credentials,
         )  # fmt: skip

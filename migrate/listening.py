@@ -1,0 +1,225 @@
+"""Listens for sources and their further channels, as a destination."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from migrate import tls
+from migrate.address import Address
+from migrate.errors import ConnectError, MigrationError, system_reason
+from migrate.link import SOCKET_TIMEOUT, Link, name_of
+from migrate.secure import Secured
+from proto import ErrorCode
+from proto.session import Role
+
+# The kernel holds so many connections until they are taken, and so many wait for `accept`: a loop
+# takes all there are at once, and those that come meanwhile, before anybody else has his turn.
+BACKLOG = 64
+MAX_WAITING = 4 * BACKLOG
+# So many may be in the TLS handshake: of more, the one that has been in it longest goes.
+MAX_HANDSHAKES = 2 * BACKLOG
+# Who is sent away is told so when it has said something, or after so long.
+FIRST_WORD_SECONDS = 5.0
+
+Refused = Callable[[str, str], object]
+
+
+class Listener:
+    """Waits for sources and their further channels; `address` says where, with the real port.
+
+    refused -- told of whoever is sent away here: its name, and why
+    """
+
+    def __init__(
+        self, path: str, peer_timeout: float, credentials: tls.Credentials | None,
+        allow: Sequence[tls.Network], refused: Refused,
+    ) -> None:  # fmt: skip
+        self.server: asyncio.Server | None = None
+        self._path = path
+        self._peer_timeout = peer_timeout
+        self._credentials = credentials
+        self._allow = allow
+        self._refused = refused
+        self._links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
+        self._shaking: dict[Secured, None] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> Address:
+        if self._path:
+            return Address(path=self._path)
+        assert self.server is not None
+        name = self.server.sockets[0].getsockname()
+        return Address(host=name[0], port=name[1])
+
+    async def accept(self) -> Link:
+        """The next connection."""
+        return await self._links.get()
+
+    async def close(self) -> None:
+        if self.server is not None:
+            self.server.close()
+        for secured in [*self._shaking]:
+            secured.abort()
+        for task in [*self._leaving]:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        while not self._links.empty():
+            self._links.get_nowait().abort()
+        if self._path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    def protocol(self) -> asyncio.BufferedProtocol:
+        """For the next connection."""
+        link = _Incoming(self._peer_timeout, self._come)
+        if self._credentials is None:
+            return link
+        return _Shaking(self._credentials, link, self)
+
+    # -- what a connection tells
+
+    def admits(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether its address may connect; where not, that is said here."""
+        far = transport.get_extra_info("peername")
+        if tls.allowed(far, self._allow):
+            return True
+        self._refused(name_of(far), "its address may not connect (--allow)")
+        return False
+
+    def shakes(self, secured: Secured) -> None:
+        while len(self._shaking) >= MAX_HANDSHAKES:
+            oldest = next(iter(self._shaking))
+            del self._shaking[oldest]
+            oldest.abort()
+        self._shaking[secured] = None
+
+    def shaken(self, secured: Secured, fault: MigrationError | None) -> None:
+        if fault is not None:
+            self._refused(name_of(secured.get_extra_info("peername")), str(fault))
+        else:
+            self.gone(secured)
+
+    def gone(self, secured: Secured) -> None:
+        self._shaking.pop(secured, None)
+
+    def _come(self, link: Link, transport: asyncio.BaseTransport) -> None:
+        why = ""
+        if isinstance(transport, Secured):
+            why = transport.denial
+        elif not self.admits(transport):
+            why = "your address may not connect here"
+        if why:
+            if isinstance(transport, Secured):
+                self._refused(link.peer_name, why)
+            self._send_away(link, why)
+            return
+        try:
+            self._links.put_nowait(link)
+        except asyncio.QueueFull:
+            link.abort()
+
+    def _send_away(self, link: Link, why: str) -> None:
+        async def say() -> None:
+            try:
+                # Who has not said anything yet may not expect an answer.
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(FIRST_WORD_SECONDS):
+                        await link.first_type()
+                await link.give_reason(ErrorCode.DENIED, why)
+                await link.close()
+            finally:
+                link.abort()
+
+        if len(self._leaving) >= MAX_HANDSHAKES:
+            link.abort()
+            return
+        task = asyncio.get_running_loop().create_task(say())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+
+class _Incoming(Link):
+    """Tells the listener when it can be spoken over."""
+
+    def __init__(
+        self, peer_timeout: float, come: Callable[[Link, asyncio.BaseTransport], None]
+    ) -> None:
+        super().__init__(Role.DESTINATION, peer_timeout)
+        self._come = come
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._come(self, transport)
+
+
+class _Shaking(Secured):
+    """Tells the listener of its handshake."""
+
+    def __init__(self, credentials: tls.Credentials, link: Link, listener: Listener) -> None:
+        super().__init__(credentials, link, done=lambda fault: listener.shaken(self, fault))
+        self._listener = listener
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._listener.shakes(self)
+        if self._listener.admits(transport):
+            super().connection_made(transport)
+        else:
+            self.turn_away(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.gone(self)
+        super().connection_lost(exc)
+
+
+def _check_unused(address: Address) -> None:
+    """Raises ConnectError where somebody listens on this unix socket already."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(address.path)
+        except OSError:
+            return
+    raise ConnectError(f"cannot listen on {address}: another program does")
+
+
+async def listen(
+    address: Address, *, peer_timeout: float = SOCKET_TIMEOUT,
+    credentials: tls.Credentials | None = None, allow: Sequence[tls.Network] = (),
+    refused: Refused = lambda _who, _why: None,
+) -> Listener:  # fmt: skip
+    """Listens as a destination.
+
+    credentials -- speak TLS with these; None: plain
+    allow       -- only these may connect; none: everybody
+    refused     -- told of whoever is sent away before it has said anything: its name, and why
+
+    Raises ConnectError where the address is not to be had, TlsError where TLS is required, there
+    are no credentials, and other hosts could connect.
+    """
+    loop = asyncio.get_running_loop()
+    required = tls.required()
+    listener = Listener(address.path, peer_timeout, credentials, allow, refused)
+    try:
+        if address.path:
+            _check_unused(address)
+            server: Any = await loop.create_unix_server(
+                listener.protocol, address.path, backlog=BACKLOG
+            )
+        else:
+            # A free port is picked once: on all IPv4 interfaces, not one number per family.
+            host = address.host or (None if address.port else "0.0.0.0")
+            server = await loop.create_server(
+                listener.protocol, host, address.port, backlog=BACKLOG, reuse_address=True
+            )
+    except OSError as error:
+        raise ConnectError(f"cannot listen on {address}: {system_reason(error)}") from None
+    listener.server = server
+    if required and credentials is None and not tls.only_local(server.sockets):
+        await listener.close()
+        raise tls.plain_refused()
+    return listener
