@@ -67,7 +67,6 @@ cdef extern from *:
     #include <sys/mman.h>
     #define xb_map_failed(p) ((p) == MAP_FAILED)
     #define xb_popcount(x) __builtin_popcountll(x)
-    #define xb_prefetch(p) __builtin_prefetch(p)
 
     static inline uint64_t xb_word(const uint8_t *at)
     {
@@ -96,7 +95,6 @@ cdef extern from *:
     """
     bint xb_map_failed(void*) nogil
     int xb_popcount(uint64_t) nogil
-    void xb_prefetch(const void*) nogil
     uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
 
 cdef packed struct StreamRecord:    # of a RamReader: see proto/_ram.pyx
@@ -108,7 +106,6 @@ cdef packed struct StreamRecord:    # of a RamReader: see proto/_ram.pyx
 cdef enum:
     RAM_ZERO = 0
     RAM_PAGE = 1
-    AHEAD = 16                  # records, half of them for what the first look has found
     HEAD = 20                   # round (4 bytes), first page (8), check of the raw pages (8)
     OP_ZERO = 0x00
     OP_RAW = 0x40
@@ -761,8 +758,6 @@ cdef class PageEncoder:
         content = &data[0] if size else NULL
         with nogil:
             while i < count and not self.is_full():
-                if self.on:
-                    self.look_ahead(at, i, count)
                 if at[i].page < self.past:
                     wrapped = True
                     break
@@ -789,20 +784,6 @@ cdef class PageEncoder:
         if fault:
             raise DecodeError(f"page {at[i].page}: {FAULTS[fault]}")
         return i, wrapped
-
-    cdef inline void look_ahead(
-        self, const StreamRecord* at, Py_ssize_t i, Py_ssize_t count
-    ) noexcept nogil:
-        """Has the processor fetch what later records will ask of the cache: the pages follow on
-        each other, but their places in the tables do not."""
-        cdef uint32_t entry
-        if i + AHEAD < count:
-            xb_prefetch(&self.cache.index[self.cache.home(at[i + AHEAD].page)])
-        if i + AHEAD // 2 < count:
-            entry = self.cache.index[self.cache.home(at[i + AHEAD // 2].page)]
-            if entry:
-                xb_prefetch(&self.cache.tags[entry - 1])
-                xb_prefetch(self.cache.at(entry - 1))
 
     cdef Py_ssize_t pass_delta(
         self, uint64_t page, const uint8_t* delta, Py_ssize_t length, uint8_t* scratch
