@@ -16,6 +16,7 @@ cdef class PageCache:
     cdef size_t index_mask
     cdef Py_ssize_t spares
     cdef Py_ssize_t hand
+    cdef Py_ssize_t next        # the slot behind the one that was found last
 
     cdef Py_ssize_t entries_for(self, size) except -1
     cdef int allocate(self, size_t n) except -1
