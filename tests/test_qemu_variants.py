@@ -1,18 +1,27 @@
-"""Machines that have, or send, what most do not: carried, landed and lifted as they are."""
+"""Machines that have, or send, what most do not: carried, landed and lifted as they are; or refused
+in words that say what to do, while the guest runs on.
+
+What is refused here are the switches of a QEMU that somebody else tells to migrate; one that is
+driven by QMP has them off meanwhile.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from qemu.qmp import ExecuteError
 
 from migrate.qemu.snapshot import Snapshot
 from tests.machine import Machine, Sweep, compare
-from tests.machine.between import SWEEP, Way, carried
+from tests.machine.between import SWEEP, Way, carried, later
 from tests.machine.plug import Qtest, plug
-from tests.machine.qemu import MIB
+from tests.machine.qemu import MIB, PROGRAM, SLOW
 
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
@@ -165,3 +174,85 @@ async def test_a_gibibyte() -> None:
         await move.source.migrate(move.uri, "return-path", max_bandwidth=0, downtime_limit=1000)
         await move.source.wait_status("completed")
         await move.arrived()
+
+
+# ---------------------------------------------------------------- what cannot be carried
+
+REFUSED = [
+    (("multifd",), "switch the capability multifd off", 2),
+    (("multifd", "zero-copy-send"), "switch the capability multifd off", 2),
+    (("postcopy-ram",), "switch the capability postcopy-ram off", 2),
+    (("postcopy-ram", "postcopy-preempt"), "switch the capability postcopy-ram off", 2),
+    (("x-ignore-shared",), "switch the capability x-ignore-shared off", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "says", "code"), REFUSED, ids=["+".join(one) for one, _, _ in REFUSED]
+)
+async def test_what_cannot_be_carried_is_refused(names, says, code, binary) -> None:
+    async with carried(binary=binary) as move:
+        await move.source.migrate(
+            move.uri, "return-path", *names, max_bandwidth=SLOW, downtime_limit=1
+        )
+        assert await asyncio.to_thread(move.here.wait) == code, move.here.err
+        assert says in move.here.err
+        await move.stayed()
+
+
+async def test_several_connections_are_refused_on_a_path_too(binary) -> None:
+    async with carried(out="unix:{}/out", binary=binary) as move:
+        await move.source.migrate(
+            move.uri, "return-path", "multifd", max_bandwidth=SLOW, multifd_channels=16
+        )
+        assert await asyncio.to_thread(move.here.wait) == 2, move.here.err
+        assert "switch the capability multifd off" in move.here.err
+        await move.stayed()
+        assert not Path(move.uri.removeprefix("unix:")).exists()
+
+
+async def test_others_that_connect_where_qemu_does_are_no_harm() -> None:
+    async with carried() as move:
+        await move.begin(passes=2)
+        host, port = move.uri.removeprefix("tcp:").split(":")
+        with contextlib.ExitStack() as others:
+            for says in (b"", b"QEVM\0\0\0\3", b"\x11"):
+                other = others.enter_context(socket.create_connection((host, int(port))))
+                other.sendall(says)
+            await move.source.finish()
+            await move.arrived()
+
+
+async def test_a_stream_that_needs_a_file_is_refused_by_qemu() -> None:
+    """mapped-ram: nobody has connected to us, and the next attempt is as any other."""
+    async with carried(binary=later()) as move:
+        await move.source.prepare("mapped-ram")
+        with pytest.raises(ExecuteError, match="seekable"):
+            await move.source.migrate(move.uri, "return-path")
+        switched = [{"capability": "mapped-ram", "state": False}]
+        await move.source.execute("migrate-set-capabilities", capabilities=switched)
+        await move.begin()
+        await move.source.finish()
+        await move.arrived()
+
+
+async def test_disks_that_go_with_the_memory() -> None:
+    """QEMU could do that up to 9.0."""
+    async with carried(binary=PROGRAM) as move:
+        disk = move.destination.directory / "disk"
+        disk.write_bytes(bytes(MIB))
+        await move.begin("block")
+        await move.source.finish()
+        await move.arrived()
+        assert disk.read_bytes() == (move.source.directory / "disk").read_bytes()
+
+
+async def test_compressed_pages_are_refused() -> None:
+    """They were in QEMU up to 9.0."""
+    async with carried(binary=PROGRAM) as move:
+        await move.source.migrate(
+            move.uri, "return-path", "compress", max_bandwidth=SLOW, downtime_limit=1
+        )
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "switch the capability compress off" in move.here.err
+        await move.stayed()

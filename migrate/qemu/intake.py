@@ -83,7 +83,8 @@ class Intake:
         """How often the pages have begun from the first one, this time included."""
         self.stopped_at: float | None = None
         """When the guest was seen to stand still."""
-        self.return_path = False
+        self.return_path = self.postcopy_ram = False
+        self._refused = ""
         self._sock = sock
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -102,7 +103,8 @@ class Intake:
     # -- bytes
 
     def _fill(self) -> bool:
-        """Takes in what is there; False where that is nothing. Raises StreamLost at the end."""
+        """Takes in what is there; False where that is nothing. Raises StreamLost at the end, and
+        UsageError where it was refused."""
         try:
             count = self._sock.recv_into(self._stream.room())
         except BlockingIOError:
@@ -111,6 +113,8 @@ class Intake:
             count = 0  # it has closed it, and had not read all that was said to it
         except OSError as error:
             raise StreamLost(f"QEMU's stream broke: {error.strerror}") from None
+        if self._refused:
+            raise UsageError(self._refused)
         if not count:
             raise StreamLost(
                 "QEMU has closed its stream before the end: it was cancelled there, or is gone"
@@ -139,6 +143,8 @@ class Intake:
             self.machine = part.machine
         elif isinstance(part, Order):
             self.return_path |= part.number == Command.OPEN_RETURN_PATH
+            # with dirty bitmaps it is announced too, and has nothing to say then
+            self.postcopy_ram |= part.number == Command.POSTCOPY_ADVISE and bool(part.data)
         elif isinstance(part, Section) and (part.kind, part.name) == (FINISH, RAM.decode()):
             self.stopped_at = self.stopped_at or time.monotonic()
         return part
@@ -160,13 +166,28 @@ class Intake:
         return True
 
     def check(self, *, return_path: bool) -> None:
-        """Raises UsageError for a stream that should not be carried."""
+        """Raises UsageError for a stream that should not be carried.
+
+        A QEMU that has switched to postcopy never lets its guest run on: it must not get so far.
+        """
         if return_path and not self.return_path:
             raise UsageError(
                 "QEMU keeps no return path: it would take its guest for moved as soon as all is "
                 "sent, wherever it is then. Set the capability return-path there; or say "
                 "--no-return-path"
             )
+        if self.postcopy_ram:
+            raise UsageError(
+                "QEMU may be told to let its guest go on at the destination before its memory is "
+                "there, which cannot be carried, and the guest would be lost: switch the "
+                "capability postcopy-ram off"
+            )
+
+    def refuse(self, why: str) -> None:
+        """From another thread: what is read, or waits, ends with a UsageError."""
+        self._refused = why
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
 
     # -- items
 
