@@ -17,7 +17,11 @@ from typing import Any
 import pytest
 from qemu.qmp import ExecuteError
 
+from migrate.address import parse_address
+from migrate.errors import MigrationError
+from migrate.qemu import place
 from migrate.qemu.snapshot import Snapshot
+from proto.qemu import MAGIC, Command, order
 from tests.machine import Machine, Sweep, compare
 from tests.machine.between import SWEEP, Way, carried, later
 from tests.machine.plug import Qtest, plug
@@ -234,6 +238,48 @@ async def test_a_stream_that_needs_a_file_is_refused_by_qemu() -> None:
         await move.begin()
         await move.source.finish()
         await move.arrived()
+
+
+@pytest.mark.parametrize(
+    "on",
+    [("multifd",), ("postcopy-ram", "postcopy-preempt"), ("x-ignore-shared",)],
+    ids="+".join,
+)
+async def test_what_cannot_be_carried_is_off_while_qmp_drives(binary, on) -> None:
+    """At the source, and where it arrives: both are as they were before, afterwards."""
+    async with carried(
+        "--downtime-limit", "2000", out="qmp=", incoming="defer", binary=binary, capabilities=on
+    ) as move:
+        await move.source.wait_run_state("postmigrate")
+        await move.arrived()
+        for machine in (move.source, move.destination):
+            states = await machine.execute("query-migrate-capabilities")
+            assert {one["capability"] for one in states if one["state"]} >= set(on)
+
+
+@pytest.mark.parametrize("size", [1, 16 * MIB], ids=["all of it", "more than it takes"])
+async def test_a_destination_that_does_not_read_is_not_waited_for(
+    binary, size, monkeypatch
+) -> None:
+    """QEMU looks at none of it before all of the connections are there that it awaits: without a
+    word from us the guest would stand still for as long as loading it may take."""
+    monkeypatch.setattr(place, "MUTE_SECONDS", 0.3)
+    monkeypatch.setattr(place, "SEND_BYTES", 1 << 16)
+    capabilities = ("multifd",)
+    async with Machine(
+        SWEEP, binary=binary, incoming="defer", capabilities=capabilities
+    ) as machine:
+        there = place.QemuPlace(parse_address(await machine.listen("tcp:127.0.0.1:0")))
+        await there.ready()
+
+        async def take() -> None:
+            asks = MAGIC + order(Command.OPEN_RETURN_PATH) + order(Command.PING, bytes(4))
+            await asyncio.to_thread(there.send, asks + bytes(size))
+            await there.prove(return_path=True)
+
+        with pytest.raises(MigrationError, match="capabilities multifd and postcopy-preempt off"):
+            await take()
+        await there.discard()
 
 
 async def test_disks_that_go_with_the_memory() -> None:
