@@ -136,6 +136,9 @@ async def test_memory_that_was_plugged_goes_with_its_machine(binary, way, tmp_pa
         await move.destination.stop()
         assert await grown(move.destination) == 5 * BLOCK
         await way.landed(move.destination, tmp_path / "vm")
+        snapshot = Snapshot.read(str(tmp_path / "vm"))
+        early = [one.name for one in snapshot.sections if one.at < snapshot.head]
+        assert early == ([] if binary == PROGRAM else ["0000:00:02.0/virtio-mem-device-early"])
         (block,) = (tmp_path / "vm/blocks").glob("*more")
         assert (block.stat().st_size, block.stat().st_blocks * 512) == (64 * MIB, 2 * BLOCK)
         async with Machine(

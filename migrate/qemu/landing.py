@@ -158,6 +158,7 @@ class Landing:
         self._at = 0  # in devices.bin
         self._header_bytes = 0
         self._ram = self._head = self._early = -1
+        self._paged = False
         self._sections: list[StoredSection] = []
         self._began = 0  # the section that is read, in devices.bin
         self._hash = xxhash.xxh3_128()
@@ -240,6 +241,9 @@ class Landing:
         if isinstance(part, Pages):
             assert self._applier is not None
             assert self._parser.reader is not None
+            if not self._paged:
+                self._paged = True
+                self._come_before_pages()
             # Where the records are, they say from the beginning of the buffer.
             whole = self._stream.data[: self._stream.end]
             self._applier.apply(whole, self._parser.reader.records, part.count)
@@ -279,10 +283,16 @@ class Landing:
     def _begin_section(self, section: Section, data: memoryview) -> None:
         if section.name == RAM.decode():
             if section.kind == START:
-                self._ram, self._head, self._early = section.id, self._at, len(self._sections)
+                self._ram = section.id
+                self._come_before_pages()
             return
         self._began = self._at
         self._keep(data)
+
+    def _come_before_pages(self) -> None:
+        """What is there goes before the memory when it is lifted: also what followed on the list of
+        its blocks, as the size of a device whose memory must be there when its pages come."""
+        self._head, self._early = self._at, len(self._sections)
 
     def _go_on(self, part: Body | SectionEnd, data: memoryview) -> None:
         section = part.section
