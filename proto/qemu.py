@@ -337,6 +337,13 @@ class StreamParser:
             if len(blocks) == MAX_BLOCKS:
                 raise StreamError(f"more than {MAX_BLOCKS} blocks", at)
             name = cut.name()
+            if not name and blocks:
+                # an address, or how a file is laid out: numbers that begin with zeros
+                raise StreamError(
+                    "a list of blocks with more than their sizes: switch the capabilities "
+                    "x-ignore-shared and mapped-ram off",
+                    at,
+                )
             size = cut.u64()
             if size > left or not name:
                 raise StreamError("a list of blocks that does not come to its sum", at)
