@@ -31,7 +31,7 @@ from proto import _ram_apply, _twin_ram_apply
 from proto._ram import SCAN_END, RamReader
 from proto.errors import DecodeError
 from tests.machine import Machine, Sweep, compare
-from tests.machine.between import Way, both
+from tests.machine.between import Way, both, later
 from tests.machine.qemu import DIMM_AT, PROGRAM
 from tests.machine.sweep import BASE
 from tests.programs import Program, destination
@@ -63,16 +63,19 @@ def way(tmp_path: Path) -> Way:
 
 
 @asynccontextmanager
-async def counting(binary: str = PROGRAM) -> AsyncIterator[Machine]:
-    async with Machine(SWEEP, binary=binary, **MACHINE) as machine:
+async def counting(binary: str = PROGRAM, **options: Any) -> AsyncIterator[Machine]:
+    async with Machine(SWEEP, binary=binary, **MACHINE, **options) as machine:
         await machine.wait_for_count(SWEEP.every)
         yield machine
 
 
-def waiting(before: Machine, *, paused: bool = True, binary: str = PROGRAM) -> Machine:
+def waiting(
+    before: Machine, *, paused: bool = True, binary: str = PROGRAM, **options: Any
+) -> Machine:
     return Machine(
-        SWEEP, incoming="tcp:127.0.0.1:0", before=before, paused=paused, binary=binary, **MACHINE
-    )
+        SWEEP, incoming="tcp:127.0.0.1:0", before=before, paused=paused, binary=binary,
+        **MACHINE, **options,
+    )  # fmt: skip
 
 
 def digest(path: Path, first: int = 0) -> str:
@@ -120,6 +123,20 @@ async def test_a_machine_lands_and_runs_on_in_another(
             await other.stop()
             await other.check_sweep()
     assert not hidden(tmp_path)
+
+
+@one_loop
+async def test_it_is_lifted_into_a_later_qemu_than_it_landed_from(
+    qemu: None, way: Way, tmp_path: Path
+) -> None:
+    """Which has machines of the types that earlier ones had."""
+    async with counting(machine="pc-i440fx-7.2") as source:
+        await way.landed(source, tmp_path / "vm", "xbzrle")
+        async with waiting(source, binary=later(), machine="pc-i440fx-7.2") as other:
+            await way.lifted(tmp_path / "vm", other)
+            await compare(source, other)
+            await other.cont()
+            await other.wait_for_more()
 
 
 @one_loop
