@@ -173,6 +173,24 @@ async def test_a_stream_without_a_description(binary, way, tmp_path) -> None:
             await other.wait_for_more()
 
 
+# ---------------------------------------------------------------- a word that it waits for
+
+
+async def test_a_machine_that_asks_before_it_stands_still() -> None:
+    """switchover-ack, since 8.1: the destination says that its devices are ready for the last
+    round, and before that there is none."""
+    async with carried(binary=later(), capabilities=("switchover-ack", "return-path")) as move:
+        await move.begin()
+        await move.source.finish()
+        await move.arrived()
+
+
+async def test_a_machine_that_asks_before_it_lands(way, tmp_path) -> None:
+    async with Machine(SWEEP, binary=later()) as source:
+        await source.wait_for_count(SWEEP.every)
+        await way.landed(source, tmp_path / "vm", "switchover-ack")
+
+
 # ---------------------------------------------------------------- a large one
 
 

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -74,6 +75,10 @@ LEAST_READ = BUFFER_BYTES // 4
 FLUSH_SECONDS = 1.0
 MAX_SECTIONS = 100_000
 # Orders to the one that loads a stream which are of its own way, not of the guest.
+# From this version on QEMU understands SWITCHOVER_ACK; an earlier one fails at it. A machine's type
+# ends in the version that it came with.
+ACK_SINCE = (8, 1)
+TYPE_VERSION = re.compile(r"-(\d+)\.(\d+)$")
 OF_THE_WAY = (Command.OPEN_RETURN_PATH, Command.PING, Command.POSTCOPY_ADVISE)
 
 
@@ -200,6 +205,15 @@ class Landing:
         with contextlib.suppress(OSError):
             self._sock.sendall(struct.pack(">HHI", reply, 4, value))
 
+    def _allow_switchover(self) -> None:
+        """No device here has to be made ready before the guest stands still: a QEMU whose
+        capability switchover-ack is on waits for that word. Another one does not mind it."""
+        version = TYPE_VERSION.search(self._header.machine)
+        if version is not None and (int(version[1]), int(version[2])) >= ACK_SINCE:
+            assert self._sock is not None
+            with contextlib.suppress(OSError):
+                self._sock.sendall(struct.pack(">HH", Reply.SWITCHOVER_ACK, 0))
+
     def close(self) -> None:
         """It is over, one way or the other: the thread has ended when this returns."""
         if self._sock is not None:
@@ -249,6 +263,7 @@ class Landing:
             self._applier.apply(whole, self._parser.reader.records, part.count)
         elif isinstance(part, BlockList):
             self._open_blocks(part)
+            self._allow_switchover()
         elif isinstance(part, Header):
             self._header = part
             self._keep(data)
