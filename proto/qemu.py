@@ -174,6 +174,8 @@ class StreamParser:
         """Nothing follows."""
         self.postcopy = False
         """It was announced that it may come."""
+        self.switched = False
+        """It has come: the guest is not to run where it was."""
         self._sections: dict[int, Section] = {}
         self._began = False
         self._configured = False
@@ -412,6 +414,7 @@ class StreamParser:
         number, length = cut.u16(), cut.u16()
         data = cut.take(length)
         if number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN, Command.PACKAGED):
+            self.switched = True
             raise StreamError("the guest was switched to postcopy, which cannot be carried", at)
         if number == Command.ENABLE_COLO:
             raise StreamError("COLO cannot be carried: switch the capability x-colo off", at)

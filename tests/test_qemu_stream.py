@@ -292,6 +292,7 @@ def test_postcopy_may_be_announced():
     parser = StreamParser(PAGE)
     stepped(parser, MAGIC + command(3, bytes(16)), [])
     assert parser.postcopy
+    assert not parser.switched
 
 
 # ---------------------------------------------------------------- bodies that only QEMU reads

@@ -75,6 +75,12 @@ class QemuGuest(Guest):
         return bool(self._qmp)
 
     @property
+    def remains(self) -> str:  # type: ignore[override]
+        if self._intake is not None and self._intake.parser.switched and not self.driven:
+            return "its QEMU takes it for moved: `cont` in its monitor lets it run on here"
+        return super().remains
+
+    @property
     def intake(self) -> Intake:
         assert self._intake is not None
         return self._intake
@@ -333,6 +339,9 @@ class QemuGuest(Guest):
 
     async def _hang_up(self, *, for_good: bool = True) -> None:
         """for_good: QEMU sees that at once, whoever else holds its stream."""
+        intake = self._intake
+        while intake is not None and intake.parser.switched and not intake.drained:
+            await asyncio.sleep(POLL_SECONDS)  # as long as that may take: see Intake
         if self._socket is not None and for_good and not self._moved:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from migrate.errors import MigrationError, UsageError
 from migrate.memory import private_buffer
+from migrate.qemu.holder import MOVED
 from migrate.sliding import Sliding
 from proto.errors import DecodeError, StreamError
 from proto.kernel import PageEncoder
@@ -45,6 +46,9 @@ LINGER_SECONDS = 0.002
 # A stream that says nothing for so long where it may be over is over: old machine types end without
 # a description.
 END_SECONDS = 0.3
+# A QEMU that has switched to postcopy, and is silent for so long, is through: it sends in each
+# tenth of a second, however slowly it is to.
+QUIET_SECONDS = 3.0
 # So often the loop hears from the thread while nothing comes.
 NEWS_SECONDS = 0.1
 
@@ -84,6 +88,8 @@ class Intake:
         self.stopped_at: float | None = None
         """When the guest was seen to stand still."""
         self.return_path = self.postcopy_ram = False
+        self.drained = False
+        """It was switched to postcopy, and nothing more is to come of it."""
         self._refused = ""
         self._sock = sock
         self._poll = select.poll()
@@ -134,6 +140,8 @@ class Intake:
         try:
             at, part = self.parser.step(stream.data, stream.start, stream.end, last=last)
         except StreamError as error:
+            if self.parser.switched:
+                self._drain()
             place = stream.base + error.at
             raise MigrationError(f"QEMU's stream, byte {place}: {error}") from None
         self._part_end = at
@@ -148,6 +156,20 @@ class Intake:
         elif isinstance(part, Section) and (part.kind, part.name) == (FINISH, RAM.decode()):
             self.stopped_at = self.stopped_at or time.monotonic()
         return part
+
+    def _drain(self) -> None:
+        """QEMU has switched to postcopy, as it may with dirty bitmaps: 7.2 never lets its guest run
+        on where its stream breaks now, but where it is through it can be told to. It hears that
+        the guest has moved when it has nothing more to say: before that the word breaks it too."""
+        with contextlib.suppress(OSError):
+            self._run_dry()
+            self._sock.send(MOVED)
+            self._run_dry()
+        self.drained = True
+
+    def _run_dry(self) -> None:
+        while self._wait(QUIET_SECONDS) and self._sock.recv(BUFFER_BYTES):
+            pass
 
     # -- the beginning
 

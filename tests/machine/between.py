@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,13 @@ class Carried:
 async def carried(
     *here: str, there: tuple[str, ...] = (), between: Callable[[str], Any] | None = None,
     incoming: str = "tcp:127.0.0.1:0", out: str = "tcp:127.0.0.1:0", sweep: Sweep = SWEEP,
-    extra: Sequence[str] = (), **options: Any,
+    extra: Sequence[str] = (), first: Callable[[Machine], Awaitable[None]] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Carried]:  # fmt: skip
-    """The programs wait, the source counts; `between` stands between them, given an address."""
+    """The programs wait, the source counts; `between` stands between them, given an address.
+
+    first -- what is done to the source before that
+    """
     with tempfile.TemporaryDirectory(prefix="xbmigrate-carry-") as directory:
         incoming, out = incoming.format(directory), out.format(directory)
         qmp = f"{directory}/qmp"
@@ -87,6 +91,8 @@ async def carried(
         journals = ("--journal", f"{directory}/journals")
         async with source, target:
             await source.wait_for_count(sweep.every)
+            if first is not None:
+                await first(source)
             waits = f"qmp={qmp}-in" if incoming == "defer" else await target.uri()
             far, address = await asyncio.to_thread(
                 destination, "--guest", f"qemu:{waits}", *journals, *there
