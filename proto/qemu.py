@@ -27,6 +27,8 @@ from proto.kernel import SCAN_END, SCAN_MORE, RamReader
 from proto.messages import MAX_BLOCKS, MAX_PAGES, MIN_PAGE_SIZE
 
 MAGIC = b"QEVM\x00\x00\x00\x03"
+MULTIFD = b"\x11\x22\x33\x44"
+"""A further connection begins so, over which pages come."""
 EOF, START, PART, FINISH, FULL, SUBSECTION, DESCRIPTION, CONFIGURATION, COMMAND = range(9)
 FOOTER = 0x7E
 RAM = b"ram"
@@ -172,6 +174,8 @@ class StreamParser:
         """Nothing follows."""
         self.postcopy = False
         """It was announced that it may come."""
+        self.switched = False
+        """It has come: the guest is not to run where it was."""
         self._sections: dict[int, Section] = {}
         self._began = False
         self._configured = False
@@ -335,6 +339,13 @@ class StreamParser:
             if len(blocks) == MAX_BLOCKS:
                 raise StreamError(f"more than {MAX_BLOCKS} blocks", at)
             name = cut.name()
+            if not name and blocks:
+                # an address, or how a file is laid out: numbers that begin with zeros
+                raise StreamError(
+                    "a list of blocks with more than their sizes: switch the capabilities "
+                    "x-ignore-shared and mapped-ram off",
+                    at,
+                )
             size = cut.u64()
             if size > left or not name:
                 raise StreamError("a list of blocks that does not come to its sum", at)
@@ -403,6 +414,7 @@ class StreamParser:
         number, length = cut.u16(), cut.u16()
         data = cut.take(length)
         if number in (Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN, Command.PACKAGED):
+            self.switched = True
             raise StreamError("the guest was switched to postcopy, which cannot be carried", at)
         if number == Command.ENABLE_COLO:
             raise StreamError("COLO cannot be carried: switch the capability x-colo off", at)

@@ -15,6 +15,8 @@ import uvloop
 from hypothesis import settings
 
 from proto import kernel
+from tests.machine.between import later
+from tests.machine.qemu import PROGRAM
 
 # Journals of migrations in tests are nobody else's; the programs inherit this.
 os.environ["MIGRATE_JOURNAL"] = tempfile.mkdtemp(prefix="xbmigrate-journal-")
@@ -31,6 +33,12 @@ def shm() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-test-"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(params=["system's", "later"])
+def binary(request: pytest.FixtureRequest) -> str:
+    """The QEMUs that there are here: Debian's own, and its backport."""
+    return later() if request.param == "later" else PROGRAM
 
 
 def pytest_asyncio_loop_factories(

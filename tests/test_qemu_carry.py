@@ -11,126 +11,27 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proto.messages import MessageType
-from tests.machine import Machine, Sweep, compare
+from tests.machine import Machine, compare
+from tests.machine.between import SWEEP, Carried, carried, end
 from tests.machine.capture import is_end
-from tests.machine.qemu import PROGRAM
+from tests.machine.qemu import MIB, SLOW
 from tests.programs import Program, destination
 from tests.relay import Relay
-from tests.requirements import need
 from tests.tap import Tap
 
-MIB = 1 << 20
-SWEEP = Sweep(4 * MIB, fill=6 * MIB, rate=1_000_000)
-SLOW = 16_000_000
 # The programs have the loops that are to be tested; the machine's is not.
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
     pytest.mark.timeout(180),
 ]
-
-
-@pytest.fixture(params=["system's", "later"])
-def binary(request: pytest.FixtureRequest) -> str:
-    """The QEMUs that there are here: Debian's own, and its backport."""
-    if request.param != "later":
-        return PROGRAM
-    script = Path(__file__).parent / "machine/later.sh"
-    made = subprocess.run([script], capture_output=True, text=True, check=False)
-    need(made.returncode == 0, f"a later QEMU than the system's: {made.stderr}")
-    return made.stdout.strip()
-
-
-class Carried:
-    """Two machines, and what carries the one into the other."""
-
-    def __init__(
-        self, source: Machine, there: Machine, here: Program, far: Program, uri: str, qmp: str
-    ) -> None:
-        self.source, self.destination = source, there
-        self.here, self.far = here, far
-        self.uri, self.qmp = uri, qmp
-
-    async def begin(self, *capabilities: str, passes: int = 3, return_path: bool = True) -> None:
-        """It moves, slowly, and does not end before `finish`."""
-        path = ("return-path",) if return_path else ()
-        await self.source.begin(self.uri, *path, *capabilities, passes=passes, bandwidth=SLOW)
-
-    async def arrived(self) -> None:
-        """It is there, whole, and the programs say so."""
-        await self.destination.wait_run_state("paused")
-        status = await asyncio.to_thread(self.here.wait)
-        assert status == 0, self.here.err
-        assert await asyncio.to_thread(self.far.wait) == 0, self.far.err
-        assert "Migration status: completed" in self.here.out
-        assert "completed and verified: the guest runs in the QEMU" in self.far.out
-        await compare(self.source, self.destination)
-        before = await self.source.check_sweep(), self.source.counted()
-        assert before == (await self.destination.check_sweep(), self.destination.counted())
-        await self.destination.cont()
-        await self.destination.wait_for_more()
-
-    async def stayed(self) -> None:
-        """It runs on at the source, whole, and not at the destination."""
-        await self.source.wait_status("failed", "cancelled", "none")
-        await self.source.wait_run_state("running")
-        await self.source.wait_for_more()
-        await self.source.stop()
-        await self.source.check_sweep()
-        with contextlib.suppress(Exception):
-            assert not (await self.destination.execute("query-status"))["running"]
-
-
-@asynccontextmanager
-async def carried(
-    *here: str, there: tuple[str, ...] = (), between: Callable[[str], Any] | None = None,
-    incoming: str = "tcp:127.0.0.1:0", out: str = "tcp:127.0.0.1:0", sweep: Sweep = SWEEP,
-    **options: Any,
-) -> AsyncIterator[Carried]:  # fmt: skip
-    """The programs wait, the source counts; `between` stands between them, given an address."""
-    with tempfile.TemporaryDirectory(prefix="xbmigrate-carry-") as directory:
-        incoming, out = incoming.format(directory), out.format(directory)
-        qmp = f"{directory}/qmp"
-        options |= {"extra": ["-qmp", f"unix:{qmp},server=on,wait=off"]}
-        source = Machine(sweep, **options)
-        options |= {"extra": ["-qmp", f"unix:{qmp}-in,server=on,wait=off"]}
-        target = Machine(sweep, incoming=incoming, before=source, paused=True, **options)
-        journals = ("--journal", f"{directory}/journals")
-        async with source, target:
-            await source.wait_for_count(sweep.every)
-            waits = f"qmp={qmp}-in" if incoming == "defer" else await target.uri()
-            far, address = await asyncio.to_thread(
-                destination, "--guest", f"qemu:{waits}", *journals, *there
-            )
-            with contextlib.ExitStack() as stack:
-                stack.callback(_end, far)
-                if between is not None:
-                    address = stack.enter_context(between(address)).address
-                guest = f"qemu:{out}" if not out.startswith("qmp=") else f"qemu:qmp={qmp}"
-                near = Program("migrate-src", "--guest", guest, *journals, *here, address)
-                stack.callback(_end, near)
-                uri = ""
-                if not out.startswith("qmp="):
-                    uri = (await asyncio.to_thread(near.read_line, r"waiting for QEMU at (\S+)"))[1]
-                yield Carried(source, target, near, far, uri, qmp)
-
-
-def _end(program: Program) -> None:
-    program.kill()
-    program.process.wait(10)
-    for stream in (program.process.stdout, program.process.stderr):
-        if stream is not None:
-            stream.close()
 
 
 # ---------------------------------------------------------------- moves
@@ -227,8 +128,8 @@ async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:
                     assert await asyncio.to_thread(near.wait) == 0, near.err
                     assert await asyncio.to_thread(far.wait) == 0, far.err
                 finally:
-                    _end(near)
-                    _end(far)
+                    end(near)
+                    end(far)
                 await there.wait_run_state("paused")
                 await compare(here, there)
                 await there.check_sweep()
@@ -421,8 +322,8 @@ async def test_only_a_qemu_that_says_no_gives_the_guest_back(answer, stays, driv
                 await source.wait_status("completed")
                 await source.wait_run_state("postmigrate")
             await asyncio.to_thread(far.wait)
-            _end(near)
-            _end(far)
+            end(near)
+            end(far)
         if answer == b"":
             assert "which has not said" in far.out
 

@@ -31,6 +31,7 @@ from proto import _ram_apply, _twin_ram_apply
 from proto._ram import SCAN_END, RamReader
 from proto.errors import DecodeError
 from tests.machine import Machine, Sweep, compare
+from tests.machine.between import Way, both, later
 from tests.machine.qemu import DIMM_AT, PROGRAM
 from tests.machine.sweep import BASE
 from tests.programs import Program, destination
@@ -56,69 +57,25 @@ def qemu() -> None:
 # ---------------------------------------------------------------- real machines
 
 
-class Way:
-    """The programs between a machine, or a snapshot, and where it goes; all in `directory`."""
-
-    def __init__(self, directory: Path) -> None:
-        self._here = directory
-        self._journals = ("--journal", str(directory / "dst"))
-
-    async def destination(self, *arguments: str) -> tuple[Program, str]:
-        return await asyncio.to_thread(destination, *arguments, *self._journals)
-
-    async def land(self, output: Path, *arguments: str) -> tuple[Program, str]:
-        return await self.destination("--guest", "qemu", "--output", str(output), *arguments)
-
-    async def source(self, guest: str, address: str, *arguments: str) -> tuple[Program, str]:
-        """A migrate-src; and where it waits for QEMU, if it does."""
-        program = Program(
-            "migrate-src", "--guest", guest, address, *arguments,
-            "--journal", str(self._here / "src"),
-        )  # fmt: skip
-        if guest.startswith("snapshot"):
-            return program, ""
-        found = await asyncio.to_thread(program.read_line, r"waiting for QEMU at (\S+)")
-        return program, found[1]
-
-    async def landed(self, machine: Machine, output: Path, *capabilities: str) -> Program:
-        """The machine, after some passes over its memory; the migrate-dst that took it."""
-        receiver, address = await self.land(output)
-        sender, where = await self.source("qemu:tcp:127.0.0.1:0", address)
-        if (await machine.execute("query-status"))["running"]:
-            await machine.begin(where, "return-path", *capabilities)
-            await machine.finish()
-        else:
-            await machine.migrate(where, "return-path", *capabilities, max_bandwidth=0)
-        await both(sender, receiver)
-        await machine.wait_status("completed")
-        return receiver
-
-    async def lifted(self, snapshot: Path, machine: Machine) -> None:
-        receiver, address = await self.destination("--guest", f"qemu:{await machine.uri()}")
-        sender, _ = await self.source(f"snapshot:{snapshot}", address)
-        await both(sender, receiver)
-        await machine.wait_run_state("paused", "running")
-
-
-async def both(*programs: Program) -> None:
-    codes = [await asyncio.to_thread(one.wait) for one in programs]
-    assert codes == [0, 0], "\n".join(one.err for one in programs)
-
-
 @pytest.fixture
 def way(tmp_path: Path) -> Way:
     return Way(tmp_path)
 
 
 @asynccontextmanager
-async def counting() -> AsyncIterator[Machine]:
-    async with Machine(SWEEP, **MACHINE) as machine:
+async def counting(binary: str = PROGRAM, **options: Any) -> AsyncIterator[Machine]:
+    async with Machine(SWEEP, binary=binary, **MACHINE, **options) as machine:
         await machine.wait_for_count(SWEEP.every)
         yield machine
 
 
-def waiting(before: Machine, *, paused: bool = True) -> Machine:
-    return Machine(SWEEP, incoming="tcp:127.0.0.1:0", before=before, paused=paused, **MACHINE)
+def waiting(
+    before: Machine, *, paused: bool = True, binary: str = PROGRAM, **options: Any
+) -> Machine:
+    return Machine(
+        SWEEP, incoming="tcp:127.0.0.1:0", before=before, paused=paused, binary=binary,
+        **MACHINE, **options,
+    )  # fmt: skip
 
 
 def digest(path: Path, first: int = 0) -> str:
@@ -132,10 +89,10 @@ def hidden(directory: Path) -> list[str]:
 @one_loop
 @pytest.mark.parametrize("capabilities", [(), ("xbzrle",)], ids=["plain", "xbzrle"])
 async def test_a_machine_lands_and_runs_on_in_another(
-    qemu: None, way: Way, tmp_path: Path, capabilities: tuple[str, ...]
+    way: Way, tmp_path: Path, capabilities: tuple[str, ...], binary: str
 ) -> None:
     vm, again = tmp_path / "vm", tmp_path / "again"
-    async with counting() as source:
+    async with counting(binary) as source:
         receiver = await way.landed(source, vm, *capabilities)
         assert f"the machine is in {vm}, 80.5 MiB of memory" in receiver.out
         blocks = vm / "blocks"
@@ -151,7 +108,7 @@ async def test_a_machine_lands_and_runs_on_in_another(
             assert digest(vm / stored.file) == stored.hash
 
         # lifted, it is the same, and lands as the same again
-        async with waiting(source) as other:
+        async with waiting(source, binary=binary) as other:
             await way.lifted(vm, other)
             await compare(source, other)
             assert await source.check_sweep() == await other.check_sweep()
@@ -159,13 +116,27 @@ async def test_a_machine_lands_and_runs_on_in_another(
         assert Snapshot.read(str(again)).blocks == snapshot.blocks
 
         # and once more: it runs on from where it was
-        async with waiting(source, paused=False) as other:
+        async with waiting(source, paused=False, binary=binary) as other:
             await way.lifted(vm, other)
             await other.wait_run_state("running")
             await other.wait_for_more()
             await other.stop()
             await other.check_sweep()
     assert not hidden(tmp_path)
+
+
+@one_loop
+async def test_it_is_lifted_into_a_later_qemu_than_it_landed_from(
+    qemu: None, way: Way, tmp_path: Path
+) -> None:
+    """Which has machines of the types that earlier ones had."""
+    async with counting(machine="pc-i440fx-7.2") as source:
+        await way.landed(source, tmp_path / "vm", "xbzrle")
+        async with waiting(source, binary=later(), machine="pc-i440fx-7.2") as other:
+            await way.lifted(tmp_path / "vm", other)
+            await compare(source, other)
+            await other.cont()
+            await other.wait_for_more()
 
 
 @one_loop

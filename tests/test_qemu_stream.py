@@ -292,6 +292,7 @@ def test_postcopy_may_be_announced():
     parser = StreamParser(PAGE)
     stepped(parser, MAGIC + command(3, bytes(16)), [])
     assert parser.postcopy
+    assert not parser.switched
 
 
 # ---------------------------------------------------------------- bodies that only QEMU reads
@@ -435,6 +436,9 @@ REFUSED = [
      "a list of blocks that does not come to its sum", RAM_BODY),
     (IN_RAM + u64(PAGE | 4) + counted(b"") + u64(PAGE),
      "a list of blocks that does not come to its sum", RAM_BODY),
+    (IN_RAM + u64(2 * PAGE | 4) + counted(b"a") + u64(PAGE) + u64(0) + counted(b"b"),
+     "a list of blocks with more than their sizes: switch the capabilities x-ignore-shared and "
+     "mapped-ram off", RAM_BODY),
     (IN_RAM + block_list((b"a", PAGE), (b"a", PAGE)), "two blocks b'a'", RAM_BODY),
     (IN_RAM + block_list(*MANY), "more than 1024 blocks", RAM_BODY),
     (IN_RAM + u64(PAGE | 4) + b"".join(counted(b"%d" % i) + u64(0) for i in range(1025)),

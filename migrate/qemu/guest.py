@@ -27,11 +27,14 @@ from migrate.guests.process import start_time
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import Machine
+from proto.qemu import MULTIFD
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
 RECEIVE_BYTES = 1 << 20
 HOLDER_SECONDS = 5.0
+# What connects to us and says nothing for so long is none of QEMU's channels.
+SECOND_SECONDS = 1.0
 POLL_SECONDS = 0.05
 
 
@@ -58,6 +61,7 @@ class QemuGuest(Guest):
         self._return_path = return_path
         self._settings = settings or {}
         self._listener: socket.socket | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
@@ -69,6 +73,12 @@ class QemuGuest(Guest):
     def driven(self) -> bool:
         """Whether QEMU does what we say."""
         return bool(self._qmp)
+
+    @property
+    def remains(self) -> str:  # type: ignore[override]
+        if self._intake is not None and self._intake.parser.switched and not self.driven:
+            return "its QEMU takes it for moved: `cont` in its monitor lets it run on here"
+        return super().remains
 
     @property
     def intake(self) -> Intake:
@@ -146,11 +156,14 @@ class QemuGuest(Guest):
             await self.machine.prepare(return_path=self._return_path, **self._settings)
             await self.machine.migrate(str(where))
         self._socket = await self._accept(self._listener)
-        self._unlisten()
         self._socket.setblocking(False)
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         intake = Intake(self._socket, self._page_size)
+        if self.driven:
+            self._unlisten()
+        else:
+            self._watching = asyncio.create_task(self._watch(self._listener, intake))
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
             raise MigrationError(
@@ -173,6 +186,31 @@ class QemuGuest(Guest):
             return (await coming)[0]
         finally:
             coming.cancel()
+
+    async def _watch(self, listener: socket.socket, intake: Intake) -> None:
+        """Further connections: where QEMU makes them by itself, its pages come over those."""
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            with connection:
+                connection.setblocking(False)
+                first = b""
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(SECOND_SECONDS):
+                        first = await loop.sock_recv(connection, len(MULTIFD))
+                if first == MULTIFD:
+                    intake.refuse(
+                        "QEMU wants to send its pages over several connections, which cannot be "
+                        "carried: switch the capability multifd off"
+                    )
+                    return
+
+    async def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
+        self._unlisten()
 
     async def say(self, data: bytes) -> None:
         """On the return path. A QEMU that is gone is noticed where its stream is read."""
@@ -220,6 +258,7 @@ class QemuGuest(Guest):
         any more, and it can be told to let it run on. Another one waits for its answer; whoever
         cancels it meanwhile has two guests.
         """
+        await self._stop_watching()
         self.check_alive()
         await asyncio.shield(self._tell_holder(b"g"))
         self._given_up = True
@@ -274,7 +313,7 @@ class QemuGuest(Guest):
 
     async def close(self) -> None:
         """Where nobody knows whose the guest is, the holder stays, and QEMU waits."""
-        self._unlisten()
+        await self._stop_watching()
         unknown = self._given_up and not self._moved
         if not self._moved:
             await self._hang_up(for_good=not unknown)
@@ -300,6 +339,9 @@ class QemuGuest(Guest):
 
     async def _hang_up(self, *, for_good: bool = True) -> None:
         """for_good: QEMU sees that at once, whoever else holds its stream."""
+        intake = self._intake
+        while intake is not None and intake.parser.switched and not intake.drained:
+            await asyncio.sleep(POLL_SECONDS)  # as long as that may take: see Intake
         if self._socket is not None and for_good and not self._moved:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from migrate.errors import MigrationError, UsageError
 from migrate.memory import private_buffer
+from migrate.qemu.holder import MOVED
 from migrate.sliding import Sliding
 from proto.errors import DecodeError, StreamError
 from proto.kernel import PageEncoder
@@ -45,6 +46,9 @@ LINGER_SECONDS = 0.002
 # A stream that says nothing for so long where it may be over is over: old machine types end without
 # a description.
 END_SECONDS = 0.3
+# A QEMU that has switched to postcopy, and is silent for so long, is through: it sends in each
+# tenth of a second, however slowly it is to.
+QUIET_SECONDS = 3.0
 # So often the loop hears from the thread while nothing comes.
 NEWS_SECONDS = 0.1
 
@@ -83,7 +87,10 @@ class Intake:
         """How often the pages have begun from the first one, this time included."""
         self.stopped_at: float | None = None
         """When the guest was seen to stand still."""
-        self.return_path = False
+        self.return_path = self.postcopy_ram = False
+        self.drained = False
+        """It was switched to postcopy, and nothing more is to come of it."""
+        self._refused = ""
         self._sock = sock
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -102,7 +109,8 @@ class Intake:
     # -- bytes
 
     def _fill(self) -> bool:
-        """Takes in what is there; False where that is nothing. Raises StreamLost at the end."""
+        """Takes in what is there; False where that is nothing. Raises StreamLost at the end, and
+        UsageError where it was refused."""
         try:
             count = self._sock.recv_into(self._stream.room())
         except BlockingIOError:
@@ -111,6 +119,8 @@ class Intake:
             count = 0  # it has closed it, and had not read all that was said to it
         except OSError as error:
             raise StreamLost(f"QEMU's stream broke: {error.strerror}") from None
+        if self._refused:
+            raise UsageError(self._refused)
         if not count:
             raise StreamLost(
                 "QEMU has closed its stream before the end: it was cancelled there, or is gone"
@@ -130,6 +140,8 @@ class Intake:
         try:
             at, part = self.parser.step(stream.data, stream.start, stream.end, last=last)
         except StreamError as error:
+            if self.parser.switched:
+                self._drain()
             place = stream.base + error.at
             raise MigrationError(f"QEMU's stream, byte {place}: {error}") from None
         self._part_end = at
@@ -139,9 +151,25 @@ class Intake:
             self.machine = part.machine
         elif isinstance(part, Order):
             self.return_path |= part.number == Command.OPEN_RETURN_PATH
+            # with dirty bitmaps it is announced too, and has nothing to say then
+            self.postcopy_ram |= part.number == Command.POSTCOPY_ADVISE and bool(part.data)
         elif isinstance(part, Section) and (part.kind, part.name) == (FINISH, RAM.decode()):
             self.stopped_at = self.stopped_at or time.monotonic()
         return part
+
+    def _drain(self) -> None:
+        """QEMU has switched to postcopy, as it may with dirty bitmaps: 7.2 never lets its guest run
+        on where its stream breaks now, but where it is through it can be told to. It hears that
+        the guest has moved when it has nothing more to say: before that the word breaks it too."""
+        with contextlib.suppress(OSError):
+            self._run_dry()
+            self._sock.send(MOVED)
+            self._run_dry()
+        self.drained = True
+
+    def _run_dry(self) -> None:
+        while self._wait(QUIET_SECONDS) and self._sock.recv(BUFFER_BYTES):
+            pass
 
     # -- the beginning
 
@@ -160,13 +188,28 @@ class Intake:
         return True
 
     def check(self, *, return_path: bool) -> None:
-        """Raises UsageError for a stream that should not be carried."""
+        """Raises UsageError for a stream that should not be carried.
+
+        A QEMU that has switched to postcopy never lets its guest run on: it must not get so far.
+        """
         if return_path and not self.return_path:
             raise UsageError(
                 "QEMU keeps no return path: it would take its guest for moved as soon as all is "
                 "sent, wherever it is then. Set the capability return-path there; or say "
                 "--no-return-path"
             )
+        if self.postcopy_ram:
+            raise UsageError(
+                "QEMU may be told to let its guest go on at the destination before its memory is "
+                "there, which cannot be carried, and the guest would be lost: switch the "
+                "capability postcopy-ram off"
+            )
+
+    def refuse(self, why: str) -> None:
+        """From another thread: what is read, or waits, ends with a UsageError."""
+        self._refused = why
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
 
     # -- items
 

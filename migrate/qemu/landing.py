@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -74,6 +75,10 @@ LEAST_READ = BUFFER_BYTES // 4
 FLUSH_SECONDS = 1.0
 MAX_SECTIONS = 100_000
 # Orders to the one that loads a stream which are of its own way, not of the guest.
+# From this version on QEMU understands SWITCHOVER_ACK; an earlier one fails at it. A machine's type
+# ends in the version that it came with.
+ACK_SINCE = (8, 1)
+TYPE_VERSION = re.compile(r"-(\d+)\.(\d+)$")
 OF_THE_WAY = (Command.OPEN_RETURN_PATH, Command.PING, Command.POSTCOPY_ADVISE)
 
 
@@ -158,6 +163,7 @@ class Landing:
         self._at = 0  # in devices.bin
         self._header_bytes = 0
         self._ram = self._head = self._early = -1
+        self._paged = False
         self._sections: list[StoredSection] = []
         self._began = 0  # the section that is read, in devices.bin
         self._hash = xxhash.xxh3_128()
@@ -198,6 +204,15 @@ class Landing:
         assert self._sock is not None
         with contextlib.suppress(OSError):
             self._sock.sendall(struct.pack(">HHI", reply, 4, value))
+
+    def _allow_switchover(self) -> None:
+        """No device here has to be made ready before the guest stands still: a QEMU whose
+        capability switchover-ack is on waits for that word. Another one does not mind it."""
+        version = TYPE_VERSION.search(self._header.machine)
+        if version is not None and (int(version[1]), int(version[2])) >= ACK_SINCE:
+            assert self._sock is not None
+            with contextlib.suppress(OSError):
+                self._sock.sendall(struct.pack(">HH", Reply.SWITCHOVER_ACK, 0))
 
     def close(self) -> None:
         """It is over, one way or the other: the thread has ended when this returns."""
@@ -240,11 +255,15 @@ class Landing:
         if isinstance(part, Pages):
             assert self._applier is not None
             assert self._parser.reader is not None
+            if not self._paged:
+                self._paged = True
+                self._come_before_pages()
             # Where the records are, they say from the beginning of the buffer.
             whole = self._stream.data[: self._stream.end]
             self._applier.apply(whole, self._parser.reader.records, part.count)
         elif isinstance(part, BlockList):
             self._open_blocks(part)
+            self._allow_switchover()
         elif isinstance(part, Header):
             self._header = part
             self._keep(data)
@@ -279,10 +298,16 @@ class Landing:
     def _begin_section(self, section: Section, data: memoryview) -> None:
         if section.name == RAM.decode():
             if section.kind == START:
-                self._ram, self._head, self._early = section.id, self._at, len(self._sections)
+                self._ram = section.id
+                self._come_before_pages()
             return
         self._began = self._at
         self._keep(data)
+
+    def _come_before_pages(self) -> None:
+        """What is there goes before the memory when it is lifted: also what followed on the list of
+        its blocks, as the size of a device whose memory must be there when its pages come."""
+        self._head, self._early = self._at, len(self._sections)
 
     def _go_on(self, part: Body | SectionEnd, data: memoryview) -> None:
         section = part.section

@@ -31,8 +31,9 @@ FINISHING = "finish-migrate"
 DOWNTIME_LIMIT, MAX_BANDWIDTH = "downtime-limit", "max-bandwidth"
 SWITCHOVER_BANDWIDTH = "avail-switchover-bandwidth"
 
-# What changes a stream into one that cannot be carried, and what costs and gives nothing there.
-OFF = (
+# What changes a stream into one that cannot be carried: also where it arrives it is off, since QEMU
+# awaits there what was said to come.
+UNFIT = (
     "multifd",
     "mapped-ram",
     "zero-copy-send",
@@ -43,12 +44,19 @@ OFF = (
     "compress",
     "postcopy-ram",
     "postcopy-preempt",
+)
+# And what costs and gives nothing there.
+OFF = (
+    *UNFIT,
     "release-ram",  # after a failure its guest would have no memory
     "pause-before-switchover",  # it waits for a migrate-continue
     "xbzrle",  # whoever carries the stream makes deltas
 )
 # The stream is plain: whoever carries it encrypts. And it is a migration, no restart of QEMU.
-PLAIN = {"tls-creds": "", "mode": "normal"}
+TLS = "tls-creds"
+PLAIN = {TLS: "", "mode": "normal"}
+
+Changed = tuple[dict[str, bool], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -267,9 +275,26 @@ class Machine:
     async def incoming(self, uri: str) -> None:
         """Listens for a stream; QEMU must have been started with -incoming defer.
 
+        What cannot be carried is off then, until `restore`.
+
         uri -- unix:PATH or tcp:HOST:PORT
         """
-        await self.execute("migrate-incoming", uri=uri)
+        try:
+            now = await self._query_capabilities()
+            await self._set_capabilities(dict.fromkeys(UNFIT, False), now)
+            await self._set_parameters({TLS: ""})
+            await self.execute("migrate-incoming", uri=uri)
+        except BaseException:
+            await self.restore()
+            raise
+
+    @property
+    def changed(self) -> Changed:
+        """What `restore` puts back, for one that is connected later to `adopt`."""
+        return self._capabilities, self._parameters
+
+    def adopt(self, changed: Changed) -> None:
+        self._capabilities, self._parameters = changed
 
     # -- capabilities and parameters
 

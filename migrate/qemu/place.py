@@ -15,7 +15,7 @@ from typing import Any
 from migrate.address import Address
 from migrate.errors import MigrationError
 from migrate.guests.guest import Place
-from migrate.qemu.machine import Machine
+from migrate.qemu.machine import Changed, Machine
 from migrate.qemu.reception import StreamReception
 from proto import ErrorCode
 from proto.qemu import Command, Reply, order
@@ -25,6 +25,9 @@ SEND_BYTES = 4 << 20
 # It loads the devices, and answers; disks may have to be opened.
 LOAD_SECONDS = 120.0
 START_SECONDS = 50.0
+# What reads our stream answers its first words at once.
+MUTE_SECONDS = 20.0
+FIRST_BYTES = 4096
 # Of what must not reach QEMU before GO: the end of the stream and the description.
 MAX_HELD = 80 << 20
 # Ours among the PINGs; QEMU itself counts from 1.
@@ -65,6 +68,10 @@ class QemuPlace(Place):
         self._ended = asyncio.Event()
         self._shut: int | None = None
         self._closed = False
+        self._asked_at: float | None = None
+        self._first = True
+        self._spoken = False
+        self._changed: Changed = {}, {}
 
     async def ready(self) -> None:
         """Connects. Raises NoQemuError and QemuError."""
@@ -86,7 +93,15 @@ class QemuPlace(Place):
             with tempfile.TemporaryDirectory(prefix="migrate-dst-") as directory:
                 where = self._given or Address(path=f"{directory}/stream")
                 await machine.incoming(str(where))
+                self._changed = machine.changed
                 return await self._connect(where)
+
+    async def _put_back(self) -> None:
+        """What was off for us, in a QEMU that has its guest; one that cannot be asked is left."""
+        with contextlib.suppress(MigrationError):
+            async with await Machine.connect(self._qmp, timeout=1.0) as machine:
+                machine.adopt(self._changed)
+                await machine.restore()
 
     async def _connect(self, where: Address) -> socket.socket:
         family = socket.AF_UNIX if where.path else socket.AF_INET
@@ -115,7 +130,12 @@ class QemuPlace(Place):
         """Raises MigrationError where QEMU has gone."""
         assert self._socket is not None
         view = memoryview(data)
+        if self._first:
+            self._first = False
+            if order(Command.OPEN_RETURN_PATH) in bytes(view[:FIRST_BYTES]):
+                self._asked_at = time.monotonic()
         while view:
+            self._check_hears()
             if self._closed:
                 raise MigrationError("the guest is not wanted here any more")
             try:
@@ -124,6 +144,16 @@ class QemuPlace(Place):
                 self._poll.poll(NEWS_SECONDS * 1e3)
             except OSError as error:
                 raise self._gone(f"does not take the guest ({error.strerror})") from None
+
+    def _check_hears(self) -> None:
+        """Raises MigrationError where QEMU reads nothing: its guest is not to wait for that."""
+        asked = self._asked_at
+        if asked is None or self._spoken or time.monotonic() - asked < MUTE_SECONDS:
+            return
+        raise MigrationError(
+            f"the QEMU at {self.address} does not read what it is sent: does it wait for further "
+            "connections? Switch the capabilities multifd and postcopy-preempt off there"
+        )
 
     def hold(self, data: bytes) -> None:
         """What it gets when the guest is ours. Raises MigrationError where that is too much."""
@@ -158,6 +188,7 @@ class QemuPlace(Place):
             self.lost.exception()
 
     def _hear(self, kind: int, data: bytes, whole: bytes) -> None:
+        self._spoken = True
         if kind == Reply.PONG and data == PROOF.to_bytes(4, "big"):
             self._proven.set()
         elif kind == Reply.SHUT:
@@ -175,6 +206,11 @@ class QemuPlace(Place):
         assert self.lost is not None
         either: set[asyncio.Future[Any]] = {proven, self.lost}
         try:
+            if self._asked_at is not None and not self._spoken:
+                await asyncio.wait(
+                    either, timeout=MUTE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                self._check_hears()
             await asyncio.wait(either, timeout=LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not self._proven.is_set():
                 if self.lost.done():
@@ -202,6 +238,8 @@ class QemuPlace(Place):
                 f"the guest was given to the QEMU at {self.address}, which has not said in "
                 f"{waited:.0f} s that it runs: look there"
             )
+        if any(self._changed):
+            await self._put_back()
         return f"the guest runs in the QEMU at {self.address}"
 
     def facts(self) -> dict[str, Any]:

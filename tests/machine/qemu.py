@@ -64,14 +64,15 @@ class Machine:
     devices  -- what -device takes: "virtio-rng-pci", ...
     machine  -- the type, for another version to be able to load it
     binary   -- the QEMU
-    extra    -- arguments of that
+    extra    -- arguments of that; {here} in them is its directory
+    capabilities -- of its migration, that are on from the beginning
     """
 
     def __init__(
         self, sweep: Sweep, *, size: int = 64 * MIB, incoming: str = "", paused: bool = False,
         before: Machine | None = None, blocks: Sequence[str] = (), dimm: int = 0,
         devices: Sequence[str] = (), machine: str = "pc", binary: str = PROGRAM,
-        extra: Sequence[str] = (),
+        extra: Sequence[str] = (), capabilities: Sequence[str] = (),
     ) -> None:  # fmt: skip
         need(shutil.which(binary), f"{binary} (qemu-system-x86)")
         if not sweep.end <= size <= LARGEST or size % MIB:
@@ -91,9 +92,11 @@ class Machine:
             "-drive", f"file={self.directory}/disk,format=raw,if=ide",
             "-serial", f"file:{self._serial}",
             *self._memory(blocks), *(word for device in devices for word in ("-device", device)),
-            *(["-incoming", incoming] if incoming else []), *(["-S"] if paused else []), *extra,
+            *(["-incoming", incoming] if incoming else []), *(["-S"] if paused else []),
+            *(word.replace("{here}", str(self.directory)) for word in extra),
         ]  # fmt: skip
         self._incoming = bool(incoming)
+        self._capabilities = capabilities
         self._process: asyncio.subprocess.Process | None = None
         self._qmp = QMPClient(self.name)
         self._listener = EventListener()
@@ -130,7 +133,7 @@ class Machine:
         await self._leave()
 
     async def _start(self) -> None:
-        (self.directory / "disk").write_bytes(self.sweep.sector())
+        (self.directory / "disk").write_bytes(self.sweep.sector().ljust(MIB, b"\0"))
         if self.dimm and not self._incoming:
             (self.directory / "dimm").write_bytes(random.Random(0).randbytes(self.dimm))
         ours, theirs = socket.socketpair()
@@ -148,7 +151,7 @@ class Machine:
         except (QMPError, TimeoutError) as error:
             ours.close()
             raise await self._failure("does not start") from error
-        await self.prepare("events")
+        await self.prepare("events", *self._capabilities)
 
     async def _leave(self) -> None:
         await self.kill()
