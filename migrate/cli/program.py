@@ -54,6 +54,12 @@ def qemu_words(text: str) -> tuple[str, str]:
         where, _, qmp = text.rpartition(",qmp=")
     if not where and not qmp:
         raise UsageError(f"--guest qemu: say where it is: {QEMU_FORMS}")
+    if where and not where.startswith(("tcp:", "unix:")):
+        raise UsageError(f"--guest 'qemu:{text}' is not understood: write {QEMU_FORMS}")
+    if qmp:
+        from migrate.qemu.client import control_path
+
+        qmp = control_path(qmp)
     return where, qmp
 
 

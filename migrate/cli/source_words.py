@@ -35,7 +35,9 @@ def source_parser() -> Parser:
         "Moves a guest's memory to migrate-dst while the guest goes on writing to it.",
         "  migrate-src tcp:host:4444\n"
         "  migrate-src --guest demo:256m,hot=64m --max-bandwidth 117m tcp:host:4444\n"
-        "  migrate-src --guest file:/dev/shm/db --pid 1234 --cache-size 256m tcp:host:4444",
+        "  migrate-src --guest file:/dev/shm/db --pid 1234 --cache-size 256m tcp:host:4444\n"
+        "  migrate-src --guest qemu:qmp=/run/vm.qmp tcp:host:4444    (a virtual machine)\n"
+        "  migrate-src --guest snapshot:/srv/vm tcp:host:4444        (one that has landed)",
     )
     parser.add_argument(
         "uri", metavar="tcp:HOST:PORT|unix:PATH", nargs="?", default="",
@@ -114,7 +116,8 @@ def source_parser() -> Parser:
 def add_throttle(parser: Parser) -> None:
     parser.add_argument(
         "--auto-converge", action="store_true",
-        help="slow the guest (demo, or --pid), step by step, where nothing else helps",
+        help="slow the guest (demo, --pid, or qemu with qmp=), step by step, where nothing else "
+        "helps",
     )  # fmt: skip
     for name, default, what in (
         ("--cpu-throttle-initial", 20, "take so much of its time first"),

@@ -145,7 +145,7 @@ class Client:
         Raises UsageError, ConnectError where nobody answers there or somebody else is served,
         QemuError where it is no QEMU.
         """
-        path = _path(address)
+        path = control_path(address)
         wait = _Wait(path)
         try:
             async with asyncio.timeout(timeout):
@@ -322,10 +322,8 @@ class _Wait:
         )
 
 
-def _path(address: str) -> str:
-    path = address
-    if address.startswith(("unix:", "tcp:")):
-        path = parse_address(address).path
-    if not path:
+def control_path(address: str) -> str:
+    """The path of a QMP socket that is given as PATH or unix:PATH. Raises UsageError."""
+    if not address or address.startswith("tcp:"):
         raise UsageError(f"QEMU's control socket {address!r} is not understood: write unix:PATH")
-    return path
+    return parse_address(address if address.startswith("unix:") else f"unix:{address}").path

@@ -24,6 +24,7 @@ from migrate.address import Address
 from migrate.errors import MigrationError, QemuError, UsageError
 from migrate.guests.guest import Guest
 from migrate.guests.process import start_time
+from migrate.monitor.server import bind, identity
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import Machine
@@ -58,6 +59,8 @@ class QemuGuest(Guest):
         self._return_path = return_path
         self._settings = settings or {}
         self._listener: socket.socket | None = None
+        self._ours: tuple[int, int] | None = None
+        """The socket's file, where it has one: another one at its path is left alone."""
         self._socket: socket.socket | None = None
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
@@ -101,22 +104,15 @@ class QemuGuest(Guest):
                 self._directory = tempfile.mkdtemp(prefix="migrate-src-")
                 where = Address(path=f"{self._directory}/stream")
             if where.path:
-                listener = socket.socket(socket.AF_UNIX)
-                self._listener = listener
-                mask = os.umask(0o177)
-                try:
-                    listener.bind(where.path)
-                finally:
-                    os.umask(mask)
-                listener.listen(1)
+                listener = bind(where.path, "--guest")
+                self._ours = identity(where.path)
             else:
                 family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
                 listener = socket.create_server((where.host, where.port), family=family, backlog=1)
                 where = Address(where.host, listener.getsockname()[1])
         except OSError as error:
-            raise UsageError(
-                f"QEMU cannot be waited for at {where}: {error.strerror or error}"
-            ) from None
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise UsageError(f"QEMU cannot be waited for at {where}: {why}") from None
         listener.setblocking(False)
         self._listener, self._wanted = listener, where
         return where
@@ -125,9 +121,10 @@ class QemuGuest(Guest):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            if self._wanted is not None and self._wanted.path:
+            path = self._wanted.path if self._wanted is not None else ""
+            if path and identity(path) == self._ours:
                 with contextlib.suppress(OSError):
-                    os.unlink(self._wanted.path)
+                    os.unlink(path)
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = ""
@@ -145,7 +142,14 @@ class QemuGuest(Guest):
             self.machine = await Machine.connect(self._qmp)
             await self.machine.prepare(return_path=self._return_path, **self._settings)
             await self.machine.migrate(str(where))
-        self._socket = await self._accept(self._listener)
+        intake = await self._begun(self._listener)
+        intake.check(return_path=self._return_path)
+        assert self._socket is not None
+        await self._have_held(self._socket)
+        self._intake = intake
+
+    async def _begun(self, listener: socket.socket) -> Intake:
+        self._socket = await self._accept(listener)
         self._unlisten()
         self._socket.setblocking(False)
         with contextlib.suppress(OSError):
@@ -154,11 +158,10 @@ class QemuGuest(Guest):
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
             raise MigrationError(
-                f"what connected to {where} has not begun a migration stream in {BEGIN_SECONDS:g} s"
+                f"what connected to {self._wanted} has not begun a migration stream in "
+                f"{BEGIN_SECONDS:g} s"
             )
-        intake.check(return_path=self._return_path)
-        await self._have_held(self._socket)
-        self._intake = intake
+        return intake
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
         coming = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listener))

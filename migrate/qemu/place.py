@@ -30,6 +30,10 @@ MAX_HELD = 80 << 20
 # Ours among the PINGs; QEMU itself counts from 1.
 PROOF = 0x58424D31
 NEWS_SECONDS = 0.1
+ENDED = (
+    "has ended before the guest was there (most often it was started with other memory, another "
+    "machine type or other devices)"
+)
 
 
 class NoQemuError(MigrationError):
@@ -145,7 +149,7 @@ class QemuPlace(Place):
                         break
                     self._hear(kind, rest[4 : 4 + length], rest[: 4 + length])
                     rest = rest[4 + length :]
-            reason = "has closed its end"
+            reason = ENDED
         except OSError as error:
             reason = f"is gone ({error.strerror})"
         self._ended.set()

@@ -184,6 +184,7 @@ class StreamSource(Migration):
             beside.append(asyncio.create_task(governor.run()))
         try:
             await self._carry()
+            self.statistics = self.statistics.with_(dirty_sync_count=self.guest.intake.rounds)
             await self._prove()
         finally:
             for task in beside:
@@ -297,8 +298,8 @@ class StreamSource(Migration):
         await self._confirm_cache()
         if self._paused_at is None:
             self._check_time()
-        if intake.rounds > self.statistics.dirty_sync_count:
-            self.statistics = self.statistics.with_(dirty_sync_count=intake.rounds)
+        if intake.rounds - 1 > self.statistics.dirty_sync_count:
+            self.statistics = self.statistics.with_(dirty_sync_count=intake.rounds - 1)
             self._observer("pass", self.statistics)
         if now >= self._next_update:
             self._next_update = now + UPDATE_SECONDS
@@ -412,7 +413,7 @@ class StreamSource(Migration):
                 xbzrle_active=encoder.active,
                 evictions=self._cache.evictions,
             )
-            if self.guest.machine is None and self.guest.intake.rounds == 1:
+            if self.guest.machine is None or not s.remaining:  # nobody says what is dirty
                 s = s.with_(remaining=max(s.total - self._gone_by(zeros=True) * s.page_size, 0))
         now, sent, pages = time.monotonic(), self.sent_bytes, self._gone_by()
         at, sent_then, pages_then = self._rate_at
