@@ -246,7 +246,7 @@ class LiftIntake(Intake):
 class SnapshotGuest(QemuGuest):
     """A machine that has landed in `path`. Raises UsageError where there is none."""
 
-    remains = "the snapshot is as it was"
+    remains = "the directory is unchanged"
 
     def __init__(self, path: str) -> None:
         super().__init__(None)
