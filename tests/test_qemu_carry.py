@@ -199,6 +199,8 @@ async def test_with_qmp_qemu_does_all_by_itself_and_is_as_before_afterwards(bina
             await move.source.execute("query-migrate-capabilities"),
             await move.source.execute("query-migrate-parameters"),
         )
+        assert "round 1: " in move.here.err  # it was through with none before
+        assert "round 1 took" in move.here.err
 
 
 async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:

@@ -300,6 +300,9 @@ class StreamSource(Migration):
             self._check_time()
         if intake.rounds - 1 > self.statistics.dirty_sync_count:
             self.statistics = self.statistics.with_(dirty_sync_count=intake.rounds - 1)
+            self._update()
+            if self.guest.machine is not None:  # who says how much is dirty then
+                self._observer("round", self.statistics)
             self._observer("pass", self.statistics)
         if now >= self._next_update:
             self._next_update = now + UPDATE_SECONDS
