@@ -203,6 +203,23 @@ async def test_with_qmp_qemu_does_all_by_itself_and_is_as_before_afterwards(bina
         assert "round 1 took" in move.here.err
 
 
+async def test_a_qemu_that_dies_takes_its_guest_with_it_and_nobody_says_it_runs_on() -> None:
+    async with carried("--max-bandwidth", "1m", out="qmp=", incoming="defer") as move:
+        await asyncio.to_thread(move.here.read_line, "round 1: ")
+        await move.source.kill()
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "its QEMU answers no more" in move.here.err
+        assert "runs on here" not in move.here.err
+        assert await asyncio.to_thread(move.far.wait) == 1
+
+
+async def test_a_page_size_that_is_not_qemus_is_named() -> None:
+    async with carried("--page-size", "8k", out="qmp=", incoming="defer") as move:
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "(--page-size 8192: has this QEMU such pages?)" in move.here.err
+        await move.stayed()
+
+
 async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:
     """There and back again, five times; each time the same memory, and the count goes on."""
     with tempfile.TemporaryDirectory() as directory:

@@ -70,7 +70,10 @@ def source_parser() -> Parser:
         "--cache-max", metavar="SIZE",
         help="how large --cache-size auto may make it (default: 1g, or a quarter of free memory)",
     )  # fmt: skip
-    parser.add_argument("--page-size", default="4k", metavar="SIZE", help="1k to 16k (default: 4k)")
+    parser.add_argument(
+        "--page-size", default="4k", metavar="SIZE",
+        help="1k to 16k (default: 4k); of a QEMU guest what its pages have, 4k on most machines",
+    )  # fmt: skip
     parser.add_argument(
         "--downtime-limit", default="300", metavar="MS",
         help="stop the guest when the rest takes no longer than this (default: 300 ms)",

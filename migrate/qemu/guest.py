@@ -69,6 +69,12 @@ class QemuGuest(Guest):
         self._moved = self._given_up = self._told = False
 
     @property
+    def remains(self) -> str:  # type: ignore[override]
+        if self.machine is not None and self.machine.ended is not None:
+            return "its QEMU answers no more: if that has ended, so has the guest"
+        return Guest.remains
+
+    @property
     def driven(self) -> bool:
         """Whether QEMU does what we say."""
         return bool(self._qmp)

@@ -35,6 +35,7 @@ from proto.qemu import (
     StreamParser,
 )
 
+USUAL_PAGE = 4096
 BUFFER_BYTES = 1 << 20
 LEAST_READ = 128 << 10
 # Small deltas would fill a batch only after many pages; the other end is to work on some of them
@@ -131,7 +132,9 @@ class Intake:
             at, part = self.parser.step(stream.data, stream.start, stream.end, last=last)
         except StreamError as error:
             place = stream.base + error.at
-            raise MigrationError(f"QEMU's stream, byte {place}: {error}") from None
+            size = self.parser.page_size
+            hint = "" if size == USUAL_PAGE else f" (--page-size {size}: has this QEMU such pages?)"
+            raise MigrationError(f"QEMU's stream, byte {place}: {error}{hint}") from None
         self._part_end = at
         if part is not None and not isinstance(part, Pages | End):
             self._literal += stream.take(at)

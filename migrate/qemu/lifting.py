@@ -246,13 +246,15 @@ class LiftIntake(Intake):
 class SnapshotGuest(QemuGuest):
     """A machine that has landed in `path`. Raises UsageError where there is none."""
 
-    remains = "the directory is unchanged"
-
     def __init__(self, path: str) -> None:
         super().__init__(None)
         self._path = path
         self._snapshot = Snapshot.read(path)
         self._lifter: Lifter | None = None
+
+    @property
+    def remains(self) -> str:  # type: ignore[override]
+        return "the directory is unchanged"
 
     @property
     def driven(self) -> bool:
