@@ -213,6 +213,23 @@ async def test_a_qemu_that_dies_takes_its_guest_with_it_and_nobody_says_it_runs_
         assert await asyncio.to_thread(move.far.wait) == 1
 
 
+async def test_whoever_asks_is_told_of_the_cache_that_there_is(tmp_path) -> None:
+    """With `auto` it is as large as it may be from the first page on."""
+    path = tmp_path / "here"
+    async with carried(
+        "--max-bandwidth", "1m", "--qmp", f"unix:{path}", out="qmp=", incoming="defer"
+    ) as move:
+        await asyncio.to_thread(move.here.read_line, "round 1: ")
+        answers = []
+        for command in ("query-migrate", "query-migrate-parameters"):
+            asked = Program("migrate-ctl", str(path), command)
+            assert await asyncio.to_thread(asked.wait) == 0, asked.err
+            answers.append(json.loads(asked.out))
+        there = answers[0]["xbzrle-cache"]["cache-size"]
+        assert there == answers[1]["xbzrle-cache-size"]
+        assert there >= 64 * MIB
+
+
 async def test_a_page_size_that_is_not_qemus_is_named() -> None:
     async with carried("--page-size", "8k", out="qmp=", incoming="defer") as move:
         assert await asyncio.to_thread(move.here.wait) == 1

@@ -439,7 +439,7 @@ class DestinationProgram(Node):
         if self.qemu is None:
             raise NoPlaceError(
                 "a QEMU guest lands in a QEMU that waits for it: start migrate-dst with "
-                "--guest qemu:tcp:HOST:PORT; or in a directory: --guest qemu --output DIR"
+                "--guest qemu:qmp=PATH; or in a directory: --guest qemu --output DIR"
             )
         return QemuPlace(*self.qemu)
 

@@ -217,7 +217,8 @@ class StreamSource(Migration):
         if self.parameters.cache_max:
             # What is hot shows when it comes again, and then its old content must be there: as
             # much of it as there may be. Memory is taken as pages come.
-            self._cache.wanted = self._cache.useful(self.parameters.cache_max)
+            size = self._cache.wanted = self._cache.useful(self.parameters.cache_max)
+            self.parameters = replace(self.parameters, cache_size=size)
         hashes = PageHashes(self._pages, page_size, self._seed)
         self._encoder = self._new_encoder(hashes, agreement)
         self._encoder.begin_round(intake.rounds)
