@@ -316,6 +316,11 @@ class _Wait:
                 "is connected (libvirt, a shell, another migration?), or QEMU is stopped: close "
                 "that connection, or give QEMU one more -qmp socket for this"
             )
+        if self._fault.errno == errno.EACCES:
+            return (
+                f"the control socket {self._path} is not ours to use: {self._fault.strerror}: do "
+                "this as the user that its QEMU runs as, or let this one write to the socket"
+            )
         return (
             f"nobody answers on {self._path}: {self._fault.strerror or self._fault}: does a QEMU "
             "with -qmp unix:PATH,server=on,wait=off run there?"

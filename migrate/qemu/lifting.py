@@ -91,7 +91,8 @@ class Lifter:
             except MigrationError as error:
                 self.error = str(error)
             except OSError as error:
-                self.error = f"the snapshot {self._path} cannot be read: {error.strerror}"
+                where = error.filename or self._path
+                self.error = f"the snapshot cannot be read: {where}: {error.strerror}"
 
     def _write(self) -> None:
         snapshot = self._snapshot
