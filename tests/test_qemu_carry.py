@@ -178,6 +178,14 @@ async def test_a_qemu_without_a_return_path_is_refused_unless_that_is_wanted() -
         await move.stayed()
 
 
+async def test_a_qemu_with_multifd_is_refused_in_words(binary) -> None:
+    async with carried(binary=binary) as move:
+        await move.source.migrate(move.uri, "return-path", "multifd")
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "its capability multifd is on, which has to be off" in move.here.err
+        await move.stayed()
+
+
 async def test_without_a_return_path_it_arrives_too() -> None:
     async with carried("--no-return-path") as move:
         await move.begin(return_path=False)
@@ -354,6 +362,7 @@ async def test_a_destination_that_cannot_load_the_guest_says_no_before_it_is_too
         await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW, downtime_limit=1)
         assert await asyncio.to_thread(move.here.wait) != 0
         assert "no QEMU waits for a guest" in move.here.err
+        assert "Connection refused: start it with -incoming" in move.here.err
         await move.stayed()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -104,7 +105,8 @@ class QemuPlace(Place):
                 await loop.sock_connect(connection, where.path or (where.host, where.port))
         except (OSError, TimeoutError) as error:
             connection.close()
-            reason = getattr(error, "strerror", None) or "nobody answers"
+            number = getattr(error, "errno", None) or 0
+            reason = os.strerror(number) if number > 0 else "nobody answers"
             raise NoQemuError(
                 f"no QEMU waits for a guest at {where}: {reason}: start it with -incoming {where}"
             ) from None
