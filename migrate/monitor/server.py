@@ -19,6 +19,7 @@ from migrate.errors import ConnectError, MigrationError, UsageError
 from migrate.monitor.node import Refused
 
 MAX_CLIENTS = 32
+BACKLOG = 255
 SEND_PATIENCE = 10.0
 # What may wait for a client that does not read its events: more, and it is dropped.
 MAX_WAITING = 1 << 20
@@ -168,7 +169,7 @@ def bind(path: str, option: str) -> socket.socket:
             os.unlink(path)  # its program has died
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(path)
-        sock.listen(MAX_CLIENTS)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         directory = os.path.dirname(path) or "."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from migrate.address import Address
 from migrate.errors import MigrationError, QemuError, UsageError
 from migrate.guests.guest import Guest
 from migrate.guests.process import start_time
-from migrate.monitor.server import bind, identity
+from migrate.monitor.server import BACKLOG, bind, identity
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import Machine
@@ -34,6 +35,7 @@ BEGIN_SECONDS = 30.0
 RECEIVE_BYTES = 1 << 20
 HOLDER_SECONDS = 5.0
 POLL_SECONDS = 0.05
+NOTICE_SECONDS = 0.5
 
 
 class QemuGuest(Guest):
@@ -114,7 +116,9 @@ class QemuGuest(Guest):
                 self._ours = identity(where.path)
             else:
                 family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-                listener = socket.create_server((where.host, where.port), family=family, backlog=1)
+                listener = socket.create_server(
+                    (where.host, where.port), family=family, backlog=BACKLOG
+                )
                 where = Address(where.host, listener.getsockname()[1])
         except OSError as error:
             why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
@@ -156,7 +160,6 @@ class QemuGuest(Guest):
 
     async def _begun(self, listener: socket.socket) -> Intake:
         self._socket = await self._accept(listener)
-        self._unlisten()
         self._socket.setblocking(False)
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
@@ -167,7 +170,26 @@ class QemuGuest(Guest):
                 f"what connected to {self._wanted} has not begun a migration stream in "
                 f"{BEGIN_SECONDS:g} s"
             )
+        await self._refuse_more(self._socket, listener)
+        self._unlisten()
         return intake
+
+    async def _refuse_more(self, stream: socket.socket, listener: socket.socket) -> None:
+        """Raises UsageError where pages are to come over connections of their own.
+
+        They are there before QEMU lists its blocks. It must lose its stream first: QEMU 7.2 may
+        crash, and its guest with it, where one of those connections breaks before that.
+        """
+        more = select.poll()
+        more.register(listener, select.POLLIN)
+        if more.poll(0):
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+            await asyncio.sleep(NOTICE_SECONDS)
+            raise UsageError(
+                "QEMU opens more connections than one: its capability multifd, or "
+                "postcopy-preempt, is on, and has to be off"
+            )
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
         coming = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listener))

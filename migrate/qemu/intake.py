@@ -90,7 +90,6 @@ class Intake:
         self._poll.register(sock, select.POLLIN)
         self._stream = Sliding(private_buffer(BUFFER_BYTES), LEAST_READ)
         self._part_end = 0
-        self._paged = False  # pages have come
         self._fed = 0  # pages since the last batch
         self._literal = bytearray()
         self._held = False
@@ -114,11 +113,8 @@ class Intake:
         except OSError as error:
             raise StreamLost(f"QEMU's stream broke: {error.strerror}") from None
         if not count:
-            # With multifd the pages go over connections of their own, which nobody awaits.
-            hint = "" if self._paged else ", or its capability multifd is on, which has to be off"
             raise StreamLost(
-                "QEMU has closed its stream before the end: "
-                f"it was cancelled there, or is gone{hint}"
+                "QEMU has closed its stream before the end: it was cancelled there, or is gone"
             )
         self._stream.come(count)
         self._quiet_since = 0.0
@@ -245,7 +241,6 @@ class Intake:
                 self.rounds += 1
                 encoder.begin_round(self.rounds)
         self._stream.take(self._part_end)
-        self._paged = True
         self._fed += count
         if self._fed >= BATCH_PAGES:
             yield from self._batch()
