@@ -16,6 +16,8 @@ from proto import ErrorCode
 from proto.messages import Error, Join, Joined, Message, Running
 
 T = TypeVar("T")
+# So long the destination has to read what comes before the reason why we hang up.
+HEARD_SECONDS = 1.0
 Dial = Callable[[], Awaitable[Link]]
 
 
@@ -125,7 +127,13 @@ class Channels:
             raise PeerError(f"{type(answer).__name__} came where JOINED was due")
 
     async def give_reason(self, code: ErrorCode, reason: str) -> None:
+        """Tells the destination why we hang up, and lets it hear that, if it still can.
+
+        It answers what came before; where we had closed the connection by then, that would reset
+        it, and what it has not read yet, the reason among it, would be lost.
+        """
         await give_reason_on(self.links, code, reason)
+        await self.link.hung_up(HEARD_SECONDS)
 
     async def close(self) -> None:
         with contextlib.suppress(BaseException):

@@ -47,6 +47,8 @@ SOCKET_TIMEOUT = 30.0
 LEAST_RATE = 256
 # In each `peer_timeout` a silent peer is asked so often, by us and by the kernel.
 BEATS = 4
+# What comes when nobody wants to hear it any more is read in pieces of this size.
+DROPPED_BYTES = 64 << 10
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
 MAX_USER_TIMEOUT = (1 << 31) - 1
 MAX_KEEPALIVE = 32767
@@ -146,6 +148,8 @@ class Link(asyncio.BufferedProtocol):
         self._pings: dict[int, asyncio.Future[float]] = {}
         self._heart: asyncio.Task[None] | None = None
         self._buffer = memoryview(b"")
+        self._deaf: memoryview | None = None
+        """Where what nobody wants to hear any more goes."""
 
     # -- what the transport calls
 
@@ -176,10 +180,14 @@ class Link(asyncio.BufferedProtocol):
         self._ahead_bytes = RECEIVE_AHEAD_BYTES // channels
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._deaf is not None:
+            return self._deaf
         self._buffer = self.session.reader.get_buffer()
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._deaf is not None:
+            return
         if not self.received_bytes and self._buffer[0] in RECORD_TYPES:
             self._fail(tls.tls_there(self.session.role))
         self.session.reader.received(nbytes)
@@ -421,6 +429,17 @@ class Link(asyncio.BufferedProtocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    async def hung_up(self, seconds: float) -> None:
+        """Waits until the peer has closed the connection, for so long; what comes is dropped."""
+        if self._transport is None:
+            return
+        self._deaf = memoryview(bytearray(DROPPED_BYTES))
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
 
     async def close(self) -> None:
         """Sends what is queued (for a second at most) and closes; a lost peer is not waited for."""

@@ -277,7 +277,8 @@ class Migration(ABC):
             self._check_time()
             left = self._lost_at + self._retry - time.monotonic()
             if left <= 0:
-                raise PeerLost(f"{error}; no other connection in {self._retry:g} s: {why}")
+                more = "" if why is error else f": {why}"
+                raise PeerLost(f"{error}; no other connection in {self._retry:g} s{more}")
             try:
                 async with asyncio.timeout(left):
                     link = await self._dial()

@@ -27,8 +27,6 @@ from proto.kernel import SCAN_END, SCAN_MORE, RamReader
 from proto.messages import MAX_BLOCKS, MAX_PAGES, MIN_PAGE_SIZE
 
 MAGIC = b"QEVM\x00\x00\x00\x03"
-MULTIFD = b"\x11\x22\x33\x44"
-"""A further connection begins so, over which pages come."""
 EOF, START, PART, FINISH, FULL, SUBSECTION, DESCRIPTION, CONFIGURATION, COMMAND = range(9)
 FOOTER = 0x7E
 RAM = b"ram"

@@ -747,6 +747,30 @@ async def test_the_end_is_seen_without_receiving():
 
 
 @pytest.mark.asyncio
+async def test_who_gives_its_reason_hears_the_peer_hang_up_behind_all_that_is_unread():
+    """What the peer still says must not reset the connection: the reason would be lost with it."""
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        for _ in range(2 * link.RECEIVE_AHEAD):
+            await destination.send(CacheSize(4096))
+        await source.give_reason(ErrorCode.CANCELLED, "enough")
+        waiting = asyncio.create_task(source.hung_up(60))
+        await destination.send(CacheSize(8192))
+        assert await destination.receive_message() == Error(ErrorCode.CANCELLED, "enough")
+        assert not waiting.done()
+        await destination.close()
+        await waiting
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_does_not_hang_up_is_not_waited_for_any_longer():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        await source.hung_up(0.01)
+        assert destination._fault is None
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("seconds", [30.0, 1e9, 1e15])
 async def test_any_peer_timeout_a_user_may_write_can_be_set(seconds):
     async with pair(peer_timeout=seconds) as (source, destination):

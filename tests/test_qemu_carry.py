@@ -79,6 +79,15 @@ async def test_a_qemu_without_a_return_path_is_refused_unless_that_is_wanted() -
         await move.stayed()
 
 
+@pytest.mark.parametrize("out", ["tcp:127.0.0.1:0", "unix:{}/out"])
+async def test_a_qemu_with_multifd_is_refused_in_words_and_survives_that(out, binary) -> None:
+    async with carried(binary=binary, out=out) as move:
+        await move.source.migrate(move.uri, "return-path", "multifd")
+        assert await asyncio.to_thread(move.here.wait) == 2
+        assert "switch the capability multifd off" in move.here.err
+        await move.stayed()
+
+
 async def test_without_a_return_path_it_arrives_too() -> None:
     async with carried("--no-return-path") as move:
         await move.begin(return_path=False)
@@ -100,6 +109,42 @@ async def test_with_qmp_qemu_does_all_by_itself_and_is_as_before_afterwards(bina
             await move.source.execute("query-migrate-capabilities"),
             await move.source.execute("query-migrate-parameters"),
         )
+        assert "round 1: " in move.here.err  # it was through with none before
+        assert "round 1 took" in move.here.err
+
+
+async def test_a_qemu_that_dies_takes_its_guest_with_it_and_nobody_says_it_runs_on() -> None:
+    async with carried("--max-bandwidth", "1m", out="qmp=", incoming="defer") as move:
+        await asyncio.to_thread(move.here.read_line, "round 1: ")
+        await move.source.kill()
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "its QEMU answers no more" in move.here.err
+        assert "runs on here" not in move.here.err
+        assert await asyncio.to_thread(move.far.wait) == 1
+
+
+async def test_whoever_asks_is_told_of_the_cache_that_there_is(tmp_path) -> None:
+    """With `auto` it is as large as it may be from the first page on."""
+    path = tmp_path / "here"
+    async with carried(
+        "--max-bandwidth", "1m", "--qmp", f"unix:{path}", out="qmp=", incoming="defer"
+    ) as move:
+        await asyncio.to_thread(move.here.read_line, "round 1: ")
+        answers = []
+        for command in ("query-migrate", "query-migrate-parameters"):
+            asked = Program("migrate-ctl", str(path), command)
+            assert await asyncio.to_thread(asked.wait) == 0, asked.err
+            answers.append(json.loads(asked.out))
+        there = answers[0]["xbzrle-cache"]["cache-size"]
+        assert there == answers[1]["xbzrle-cache-size"]
+        assert there >= 64 * MIB
+
+
+async def test_a_page_size_that_is_not_qemus_is_named() -> None:
+    async with carried("--page-size", "8k", out="qmp=", incoming="defer") as move:
+        assert await asyncio.to_thread(move.here.wait) == 1
+        assert "(--page-size 8192: has this QEMU such pages?)" in move.here.err
+        await move.stayed()
 
 
 async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:
@@ -219,6 +264,7 @@ async def test_a_destination_that_cannot_load_the_guest_says_no_before_it_is_too
         await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW, downtime_limit=1)
         assert await asyncio.to_thread(move.here.wait) != 0
         assert "no QEMU waits for a guest" in move.here.err
+        assert "Connection refused: start it with -incoming" in move.here.err
         await move.stayed()
 
 

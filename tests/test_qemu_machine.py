@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -491,6 +492,20 @@ async def test_a_path_where_nobody_is(tmp_path: Path) -> None:
     for address in ("tcp:localhost:4444", "", "unix:"):
         with pytest.raises(UsageError):
             await Machine.connect(address)
+
+
+async def test_a_socket_of_another_user_is_told_from_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "connect", denied)
+        with pytest.raises(
+            ConnectError, match=r"/q is not ours to use: Permission denied: do this"
+        ):
+            await Client.connect(f"unix:{tmp_path}/q", timeout=30)
 
 
 async def test_a_qemu_that_is_just_starting_is_waited_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 
 from migrate.cli import stream
 from migrate.errors import MigrationError
+from migrate.stream import pages
 from migrate.stream.reading import Reader, read
 from migrate.stream.text import lines_of
 from proto.frames import HEADER_BYTES, seal
@@ -542,16 +544,56 @@ def test_records_are_listed_with_their_places(call, small) -> None:
 def test_blocks_are_written(call, small, tmp_path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(b"old" * 9000)
-    code, _, err = call(small, "--extract", f"a={a}", "--extract", f"bb={b}")
+    code, _, err = call(small, "--overwrite", "--extract", f"a={a}", "--extract", f"bb={b}")
     assert (code, err) == (0, "")
     assert a.read_bytes() == CHANGED + b"\0\0x" + bytes(3 * PAGE - 3)
     assert b.read_bytes() == bytes(2 * PAGE)
     assert b.stat().st_blocks == 0
 
 
+def test_a_file_with_content_is_not_written_to_unless_that_is_wanted(call, small, tmp_path) -> None:
+    a = tmp_path / "a"
+    a.write_bytes(b"precious")
+    code, out, err = call(small, "--extract", f"a={a}")
+    assert (code, out) == (2, "")
+    assert f"{a} is there already: remove it, or give --overwrite" in err
+    assert a.read_bytes() == b"precious"
+    a.write_bytes(b"")
+    assert call(small, "--extract", f"a={a}")[0] == 0
+
+
+def test_two_blocks_do_not_go_to_one_file(call, small, tmp_path) -> None:
+    code, out, err = call(small, "--extract", f"a={tmp_path}/x", "--extract", f"bb={tmp_path}/./x")
+    assert (code, out) == (2, "")
+    assert "two blocks cannot both be written to" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_no_half_of_a_block_is_left(call, small, tmp_path, monkeypatch) -> None:
+    """A full disk, say; of a stream that is damaged what came is kept."""
+
+    class Full:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def apply(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pages, "RamImage", Full)
+    code, out, err = call(small, "--extract", f"a={tmp_path}/x")
+    assert (code, out) == (1, "")
+    assert f"{tmp_path}/x: No space left on device" in err
+    assert not (tmp_path / "x").exists()
+    monkeypatch.undo()
+    small.write_bytes(WHOLE[:-3])
+    assert call(small, "--extract", f"a={tmp_path}/x")[0] == 1
+    assert (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
+        (["--pages", "a:6-9"], 2, "a has pages 0 to 3, and no 6"),
         (["--pages", "c"], 2, "there is no block 'c' in the stream; there are: a, bb"),
         (["--pages", "a:5-2"], 2, "it ends before it begins"),
         (["--extract", "c=/dev/null"], 2, "there is no block 'c'"),

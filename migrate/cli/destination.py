@@ -57,7 +57,9 @@ def destination_parser() -> Parser:
         "migrate-dst",
         "Receives one guest, verifies it, and runs it.",
         "  migrate-dst --listen 4444\n"
-        "  migrate-dst --listen 4444 --output /dev/shm/db --on-complete 'systemctl start db'",
+        "  migrate-dst --listen 4444 --output /dev/shm/db --on-complete 'systemctl start db'\n"
+        "  migrate-dst --listen 4444 --guest qemu:qmp=/run/vm-in.qmp    (QEMU: -incoming defer)\n"
+        "  migrate-dst --listen 4444 --guest qemu --output /srv/vm",
     )
     parser.add_argument(
         "--listen", default="", metavar="[HOST:]PORT|unix:PATH",
@@ -78,7 +80,12 @@ def destination_parser() -> Parser:
         help="the QEMU that waits for a guest there (-incoming), or is told to (-incoming defer); "
         "qemu alone: a QEMU's guest lands in the directory --output",
     )  # fmt: skip
-    parser.add_argument("--output", default="", metavar="PATH", help="where a file guest lands")
+    parser.add_argument(
+        "--output",
+        default="",
+        metavar="PATH",
+        help="where a file guest lands; with --guest qemu the directory a QEMU's guest lands in",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
         "--on-complete", default="", metavar="CMD", help="run this when the guest is ours"
@@ -97,6 +104,8 @@ def qemu_of(args: argparse.Namespace) -> tuple[Address | None, str] | None:
     kind, _, rest = args.guest.partition(":")
     if args.guest == "qemu" and args.output:
         return None
+    if kind == "snapshot":
+        raise UsageError("--guest snapshot: to land a machine in DIR: --guest qemu --output DIR")
     if kind != "qemu" or not rest:
         raise UsageError(
             f"--guest {args.guest!r}: say where the QEMU is: {QEMU_FORMS}; or qemu, and with "
@@ -253,6 +262,11 @@ class DestinationProgram(Node):
             allow=self.allow, refused=self._refused,
         )  # fmt: skip
         self._say(f"listening on {listener.address}")
+        if self.qemu and self.qemu[1] and not os.path.exists(self.qemu[1]):
+            self._say(
+                f"no QEMU has a socket at {self.qemu[1]} yet: it must be there when a guest comes "
+                "(-incoming defer -qmp unix:PATH,server=on,wait=off)"
+            )
         self._heard.set()
         return Door(listener, self.records, self._destination, refused=self._refused)
 
@@ -425,7 +439,7 @@ class DestinationProgram(Node):
         if self.qemu is None:
             raise NoPlaceError(
                 "a QEMU guest lands in a QEMU that waits for it: start migrate-dst with "
-                "--guest qemu:tcp:HOST:PORT; or in a directory: --guest qemu --output DIR"
+                "--guest qemu:qmp=PATH; or in a directory: --guest qemu --output DIR"
             )
         return QemuPlace(*self.qemu)
 

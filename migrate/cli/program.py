@@ -42,6 +42,23 @@ CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
 QEMU_FORMS = "qemu:tcp:HOST:PORT[,qmp=PATH], qemu:unix:PATH[,qmp=PATH] or qemu:qmp=PATH"
 
 
+MACHINES = """virtual machines:
+  QEMU stays as it is. At the source it has a socket for us,
+    -qmp unix:/run/vm.qmp,server=on,wait=off
+  and at the destination waits one with the same machine type, memory and
+  devices:
+    -incoming defer -qmp unix:/run/vm-in.qmp,server=on,wait=off
+    migrate-dst --listen 4444 --guest qemu:qmp=/run/vm-in.qmp
+    migrate-src --guest qemu:qmp=/run/vm.qmp tcp:host:4444
+
+  Once the guest has arrived the QEMU at the source stands still: end it, and
+  never say cont to it. Else the guest runs on there, and the QEMU at the
+  destination has to be started again. It is given up only where --timeout or
+  --max-rounds say so. Without qmp= set return-path on in QEMU's monitor, and
+  let it migrate to the address behind qemu: yourself.
+"""
+
+
 def qemu_words(text: str) -> tuple[str, str]:
     """What stands behind `qemu:`: an address, and the path of a QMP socket; one may be missing.
 
@@ -54,6 +71,12 @@ def qemu_words(text: str) -> tuple[str, str]:
         where, _, qmp = text.rpartition(",qmp=")
     if not where and not qmp:
         raise UsageError(f"--guest qemu: say where it is: {QEMU_FORMS}")
+    if where and not where.startswith(("tcp:", "unix:")):
+        raise UsageError(f"--guest 'qemu:{text}' is not understood: write {QEMU_FORMS}")
+    if qmp:
+        from migrate.qemu.client import control_path
+
+        qmp = control_path(qmp)
     return where, qmp
 
 
@@ -67,7 +90,7 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     parser = Parser(
         prog=prog,
         description=description,
-        epilog=f"exit codes:\n{CODES}\n\nexamples:\n{examples}",
+        epilog=f"exit codes:\n{CODES}\n\n{MACHINES}\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")

@@ -35,7 +35,9 @@ def source_parser() -> Parser:
         "Moves a guest's memory to migrate-dst while the guest goes on writing to it.",
         "  migrate-src tcp:host:4444\n"
         "  migrate-src --guest demo:256m,hot=64m --max-bandwidth 117m tcp:host:4444\n"
-        "  migrate-src --guest file:/dev/shm/db --pid 1234 --cache-size 256m tcp:host:4444",
+        "  migrate-src --guest file:/dev/shm/db --pid 1234 --cache-size 256m tcp:host:4444\n"
+        "  migrate-src --guest qemu:qmp=/run/vm.qmp tcp:host:4444    (a virtual machine)\n"
+        "  migrate-src --guest snapshot:/srv/vm tcp:host:4444        (one that has landed)",
     )
     parser.add_argument(
         "uri", metavar="tcp:HOST:PORT|unix:PATH", nargs="?", default="",
@@ -68,7 +70,10 @@ def source_parser() -> Parser:
         "--cache-max", metavar="SIZE",
         help="how large --cache-size auto may make it (default: 1g, or a quarter of free memory)",
     )  # fmt: skip
-    parser.add_argument("--page-size", default="4k", metavar="SIZE", help="1k to 16k (default: 4k)")
+    parser.add_argument(
+        "--page-size", default="4k", metavar="SIZE",
+        help="1k to 16k (default: 4k); of a QEMU guest what its pages have, 4k on most machines",
+    )  # fmt: skip
     parser.add_argument(
         "--downtime-limit", default="300", metavar="MS",
         help="stop the guest when the rest takes no longer than this (default: 300 ms)",
@@ -114,7 +119,8 @@ def source_parser() -> Parser:
 def add_throttle(parser: Parser) -> None:
     parser.add_argument(
         "--auto-converge", action="store_true",
-        help="slow the guest (demo, or --pid), step by step, where nothing else helps",
+        help="slow the guest (demo, --pid, or qemu with qmp=), step by step, where nothing else "
+        "helps",
     )  # fmt: skip
     for name, default, what in (
         ("--cpu-throttle-initial", 20, "take so much of its time first"),

@@ -56,6 +56,9 @@ def stream_parser() -> Parser:
         help="write the memory of a block, as the stream leaves it, to a file; repeatable "
         "(streams of QEMU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="--extract may write to a file that has content"
+    )
     return parser
 
 
@@ -113,7 +116,9 @@ def survey(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_opened(args.file))
         there = os.fstat(file.fileno())
-        images = [BlockImage(one, (there.st_dev, there.st_ino)) for one in args.extract]
+        inode = there.st_dev, there.st_ino
+        images = [BlockImage(one, inode, overwrite=args.overwrite) for one in args.extract]
+        _check_files([image.path for image in images])
         for image in images:
             stack.callback(image.close)
         made = QemuSurvey([*images, *([pages] if pages else [])])
@@ -127,6 +132,7 @@ def survey(args: argparse.Namespace) -> int:
         _check_blocks(wanted, [one.name for one in facts.blocks])
         for image in images:
             image.open(made.parser)
+            image.finish()
     if args.json:
         told: dict[str, Any] = msgspec.to_builtins(facts)
         if pages:
@@ -140,6 +146,13 @@ def survey(args: argparse.Namespace) -> int:
             print(f"migrate-stream: byte {fault.at}: {fault.what}", file=sys.stderr)
     sys.stdout.flush()
     return 0 if facts.whole else 1
+
+
+def _check_files(paths: list[str]) -> None:
+    real = [os.path.realpath(path) for path in paths]
+    for path, at in zip(paths, real, strict=True):
+        if real.count(at) > 1:
+            raise UsageError(f"--extract: two blocks cannot both be written to {path}")
 
 
 def _check_blocks(wanted: list[str], there: list[str]) -> None:

@@ -19,6 +19,7 @@ from migrate.errors import ConnectError, MigrationError, UsageError
 from migrate.monitor.node import Refused
 
 MAX_CLIENTS = 32
+BACKLOG = 255
 SEND_PATIENCE = 10.0
 # What may wait for a client that does not read its events: more, and it is dropped.
 MAX_WAITING = 1 << 20
@@ -60,8 +61,8 @@ class Server:
 
     async def open(self) -> None:
         """Raises ConnectError where another program has the path, UsageError where it cannot be."""
-        sock = _bind(self._path, self._option)
-        self._ours = _identity(self._path)
+        sock = bind(self._path, self._option)
+        self._ours = identity(self._path)
         self._server = await asyncio.start_unix_server(self._serve, sock=sock)
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -76,7 +77,7 @@ class Server:
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
-            if self._ours is not None and _identity(self._path) == self._ours:
+            if self._ours is not None and identity(self._path) == self._ours:
                 with contextlib.suppress(OSError):
                     os.unlink(self._path)
         for writer in self._clients:
@@ -121,7 +122,7 @@ class Server:
         _hang_up(writer)
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def identity(path: str) -> tuple[int, int] | None:
     """Which file a path names: somebody may have put another one there."""
     with contextlib.suppress(OSError):
         named = os.stat(path)
@@ -151,7 +152,7 @@ def parse_path(text: str, option: str = "--qmp") -> str:
     return path
 
 
-def _bind(path: str, option: str) -> socket.socket:
+def bind(path: str, option: str) -> socket.socket:
     """A listening socket that nobody but its owner can connect to, from the first moment on.
 
     Raises ConnectError where another program has it, UsageError for a path that cannot be.
@@ -161,14 +162,14 @@ def _bind(path: str, option: str) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise UsageError(f"{option} unix:{path}: {OTHER}")
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.setblocking(False)  # its owner may be stopped, and its backlog full
-                if probe.connect_ex(path) in (0, errno.EAGAIN):
+            # A stream takes no datagrams: its owner does not notice that somebody has asked.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                if probe.connect_ex(path) != errno.ECONNREFUSED:
                     raise ConnectError(f"{option} unix:{path}: another program listens there")
             os.unlink(path)  # its program has died
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(path)
-        sock.listen(MAX_CLIENTS)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         directory = os.path.dirname(path) or "."

@@ -145,7 +145,7 @@ class Client:
         Raises UsageError, ConnectError where nobody answers there or somebody else is served,
         QemuError where it is no QEMU.
         """
-        path = _path(address)
+        path = control_path(address)
         wait = _Wait(path)
         try:
             async with asyncio.timeout(timeout):
@@ -316,16 +316,19 @@ class _Wait:
                 "is connected (libvirt, a shell, another migration?), or QEMU is stopped: close "
                 "that connection, or give QEMU one more -qmp socket for this"
             )
+        if self._fault.errno == errno.EACCES:
+            return (
+                f"the control socket {self._path} is not ours to use: {self._fault.strerror}: do "
+                "this as the user that its QEMU runs as, or let this one write to the socket"
+            )
         return (
             f"nobody answers on {self._path}: {self._fault.strerror or self._fault}: does a QEMU "
             "with -qmp unix:PATH,server=on,wait=off run there?"
         )
 
 
-def _path(address: str) -> str:
-    path = address
-    if address.startswith(("unix:", "tcp:")):
-        path = parse_address(address).path
-    if not path:
+def control_path(address: str) -> str:
+    """The path of a QMP socket that is given as PATH or unix:PATH. Raises UsageError."""
+    if not address or address.startswith("tcp:"):
         raise UsageError(f"QEMU's control socket {address!r} is not understood: write unix:PATH")
-    return path
+    return parse_address(address if address.startswith("unix:") else f"unix:{address}").path

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -24,18 +25,17 @@ from migrate.address import Address
 from migrate.errors import MigrationError, QemuError, UsageError
 from migrate.guests.guest import Guest
 from migrate.guests.process import start_time
+from migrate.monitor.server import BACKLOG, bind, identity
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import Machine
-from proto.qemu import MULTIFD
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
 RECEIVE_BYTES = 1 << 20
 HOLDER_SECONDS = 5.0
-# What connects to us and says nothing for so long is none of QEMU's channels.
-SECOND_SECONDS = 1.0
 POLL_SECONDS = 0.05
+NOTICE_SECONDS = 0.5
 
 
 class QemuGuest(Guest):
@@ -61,7 +61,8 @@ class QemuGuest(Guest):
         self._return_path = return_path
         self._settings = settings or {}
         self._listener: socket.socket | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._ours: tuple[int, int] | None = None
+        """The socket's file, where it has one: another one at its path is left alone."""
         self._socket: socket.socket | None = None
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
@@ -78,7 +79,9 @@ class QemuGuest(Guest):
     def remains(self) -> str:  # type: ignore[override]
         if self._intake is not None and self._intake.parser.switched and not self.driven:
             return "its QEMU takes it for moved: `cont` in its monitor lets it run on here"
-        return super().remains
+        if self.machine is not None and self.machine.ended is not None:
+            return "its QEMU answers no more: if that has ended, so has the guest"
+        return Guest.remains
 
     @property
     def intake(self) -> Intake:
@@ -111,22 +114,17 @@ class QemuGuest(Guest):
                 self._directory = tempfile.mkdtemp(prefix="migrate-src-")
                 where = Address(path=f"{self._directory}/stream")
             if where.path:
-                listener = socket.socket(socket.AF_UNIX)
-                self._listener = listener
-                mask = os.umask(0o177)
-                try:
-                    listener.bind(where.path)
-                finally:
-                    os.umask(mask)
-                listener.listen(1)
+                listener = bind(where.path, "--guest")
+                self._ours = identity(where.path)
             else:
                 family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-                listener = socket.create_server((where.host, where.port), family=family, backlog=1)
+                listener = socket.create_server(
+                    (where.host, where.port), family=family, backlog=BACKLOG
+                )
                 where = Address(where.host, listener.getsockname()[1])
         except OSError as error:
-            raise UsageError(
-                f"QEMU cannot be waited for at {where}: {error.strerror or error}"
-            ) from None
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise UsageError(f"QEMU cannot be waited for at {where}: {why}") from None
         listener.setblocking(False)
         self._listener, self._wanted = listener, where
         return where
@@ -135,9 +133,10 @@ class QemuGuest(Guest):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            if self._wanted is not None and self._wanted.path:
+            path = self._wanted.path if self._wanted is not None else ""
+            if path and identity(path) == self._ours:
                 with contextlib.suppress(OSError):
-                    os.unlink(self._wanted.path)
+                    os.unlink(path)
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = ""
@@ -155,23 +154,44 @@ class QemuGuest(Guest):
             self.machine = await Machine.connect(self._qmp)
             await self.machine.prepare(return_path=self._return_path, **self._settings)
             await self.machine.migrate(str(where))
-        self._socket = await self._accept(self._listener)
+        intake = await self._begun(self._listener)
+        intake.check(return_path=self._return_path)
+        assert self._socket is not None
+        await self._have_held(self._socket)
+        self._intake = intake
+
+    async def _begun(self, listener: socket.socket) -> Intake:
+        self._socket = await self._accept(listener)
         self._socket.setblocking(False)
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         intake = Intake(self._socket, self._page_size)
-        if self.driven:
-            self._unlisten()
-        else:
-            self._watching = asyncio.create_task(self._watch(self._listener, intake))
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
             raise MigrationError(
-                f"what connected to {where} has not begun a migration stream in {BEGIN_SECONDS:g} s"
+                f"what connected to {self._wanted} has not begun a migration stream in "
+                f"{BEGIN_SECONDS:g} s"
             )
-        intake.check(return_path=self._return_path)
-        await self._have_held(self._socket)
-        self._intake = intake
+        await self._refuse_more(self._socket, listener)
+        self._unlisten()
+        return intake
+
+    async def _refuse_more(self, stream: socket.socket, listener: socket.socket) -> None:
+        """Raises UsageError where pages are to come over connections of their own.
+
+        They are there before QEMU lists its blocks. It must lose its stream first: QEMU 7.2 may
+        crash, and its guest with it, where one of those connections breaks before that.
+        """
+        more = select.poll()
+        more.register(listener, select.POLLIN)
+        if more.poll(0):
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+            await asyncio.sleep(NOTICE_SECONDS)
+            raise UsageError(
+                "QEMU opens more connections than one, which cannot be carried: switch the "
+                "capability multifd off, or postcopy-preempt"
+            )
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
         coming = asyncio.ensure_future(asyncio.get_running_loop().sock_accept(listener))
@@ -186,31 +206,6 @@ class QemuGuest(Guest):
             return (await coming)[0]
         finally:
             coming.cancel()
-
-    async def _watch(self, listener: socket.socket, intake: Intake) -> None:
-        """Further connections: where QEMU makes them by itself, its pages come over those."""
-        loop = asyncio.get_running_loop()
-        while True:
-            connection, _ = await loop.sock_accept(listener)
-            with connection:
-                connection.setblocking(False)
-                first = b""
-                with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(SECOND_SECONDS):
-                        first = await loop.sock_recv(connection, len(MULTIFD))
-                if first == MULTIFD:
-                    intake.refuse(
-                        "QEMU wants to send its pages over several connections, which cannot be "
-                        "carried: switch the capability multifd off"
-                    )
-                    return
-
-    async def _stop_watching(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
-            self._watching = None
-        self._unlisten()
 
     async def say(self, data: bytes) -> None:
         """On the return path. A QEMU that is gone is noticed where its stream is read."""
@@ -258,7 +253,6 @@ class QemuGuest(Guest):
         any more, and it can be told to let it run on. Another one waits for its answer; whoever
         cancels it meanwhile has two guests.
         """
-        await self._stop_watching()
         self.check_alive()
         await asyncio.shield(self._tell_holder(b"g"))
         self._given_up = True
@@ -313,7 +307,7 @@ class QemuGuest(Guest):
 
     async def close(self) -> None:
         """Where nobody knows whose the guest is, the holder stays, and QEMU waits."""
-        await self._stop_watching()
+        self._unlisten()
         unknown = self._given_up and not self._moved
         if not self._moved:
             await self._hang_up(for_good=not unknown)

@@ -36,6 +36,7 @@ from proto.qemu import (
     StreamParser,
 )
 
+USUAL_PAGE = 4096
 BUFFER_BYTES = 1 << 20
 LEAST_READ = 128 << 10
 # Small deltas would fill a batch only after many pages; the other end is to work on some of them
@@ -90,7 +91,6 @@ class Intake:
         self.return_path = self.postcopy_ram = False
         self.drained = False
         """It was switched to postcopy, and nothing more is to come of it."""
-        self._refused = ""
         self._sock = sock
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -109,8 +109,7 @@ class Intake:
     # -- bytes
 
     def _fill(self) -> bool:
-        """Takes in what is there; False where that is nothing. Raises StreamLost at the end, and
-        UsageError where it was refused."""
+        """Takes in what is there; False where that is nothing. Raises StreamLost at the end."""
         try:
             count = self._sock.recv_into(self._stream.room())
         except BlockingIOError:
@@ -119,8 +118,6 @@ class Intake:
             count = 0  # it has closed it, and had not read all that was said to it
         except OSError as error:
             raise StreamLost(f"QEMU's stream broke: {error.strerror}") from None
-        if self._refused:
-            raise UsageError(self._refused)
         if not count:
             raise StreamLost(
                 "QEMU has closed its stream before the end: it was cancelled there, or is gone"
@@ -143,7 +140,9 @@ class Intake:
             if self.parser.switched:
                 self._drain()
             place = stream.base + error.at
-            raise MigrationError(f"QEMU's stream, byte {place}: {error}") from None
+            size = self.parser.page_size
+            hint = "" if size == USUAL_PAGE else f" (--page-size {size}: has this QEMU such pages?)"
+            raise MigrationError(f"QEMU's stream, byte {place}: {error}{hint}") from None
         self._part_end = at
         if part is not None and not isinstance(part, Pages | End):
             self._literal += stream.take(at)
@@ -204,12 +203,6 @@ class Intake:
                 "there, which cannot be carried, and the guest would be lost: switch the "
                 "capability postcopy-ram off"
             )
-
-    def refuse(self, why: str) -> None:
-        """From another thread: what is read, or waits, ends with a UsageError."""
-        self._refused = why
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
 
     # -- items
 

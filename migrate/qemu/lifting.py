@@ -91,7 +91,8 @@ class Lifter:
             except MigrationError as error:
                 self.error = str(error)
             except OSError as error:
-                self.error = f"the snapshot {self._path} cannot be read: {error.strerror}"
+                where = error.filename or self._path
+                self.error = f"the snapshot cannot be read: {where}: {error.strerror}"
 
     def _write(self) -> None:
         snapshot = self._snapshot
@@ -246,13 +247,15 @@ class LiftIntake(Intake):
 class SnapshotGuest(QemuGuest):
     """A machine that has landed in `path`. Raises UsageError where there is none."""
 
-    remains = "the snapshot is as it was"
-
     def __init__(self, path: str) -> None:
         super().__init__(None)
         self._path = path
         self._snapshot = Snapshot.read(path)
         self._lifter: Lifter | None = None
+
+    @property
+    def remains(self) -> str:  # type: ignore[override]
+        return "the directory is unchanged"
 
     @property
     def driven(self) -> bool:

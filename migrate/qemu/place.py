@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -33,6 +34,10 @@ MAX_HELD = 80 << 20
 # Ours among the PINGs; QEMU itself counts from 1.
 PROOF = 0x58424D31
 NEWS_SECONDS = 0.1
+ENDED = (
+    "has ended before the guest was there (most often it was started with other memory, another "
+    "machine type or other devices)"
+)
 
 
 class NoQemuError(MigrationError):
@@ -115,7 +120,8 @@ class QemuPlace(Place):
                 await loop.sock_connect(connection, where.path or (where.host, where.port))
         except (OSError, TimeoutError) as error:
             connection.close()
-            reason = getattr(error, "strerror", None) or "nobody answers"
+            number = getattr(error, "errno", None) or 0
+            reason = os.strerror(number) if number > 0 else "nobody answers"
             raise NoQemuError(
                 f"no QEMU waits for a guest at {where}: {reason}: start it with -incoming {where}"
             ) from None
@@ -175,7 +181,7 @@ class QemuPlace(Place):
                         break
                     self._hear(kind, rest[4 : 4 + length], rest[: 4 + length])
                     rest = rest[4 + length :]
-            reason = "has closed its end"
+            reason = ENDED
         except OSError as error:
             reason = f"is gone ({error.strerror})"
         self._ended.set()

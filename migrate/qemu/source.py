@@ -184,6 +184,7 @@ class StreamSource(Migration):
             beside.append(asyncio.create_task(governor.run()))
         try:
             await self._carry()
+            self.statistics = self.statistics.with_(dirty_sync_count=self.guest.intake.rounds)
             await self._prove()
         finally:
             for task in beside:
@@ -216,7 +217,8 @@ class StreamSource(Migration):
         if self.parameters.cache_max:
             # What is hot shows when it comes again, and then its old content must be there: as
             # much of it as there may be. Memory is taken as pages come.
-            self._cache.wanted = self._cache.useful(self.parameters.cache_max)
+            size = self._cache.wanted = self._cache.useful(self.parameters.cache_max)
+            self.parameters = replace(self.parameters, cache_size=size)
         hashes = PageHashes(self._pages, page_size, self._seed)
         self._encoder = self._new_encoder(hashes, agreement)
         self._encoder.begin_round(intake.rounds)
@@ -297,8 +299,11 @@ class StreamSource(Migration):
         await self._confirm_cache()
         if self._paused_at is None:
             self._check_time()
-        if intake.rounds > self.statistics.dirty_sync_count:
-            self.statistics = self.statistics.with_(dirty_sync_count=intake.rounds)
+        if intake.rounds - 1 > self.statistics.dirty_sync_count:
+            self.statistics = self.statistics.with_(dirty_sync_count=intake.rounds - 1)
+            self._update()
+            if self.guest.machine is not None:  # who says how much is dirty then
+                self._observer("round", self.statistics)
             self._observer("pass", self.statistics)
         if now >= self._next_update:
             self._next_update = now + UPDATE_SECONDS
@@ -412,7 +417,7 @@ class StreamSource(Migration):
                 xbzrle_active=encoder.active,
                 evictions=self._cache.evictions,
             )
-            if self.guest.machine is None and self.guest.intake.rounds == 1:
+            if self.guest.machine is None or not s.remaining:  # nobody says what is dirty
                 s = s.with_(remaining=max(s.total - self._gone_by(zeros=True) * s.page_size, 0))
         now, sent, pages = time.monotonic(), self.sent_bytes, self._gone_by()
         at, sent_then, pages_then = self._rate_at

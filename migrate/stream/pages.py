@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -64,7 +65,7 @@ class PageList:
         first, size = place
         end = -(-size // parser.page_size) - 1
         if self._first > end:
-            return
+            raise UsageError(f"--pages: {self.block} has pages 0 to {end}, and no {self._first}")
         assert parser.reader is not None
         for page, at, kind, length in select_records(
             parser.reader.records, count, start, first + self._first, first + min(self._last, end)
@@ -76,13 +77,19 @@ class BlockImage:
     """Writes the memory of a block as it is in the end. Raises UsageError, OSError.
 
     wanted -- BLOCK=FILE; source -- (device, inode) of what is read, which must not be written
+
+    A file that it has made is removed by `close` where `finish` was not called before.
     """
 
-    def __init__(self, wanted: str, source: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, wanted: str, source: tuple[int, int] | None = None, *, overwrite: bool = False
+    ) -> None:
         self.block, equals, self.path = wanted.partition("=")
         if not (self.block and equals and self.path):
             raise UsageError(f"--extract {wanted}: write BLOCK=FILE")
         self._source = source
+        self._overwrite = overwrite
+        self._made = False
         self._image: RamImage | None = None
         self._memory: mmap.mmap | None = None
         self._fd = -1
@@ -93,12 +100,7 @@ class BlockImage:
         if self._image is not None or place is None:
             return place is not None
         first, size = place
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        there = os.fstat(self._fd)
-        if (there.st_dev, there.st_ino) == self._source:
-            raise UsageError(f"--extract {self.block}: {self.path} is the stream itself")
-        if not stat.S_ISREG(there.st_mode):
-            raise UsageError(f"--extract {self.block}: {self.path} is no regular file")
+        self._open_file()
         try:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, size)
@@ -108,6 +110,25 @@ class BlockImage:
             why = error.strerror if isinstance(error, OSError) else "too many for a file"
             raise MigrationError(f"{self.path}: {size} bytes of {self.block}: {why}") from None
         return True
+
+    def _open_file(self) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            self._fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            self._made = True
+            return
+        except FileExistsError:
+            self._fd = os.open(self.path, flags)
+        there = os.fstat(self._fd)
+        wrong = ""
+        if (there.st_dev, there.st_ino) == self._source:
+            wrong = "is the stream itself"
+        elif not stat.S_ISREG(there.st_mode):
+            wrong = "is no regular file"
+        elif there.st_size and not self._overwrite:
+            wrong = "is there already: remove it, or give --overwrite"
+        if wrong:
+            raise UsageError(f"--extract {self.block}: {self.path} {wrong}")
 
     def __call__(
         self, parser: StreamParser, data: memoryview, start: int, count: int, base: int
@@ -119,7 +140,15 @@ class BlockImage:
         except OSError as error:
             raise MigrationError(f"{self.path}: {error.strerror}") from None
 
+    def finish(self) -> None:
+        """The file is what it is to be, as far as the stream goes."""
+        self._made = False
+
     def close(self) -> None:
+        if self._made:
+            self._made = False
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
         self._image = None
         if self._memory is not None:
             self._memory.close()
