@@ -301,7 +301,7 @@ class Migration(ABC):
     def _unknown(self, why: str) -> HandOverUnknown:
         text = (
             "the guest was handed over, but the destination has not confirmed that it runs "
-            f"({why}): look there first; here it stays paused"
+            f"({why}): look there first; {self.guest.waits}"
         )
         if self._journals:
             text += f"; `migrate-src resolve {self._journal.name}` asks again"

@@ -192,11 +192,11 @@ async def _act_on(journal: Journal) -> int:
     try:
         if journal.claim is Claim.DONE:
             await guest.release()
-            print(f"{journal.text()}: the guest runs at the destination, and no more here")
+            print(f"{journal.text()}: {guest.theirs}")
         else:
             await guest.take_back()
             await guest.resume()
-            print(f"{journal.text()}: the guest runs here")
+            print(f"{journal.text()}: {guest.ours}")
     finally:
         await guest.close()
     return 0

@@ -38,6 +38,11 @@ class Guest(ABC):
     """Of the process that is the guest, where there is one of ours."""
     remains = "the guest runs on here"
     """What is true of it after a migration that failed."""
+    waits = "here it stays paused"
+    """What is true of it while nobody knows whose it is."""
+    ours = "the guest runs here"
+    theirs = "the guest runs at the destination, and no more here"
+    """What is true of it once that is found out."""
 
     @property
     @abstractmethod

@@ -22,9 +22,9 @@ def reopen_guest(facts: dict[str, Any]) -> Guest:
 
         return QemuGuest.reopen(facts)
     if facts.get("kind") == "snapshot":
-        from migrate.qemu.guest import QemuGuest
+        from migrate.qemu.lifting import SnapshotGuest
 
-        return QemuGuest(None)  # the snapshot stays as it is, whatever became of what was lifted
+        return SnapshotGuest(facts["path"])
     raise MigrationError("that guest was memory of the program that moved it, and ended with it")
 
 

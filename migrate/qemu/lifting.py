@@ -246,7 +246,9 @@ class LiftIntake(Intake):
 class SnapshotGuest(QemuGuest):
     """A machine that has landed in `path`. Raises UsageError where there is none."""
 
-    remains = "the snapshot is as it was"
+    remains = waits = "the snapshot is as it was"
+    ours = f"the guest does not run at the destination; {remains}"
+    theirs = f"the guest runs at the destination; {remains}"
 
     def __init__(self, path: str) -> None:
         super().__init__(None)
