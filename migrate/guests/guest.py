@@ -38,6 +38,8 @@ class Guest(ABC):
     """Of the process that is the guest, where there is one of ours."""
     remains = "the guest runs on here"
     """What is true of it after a migration that failed."""
+    trouble = ""
+    """What went wrong as it was closed."""
     waits = "here it stays paused"
     """What is true of it while nobody knows whose it is."""
     ours = "the guest runs here"

@@ -233,9 +233,15 @@ class QemuGuest(Guest):
     async def _tell_moved(self, machine: Machine) -> None:
         await self.say(MOVED)
         self._told = True
-        async with asyncio.timeout(BEGIN_SECONDS):
-            while (status := await machine.status()).going_on:
-                await asyncio.sleep(POLL_SECONDS / 10)
+        try:
+            async with asyncio.timeout(BEGIN_SECONDS):
+                while (status := await machine.status()).going_on:
+                    await asyncio.sleep(POLL_SECONDS / 10)
+        except TimeoutError:
+            raise QemuError(
+                f"QEMU was told that its guest has moved, and has not ended its migration in "
+                f"{BEGIN_SECONDS:g} s"
+            ) from None
         if status.status != "completed":
             raise StreamLost(f"QEMU has not moved its guest: {status.status} {status.error}")
 
@@ -281,8 +287,14 @@ class QemuGuest(Guest):
         if self.machine is not None:
             machine, self.machine = self.machine, None
             if not unknown:
-                with contextlib.suppress(QemuError):
+                try:
                     await self._leave(machine, self._moved)
+                except QemuError as error:
+                    self.trouble = str(error)
+                    if not self._moved:
+                        self.trouble += (
+                            "; `cont` in QEMU's monitor lets the guest run, if it stands"
+                        )
             await machine.close()
         await self._hang_up()
 
@@ -296,7 +308,7 @@ class QemuGuest(Guest):
             status = await machine.status()
         if not moved and status.status == "completed":
             await machine.cont()  # it had no return path, and believed that all was well
-        await machine.restore()
+        self.trouble = "; ".join(await machine.restore())
 
     async def _hang_up(self, *, for_good: bool = True) -> None:
         """for_good: QEMU sees that at once, whoever else holds its stream."""
