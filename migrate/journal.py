@@ -357,8 +357,9 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
 
 
 def same_guest(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """By their facts; the processes that write a file may be others."""
-    return all(one.get(name) == other.get(name) for name in ("kind", "path", "pid", "started"))
+    """By their facts; the processes that write a file, or hold a QEMU's stream, may be others."""
+    names = ("kind", "qmp") if one.get("qmp") else ("kind", "path", "pid", "started")
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _stopped(guest: dict[str, Any], there: dict[str, Any]) -> bool:

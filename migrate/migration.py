@@ -234,7 +234,7 @@ class Migration(ABC):
             raise failure from error
         finally:
             self._worker.shutdown(wait=True)
-            self._journal.close(keep=self.resumable)
+            self._journal.close(keep=self.resumable or self._journal.claim is Claim.ABORTED)
             await self.channels.close()
         return self.statistics
 

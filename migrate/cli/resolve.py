@@ -134,6 +134,7 @@ async def resolve_source(args: argparse.Namespace) -> int:
     if journal is None:
         return 0
     journal.open(create=False)
+    ended = False
     try:
         if journal.claim is Claim.COMMITTED:
             if args.keep:
@@ -141,9 +142,11 @@ async def resolve_source(args: argparse.Namespace) -> int:
                 journal.move(Event.KEEP_SOURCE if args.keep == "source" else Event.KEEP_DESTINATION)
             else:
                 await _ask(args, journal)
-        return await _act_on(journal)
+        status = await _act_on(journal)
+        ended = journal.claim is Claim.ABORTED
+        return status
     finally:
-        journal.close()
+        journal.close(keep=ended)
 
 
 async def _ask(args: argparse.Namespace, journal: Journal) -> None:
@@ -170,7 +173,10 @@ async def _ask(args: argparse.Namespace, journal: Journal) -> None:
 
 
 async def _act_on(journal: Journal) -> int:
-    """Does with the guest here what the claim says; doing it again changes nothing."""
+    """Does with the guest here what the claim says; doing it again changes nothing.
+
+    A guest that is ours again is let go on once: it may have been moved since, by others too.
+    """
     from migrate.guests.reopen import reopen_guest
 
     if journal.claim is Claim.COMMITTED:
@@ -179,11 +185,14 @@ async def _act_on(journal: Journal) -> int:
             "the destination has no record of this migration: look at its guest, and say what is "
             "to be kept (--keep)"
         )
-    if journal.claim is Claim.NONE:
+    if journal.claim is not Claim.DONE:
         later = _given_up_later(journal)
         if later is not None:
             print(f"{journal.text()}; it was given up since: {later.text()}")
             return 0
+    if journal.claim is Claim.ABORTED and "ended" in journal.facts:
+        print(f"{journal.text()}: that was settled before; nothing more is done")
+        return 0
     try:
         guest = reopen_guest(journal.facts["guest"])
     except MigrationError as error:
@@ -204,9 +213,12 @@ async def _act_on(journal: Journal) -> int:
 
 def _given_up_later(journal: Journal) -> Journal | None:
     """A later migration of the same guest, by which it is not here any more."""
+    if journal.facts.get("guest", {}).get("kind") == "snapshot":
+        return None  # it is here as ever
     for other in journals(Role.SOURCE, journal.directory):
         if (
-            other.claim in (Claim.COMMITTED, Claim.DONE)
+            other.name != journal.name
+            and other.claim in (Claim.COMMITTED, Claim.DONE)
             and other.written_at() >= journal.written_at()
             and same_guest(other.facts.get("guest", {}), journal.facts.get("guest", {}))
         ):

@@ -18,9 +18,9 @@ def reopen_guest(facts: dict[str, Any]) -> Guest:
     if facts.get("kind") == "file":
         return FileGuest.reopen(facts)
     if facts.get("kind") == "qemu":
-        from migrate.qemu.guest import QemuGuest
+        from migrate.qemu.left import LeftGuest
 
-        return QemuGuest.reopen(facts)
+        return LeftGuest(facts)
     if facts.get("kind") == "snapshot":
         from migrate.qemu.lifting import SnapshotGuest
 

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -61,8 +60,6 @@ class QemuGuest(Guest):
         self._socket: socket.socket | None = None
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
-        self._left: tuple[int, str] | None = None
-        """The holder of an earlier program, and when it was started."""
         self._moved = self._given_up = self._told = False
 
     @property
@@ -266,16 +263,12 @@ class QemuGuest(Guest):
     async def release(self) -> None:
         """QEMU hears that its guest runs over there."""
         self._moved = True
-        if self._left is not None:
-            await self._signal_left(signal.SIGUSR1)
         if not self._told:
             await self.say(MOVED)
 
     async def resume(self) -> None:
         """QEMU hears nothing any more, and lets its guest run on; one that takes it for moved is
         told to."""
-        if self._left is not None:
-            await self._signal_left(signal.SIGTERM)
         await self._hang_up()
 
     async def close(self) -> None:
@@ -335,25 +328,13 @@ class QemuGuest(Guest):
 
     def facts(self) -> dict[str, Any]:
         pid = self._holder.pid if self._holder is not None else 0
-        return {"kind": self.kind, "pid": pid, "started": start_time(pid) if pid else ""}
+        return {
+            "kind": self.kind, "pid": pid, "started": start_time(pid) if pid else "",
+            "qmp": _whole_path(self._qmp),
+        }  # fmt: skip
 
-    @classmethod
-    def reopen(cls, facts: dict[str, Any]) -> QemuGuest:
-        """A guest that an earlier program had given up. Raises MigrationError where it is gone."""
-        pid, started = facts["pid"], facts["started"]
-        if not started or start_time(pid) != started:
-            raise MigrationError("nobody holds the stream of that QEMU any more: ask QEMU itself")
-        guest = cls(None)
-        guest._left = pid, started
-        return guest
 
-    async def _signal_left(self, number: signal.Signals) -> None:
-        assert self._left is not None
-        pid, started = self._left
-        for _ in range(int(HOLDER_SECONDS / POLL_SECONDS)):
-            if start_time(pid) != started:
-                return
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
-            await asyncio.sleep(POLL_SECONDS)
-        raise MigrationError(f"process {pid}, which holds QEMU's stream, does not end")
+def _whole_path(qmp: str) -> str:
+    """Of a QMP socket, as it stands for a program that runs elsewhere."""
+    path = qmp.removeprefix("unix:")
+    return os.path.abspath(path) if path else ""

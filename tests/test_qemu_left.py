@@ -1,0 +1,134 @@
+"""`migrate-src resolve` where QEMU was told that its guest has moved: nothing is held then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate.errors import MigrationError, QemuError
+from migrate.qemu import guest as qemu_guest
+from migrate.qemu.guest import QemuGuest
+from migrate.qemu.left import LeftGuest
+from migrate.qemu.machine import MachineStatus
+from proto.messages import MessageType
+from tests.machine import Machine, Sweep, compare
+from tests.programs import Program, destination
+from tests.tap import Tap, of_kind
+
+MIB = 1 << 20
+SWEEP = Sweep(4 * MIB, fill=6 * MIB, rate=1_000_000)
+pytestmark = [
+    pytest.mark.asyncio(loop_factories=["asyncio"]),
+    pytest.mark.timeout(180),
+]
+
+
+class Moved:
+    """A guest on its way over QMP, and programs that are killed as GO comes by."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.directory = tmp_path
+        self.journal = ("--journal", str(tmp_path / "journals"))
+        self.words = ("--guest", f"qemu:qmp={tmp_path}/in", *self.journal)
+        self.programs: list[Program] = []
+        self.taps: list[Tap] = []
+
+    def machine(self, name: str, **options: Any) -> Machine:
+        qmp = ["-qmp", f"unix:{self.directory}/{name},server=on,wait=off"]
+        return Machine(SWEEP, extra=qmp, **options)
+
+    async def dies(self, kill: Callable[[Program, Program], None]) -> str:
+        """The address where migrate-dst listened."""
+        far, address = await asyncio.to_thread(destination, *self.words, "--stay")
+        tap = Tap(address, of_kind(MessageType.GO))
+        near = Program(
+            "migrate-src", "--guest", f"qemu:qmp={self.directory}/out", "--downtime-limit", "2000",
+            *self.journal, tap.address,
+        )  # fmt: skip
+        self.programs += [near, far]
+        tap.act = lambda: kill(near, far)
+        self.taps.append(tap)
+        await asyncio.to_thread(near.wait)
+        return address.removeprefix("tcp:")
+
+    async def resolve(self, *words: str) -> str:
+        program = Program("migrate-src", "resolve", *words, *self.journal)
+        assert await asyncio.to_thread(program.wait) == 0, program.err
+        return program.out
+
+    def close(self) -> None:
+        for tap in self.taps:
+            tap.close()
+        for program in self.programs:
+            program.kill()
+            with contextlib.suppress(ValueError):
+                program.wait()
+
+
+@contextlib.asynccontextmanager
+async def moving(tmp_path: Path) -> AsyncIterator[tuple[Moved, Machine, Machine]]:
+    move = Moved(tmp_path)
+    async with move.machine("out") as source:
+        await source.wait_for_count(SWEEP.every)
+        options: dict[str, Any] = {"incoming": "defer", "before": source, "paused": True}
+        async with move.machine("in", **options) as target:
+            try:
+                yield move, source, target
+            finally:
+                await asyncio.to_thread(move.close)
+
+
+async def test_a_guest_that_has_moved_is_left_as_it_is(tmp_path) -> None:
+    async with moving(tmp_path) as (move, source, target):
+        await move.dies(lambda near, _far: near.kill())
+        await target.wait_run_state("paused")
+        assert "the guest runs at the destination, and no more here" in await move.resolve()
+        await source.wait_run_state("postmigrate")
+        await compare(source, target)
+
+
+async def test_a_guest_that_never_arrives_is_let_go_on_here_once(tmp_path) -> None:
+    """QEMU takes it for moved; nobody else would tell it that it is not."""
+
+    def kill(near: Program, far: Program) -> None:
+        near.kill()
+        far.kill()
+        raise OSError("GO is lost")
+
+    async with moving(tmp_path) as (move, source, target):
+        listen = await move.dies(kill)
+        await target.ended()
+        await source.wait_run_state("postmigrate")
+        again, _ = await asyncio.to_thread(destination, *move.words, listen=listen)
+        move.programs.append(again)
+        said = await move.resolve()
+        assert "ABORTED: the guest runs here" in said
+        await source.wait_for_more()
+        await source.stop()
+        name = said.split("migration ")[1].split(":")[0]
+        assert "nothing more is done" in await move.resolve(name)
+        assert not (await source.execute("query-status"))["running"]
+        await source.check_sweep()
+
+
+async def test_a_qemu_that_nothing_leads_to_has_to_be_asked() -> None:
+    with pytest.raises(MigrationError, match="nobody holds the stream .*query-status"):
+        LeftGuest({"kind": "qemu", "pid": 0, "started": ""})
+
+
+async def test_a_qemu_that_does_not_end_is_named_as_what_it_is(monkeypatch) -> None:
+    """It is no memory that cannot be read."""
+
+    class Busy:
+        async def status(self) -> MachineStatus:
+            return MachineStatus(status="device")
+
+    monkeypatch.setattr(qemu_guest, "BEGIN_SECONDS", 0.01)
+    guest = QemuGuest(None, "socket")
+    with pytest.raises(QemuError, match="has not ended its migration in 0.01 s"):
+        await guest._tell_moved(Busy())  # type: ignore[arg-type]
