@@ -17,11 +17,14 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from migrate.journal import journals
 from proto.messages import MessageType
+from proto.ownership import Claim, Role
 from tests.machine import Machine, Sweep, compare
 from tests.machine.qemu import PROGRAM, MachineError
 from tests.programs import Program
@@ -41,6 +44,7 @@ FAULTS = [
     "destination killed", "both killed", "source interrupted", "destination interrupted",
     "cancelled by QEMU", "incoming QEMU killed",
 ]  # fmt: skip
+THERE = "the guest runs at the destination"
 IN_TWO = "it may run here too"
 
 
@@ -69,7 +73,12 @@ class Attempt:
         self.faults = faults - in_hand_over
         self.tap = Tap(move.address, lambda seen, _head, _channel: seen is self.at)
         kind = chance.choice(FAULTS)
-        self.tap.act = lambda: self.break_(kind, self.at)
+        self.late: threading.Timer | None = None
+        if chance.random() < 0.5:
+            self.tap.act = lambda: self.break_(kind, self.at)
+        else:
+            self.late = threading.Timer(chance.uniform(0, 0.05), self.break_, (kind, self.at))
+            self.tap.act = self.late.start
         self.sender = move.program("migrate-src", "--guest", move.guest, *move.here,
                                    self.tap.address)  # fmt: skip
 
@@ -89,6 +98,8 @@ class Attempt:
                 break
             await asyncio.to_thread(self.break_, chance.choice(FAULTS), None)
         code = await asyncio.to_thread(move.ended, self.sender)
+        if self.late is not None and self.late.ident is not None:
+            await asyncio.to_thread(self.late.join)
         if letting_go is not None:
             letting_go.cancel()
             await asyncio.gather(letting_go, return_exceptions=True)
@@ -265,7 +276,10 @@ class QemuMove:
             self.tally.endings["cancelled after GO, and said so"] += 1
             await self._verify_alone(attempt.target)
             return True
-        moved = code == 0 or "the guest runs at the destination" in await attempt.resolved()
+        said = "" if code == 0 else await attempt.resolved()
+        moved = any(one.claim is Claim.DONE for one in journals(Role.SOURCE, self.journal[1]))
+        if "nothing to settle" not in said:
+            require(moved is (not said or THERE in said), f"{said} where {moved=}")
         here, there = await self._which(attempt)
         self.say(f"--- {moved=} {here=} {there=} killed={attempt.killed}")
         require(not (here and there), "there are two of it")
