@@ -17,7 +17,7 @@ from migrate.qemu.left import LeftGuest
 from migrate.qemu.machine import MachineStatus
 from proto.messages import MessageType
 from tests.machine import Machine, Sweep, compare
-from tests.programs import Program, destination
+from tests.programs import Program, crashing, destination
 from tests.tap import Tap, of_kind
 
 MIB = 1 << 20
@@ -56,10 +56,15 @@ class Moved:
         await asyncio.to_thread(near.wait)
         return address.removeprefix("tcp:")
 
-    async def resolve(self, *words: str) -> str:
+    async def asked(self, *words: str) -> tuple[int, str]:
         program = Program("migrate-src", "resolve", *words, *self.journal)
-        assert await asyncio.to_thread(program.wait) == 0, program.err
-        return program.out
+        code = await asyncio.to_thread(program.wait)
+        return code, program.out + program.err
+
+    async def resolve(self, *words: str) -> str:
+        code, said = await self.asked(*words)
+        assert code == 0, said
+        return said
 
     def close(self) -> None:
         for tap in self.taps:
@@ -110,10 +115,51 @@ async def test_a_guest_that_never_arrives_is_let_go_on_here_once(tmp_path) -> No
         assert "ABORTED: the guest runs here" in said
         await source.wait_for_more()
         await source.stop()
-        name = said.split("migration ")[1].split(":")[0]
+        name = said.partition("migration ")[2].partition(":")[0]
         assert "nothing more is done" in await move.resolve(name)
         assert not (await source.execute("query-status"))["running"]
         await source.check_sweep()
+
+
+@pytest.mark.parametrize("keep", ["source", "destination"])
+async def test_nobody_says_that_it_runs_where_nobody_knows(tmp_path, keep) -> None:
+    """migrate-dst dies when it has written that the guest is its own, and has given it to no QEMU;
+    or has it? Nothing that is left could tell."""
+    async with moving(tmp_path) as (move, source, target):
+        words = ["--listen", "127.0.0.1:0", *move.words]
+        far = crashing("migrate-dst", words, "after", "3")
+        address = (await asyncio.to_thread(far.read_line, r"listening on (\S+)"))[1]
+        near = Program(
+            "migrate-src", "--guest", f"qemu:qmp={tmp_path}/out", "--downtime-limit", "2000",
+            "--resolve-timeout", "2", *move.journal, address,
+        )  # fmt: skip
+        move.programs += [near, far]
+        await asyncio.to_thread(far.wait)
+        again, _ = await asyncio.to_thread(
+            destination, *move.words, listen=address.removeprefix("tcp:")
+        )
+        move.programs.append(again)
+        assert "has died as it gave the guest" in again.err
+        assert await asyncio.to_thread(near.wait) == 9, near.err
+        assert await target.ended() != 0
+        assert not (await source.execute("query-status"))["running"]
+        code, said = await move.asked()
+        assert (code, "look whether it runs there" in said) == (1, True), said
+        name = said.partition("migrate-dst resolve ")[2].partition(" ")[0]
+        again.kill()
+        await asyncio.to_thread(again.wait)
+        decided = Program("migrate-dst", "resolve", name, "--keep", keep, "--force", *move.journal)
+        assert await asyncio.to_thread(decided.wait) == 0, decided.err
+        last, _ = await asyncio.to_thread(
+            destination, *move.words, listen=address.removeprefix("tcp:")
+        )
+        move.programs.append(last)
+        said = await move.resolve()
+        if keep == "source":
+            assert "ABORTED: the guest runs here" in said
+            await source.wait_for_more()
+        else:
+            assert "DONE: the guest runs at the destination" in said
 
 
 async def test_a_qemu_that_nothing_leads_to_has_to_be_asked() -> None:

@@ -240,6 +240,10 @@ async def resolve_destination(args: argparse.Namespace) -> int:
     try:
         custody = await records.find(journal.identity)
         assert custody is not None
+        if custody.doubt and args.keep:
+            if args.keep == "source" and not args.force:
+                raise UsageError(f"--keep source wants --force: {RISK['destination']}")
+            await custody.decide(runs=args.keep == "destination")
         claim = await custody.standing()
         if claim is Claim.PREPARED and args.keep == "source":
             await custody.give_up(Event.KEEP_SOURCE)

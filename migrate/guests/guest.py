@@ -129,8 +129,7 @@ class Place(ABC):
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
     irrevocable = False
-    """Whether `start` may have been heard though it has not returned: a later program must take it
-    for done."""
+    """Whether `start` may have been heard though it has not returned: no later program can know."""
 
     async def ready(self) -> None:
         """Waits until the place can take a guest; the source is told to begin after that."""
