@@ -45,6 +45,7 @@ FAULTS = [
     "cancelled by QEMU", "incoming QEMU killed",
 ]  # fmt: skip
 THERE = "the guest runs at the destination"
+LOOK = "look whether it runs there"
 IN_TWO = "it may run here too"
 
 
@@ -168,8 +169,28 @@ class Attempt:
             self.move.say(f"--- resolve: {status} {said}")
             if status == 0:
                 return said
+            if LOOK in said:
+                await self._look(said)
             await asyncio.sleep(0.3)
         raise Wrong(f"it cannot be resolved: {said}")
+
+    async def _look(self, said: str) -> None:
+        """Does what a person is asked to."""
+        self.move.tally.endings["settled by hand"] += 1
+        keep = "destination" if await self.arrived() else "source"
+        name = said.partition("migrate-dst resolve ")[2].partition(" ")[0]
+        self.receiver.kill()
+        await asyncio.to_thread(self.move.ended, self.receiver)
+        words = ["resolve", name, "--keep", keep, "--force", *self.move.journal]
+        program = self.move.program("migrate-dst", *words)
+        status = await asyncio.to_thread(program.wait)
+        self.move.say(f"--- migrate-dst resolve: {status} {program.out}{program.err}")
+
+    async def arrived(self) -> bool:
+        with contextlib.suppress(MachineError):
+            state = await self.target.execute("query-status")
+            return state["status"] in ("paused", "running")
+        return False
 
     async def close(self) -> None:
         for program in (getattr(self, "sender", None), getattr(self, "receiver", None)):
@@ -302,10 +323,7 @@ class QemuMove:
         end = time.monotonic() + 5
         while True:
             here = bool((await self.source.execute("query-status"))["running"])
-            there = False
-            with contextlib.suppress(MachineError):
-                state = await attempt.target.execute("query-status")
-                there = state["status"] in ("paused", "running")
+            there = await attempt.arrived()
             if here is not there or time.monotonic() > end:
                 return here, there
             await asyncio.sleep(0.1)
