@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,36 @@ async def test_nobody_says_that_it_runs_where_nobody_knows(tmp_path, keep) -> No
             await source.wait_for_more()
         else:
             assert "DONE: the guest runs at the destination" in said
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+async def test_a_holder_ends_where_its_qemu_has_hung_up(tmp_path, family) -> None:
+    """Over TCP that is no POLLHUP: our own end is still open."""
+    with socket.socket(family) as server:
+        server.bind(("127.0.0.1", 0) if family == socket.AF_INET else str(tmp_path / "socket"))
+        server.listen(1)
+        with socket.socket(family) as qemu:
+            qemu.connect(server.getsockname())
+            held, _ = server.accept()
+            with held:
+                holder = subprocess.Popen(
+                    [sys.executable, "-m", "migrate.qemu.holder", str(held.fileno())],
+                    pass_fds=[held.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                )  # fmt: skip
+            with holder:
+                assert holder.stdin is not None
+                assert holder.stdout is not None
+                assert holder.stdout.read(1) == b"k"
+                holder.stdin.write(b"g")
+                holder.stdin.close()
+                assert holder.stdout.read(1) == b"k"
+                with pytest.raises(subprocess.TimeoutExpired):
+                    holder.wait(0.3)  # it holds
+                qemu.close()
+                try:
+                    assert holder.wait(10) == 0
+                finally:
+                    holder.kill()
 
 
 async def test_a_qemu_that_nothing_leads_to_has_to_be_asked() -> None:
