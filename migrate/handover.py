@@ -108,6 +108,8 @@ class Custody:
         self.place = place
         self.journal = journal
         self.running = ""
+        self.doubt = ""
+        """Why nobody knows whether the guest was started."""
         self.on_taken: Callable[[Custody], None] = lambda _custody: None
         """Told when the guest has been started."""
         self.decided = asyncio.Event()
@@ -124,7 +126,8 @@ class Custody:
     async def take_over(self, event: Event = Event.GO) -> str:
         """GO: the guest is ours, and is started, once. Returns the sentence on it.
 
-        Raises NotStartedError: it never will be. Raises JournalError: nothing is decided.
+        Raises NotStartedError: it never will be. Raises JournalError: nothing is decided; nor is it
+        where there is a doubt (MigrationError).
         """
         taken: str = await finished(self._take_over(event))
         return taken
@@ -135,9 +138,11 @@ class Custody:
                 raise NotStartedError("the guest was given up here before GO came")
             if self.running:
                 return self.running
+            if self.doubt:
+                raise MigrationError(self.doubt)
             await written(self.journal, event)
             if self.place.irrevocable:
-                await asyncio.to_thread(self.journal.mark_started)
+                await asyncio.to_thread(self.journal.mark_begun)
             try:
                 running = await self.place.start(self._state)
             except MigrationError as error:
@@ -146,9 +151,8 @@ class Custody:
                 self.decided.set()
                 raise NotStartedError(str(error)) from error
             self.running = running
-            if not self.place.irrevocable:
-                with contextlib.suppress(JournalError):  # it would only be started once more
-                    self.journal.mark_started()
+            with contextlib.suppress(JournalError):  # it would only be started once more, or asked
+                self.journal.mark_started()
             self.decided.set()
             self.on_taken(self)
             return running
@@ -170,8 +174,21 @@ class Custody:
                 self.decided.set()
             return self.journal.claim is Claim.ABORTED
 
+    async def decide(self, *, runs: bool) -> None:
+        """A person has looked, and answers for it: ends a doubt."""
+        async with self._lock:
+            if runs:
+                self.journal.mark_started()
+                self.running = "it was started by an earlier program"
+            else:
+                await written(self.journal, Event.NOT_STARTED)
+            self.doubt = ""
+
     async def standing(self) -> Claim:
-        """What is to be answered to QUERY. A guest that is ours is started before it is said so."""
+        """What is to be answered to QUERY. A guest that is ours is started before it is said so.
+
+        Raises MigrationError where there is a doubt.
+        """
         if self.journal.claim is Claim.OWNER and not self.running:
             with contextlib.suppress(NotStartedError):
                 await self.take_over()
@@ -254,9 +271,11 @@ class Records:
     async def _reopened(self, journal: Journal) -> Custody:
         """What an earlier program has left. A guest that is gone was never run: it is given up."""
         place: Place = GonePlace()
-        running = ""
+        running = doubt = ""
         if journal.claim is Claim.OWNER and journal.started:
             running = "it was started by an earlier program"
+        elif journal.claim is Claim.OWNER and journal.begun:
+            doubt = _doubt(journal)
         elif journal.claim in (Claim.PREPARED, Claim.OWNER):
             try:
                 if self._reopen is None:
@@ -266,7 +285,7 @@ class Records:
                 if journal.claim is Claim.PREPARED:
                     await written(journal, Event.GIVE_UP)
         custody = Custody(place, journal)
-        custody.running = running
+        custody.running, custody.doubt = running, doubt
         custody.on_taken = self.on_taken
         return custody
 
@@ -300,6 +319,16 @@ class Records:
             task.cancel()
         for custody in self._known.values():
             custody.journal.close()
+
+
+def _doubt(journal: Journal) -> str:
+    where = journal.facts.get("place", {}).get("address", "its socket")
+    return (
+        f"an earlier migrate-dst has died as it gave the guest to the QEMU at {where}: look "
+        "whether it runs there, and say so where migrate-dst is: migrate-dst resolve "
+        f"{journal.name} --keep destination; or, if it does not and never will, --keep source "
+        "--force"
+    )
 
 
 async def _expire(custody: Custody, patience: float) -> None:

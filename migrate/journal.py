@@ -68,6 +68,8 @@ class Journal:
         self.identity = identity
         self.claim = Claim.NONE
         self.facts: dict[str, Any] = {}
+        self.begun = False
+        """The guest may have been started, where that is no one moment (Place.irrevocable)."""
         self.started = False
         self._fd = -1
         self._path = os.path.join(directory, f"{identity.hex()}.{role.value}") if directory else ""
@@ -115,6 +117,7 @@ class Journal:
         for line in lines:
             if "claim" in line:
                 self.claim = Claim[line["claim"]]
+            self.begun |= line.get("begun", False)
             self.started |= line.get("started", False)
             self.facts |= line.get("facts", {})
 
@@ -152,6 +155,11 @@ class Journal:
                     raise
             self.claim = following
             self.facts |= facts
+
+    def mark_begun(self) -> None:
+        """The guest is about to be started: who comes later cannot know whether it was."""
+        self._append({"begun": True})
+        self.begun = True
 
     def mark_started(self) -> None:
         """The guest was started: nobody need do it again. Says nothing about whose it is."""
@@ -262,6 +270,7 @@ def _entry(path: str, text: bytes) -> dict[str, Any]:
         facts = entry.get("facts", {})
         if (
             entry.get("claim", Claim.NONE.name) in Claim.__members__
+            and isinstance(entry.get("begun", False), bool)
             and isinstance(entry.get("started", False), bool)
             and all(isinstance(facts.get(name, kind()), kind) for name, kind in _FACTS.items())
         ):
@@ -357,8 +366,9 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
 
 
 def same_guest(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """By their facts; the processes that write a file may be others."""
-    return all(one.get(name) == other.get(name) for name in ("kind", "path", "pid", "started"))
+    """By their facts; the processes that write a file, or hold a QEMU's stream, may be others."""
+    names = ("kind", "qmp") if one.get("qmp") else ("kind", "path", "pid", "started")
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _stopped(guest: dict[str, Any], there: dict[str, Any]) -> bool:

@@ -234,7 +234,7 @@ class Migration(ABC):
             raise failure from error
         finally:
             self._worker.shutdown(wait=True)
-            self._journal.close(keep=self.resumable)
+            self._journal.close(keep=self.resumable or self._journal.claim is Claim.ABORTED)
             await self.channels.close()
         return self.statistics
 
@@ -302,7 +302,7 @@ class Migration(ABC):
     def _unknown(self, why: str) -> HandOverUnknown:
         text = (
             "the guest was handed over, but the destination has not confirmed that it runs "
-            f"({why}): look there first; here it stays paused"
+            f"({why}): look there first; {self.guest.waits}"
         )
         if self._journals:
             text += f"; `migrate-src resolve {self._journal.name}` asks again"

@@ -72,6 +72,17 @@ class Program:
         raise AssertionError(f"no line matches {pattern!r}: {self.err}")
 
 
+def crashing(name: str, words: Sequence[str], moment: str, number: str) -> Program:
+    """One that is killed at a line of its journal: see crash.py."""
+    program = Program.__new__(Program)
+    program.process = subprocess.Popen(
+        [sys.executable, "-m", "tests.crash", moment, number, name, *breaks_are_final(name, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    program.out = program.err = ""
+    return program
+
+
 def destination(
     *arguments: str, listen: str = "127.0.0.1:0", namespace: str = ""
 ) -> tuple[Program, str]:

@@ -1,12 +1,13 @@
 """Migrations in a row, while connections and programs are broken at random; each one verified.
 
-    python -m tests.soak [--rounds N] [--seed N] [--minutes N]
+    python -m tests.soak [--rounds N] [--seed N] [--minutes N] [--guests demo,file,buffer,qemu]
 
-A round moves one guest: the demo guest, a file that a program writes, or a buffer of this program;
-its size, page size, cache, channels, rate and speed are random, and so are the faults: connections
-that are cut, a network that is down for a while, either program stopped for a while, or killed and
-started again, at any moment, the hand-over included. It ends when the guest has arrived, however
-many attempts that takes; in between exactly one side may run it. Then every byte is compared.
+A round moves one guest: the demo guest, a file that a program writes, a buffer of this program, or
+a virtual machine (see soak_qemu.py). Its size, page size, cache, channels, rate and speed are
+random, and so are the faults: connections that are cut, a network that is down for a while, either
+program stopped for a while, or killed and started again, at any moment, the hand-over included. It
+ends when the guest has arrived, however many attempts that takes; in between exactly one side may
+run it. Then every byte is compared.
 
 A round that goes wrong ends the soak with all that was said; the same seed makes the same faults,
 but not at the same moments.
@@ -27,8 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import migrate
@@ -36,12 +36,15 @@ from migrate.address import Address
 from migrate.errors import ConnectError, PeerLost, UsageError
 from migrate.guests.demo import OURS, OWNER, DemoProcess
 from tests.programs import Program, end_guest, look_at
+from tests.soak_qemu import missing, qemu_round
+from tests.tally import Tally, Wrong, require
 from tests.tap import Tap
 
 KIB = 1 << 10
 MIB = 1 << 20
 PATIENCE = 60.0
 ATTEMPTS = 12
+GUESTS = ("demo", "file", "file", "buffer", "qemu")
 
 WRITER = """
 import mmap, os, random, sys
@@ -57,37 +60,6 @@ while True:
     at = noise.randrange(size)
     memory[at:at + 1] = b"x"
 """
-
-
-class Wrong(AssertionError):  # noqa: N818 - what it is, not what it is an error of
-    """What must hold does not."""
-
-
-@dataclass
-class Tally:
-    """What happened, over all rounds."""
-
-    rounds: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    endings: Counter[str] = field(default_factory=Counter)
-    resumed: int = 0
-    compared: int = 0
-
-    def report(self, seconds: float) -> str:
-        def listed(what: Counter[str]) -> str:
-            return ", ".join(f"{count} {name}" for name, count in sorted(what.items())) or "none"
-
-        return (
-            f"{self.rounds.total()} rounds in {seconds / 60:.1f} min: {listed(self.rounds)}\n"
-            f"faults: {self.faults.total()}: {listed(self.faults)}\n"
-            f"resumed: {self.resumed} times; ends of programs: {listed(self.endings)}\n"
-            f"compared: {self.compared} bytes, all right; guests that ran twice: 0, lost: 0"
-        )
-
-
-def require(condition: object, text: str) -> None:
-    if not condition:
-        raise Wrong(text)
 
 
 def size_of(chance: random.Random) -> int:
@@ -457,15 +429,17 @@ async def buffer_round(chance: random.Random, tally: Tally) -> str:
 # ---------------------------------------------------------------- all of it
 
 
-def one_round(number: int, seed: int, tally: Tally) -> None:
+def one_round(number: int, seed: int, tally: Tally, guests: Sequence[str]) -> None:
     """Raises Wrong, with all that was said."""
     chance = random.Random(f"{seed} {number}")
-    kind = chance.choice(["demo", "file", "file", "buffer"])
+    kind = chance.choice(guests)
     directory = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="xbmigrate-soak-"))
     move: Move | None = None
     try:
         if kind == "buffer":
             asyncio.run(buffer_round(chance, tally))
+        elif kind == "qemu":
+            qemu_round(chance, tally, directory)
         else:
             move = (DemoMove if kind == "demo" else FileMove)(chance, tally, directory)
             move.run()
@@ -485,10 +459,12 @@ def one_round(number: int, seed: int, tally: Tally) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def soak(rounds: int, seed: int, minutes: float = 0.0) -> Tally:
+def soak(
+    rounds: int, seed: int, minutes: float = 0.0, guests: Sequence[str] = GUESTS[:-1]
+) -> Tally:
     tally, began = Tally(), time.monotonic()
     for number in range(rounds):
-        one_round(number, seed, tally)
+        one_round(number, seed, tally, guests)
         passed = time.monotonic() - began
         if sys.stdout.isatty() or (number + 1) % 10 == 0:
             print(f"{tally.report(passed)}\n", flush=True)
@@ -497,17 +473,27 @@ def soak(rounds: int, seed: int, minutes: float = 0.0) -> Tally:
     return tally
 
 
+def _guests(text: str) -> list[str]:
+    kinds = text.split(",")
+    if unknown := set(kinds) - set(GUESTS):
+        raise argparse.ArgumentTypeError(f"no such guests: {', '.join(sorted(unknown))}")
+    return kinds
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--guests", type=_guests, default=GUESTS, metavar="KIND,...")
     args = parser.parse_args()
+    if "qemu" in args.guests and (absent := missing()):
+        parser.error(f"not installed: {absent}; --guests demo,file,buffer does without QEMU")
     os.environ.setdefault("MIGRATE_JOURNAL", tempfile.mkdtemp(prefix="xbmigrate-journal-"))
     print(f"seed {args.seed}", flush=True)
     began = time.monotonic()
     try:
-        tally = soak(args.rounds, args.seed, args.minutes)
+        tally = soak(args.rounds, args.seed, args.minutes, args.guests)
     except Wrong as wrong:
         print(f"WRONG: {wrong}", flush=True)
         return 1

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +22,8 @@ from migrate.guests.demo import DemoProcess
 from proto.messages import MessageType
 from tests.programs import (
     Program,
-    breaks_are_final,
     children,
+    crashing,
     destination,
     end_guest,
     look_at,
@@ -105,15 +104,7 @@ class Two:
 
 
 def _program(name: str, words: list[str], crash: tuple[str, ...]) -> Program:
-    if not crash:
-        return Program(name, *words)
-    program = Program.__new__(Program)
-    program.process = subprocess.Popen(
-        [sys.executable, "-m", "tests.crash", *crash, name, *breaks_are_final(name, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    program.out = program.err = ""
-    return program
+    return crashing(name, words, *crash) if crash else Program(name, *words)
 
 
 @pytest.fixture

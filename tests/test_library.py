@@ -125,7 +125,7 @@ async def test_the_cache_is_resized_fifty_times_while_it_moves() -> None:
     await listener.close()
     assert bytes(place[0].received) == array.tobytes()
     assert not sizes
-    assert len(seen) > 3
+    assert len(seen) > 1
 
 
 HOT_PAGES = 2048

@@ -23,6 +23,7 @@ import pytest
 import xxhash
 
 from migrate.errors import MigrationError, UsageError
+from migrate.journal import Journal
 from migrate.qemu.description import check_sections
 from migrate.qemu.landing import LandedPlace, Landing, check_landing
 from migrate.qemu.lifting import Lifter
@@ -30,6 +31,7 @@ from migrate.qemu.snapshot import Snapshot, StoredSection, block_file
 from proto import _ram_apply, _twin_ram_apply
 from proto._ram import SCAN_END, RamReader
 from proto.errors import DecodeError
+from proto.ownership import Event, Role
 from tests.machine import Machine, Sweep, compare
 from tests.machine.between import Way, both, later
 from tests.machine.qemu import DIMM_AT, PROGRAM
@@ -218,7 +220,7 @@ async def test_a_damaged_snapshot_never_runs(qemu: None, way: Way, tmp_path: Pat
             sender, _ = await way.source(f"snapshot:{vm}", address)
             assert await asyncio.to_thread(sender.wait) == 1
             assert f"{vm}/blocks/high is not what had landed there" in sender.err
-            assert "the directory is unchanged" in sender.err
+            assert "the snapshot is as it was" in sender.err
             assert await asyncio.to_thread(receiver.wait) == 1
             assert "is not what had landed there" in receiver.err  # it does not wait for another
             assert await other.ended() == 1
@@ -337,6 +339,23 @@ def test_what_landed_is_what_was_sent(landed: Path) -> None:
     assert (landed / "description.json").read_bytes() == DESCRIPTION
     holes = sum(not any(memory()[0][i : i + PAGE]) for i in range(0, 300 * PAGE, PAGE))
     assert (landed / names[0]).stat().st_blocks * 512 <= (300 - holes) * PAGE + 8 * PAGE
+
+
+def test_what_is_settled_of_a_lifted_guest_says_what_is_so(landed: Path, tmp_path: Path) -> None:
+    """No guest runs here, whatever became of the one that was lifted out of the snapshot."""
+    for number, (keep, says) in enumerate({
+        "source": "ABORTED: the guest does not run at the destination; the snapshot is as it was",
+        "destination": "DONE: the guest runs at the destination; the snapshot is as it was",
+    }.items()):  # fmt: skip
+        directory = tmp_path / keep
+        journal = Journal(Role.SOURCE, bytes([number] * 16), str(directory))
+        journal.begin(guest={"kind": "snapshot", "path": str(landed)}, address="tcp:127.0.0.1:1")
+        journal.move(Event.READY)
+        journal.close()
+        words = ("--keep", keep, "--force", "--journal", str(directory))
+        program = Program("migrate-src", "resolve", *words)
+        assert program.wait() == 0, program.err
+        assert says in program.out
 
 
 def lift(path: Path) -> tuple[bytes, Lifter]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.requirements import need
 from tests.soak import soak
+from tests.soak_qemu import missing
 
 
 @pytest.mark.timeout(300)
@@ -13,3 +15,11 @@ def test_a_few_rounds_of_the_soak() -> None:
     assert tally.rounds.total() == 6
     assert tally.faults.total() > 0
     assert tally.compared > 0
+
+
+@pytest.mark.timeout(300)
+def test_a_few_rounds_with_virtual_machines() -> None:
+    need(not missing(), missing())
+    tally = soak(3, seed=4444, guests=["qemu"])
+    assert tally.rounds == {"qemu": 3}
+    assert tally.faults.total() > 0

@@ -134,6 +134,7 @@ async def resolve_source(args: argparse.Namespace) -> int:
     if journal is None:
         return 0
     journal.open(create=False)
+    ended = False
     try:
         if journal.claim is Claim.COMMITTED:
             if args.keep:
@@ -141,9 +142,11 @@ async def resolve_source(args: argparse.Namespace) -> int:
                 journal.move(Event.KEEP_SOURCE if args.keep == "source" else Event.KEEP_DESTINATION)
             else:
                 await _ask(args, journal)
-        return await _act_on(journal)
+        status = await _act_on(journal)
+        ended = journal.claim is Claim.ABORTED
+        return status
     finally:
-        journal.close()
+        journal.close(keep=ended)
 
 
 async def _ask(args: argparse.Namespace, journal: Journal) -> None:
@@ -170,7 +173,10 @@ async def _ask(args: argparse.Namespace, journal: Journal) -> None:
 
 
 async def _act_on(journal: Journal) -> int:
-    """Does with the guest here what the claim says; doing it again changes nothing."""
+    """Does with the guest here what the claim says; doing it again changes nothing.
+
+    A guest that is ours again is let go on once: it may have been moved since, by others too.
+    """
     from migrate.guests.reopen import reopen_guest
 
     if journal.claim is Claim.COMMITTED:
@@ -179,11 +185,14 @@ async def _act_on(journal: Journal) -> int:
             "the destination has no record of this migration: look at its guest, and say what is "
             "to be kept (--keep)"
         )
-    if journal.claim is Claim.NONE:
+    if journal.claim is not Claim.DONE:
         later = _given_up_later(journal)
         if later is not None:
             print(f"{journal.text()}; it was given up since: {later.text()}")
             return 0
+    if journal.claim is Claim.ABORTED and "ended" in journal.facts:
+        print(f"{journal.text()}: that was settled before; nothing more is done")
+        return 0
     try:
         guest = reopen_guest(journal.facts["guest"])
     except MigrationError as error:
@@ -192,11 +201,11 @@ async def _act_on(journal: Journal) -> int:
     try:
         if journal.claim is Claim.DONE:
             await guest.release()
-            print(f"{journal.text()}: the guest runs at the destination, and no more here")
+            print(f"{journal.text()}: {guest.theirs}")
         else:
             await guest.take_back()
             await guest.resume()
-            print(f"{journal.text()}: the guest runs here")
+            print(f"{journal.text()}: {guest.ours}")
     finally:
         await guest.close()
     return 0
@@ -204,9 +213,12 @@ async def _act_on(journal: Journal) -> int:
 
 def _given_up_later(journal: Journal) -> Journal | None:
     """A later migration of the same guest, by which it is not here any more."""
+    if journal.facts.get("guest", {}).get("kind") == "snapshot":
+        return None  # it is here as ever
     for other in journals(Role.SOURCE, journal.directory):
         if (
-            other.claim in (Claim.COMMITTED, Claim.DONE)
+            other.name != journal.name
+            and other.claim in (Claim.COMMITTED, Claim.DONE)
             and other.written_at() >= journal.written_at()
             and same_guest(other.facts.get("guest", {}), journal.facts.get("guest", {}))
         ):
@@ -228,6 +240,10 @@ async def resolve_destination(args: argparse.Namespace) -> int:
     try:
         custody = await records.find(journal.identity)
         assert custody is not None
+        if custody.doubt and args.keep:
+            if args.keep == "source" and not args.force:
+                raise UsageError(f"--keep source wants --force: {RISK['destination']}")
+            await custody.decide(runs=args.keep == "destination")
         claim = await custody.standing()
         if claim is Claim.PREPARED and args.keep == "source":
             await custody.give_up(Event.KEEP_SOURCE)

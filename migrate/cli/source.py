@@ -325,6 +325,8 @@ class SourceProgram(Node):
             await guest.close()
             progress.end(source.statistics)
         progress.clear()
+        if guest.trouble:
+            print(f"migrate-src: {guest.trouble}", file=sys.stderr)
         self._parameters = self.parameters  # what they have come to holds on
         if progress.owns_stdout or args.monitor == "stdio":
             pass

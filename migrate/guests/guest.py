@@ -38,6 +38,13 @@ class Guest(ABC):
     """Of the process that is the guest, where there is one of ours."""
     remains = "the guest runs on here"
     """What is true of it after a migration that failed."""
+    trouble = ""
+    """What went wrong as it was closed."""
+    waits = "here it stays paused"
+    """What is true of it while nobody knows whose it is."""
+    ours = "the guest runs here"
+    theirs = "the guest runs at the destination, and no more here"
+    """What is true of it once that is found out."""
 
     @property
     @abstractmethod
@@ -122,8 +129,7 @@ class Place(ABC):
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
     irrevocable = False
-    """Whether `start` may have been heard though it has not returned: a later program must take it
-    for done."""
+    """Whether `start` may have been heard though it has not returned: no later program can know."""
 
     async def ready(self) -> None:
         """Waits until the place can take a guest; the source is told to begin after that."""

@@ -18,13 +18,13 @@ def reopen_guest(facts: dict[str, Any]) -> Guest:
     if facts.get("kind") == "file":
         return FileGuest.reopen(facts)
     if facts.get("kind") == "qemu":
-        from migrate.qemu.guest import QemuGuest
+        from migrate.qemu.left import LeftGuest
 
-        return QemuGuest.reopen(facts)
+        return LeftGuest(facts)
     if facts.get("kind") == "snapshot":
-        from migrate.qemu.guest import QemuGuest
+        from migrate.qemu.lifting import SnapshotGuest
 
-        return QemuGuest(None)  # the snapshot stays as it is, whatever became of what was lifted
+        return SnapshotGuest(facts["path"])
     raise MigrationError("that guest was memory of the program that moved it, and ended with it")
 
 

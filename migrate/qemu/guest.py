@@ -15,7 +15,6 @@ import contextlib
 import os
 import select
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -66,8 +65,6 @@ class QemuGuest(Guest):
         self._socket: socket.socket | None = None
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
-        self._left: tuple[int, str] | None = None
-        """The holder of an earlier program, and when it was started."""
         self._moved = self._given_up = self._told = False
 
     @property
@@ -266,9 +263,15 @@ class QemuGuest(Guest):
     async def _tell_moved(self, machine: Machine) -> None:
         await self.say(MOVED)
         self._told = True
-        async with asyncio.timeout(BEGIN_SECONDS):
-            while (status := await machine.status()).going_on:
-                await asyncio.sleep(POLL_SECONDS / 10)
+        try:
+            async with asyncio.timeout(BEGIN_SECONDS):
+                while (status := await machine.status()).going_on:
+                    await asyncio.sleep(POLL_SECONDS / 10)
+        except TimeoutError:
+            raise QemuError(
+                f"QEMU was told that its guest has moved, and has not ended its migration in "
+                f"{BEGIN_SECONDS:g} s"
+            ) from None
         if status.status != "completed":
             raise StreamLost(f"QEMU has not moved its guest: {status.status} {status.error}")
 
@@ -293,16 +296,12 @@ class QemuGuest(Guest):
     async def release(self) -> None:
         """QEMU hears that its guest runs over there."""
         self._moved = True
-        if self._left is not None:
-            await self._signal_left(signal.SIGUSR1)
         if not self._told:
             await self.say(MOVED)
 
     async def resume(self) -> None:
         """QEMU hears nothing any more, and lets its guest run on; one that takes it for moved is
         told to."""
-        if self._left is not None:
-            await self._signal_left(signal.SIGTERM)
         await self._hang_up()
 
     async def close(self) -> None:
@@ -314,8 +313,14 @@ class QemuGuest(Guest):
         if self.machine is not None:
             machine, self.machine = self.machine, None
             if not unknown:
-                with contextlib.suppress(QemuError):
+                try:
                     await self._leave(machine, self._moved)
+                except QemuError as error:
+                    self.trouble = str(error)
+                    if not self._moved:
+                        self.trouble += (
+                            "; `cont` in QEMU's monitor lets the guest run, if it stands"
+                        )
             await machine.close()
         await self._hang_up()
 
@@ -329,7 +334,7 @@ class QemuGuest(Guest):
             status = await machine.status()
         if not moved and status.status == "completed":
             await machine.cont()  # it had no return path, and believed that all was well
-        await machine.restore()
+        self.trouble = "; ".join(await machine.restore())
 
     async def _hang_up(self, *, for_good: bool = True) -> None:
         """for_good: QEMU sees that at once, whoever else holds its stream."""
@@ -359,25 +364,13 @@ class QemuGuest(Guest):
 
     def facts(self) -> dict[str, Any]:
         pid = self._holder.pid if self._holder is not None else 0
-        return {"kind": self.kind, "pid": pid, "started": start_time(pid) if pid else ""}
+        return {
+            "kind": self.kind, "pid": pid, "started": start_time(pid) if pid else "",
+            "qmp": _whole_path(self._qmp),
+        }  # fmt: skip
 
-    @classmethod
-    def reopen(cls, facts: dict[str, Any]) -> QemuGuest:
-        """A guest that an earlier program had given up. Raises MigrationError where it is gone."""
-        pid, started = facts["pid"], facts["started"]
-        if not started or start_time(pid) != started:
-            raise MigrationError("nobody holds the stream of that QEMU any more: ask QEMU itself")
-        guest = cls(None)
-        guest._left = pid, started
-        return guest
 
-    async def _signal_left(self, number: signal.Signals) -> None:
-        assert self._left is not None
-        pid, started = self._left
-        for _ in range(int(HOLDER_SECONDS / POLL_SECONDS)):
-            if start_time(pid) != started:
-                return
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
-            await asyncio.sleep(POLL_SECONDS)
-        raise MigrationError(f"process {pid}, which holds QEMU's stream, does not end")
+def _whole_path(qmp: str) -> str:
+    """Of a QMP socket, as it stands for a program that runs elsewhere."""
+    path = qmp.removeprefix("unix:")
+    return os.path.abspath(path) if path else ""

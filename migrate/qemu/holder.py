@@ -30,7 +30,7 @@ MOVED = struct.pack(">HHI", Reply.SHUT, 4, 0)
 def hold(connection: int) -> None:
     """Until somebody decides, or QEMU is gone."""
     poll = select.poll()
-    poll.register(connection, 0)  # hang-ups come without being asked for
+    poll.register(connection, select.POLLRDHUP)  # over TCP the other end's alone is no POLLHUP
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)

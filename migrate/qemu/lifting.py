@@ -247,6 +247,10 @@ class LiftIntake(Intake):
 class SnapshotGuest(QemuGuest):
     """A machine that has landed in `path`. Raises UsageError where there is none."""
 
+    waits = "the snapshot is as it was"
+    ours = f"the guest does not run at the destination; {waits}"
+    theirs = f"the guest runs at the destination; {waits}"
+
     def __init__(self, path: str) -> None:
         super().__init__(None)
         self._path = path
@@ -255,7 +259,7 @@ class SnapshotGuest(QemuGuest):
 
     @property
     def remains(self) -> str:  # type: ignore[override]
-        return "the directory is unchanged"
+        return self.waits
 
     @property
     def driven(self) -> bool:

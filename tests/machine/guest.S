@@ -94,6 +94,7 @@ count:  incb    (%edi)
 next:   addl    %esi, %edi
         cmpl    END, %edi
         jb      count
+        call    forget
         incl    %ebx
         decl    %ebp
         jnz     sweep
@@ -104,7 +105,16 @@ rest:   movl    BATCH, %ecx
         sti                             # takes effect after the next instruction
         hlt
         cli
+        call    forget
         jmp     next
+
+# QEMU before 9.0 with TCG forgets to look again at what its TLB says may be written at once, when it
+# clears the bits of what is dirty: what is written there later is never sent. So the TLB is emptied
+# before the same page is written again, which a change of CR0.WP does.
+forget: movl    %cr0, %eax
+        xorl    $0x10000, %eax
+        movl    %eax, %cr0
+        ret
 
 print:  pushl   %ecx
         movl    $8, %ecx

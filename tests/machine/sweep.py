@@ -38,9 +38,8 @@ class SweepError(AssertionError):
 class Sweep:
     """Sweeps [start, start + size), and says so each `every` sweeps.
 
-    stride -- 4096 is one increment in a page. With more, QEMU 7.2 (TCG) moved by itself, on a busy
-              machine, left a page or two without the last of them in 2 of 79 moves (in none of
-              40 with one, which does not show that there it cannot). Why is not known for sure.
+    stride -- 4096 is one increment in a page. With more, QEMU before 9.0 (TCG) may leave a page
+              without the last of them: guest.S has it look again once each sweep (`forget`).
     fill   -- bytes from `start` on that are pseudo-random before the first sweep, but for those
               that are swept: no page of it is zero, or like another; 0 leaves them as they are
     rate   -- increments a second at most, in steps of 1000; 0 for full speed
