@@ -285,6 +285,30 @@ async def test_a_stream_that_breaks_or_never_begins_has_failed(start, tmp_path: 
         assert (status.status, status.runstate) == ("failed", "running")
 
 
+async def test_a_stream_goes_into_a_socket_of_ours_and_nothing_of_it_stays_in_qemu(start) -> None:
+    """QEMU needs no path that it can reach, and is allowed to. Refused, it closes its end."""
+    loop = asyncio.get_running_loop()
+    async with await start().machine() as machine:
+        await machine.prepare(return_path=True, downtime_limit=0.3)
+        for _ in range(2):
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                ours.setblocking(False)
+                await machine.migrate(theirs)
+                theirs.close()
+                async with asyncio.timeout(10):
+                    assert await loop.sock_recv(ours, 4) == b"QEVM"
+                refused, end = socket.socketpair()
+                with refused, end:
+                    with pytest.raises(QemuError, match="with -incoming defer"):
+                        await machine.incoming(end)
+                    end.close()
+                    refused.settimeout(10)
+                    assert refused.recv(1) == b""
+            assert (await until_over(machine)).status == "failed"
+        assert (await machine.status()).runstate == "running"
+
+
 async def test_a_guest_that_cannot_migrate_is_known_before(start, tmp_path: Path) -> None:
     options = ("-device", "ivshmem-plain,memdev=m,master=off")
     memory = f"memory-backend-file,id=m,share=on,mem-path={tmp_path}/m,size=1M"

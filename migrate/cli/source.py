@@ -183,9 +183,10 @@ class SourceProgram(Node):
             if guest.driven and (peer := await self._connect()) is None:
                 return self.stop.cancelled_code
             self.stop.cancels_me()
-            where = guest.listen()
-            if not guest.driven and not self.args.quiet:
-                self.progress.say(f"waiting for QEMU at {where}")
+            if not guest.driven:
+                where = guest.listen()
+                if not self.args.quiet:
+                    self.progress.say(f"waiting for QEMU at {where}")
             await guest.started()
             if peer is None and (peer := await self._connect()) is None:
                 return self.stop.cancelled_code

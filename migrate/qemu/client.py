@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import socket
 from collections import deque
 from collections.abc import Mapping
@@ -167,11 +168,16 @@ class Client:
         self.version = version
         await self.execute("qmp_capabilities")
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """What the command returns. Several may be under way. Raises QemuError."""
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, file: int | None = None
+    ) -> Any:
+        """What the command returns. Several may be under way. Raises QemuError.
+
+        file -- a descriptor that QEMU gets with it (`getfd`)
+        """
         try:
             async with asyncio.timeout(self.timeout), self._turn:
-                answer = await self._ask(command, arguments or {})
+                answer = await self._ask(command, arguments or {}, file)
         except TimeoutError:
             raise QemuError(
                 f"{command}: the QEMU on {self.path} has not answered for {self.timeout:g} s: it "
@@ -184,7 +190,9 @@ class Client:
             raise self._refusal(command, answer["error"])
         return answer["return"]
 
-    async def _ask(self, command: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    async def _ask(
+        self, command: str, arguments: Mapping[str, Any], file: int | None
+    ) -> dict[str, Any] | None:
         if self.ended is not None:
             return None
         self._asked += 1
@@ -193,12 +201,22 @@ class Client:
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             with contextlib.suppress(OSError, RuntimeError):  # the task that reads says why
-                self._writer.write(json.dumps(request).encode() + b"\n")
-                await self._writer.drain()
+                await self._send(json.dumps(request).encode() + b"\n", file)
             answer: dict[str, Any] | None = await waiting
             return answer
         finally:
             self._waiting.pop(number, None)
+
+    async def _send(self, data: bytes, file: int | None) -> None:
+        if file is not None:
+            transport = self._writer.transport
+            while transport.get_write_buffer_size():  # it goes behind what was said before
+                await asyncio.sleep(RETRY_INTERVAL)
+            number = os.dup(transport.get_extra_info("socket").fileno())
+            with socket.socket(fileno=number) as sock:
+                data = data[socket.send_fds(sock, [data], [file]) :]
+        self._writer.write(data)
+        await self._writer.drain()
 
     def _refusal(self, command: str, error: dict[str, Any]) -> QemuError:
         kind, desc = str(error.get("class", "")), printable(str(error.get("desc", "")))

@@ -14,10 +14,8 @@ import asyncio
 import contextlib
 import os
 import select
-import shutil
 import socket
 import sys
-import tempfile
 from typing import Any
 
 from migrate.address import Address
@@ -31,10 +29,21 @@ from migrate.qemu.machine import Machine
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
-RECEIVE_BYTES = 1 << 20
+# QEMU's own are of 208 KiB: with this, as far as the system allows it, one of the two waits less
+# often for the other, and the last 767 MiB of a guest took 0.33 s instead of 0.37.
+STREAM_BYTES = 1 << 20
 HOLDER_SECONDS = 5.0
 POLL_SECONDS = 0.05
 NOTICE_SECONDS = 0.5
+
+
+def stream_pair() -> tuple[socket.socket, socket.socket]:
+    """One end for us to read from, and one for what sends."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with contextlib.suppress(OSError):
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BYTES)
+    return ours, theirs
 
 
 class QemuGuest(Guest):
@@ -53,7 +62,6 @@ class QemuGuest(Guest):
         return_path: bool = True, settings: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.machine: Machine | None = None
-        self._directory = ""
         self._wanted = address
         self._qmp = qmp
         self._page_size = page_size
@@ -106,10 +114,8 @@ class QemuGuest(Guest):
     def listen(self) -> Address:
         """QEMU can connect now: where. Raises UsageError where that cannot be."""
         where = self._wanted
+        assert where is not None
         try:
-            if where is None:
-                self._directory = tempfile.mkdtemp(prefix="migrate-src-")
-                where = Address(path=f"{self._directory}/stream")
             if where.path:
                 listener = bind(where.path, "--guest")
                 self._ours = identity(where.path)
@@ -134,9 +140,6 @@ class QemuGuest(Guest):
             if path and identity(path) == self._ours:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = ""
 
     async def started(self) -> None:
         """Waits until QEMU has begun to migrate, or has it begin.
@@ -145,33 +148,43 @@ class QemuGuest(Guest):
         """
         if self._intake is not None:
             return
-        where = self.listen() if self._listener is None else self._wanted
-        assert self._listener is not None
+        if self._wanted is not None and self._listener is None:
+            self.listen()
         if self._qmp:
             self.machine = await Machine.connect(self._qmp)
             await self.machine.prepare(return_path=self._return_path, **self._settings)
-            await self.machine.migrate(str(where))
-        intake = await self._begun(self._listener)
-        intake.check(return_path=self._return_path)
-        assert self._socket is not None
-        await self._have_held(self._socket)
-        self._intake = intake
-
-    async def _begun(self, listener: socket.socket) -> Intake:
-        self._socket = await self._accept(listener)
-        self._socket.setblocking(False)
-        with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        self._socket = await self._connection()
         intake = Intake(self._socket, self._page_size)
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
-            raise MigrationError(
-                f"what connected to {self._wanted} has not begun a migration stream in "
-                f"{BEGIN_SECONDS:g} s"
-            )
-        await self._refuse_more(self._socket, listener)
+            what = "QEMU" if self._wanted is None else f"what connected to {self._wanted}"
+            raise MigrationError(f"{what} has not begun a migration stream in {BEGIN_SECONDS:g} s")
+        if self._listener is not None:
+            await self._refuse_more(self._socket, self._listener)
         self._unlisten()
-        return intake
+        intake.check(return_path=self._return_path)
+        await self._have_held(self._socket)
+        self._intake = intake
+
+    async def _connection(self) -> socket.socket:
+        """What QEMU's stream comes over: it connects to us, or is given one end of a pair."""
+        if self._listener is None:
+            assert self.machine is not None
+            ours, theirs = stream_pair()
+            with theirs:
+                try:
+                    await self.machine.migrate(theirs)
+                except BaseException:
+                    ours.close()
+                    raise
+            return ours
+        if self.machine is not None:
+            await self.machine.migrate(str(self._wanted))
+        connection = await self._accept(self._listener)
+        connection.setblocking(False)
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, STREAM_BYTES)
+        return connection
 
     async def _refuse_more(self, stream: socket.socket, listener: socket.socket) -> None:
         """Raises UsageError where pages are to come over connections of their own.

@@ -11,7 +11,6 @@ lifted as often as one likes, and two that were lifted from one know nothing of 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import struct
@@ -20,10 +19,9 @@ from typing import Any
 
 import xxhash
 
-from migrate.address import Address
 from migrate.errors import MigrationError
 from migrate.memory import private_buffer
-from migrate.qemu.guest import BEGIN_SECONDS, RECEIVE_BYTES, QemuGuest
+from migrate.qemu.guest import BEGIN_SECONDS, QemuGuest, stream_pair
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.snapshot import (
     PIECE_BYTES,
@@ -270,17 +268,10 @@ class SnapshotGuest(QemuGuest):
     def description(self) -> str:  # type: ignore[override]
         return f"snapshot of a QEMU guest ({self._snapshot.machine})"
 
-    def listen(self) -> Address:
-        return Address(path=self._path)
-
     async def started(self) -> None:
         if self._intake is not None:
             return
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        for end, option in ((ours, socket.SO_RCVBUF), (theirs, socket.SO_SNDBUF)):
-            with contextlib.suppress(OSError):
-                end.setsockopt(socket.SOL_SOCKET, option, RECEIVE_BYTES)
+        ours, theirs = stream_pair()
         self._socket = ours
         self._lifter = Lifter(self._path, self._snapshot)
         self._lifter.start(theirs)

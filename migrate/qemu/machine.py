@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,6 +29,8 @@ AT_REST = ("none", "completed", "failed", "cancelled")
 
 RETURN_PATH, SWITCHOVER_ACK = "return-path", "switchover-ack"
 FINISHING = "finish-migrate"
+# What QEMU calls the socket that it gets from us.
+STREAM = "xbmigrate"
 DOWNTIME_LIMIT, MAX_BANDWIDTH = "downtime-limit", "max-bandwidth"
 SWITCHOVER_BANDWIDTH = "avail-switchover-bandwidth"
 
@@ -227,12 +230,25 @@ class Machine:
             faults.append(str(error))
         return tuple(faults)
 
-    async def migrate(self, uri: str) -> None:
+    async def migrate(self, where: str | socket.socket) -> None:
         """Begins; what becomes of it `status` and events say, a refused connection too.
 
-        uri -- unix:PATH or tcp:HOST:PORT, where somebody listens
+        where -- unix:PATH or tcp:HOST:PORT, where somebody listens; or what to send it into
         """
-        await self.execute("migrate", uri=uri)
+        await self._with_stream("migrate", where)
+
+    async def _with_stream(self, command: str, where: str | socket.socket) -> None:
+        """A socket QEMU gets itself: it need not reach, nor be allowed, any path of ours."""
+        if isinstance(where, str):
+            await self.execute(command, uri=where)
+            return
+        await self._client.execute("getfd", {"fdname": STREAM}, where.fileno())
+        try:
+            await self.execute(command, uri=f"fd:{STREAM}")
+        except QemuError:
+            with contextlib.suppress(QemuError):
+                await self.execute("closefd", fdname=STREAM)
+            raise
 
     async def set_downtime_limit(self, seconds: float) -> None:
         await self._set_parameters({DOWNTIME_LIMIT: _milliseconds(seconds)})
@@ -272,18 +288,18 @@ class Machine:
 
     # -- the destination
 
-    async def incoming(self, uri: str) -> None:
-        """Listens for a stream; QEMU must have been started with -incoming defer.
+    async def incoming(self, where: str | socket.socket) -> None:
+        """Awaits a stream; QEMU must have been started with -incoming defer.
 
         What cannot be carried is off then, until `restore`.
 
-        uri -- unix:PATH or tcp:HOST:PORT
+        where -- unix:PATH or tcp:HOST:PORT, to listen there; or what to read it from
         """
         try:
             now = await self._query_capabilities()
             await self._set_capabilities(dict.fromkeys(UNFIT, False), now)
             await self._set_parameters({TLS: ""})
-            await self.execute("migrate-incoming", uri=uri)
+            await self._with_stream("migrate-incoming", where)
         except BaseException:
             await self.restore()
             raise

@@ -8,7 +8,6 @@ import os
 import select
 import socket
 import struct
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,11 +94,20 @@ class QemuPlace(Place):
         if not self._qmp:
             return await self._connect(self.address)
         async with await Machine.connect(self._qmp) as machine:
-            with tempfile.TemporaryDirectory(prefix="migrate-dst-") as directory:
-                where = self._given or Address(path=f"{directory}/stream")
-                await machine.incoming(str(where))
+            if self._given is not None:
+                await machine.incoming(str(self._given))
                 self._changed = machine.changed
-                return await self._connect(where)
+                return await self._connect(self._given)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    await machine.incoming(theirs)
+                except BaseException:
+                    ours.close()
+                    raise
+            self._changed = machine.changed
+            ours.setblocking(False)
+            return ours
 
     async def _put_back(self) -> None:
         """What was off for us, in a QEMU that has its guest; one that cannot be asked is left."""
