@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from migrate.errors import UsageError
 from migrate.guests.demo import GIVEN_UP, DemoProcess
 from migrate.guests.demo_check import check
 
@@ -99,10 +100,19 @@ def guest_pid(text: str) -> int:
 
 
 def look_at(pid: int, seconds: float = 0.0) -> tuple[int, int, int]:
-    """Lets a demo guest run for a while, checks every byte: (sweep before, after, first wrong)."""
+    """Lets a demo guest run for a while, checks every byte: (sweep before, after, first wrong).
 
-    verdict = asyncio.run(check(pid, seconds))
-    return verdict.sweep_before, verdict.sweep_after, verdict.wrong
+    A program that has just ended its migration may hold the guest for a moment yet.
+    """
+    end = time.monotonic() + 5
+    while True:
+        try:
+            verdict = asyncio.run(check(pid, seconds))
+            return verdict.sweep_before, verdict.sweep_after, verdict.wrong
+        except UsageError as error:
+            if "being moved" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def ended_or_given_up(pid: int) -> bool:

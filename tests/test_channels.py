@@ -770,12 +770,12 @@ async def test_what_waits_to_be_sent_is_bounded_over_all_channels(channels):
             return [lane._transport.get_write_buffer_size() for lane in source.channels.links]
 
         await until(lambda: not any(lane._writable.is_set() for lane in source.channels.links))
-        await asyncio.sleep(0.2)
         each = SEND_HIGH // channels + BATCH_BYTES // channels + 100
-        assert max(queued()) <= each
-        assert sum(queued()) <= channels * each
-        before = source.sent_bytes
-        await asyncio.sleep(0.2)
-        assert source.sent_bytes - before < 1000, "pings, and nothing else"
+        before = 0
+        while source.sent_bytes - before > 1000:  # the kernel takes some; then pings, nothing else
+            before = source.sent_bytes
+            await asyncio.sleep(0.5)
+            assert max(queued()) <= each
+            assert sum(queued()) <= channels * each
         assert source.sent_bytes < 64 << 20
         running.cancel()
