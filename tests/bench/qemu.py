@@ -160,10 +160,12 @@ def carried(workload: Workload, *options: str) -> Attempt:
             info = near.qmp.execute("query-migrate")
             memory = compare(near, far, workload, directory) if moved.completed else "-"
             expected = moved.result.get("expected-downtime")
+            # QEMU does not say it of a migration that was cancelled.
+            total = info.get("total-time", moved.result.get("total-time", 0))
             return Attempt(
                 completed=moved.completed,
                 why="" if moved.completed else moved.why,
-                seconds=info.get("total-time", 0) / 1e3,
+                seconds=total / 1e3,
                 link_bytes=link.carried(),
                 downtime=info["downtime"] / 1e3 if moved.completed else None,
                 expected=None if expected is None else expected / 1e3,
