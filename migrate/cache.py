@@ -34,11 +34,12 @@ class SizedCache:
         return min(size, self._most)
 
     def open(self, *, deltas: bool) -> PageCache | None:
-        """With the size that is wanted."""
-        self._closed = not deltas
-        if deltas:
-            self.size = self.wanted
-            self.pages = PageCache(self.useful(self.size), self._page_size)
+        """With the size that is wanted; without deltas there is none, and none is wanted."""
+        if not deltas:
+            self._closed, self.wanted = True, 0
+            return None
+        self.size = self.wanted
+        self.pages = PageCache(self.useful(self.size), self._page_size)
         return self.pages
 
     def ask(self, size: int) -> str:

@@ -249,6 +249,13 @@ async def test_a_cache_that_cannot_grow_stays_and_says_so() -> None:
     ]
 
 
+@pytest.mark.asyncio
+async def test_without_deltas_nothing_is_said_of_a_cache() -> None:
+    source, notices = await rewritten(migrate.Parameters(capabilities={"xbzrle": False}))
+    assert source.statistics.cache_size == 0
+    assert notices == []
+
+
 class Scripted(DeltaSwitch):
     """Deltas in the rounds that are said."""
 

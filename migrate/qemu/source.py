@@ -214,7 +214,7 @@ class StreamSource(Migration):
 
     def _make_encoder(self, agreement: caps.Agreement) -> None:
         page_size, intake = self.parameters.page_size, self.guest.intake
-        if self.parameters.cache_max:
+        if agreement.xbzrle and self.parameters.cache_max:
             # What is hot shows when it comes again, and then its old content must be there: as
             # much of it as there may be. Memory is taken as pages come.
             size = self._cache.wanted = self._cache.useful(self.parameters.cache_max)
