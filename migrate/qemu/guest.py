@@ -19,31 +19,20 @@ import sys
 from typing import Any
 
 from migrate.address import Address
-from migrate.errors import MigrationError, QemuError, UsageError
+from migrate.errors import MigrationError, QemuError, UsageError, system_reason
 from migrate.guests.guest import Guest
 from migrate.guests.process import start_time
 from migrate.monitor.server import BACKLOG, bind, identity
+from migrate.qemu.client import control_path
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
-from migrate.qemu.machine import Machine
+from migrate.qemu.machine import STREAM_BYTES, Machine, our_end
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
-# QEMU's own are of 208 KiB: with this, as far as the system allows it, one of the two waits less
-# often for the other, and the last 767 MiB of a guest took 0.33 s instead of 0.37.
-STREAM_BYTES = 1 << 20
 HOLDER_SECONDS = 5.0
 POLL_SECONDS = 0.05
 NOTICE_SECONDS = 0.5
-
-
-def stream_pair() -> tuple[socket.socket, socket.socket]:
-    """One end for us to read from, and one for what sends."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    with contextlib.suppress(OSError):
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BYTES)
-    return ours, theirs
 
 
 class QemuGuest(Guest):
@@ -126,8 +115,9 @@ class QemuGuest(Guest):
                 )
                 where = Address(where.host, listener.getsockname()[1])
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            raise UsageError(f"QEMU cannot be waited for at {where}: {why}") from None
+            raise UsageError(
+                f"QEMU cannot be waited for at {where}: {system_reason(error)}"
+            ) from None
         listener.setblocking(False)
         self._listener, self._wanted = listener, where
         return where
@@ -170,14 +160,7 @@ class QemuGuest(Guest):
         """What QEMU's stream comes over: it connects to us, or is given one end of a pair."""
         if self._listener is None:
             assert self.machine is not None
-            ours, theirs = stream_pair()
-            with theirs:
-                try:
-                    await self.machine.migrate(theirs)
-                except BaseException:
-                    ours.close()
-                    raise
-            return ours
+            return await our_end(self.machine.migrate)
         if self.machine is not None:
             await self.machine.migrate(str(self._wanted))
         connection = await self._accept(self._listener)
@@ -379,11 +362,5 @@ class QemuGuest(Guest):
         pid = self._holder.pid if self._holder is not None else 0
         return {
             "kind": self.kind, "pid": pid, "started": start_time(pid) if pid else "",
-            "qmp": _whole_path(self._qmp),
+            "qmp": os.path.abspath(control_path(self._qmp)) if self._qmp else "",
         }  # fmt: skip
-
-
-def _whole_path(qmp: str) -> str:
-    """Of a QMP socket, as it stands for a program that runs elsewhere."""
-    path = qmp.removeprefix("unix:")
-    return os.path.abspath(path) if path else ""

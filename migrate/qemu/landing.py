@@ -74,11 +74,11 @@ LEAST_READ = BUFFER_BYTES // 4
 # What was written is brought to the disk so often, for little to be left in the end.
 FLUSH_SECONDS = 1.0
 MAX_SECTIONS = 100_000
-# Orders to the one that loads a stream which are of its own way, not of the guest.
 # From this version on QEMU understands SWITCHOVER_ACK; an earlier one fails at it. A machine's type
 # ends in the version that it came with.
 ACK_SINCE = (8, 1)
 TYPE_VERSION = re.compile(r"-(\d+)\.(\d+)$")
+# Orders to the one that loads a stream which are of its own way, not of the guest.
 OF_THE_WAY = (Command.OPEN_RETURN_PATH, Command.PING, Command.POSTCOPY_ADVISE)
 
 

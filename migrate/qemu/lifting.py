@@ -21,8 +21,9 @@ import xxhash
 
 from migrate.errors import MigrationError
 from migrate.memory import private_buffer
-from migrate.qemu.guest import BEGIN_SECONDS, QemuGuest, stream_pair
+from migrate.qemu.guest import BEGIN_SECONDS, QemuGuest
 from migrate.qemu.intake import Intake, StreamLost
+from migrate.qemu.machine import stream_pair
 from migrate.qemu.snapshot import (
     PIECE_BYTES,
     Hash,

@@ -15,7 +15,7 @@ from typing import Any
 from migrate.address import Address
 from migrate.errors import MigrationError
 from migrate.guests.guest import Place
-from migrate.qemu.machine import Changed, Machine
+from migrate.qemu.machine import Changed, Machine, our_end
 from migrate.qemu.reception import StreamReception
 from proto import ErrorCode
 from proto.qemu import Command, Reply, order
@@ -98,16 +98,9 @@ class QemuPlace(Place):
                 await machine.incoming(str(self._given))
                 self._changed = machine.changed
                 return await self._connect(self._given)
-            ours, theirs = socket.socketpair()
-            with theirs:
-                try:
-                    await machine.incoming(theirs)
-                except BaseException:
-                    ours.close()
-                    raise
+            connection = await our_end(machine.incoming)
             self._changed = machine.changed
-            ours.setblocking(False)
-            return ours
+            return connection
 
     async def _put_back(self) -> None:
         """What was off for us, in a QEMU that has its guest; one that cannot be asked is left."""
