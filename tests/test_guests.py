@@ -34,7 +34,8 @@ from migrate.guests.demo import (
     DemoPlace,
     DemoProcess,
 )
-from migrate.guests.file import FileGuest, FilePlace
+from migrate.guests.file import FileGuest
+from migrate.guests.output_file import FilePlace
 from migrate.tracking import MarkTracker, ScanTracker
 from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
@@ -694,7 +695,7 @@ async def test_a_full_disk_is_an_error_not_a_crash(place_of, tmp_path, monkeypat
 
 def test_what_a_killed_receiver_leaves_can_be_gone_on_with(place_of, tmp_path):
     code = """
-from migrate.guests.file import FilePlace
+from migrate.guests.output_file import FilePlace
 from proto.messages import GuestInfo
 place = FilePlace(GuestInfo("file", 1 << 20, 4096, bytes(16)), sys.argv[1], False)
 for page in range(256):

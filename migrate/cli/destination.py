@@ -125,7 +125,7 @@ class DestinationProgram(Node):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        from migrate.guests.file import check_output
+        from migrate.guests.output_file import check_output
         from migrate.guests.reopen import reopen_place
         from migrate.handover import Records
         from migrate.parameters import DEFAULT_CACHE_SIZE, Parameters
@@ -402,7 +402,7 @@ class DestinationProgram(Node):
         """Where a guest lands. Raises NoPlaceError."""
         from migrate.destination import NoPlaceError
         from migrate.guests.demo import DemoPlace
-        from migrate.guests.file import FilePlace
+        from migrate.guests.output_file import FilePlace
 
         args = self.args
         if info.kind == "qemu" or self.qemu is not None or self.landing:
@@ -469,7 +469,7 @@ class DestinationProgram(Node):
         """Runs the user's command; the exit code: the guest is here whatever comes of it."""
         if not self.args.on_complete:
             return 0
-        from migrate.guests.file import run_command
+        from migrate.guests.command import run_command
 
         try:
             await run_command(

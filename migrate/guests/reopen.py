@@ -31,7 +31,7 @@ def reopen_guest(facts: dict[str, Any]) -> Guest:
 def reopen_place(facts: dict[str, Any]) -> Place:
     """A guest that was prepared. Raises MigrationError where it is gone."""
     from migrate.guests.demo import DemoPlace
-    from migrate.guests.file import FilePlace
+    from migrate.guests.output_file import FilePlace
 
     if facts.get("kind") == "demo":
         return DemoPlace.reopen(facts)
