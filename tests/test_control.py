@@ -294,7 +294,7 @@ def test_a_socket_that_is_no_control_socket_is_told_from_one(tmp_path: Path, cap
 
 def check_demo(*arguments: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "migrate.guests.demo_check", *arguments],
+        [sys.executable, "-I", "-m", "migrate.guests.demo_check", *arguments],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from migrate.errors import MigrationError, QemuError
+from migrate.guests import isolated
 from migrate.qemu import guest as qemu_guest
 from migrate.qemu.guest import QemuGuest
 from migrate.qemu.left import LeftGuest
@@ -176,7 +176,7 @@ async def test_a_holder_ends_where_its_qemu_has_hung_up(tmp_path, family) -> Non
             held, _ = server.accept()
             with held:
                 holder = subprocess.Popen(
-                    [sys.executable, "-m", "migrate.qemu.holder", str(held.fileno())],
+                    isolated.command("migrate.qemu.holder", str(held.fileno())),
                     pass_fds=[held.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 )  # fmt: skip
             with holder:

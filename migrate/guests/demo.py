@@ -31,13 +31,13 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from migrate._memory import first_wrong
 from migrate.available import machine_memory
 from migrate.errors import MigrationError, UsageError
+from migrate.guests import isolated
 from migrate.guests.guest import MemoryGuest, Place
 from migrate.guests.process import start_time, state
 from migrate.memory import Memory
@@ -172,7 +172,8 @@ class DemoProcess:
                 handle.lock()
             fresh = [] if paused else ["--fill"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "migrate.guests.demo_process", str(fd), *fresh],
+                isolated.command("migrate.guests.demo_process", str(fd), *fresh),
+                env=isolated.environment(),
                 pass_fds=[fd],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """Checks a running demo guest: that it counts, and that each of its bytes is right.
 
-Run as `python -m migrate.guests.demo_check [PID]`; without a PID, the one demo guest there is.
+Run as `python -I -m migrate.guests.demo_check [PID]`; without a PID, the one demo guest there is.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def only_guest() -> int:
 def main() -> int:
     try:
         if len(sys.argv) > 2 or not "".join(sys.argv[1:] or "0").isdecimal():
-            raise UsageError("usage: python -m migrate.guests.demo_check [PID]")
+            raise UsageError("usage: python -I -m migrate.guests.demo_check [PID]")
         pid = int(sys.argv[1]) if len(sys.argv) == 2 else only_guest()
         verdict = asyncio.run(check(pid))
     except MigrationError as error:

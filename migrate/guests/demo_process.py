@@ -1,6 +1,7 @@
 """The process of a demo guest: counts in shared memory until it is told to pause or to end.
 
-Run as `python -m migrate.guests.demo_process FD [--fill]`. See demo.py for the shared layout.
+Started by demo.py, isolated (see isolated.py), with the arguments FD [--fill]. See demo.py for the
+shared layout.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ import contextlib
 import os
 import signal
 import stat
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
+from migrate.guests import isolated
 from migrate.guests.command import run_command
 from migrate.guests.guest import MemoryGuest
 from migrate.guests.process import start_time, state
@@ -73,7 +73,7 @@ class FileGuest(MemoryGuest):
         self._asleep = {pid for pid in self.pids if state(pid) in ("T", "t")}
         command = ["--resume-cmd", self.resume_cmd] if self.resume_cmd else []
         self._guard = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "migrate.guests.guard", *command, *map(str, self.pids),
+            *isolated.command("migrate.guests.guard", *command, *map(str, self.pids)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         await self._guard_answers(0)

@@ -1,6 +1,7 @@
 """The guard: a process that slows a writer, and lets it go on if the source dies meanwhile.
 
-Run as `python -m migrate.guests.guard [--resume-cmd CMD] PID...`. It reads one letter at a time:
+Started by file.py, isolated (see isolated.py), with the arguments [--resume-cmd CMD] PID... It
+reads one letter at a time:
 
     p   the writer is (about to be) stopped     r   it runs again
     g   it was given up: never resume it        (end of file: the source is gone)

@@ -15,11 +15,11 @@ import contextlib
 import os
 import select
 import socket
-import sys
 from typing import Any
 
 from migrate.address import Address
 from migrate.errors import MigrationError, QemuError, UsageError, system_reason
+from migrate.guests import isolated
 from migrate.guests.guest import Guest
 from migrate.guests.process import start_time
 from migrate.monitor.server import BACKLOG, bind, identity
@@ -210,10 +210,10 @@ class QemuGuest(Guest):
 
     async def _have_held(self, connection: socket.socket) -> None:
         self._holder = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "migrate.qemu.holder", str(connection.fileno()),
-            pass_fds=[connection.fileno()], stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
+            *isolated.command("migrate.qemu.holder", str(connection.fileno())),
+            env=isolated.environment(), pass_fds=[connection.fileno()],
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         await self._holder_answers()
 

@@ -1,8 +1,10 @@
 """The holder: a process that keeps QEMU's socket open when the source dies in the hand-over.
 
-Run as `python -m migrate.qemu.holder FD`. QEMU lets its guest run on where the stream it sends is
-closed without an answer; once GO may have been said that must not happen by an accident. It reads
-one letter at a time from its standard input:
+Started by guest.py, isolated (see migrate.guests.isolated), with the argument FD.
+
+QEMU lets its guest run on where the stream it sends is closed without an answer; once GO may have
+been said that must not happen by an accident. The holder reads one letter at a time from its
+standard input:
 
     g   the guest is given up: whatever happens, hold on      r   it is ours again
     (end of file: the source is gone. A guest that was given up is held, another one let go)

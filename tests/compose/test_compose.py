@@ -142,7 +142,9 @@ def test_up_fails_where_the_destination_is_killed_and_the_guest_goes_on(project:
     killed_in_the_middle(project, "dst")
     assert project.inspect("src", ".State.Health.Status") == "healthy"
     for _ in range(2):
-        status, said = project.run("exec", "-T", "src", "python", "-m", "migrate.guests.demo_check")
+        status, said = project.run(
+            "exec", "-T", "src", "python", "-I", "-m", "migrate.guests.demo_check"
+        )
         assert status == 0, said
         assert "every one of its 268435456 bytes is right" in said
     began = time.monotonic()
@@ -171,5 +173,7 @@ def test_stopping_a_node_in_the_middle_puts_the_guest_back(project: Project) -> 
     assert up.returncode != 0
     assert project.inspect("dst", ".State.ExitCode") == "143"
     assert "the other side gave up: cancelled at the destination" in project.logs("src")
-    status, said = project.run("exec", "-T", "src", "python", "-m", "migrate.guests.demo_check")
+    status, said = project.run(
+        "exec", "-T", "src", "python", "-I", "-m", "migrate.guests.demo_check"
+    )
     assert status == 0, said
