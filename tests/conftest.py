@@ -18,6 +18,8 @@ from proto import kernel
 from tests.machine.between import later
 from tests.machine.qemu import PROGRAM
 
+pytest_plugins = ["tests.workers"]
+
 # Journals of migrations in tests are nobody else's; the programs inherit this.
 os.environ["MIGRATE_JOURNAL"] = tempfile.mkdtemp(prefix="xbmigrate-journal-")
 atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True)
