@@ -7,10 +7,10 @@ BIN = .venv/bin
 demo: build
 	$(BIN)/python -m tests.demo
 
-# Most tests wait for others: three run at a time. What fails beside others, on a machine that is
-# busy with them, is asked once more alone; a fault fails there too.
+# Most tests wait for others: three run at a time. Of xdist's ways to share them out, loadfile waits
+# for ever once a worker has died; worksteal goes on.
 test: build
-	$(BIN)/pytest -q -n 3 --dist loadfile || $(BIN)/pytest -q --last-failed --last-failed-no-failures none
+	$(BIN)/pytest -q -n 3 --dist worksteal
 
 # What hostile bytes reach, with sanitizers: a minute for each target, or FUZZ='pages --seconds 600'.
 fuzz: build

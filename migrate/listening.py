@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -179,10 +180,9 @@ class _Shaking(Secured):
 
 def _check_unused(address: Address) -> None:
     """Raises ConnectError where somebody listens on this unix socket already."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(address.path)
-        except OSError:
+    # Streams refuse datagrams at once: a stream's connect would wait for room in the queue.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        if probe.connect_ex(address.path) not in (0, errno.EPROTOTYPE):
             return
     raise ConnectError(f"cannot listen on {address}: another program does")
 

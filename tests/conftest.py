@@ -15,8 +15,12 @@ import uvloop
 from hypothesis import settings
 
 from proto import kernel
+from tests import blocking
 from tests.machine.between import later
 from tests.machine.qemu import PROGRAM
+
+pytest_plugins = ["tests.workers"]
+blocking.forbid()
 
 # Journals of migrations in tests are nobody else's; the programs inherit this.
 os.environ["MIGRATE_JOURNAL"] = tempfile.mkdtemp(prefix="xbmigrate-journal-")

@@ -646,6 +646,35 @@ async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+async def test_a_unix_socket_of_a_busy_program_is_not_taken_from_it(tmp_path, kind):
+    """Its queue is full: nothing that connects gets an answer."""
+    path = str(tmp_path / "socket")
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
+        busy.bind(path)
+        if kind == socket.SOCK_STREAM:
+            busy.listen(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    waiting.setblocking(False)
+                    waiting.connect(path)
+        with pytest.raises(ConnectError, match="cannot listen on unix:.*: another program does"):
+            await listen(Address(path=path))
+
+
+@pytest.mark.asyncio
+async def test_a_unix_socket_of_a_dead_program_is_taken(tmp_path):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+        dead.listen()
+    listener = await listen(Address(path=path))
+    await listener.close()
+
+
+@pytest.mark.asyncio
 async def test_so_many_wait_and_the_next_is_turned_away():
     async with asyncio.timeout(30):
         listener = await listen(LOCAL)

@@ -346,7 +346,7 @@ def test_what_is_refused_in_whatever_words_is_a_failure_for_a_script(idle, line:
 
 @pytest.mark.asyncio
 async def test_qemus_client_drives_a_whole_migration(idle) -> None:
-    both = idle()
+    both = await asyncio.to_thread(idle)
     address = await asyncio.to_thread(both.listen)
     source, destination = qemu.qmp.QMPClient("src"), qemu.qmp.QMPClient("dst")
     told: dict[str, list[Any]] = {"src": [], "dst": []}

@@ -396,7 +396,7 @@ def test_the_kernel_notices_too(loop: str, mechanism: str) -> None:
             assert peer._heart is not None
             peer._heart.cancel()
             await asyncio.sleep(0.1)
-            link.cut()
+            await asyncio.to_thread(link.cut)
             began = time.monotonic()
             if mechanism == "TCP_USER_TIMEOUT":
                 peer._write_now(bytearray(b"anything"))

@@ -194,7 +194,7 @@ async def test_a_full_disk_says_so_and_the_guest_runs_on(
 async def test_a_connection_that_breaks_is_no_harm(qemu: None, way: Way, tmp_path: Path) -> None:
     async with counting() as machine:
         receiver, address = await way.land(tmp_path / "vm", "--retry", "30s")
-        with Relay(address, breaks=(3 * MIB, 12 * MIB)) as relay:
+        async with Relay(address, breaks=(3 * MIB, 12 * MIB)) as relay:
             sender, where = await way.source(
                 "qemu:tcp:127.0.0.1:0", relay.address, "--retry", "30s"
             )

@@ -97,13 +97,15 @@ async def carried(
             far, address = await asyncio.to_thread(
                 destination, "--guest", f"qemu:{waits}", *journals, *there
             )
-            with contextlib.ExitStack() as stack:
-                stack.callback(end, far)
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(asyncio.to_thread, end, far)
                 if between is not None:
-                    address = stack.enter_context(between(address)).address
+                    proxy = between(address)
+                    address = proxy.__enter__().address
+                    stack.push_async_callback(asyncio.to_thread, proxy.__exit__, None, None, None)
                 guest = f"qemu:{out}" if not out.startswith("qmp=") else f"qemu:qmp={qmp}"
                 near = Program("migrate-src", "--guest", guest, *journals, *here, address)
-                stack.callback(end, near)
+                stack.push_async_callback(asyncio.to_thread, end, near)
                 uri = ""
                 if not out.startswith("qmp="):
                     uri = (await asyncio.to_thread(near.read_line, r"waiting for QEMU at (\S+)"))[1]

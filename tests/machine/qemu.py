@@ -133,7 +133,8 @@ class Machine:
         await self._leave()
 
     async def _start(self) -> None:
-        (self.directory / "disk").write_bytes(self.sweep.sector().ljust(MIB, b"\0"))
+        sector = await asyncio.to_thread(self.sweep.sector)
+        (self.directory / "disk").write_bytes(sector.ljust(MIB, b"\0"))
         if self.dimm and not self._incoming:
             (self.directory / "dimm").write_bytes(random.Random(0).randbytes(self.dimm))
         ours, theirs = socket.socketpair()

@@ -1,0 +1,85 @@
+"""Makes a test fail that waits in the thread of its own event loop.
+
+Such a test hangs whenever what it waits for needs that loop, and otherwise hides how long the
+loop stood still. The loop's own calls do not count: its sockets never block.
+
+blockbuster does the like, but changes C types by way of a package under the GPL, and takes each
+read of a file for a wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import os
+import queue
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.programs import Program
+
+HERE = str(Path(__file__).parent)
+SOCKET_CALLS = (
+    "accept", "connect", "recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg",
+    "recvmsg_into", "send", "sendall", "sendfile", "sendmsg", "sendto",
+)  # fmt: skip
+
+
+def forbid() -> None:
+    """Make blocking calls raise wherever an event loop runs in the same thread."""
+    for name in SOCKET_CALLS:
+        _guard(socket.socket, name, lambda sock, *_, **__: sock.gettimeout() != 0)
+    _guard(time, "sleep")
+    for name in ("wait", "communicate"):
+        _guard(subprocess.Popen, name, lambda process, *_, **__: process.poll() is None)
+    _guard(os, "waitpid", lambda _pid, options: not options & os.WNOHANG)
+    _guard(Program, "read_line")
+    # The standard library needs these in passing: a thread that starts says so to who started it.
+    _guard(os, "read", lambda descriptor, _size: os.get_blocking(descriptor), ours=True)
+    _guard(select, "select", lambda *arguments: arguments[3:] != (0,), ours=True)
+    _guard(threading.Event, "wait", lambda event, *_, **__: not event.is_set(), ours=True)
+    _guard(threading.Thread, "join", lambda thread, *_, **__: thread.is_alive(), ours=True)
+    _guard(concurrent.futures.Future, "result", lambda future, *_, **__: not future.done(),
+           ours=True)  # fmt: skip
+    _guard(queue.Queue, "get", lambda each, *_, **__: each.empty(), ours=True)
+
+
+def not_in_a_loop(what: str) -> None:
+    """Fail the test if an event loop runs in this thread."""
+    # asyncio.get_running_loop raises where there is none.
+    if asyncio._get_running_loop() is not None:
+        pytest.fail(f"{what} blocks the event loop of its own thread: await it, or use a thread")
+
+
+def _guard(
+    owner: Any, name: str, blocks: Callable[..., bool] = lambda *_, **__: True, *,
+    ours: bool = False,
+) -> None:  # fmt: skip
+    """Replace a function.
+
+    blocks -- whether a call with these arguments may wait
+    ours   -- only calls straight from a file of the tests count
+    """
+    real = getattr(owner, name)
+
+    @functools.wraps(real)
+    def guarded(*arguments: Any, **words: Any) -> Any:
+        if (
+            asyncio._get_running_loop() is not None
+            and (not ours or sys._getframe(1).f_code.co_filename.startswith(HERE))
+            and blocks(*arguments, **words)
+        ):
+            not_in_a_loop(f"{owner.__name__}.{name}")
+        return real(*arguments, **words)
+
+    setattr(owner, name, guarded)
