@@ -197,13 +197,13 @@ def _opened_again(fd: int) -> int:
     """Return a descriptor that does not block, on the pipe or terminal of `fd`; -1 for others."""
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     with contextlib.suppress(OSError):  # another user's, or no /proc
-        if _writable(fd) and (stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd)):
+        if writable(fd) and (stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd)):
             return os.open(f"/proc/self/fd/{fd}", flags)
     return -1
 
 
-def _writable(fd: int) -> bool:
-    """Whether it was opened for writing: else it may be the other end of a pipe."""
+def writable(fd: int) -> bool:
+    """Whether a descriptor is open, for writing."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
     except OSError:
@@ -328,7 +328,7 @@ def install(*, waits: bool = False) -> None:
         sys.stdout = Output(OUT, outlet, _encoding(sys.stdout), waits=waits)
     if sys.stderr is sys.__stderr__:
         # What goes to one place goes there in order.
-        one = not waits and _writable(OUT) and os.path.sameopenfile(OUT, ERR)
+        one = not waits and writable(OUT) and os.path.sameopenfile(OUT, ERR)
         sys.stderr = Output(ERR, outlet if one else None, _encoding(sys.stderr))
 
 

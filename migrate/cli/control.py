@@ -32,9 +32,9 @@ MAX_ANSWER_BYTES = 1 << 20
 HISTORY_LINES = 1000
 
 EPILOG = """exit codes:
-    0 answered; for wait: the migration completed    2 usage
-    1 refused, or it has failed, or the answer cannot be printed (not for wait)
-    3 nobody answers on that socket
+    0 answered; for wait: the migration completed
+    1 refused, or it has failed, or an answer (not that of wait) cannot be printed
+    2 usage    3 nobody answers on that socket
 
 examples:
   migrate-ctl /run/dst.sock query-status

@@ -23,7 +23,7 @@ MAX_RECORDS = 1_000_000
 
 EPILOG = """exit codes:
     0 the stream is whole    2 usage
-    1 it is damaged or cut off, or cannot be read, or what is in it cannot be printed
+    1 it is damaged or cut off, or cannot be read, or the output cannot be written
 
 examples:
   migrate-stream guest.stream

@@ -11,6 +11,7 @@ place.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -33,10 +34,8 @@ def parse_events(text: str) -> int:
     if kind != "json" or (colon and not (number.isdecimal() and len(number) < 8)):
         raise UsageError(f"--events {text!r} is not understood: write json, or json:FD")
     fd = int(number) if colon else 1
-    try:
-        os.write(fd, b"")  # a descriptor that is open for reading only refuses even that
-    except OSError as error:
-        raise UsageError(f"--events {text}: descriptor {fd}: {error.strerror}") from None
+    if not output.writable(fd):  # a disk that is full may have room later
+        raise UsageError(f"--events {text}: descriptor {fd}: {os.strerror(errno.EBADF)}")
     return fd
 
 
