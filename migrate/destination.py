@@ -34,6 +34,7 @@ from migrate.guests.guest import Place
 from migrate.handover import Custody, Records
 from migrate.journal import Journal, JournalError
 from migrate.link import Link, close_all, give_reason_on
+from migrate.observer import Watched
 from migrate.reception import Arrival, Lanes, Pages, Reception
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
@@ -80,6 +81,7 @@ class Destination:
     """Receives one guest, over one link and those that replace it when it breaks.
 
     placer -- gives a Place for a described guest, or raises MigrationError: it is refused
+    observer -- called with an event as things happen; what it raises is logged, and changes nothing
     accept -- gives the next connection, for a guest that comes over several; None refuses those
     records -- of this and earlier migrations; whoever asks for them finds this one there
     retry  -- seconds to keep half a guest when its source is gone; 0: a break is a failure
@@ -101,7 +103,8 @@ class Destination:
         """Half a guest was left for a later program to go on with."""
         self._placer = placer
         self._capabilities = capabilities or {}
-        self._observer = observer or (lambda _event, _arrival: None)
+        self._observer = Watched(observer, self._leave)
+        self._task: asyncio.Task[object] | None = None
         self._accept = accept
         self._records = records or Records()
         self._resolve_timeout = resolve_timeout
@@ -127,6 +130,19 @@ class Destination:
         Raises MigrationError or asyncio.CancelledError: then nothing is left of it here.
         `started` tells whether the peer got as far as describing a guest that we accepted.
         """
+        self._task = asyncio.current_task()
+        try:
+            return await self._run()
+        finally:
+            self._observer.raise_leaving()
+
+    def _leave(self) -> None:
+        """The observer wants the program to end."""
+        over = self.owner or self.arrival.status in ("completed", "failed", "cancelled")
+        if self._task is not None and not over:
+            self._task.cancel()
+
+    async def _run(self) -> Arrival:
         try:
             await self._attempts()
         except BaseException as error:

@@ -22,6 +22,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
+from migrate.output import printable
 from proto import ErrorCode, ProtoError
 
 if TYPE_CHECKING:
@@ -29,10 +30,17 @@ if TYPE_CHECKING:
 
 
 class MigrationError(Exception):
-    """A migration that failed, with one sentence for the user."""
+    """A migration that failed, with one sentence for the user.
+
+    The sentence may hold names of files and words of the peer: it is made printable here, for the
+    terminal, the peer, JSON and reports alike.
+    """
 
     exit_code = 1
     code = ErrorCode.INTERNAL
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
 
 
 class UsageError(MigrationError):
@@ -135,9 +143,8 @@ _REASONS: dict[ErrorCode, type[MigrationError]] = {
 
 
 def peer_error(message: Error) -> MigrationError:
-    """The exception for the reason a peer gave; its text is made safe to print."""
-    reason = "".join(c if c.isprintable() else "?" for c in message.reason)
-    return _REASONS.get(message.code, PeerGaveUp)(f"the other side gave up: {reason}")
+    """The exception for the reason a peer gave."""
+    return _REASONS.get(message.code, PeerGaveUp)(f"the other side gave up: {message.reason}")
 
 
 def failure_of(error: BaseException, memory_fault: str) -> MigrationError | None:

@@ -17,7 +17,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
@@ -171,7 +171,7 @@ class Journal:
             return
         self.open()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        text = json.dumps({"at": now, **entry})
+        text = json.dumps(_as_utf8({"at": now, **entry}))
         line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
         end = os.lseek(self._fd, 0, os.SEEK_END)
         try:
@@ -264,9 +264,32 @@ def read(path: str) -> tuple[list[dict[str, Any]], int]:
     return lines, whole
 
 
+def _as_utf8(value: Any) -> Any:
+    """Facts with all text as under UTF-8: a path is the same bytes whatever the locale."""
+    return _mapped(value, lambda text: os.fsencode(text).decode("utf-8", "surrogateescape"))
+
+
+def _as_here(value: Any) -> Any:
+    """Undoes `_as_utf8`, perhaps under another locale."""
+    return _mapped(value, lambda text: os.fsdecode(text.encode("utf-8", "surrogateescape")))
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        try:
+            return change(value)
+        except UnicodeError:
+            return value  # no path
+    if isinstance(value, dict):
+        return {name: _mapped(one, change) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(one, change) for one in value]
+    return value
+
+
 def _entry(path: str, text: bytes) -> dict[str, Any]:
     try:
-        entry: dict[str, Any] = json.loads(text)
+        entry: dict[str, Any] = _as_here(json.loads(text))
         facts = entry.get("facts", {})
         if (
             entry.get("claim", Claim.NONE.name) in Claim.__members__

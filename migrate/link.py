@@ -28,10 +28,11 @@ from migrate.errors import (
     PeerLost,
     peer_error,
 )
+from migrate.output import printable
 from migrate.secure import RECORD_TYPES, Secured
 from proto import ErrorCode, ProtoError
 from proto.frames import Frame
-from proto.messages import Error, Message, MessageType, Ping, Pong, unpack
+from proto.messages import MAX_TEXT, Error, Message, MessageType, Ping, Pong, unpack
 from proto.session import Role, Session, State
 
 # Both loops get explicit limits: uvloop's own high-water mark is 64 KiB with a low one of 16
@@ -335,7 +336,7 @@ class Link(asyncio.BufferedProtocol):
         """Tells the peer why we hang up, if it can still hear; never raises for that."""
         with contextlib.suppress(ProtoError, PeerLost, TimeoutError, asyncio.CancelledError):
             async with asyncio.timeout(1):
-                await self.send(Error(code, reason[:1000]))
+                await self.send(Error(code, printable(reason, MAX_TEXT)))
 
     async def _drain(self) -> None:
         if not self._writable.is_set():

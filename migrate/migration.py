@@ -41,6 +41,8 @@ from migrate.guests.guest import Guest
 from migrate.handover import ask_until_known, written
 from migrate.journal import Journal, JournalError
 from migrate.link import Link
+from migrate.observer import Watched
+from migrate.output import printable
 from migrate.parameters import Parameters
 from migrate.statistics import Statistics
 from proto import ProtoError
@@ -48,6 +50,7 @@ from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
+    MAX_TEXT,
     SEED_BYTES,
     TOKEN_BYTES,
     Accept,
@@ -82,6 +85,8 @@ class Migration(ABC):
                 "round"            it is over, and the destination has it
                 "paused"           the guest is stopped;  "resumed" it goes on here after all
                 "notice: ..."      a sentence for the user
+                what it raises is logged, and changes nothing; SystemExit and KeyboardInterrupt
+                cancel the migration where that can be, and are raised at its end
     dial     -- connects to the destination once more: for channels beside `link`, and after a break
     retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
     journal  -- the directory of the journals; "" keeps this one's in memory
@@ -103,7 +108,8 @@ class Migration(ABC):
         self.parameters = parameters or Parameters()
         self.statistics = Statistics(total=guest.size, page_size=self.parameters.page_size)
         self.channels = Channels(link, dial, self._aside)
-        self._observer = observer or (lambda _event, _statistics: None)
+        self._observer = Watched(observer, self._leave)
+        self._task: asyncio.Task[object] | None = None
         self._dial = dial
         self._retry = retry
         self._lost_at = 0.0
@@ -211,6 +217,19 @@ class Migration(ABC):
         Raises MigrationError (see migrate.errors) or asyncio.CancelledError; unless `committed`,
         the guest runs on here then.
         """
+        self._task = asyncio.current_task()
+        try:
+            return await self._run()
+        finally:
+            self._observer.raise_leaving()
+
+    def _leave(self) -> None:
+        """The observer wants the program to end."""
+        over = self.committed or self.statistics.status in ("completed", "failed", "cancelled")
+        if self._task is not None and not over:
+            self._task.cancel()
+
+    async def _run(self) -> Statistics:
         self._began = time.monotonic()
         try:
             try:
@@ -374,7 +393,7 @@ class Migration(ABC):
                 parameters.page_size,
                 self._seed,
                 parameters.channels,
-                self.guest.description,
+                printable(self.guest.description, MAX_TEXT),
                 self._journal.identity if self._resumes else b"",
                 self._round + 1,
             )

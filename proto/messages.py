@@ -37,11 +37,12 @@ MAX_BLOCKS = 1024
 MAX_BLOCK_LIST = 288 << 10
 MAX_PROBE = 1 << 30
 MAX_SECONDS = 1e9
+MAX_TEXT = 1000
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9-]*\Z")]
-Text = Annotated[str, msgspec.Meta(max_length=1000)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_CAPABILITIES)]
 
 

@@ -82,7 +82,7 @@ def test_capabilities_on_one_line_and_xbzrle_first() -> None:
         ("migrate_set_parameter foo 1", "Error: Parameter 'foo' is unexpected"),
         ("migrate_set_capability foo on", "Error: Parameter 'capability' does not accept"),
         ("migrate_set_capability xbzrle yes", "Error: Parameter 'state' expects 'on' or 'off'"),
-        ("\x1b[2J", "unknown command: '?[2J'"),
+        ("\x1b[2J", r"unknown command: '\x1b[2J'"),
     ],
 )
 def test_what_is_wrong_is_said(line: str, says: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 
+from migrate.output import Output, behind
 from migrate.statistics import Statistics
 from migrate.views.history import History
-from migrate.views.progress import Lines, progress_line, takes_more
+from migrate.views.progress import Lines, progress_line
 
 BUSY = Statistics(
     status="active", remaining=900 << 20, dirty_sync_count=12, dirty_pages_rate=230_000.0,
@@ -115,28 +116,34 @@ def test_a_reader_that_does_not_read_keeps_nobody_waiting():
             break
     os.set_blocking(writing, True)
     history, clock = History(), Clock()
-    with os.fdopen(writing, "w") as stream:
-        view = Lines(history, stream=stream, clock=clock)
-        assert not takes_more(stream)
-        for number in range(1, 100):  # a write would block for ever
-            clock.now += 1.0
-            history.observe("round", BUSY.with_(dirty_sync_count=number))
-            view.observe("round", BUSY)
-        os.set_blocking(reading, False)
-        while True:
-            try:
-                os.read(reading, 65536)
-            except BlockingIOError:
-                break
-        assert takes_more(stream)
+    stream = Output(writing)
+    view = Lines(history, stream=stream, clock=clock)
+    view.say("a sentence is kept")
+    for number in range(1, 100):  # a write would block for ever
+        clock.now += 1.0
+        history.observe("round", BUSY.with_(dirty_sync_count=number))
+        view.observe("round", BUSY)
+    assert behind(stream)
+    os.set_blocking(reading, False)
+    taken = b""
+    while True:
+        try:
+            taken += os.read(reading, 65536)
+        except BlockingIOError:
+            break
+    assert not behind(stream)
+    assert os.read(reading, 65536) == b"migrate-src: a sentence is kept\n", "rounds are left out"
+    stream.outlet.close()
+    os.close(writing)
     os.close(reading)
 
 
 def test_a_reader_that_is_gone_is_no_reason_to_stop():
-    class Gone(io.StringIO):
-        def write(self, _text: str) -> int:
-            raise BrokenPipeError
-
-    view = Lines(History(), stream=Gone())
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = Output(writing)
+    view = Lines(History(), stream=stream)
     view.say("nobody hears it")
     view.observe("progress", BUSY)
+    stream.outlet.close()
+    os.close(writing)

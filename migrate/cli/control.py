@@ -20,10 +20,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from migrate import quantities
+from migrate import output, quantities
 from migrate.cli.program import VERSION, Parser
 from migrate.errors import ConnectError, MigrationError, PeerError, PeerLost
 from migrate.monitor.node import TRY_HELP
+from migrate.output import say
 
 ENDED = ("completed", "failed", "cancelled")
 WAIT_INTERVAL = 0.1
@@ -31,8 +32,9 @@ MAX_ANSWER_BYTES = 1 << 20
 HISTORY_LINES = 1000
 
 EPILOG = """exit codes:
-    0 answered; for wait: the migration completed    1 refused, or it has failed    2 usage
-    3 nobody answers on that socket
+    0 answered; for wait: the migration completed
+    1 refused, or it has failed, or an answer (not that of wait) cannot be printed
+    2 usage    3 nobody answers on that socket
 
 examples:
   migrate-ctl /run/dst.sock query-status
@@ -158,10 +160,10 @@ def wait(control: Control) -> int:
             break
         time.sleep(WAIT_INTERVAL)
     if state["status"] == "completed":
-        print(json.dumps(state), flush=True)
+        _print(json.dumps(state) + "\n", matters=False)  # the exit code says it
         return 0
     why = state.get("error-desc", "")
-    print(f"migrate-ctl: the migration has {_ended(state['status'])}: {why}", file=sys.stderr)
+    say(f"migrate-ctl: the migration has {_ended(state['status'])}: {why}")
     return 1
 
 
@@ -195,12 +197,27 @@ def ask(control: Control, command: str, words: list[str]) -> int:
     if machine and not words and "-" not in command:
         machine = any(one["name"] == command for one in control.execute("query-commands"))
     if machine:
-        print(json.dumps(control.execute(command, arguments)), flush=True)
+        answer = control.execute(command, arguments)
+        _print(json.dumps(answer) + "\n", matters=answer != {})
         return 0
     said = control.say(" ".join([command, *words]))
-    print(said, end="", flush=True)
+    _print(said)
     refused = said.startswith(("Error: ", "unknown command: ")) or said.endswith(TRY_HELP)
     return 1 if refused else 0
+
+
+def _print(text: str, *, matters: bool = True) -> None:
+    """Print an answer.
+
+    matters -- raise OSError where it cannot be printed; else say so, once, and go on
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        if matters:
+            raise
+        if not isinstance(error, BrokenPipeError):
+            say(f"migrate-ctl: {error.filename or 'standard output'}: {error.strerror or error}")
 
 
 def converse(control: Control) -> int:
@@ -212,7 +229,7 @@ def converse(control: Control) -> int:
                 line = input("(migrate) " if person else "")
             except EOFError:
                 return 0
-            print(control.say(line) if line.strip() else "", end="", flush=True)
+            _print(control.say(line) if line.strip() else "", matters=False)  # others follow
             if line.split()[:1] in (["quit"], ["q"]):
                 return 0
 
@@ -259,14 +276,15 @@ def run(words: list[str] | None = None) -> int:
             return ask(control, command[0], command[1:]) if command else converse(control)
         return 0
     except MigrationError as error:
-        print(f"migrate-ctl: {error}", file=sys.stderr)
+        say(f"migrate-ctl: {error}")
         return 1 if isinstance(error, PeerError) else error.exit_code
     except OSError as error:
-        print(f"migrate-ctl: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"migrate-ctl: {where}{error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def main() -> None:
-    sys.exit(run())
+    output.program("migrate-ctl", run, waits=True)

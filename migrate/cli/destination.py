@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from migrate import quantities
+from migrate import output, quantities
 from migrate.address import Address, parse_address
 from migrate.cli.program import (
     QEMU_FORMS,
@@ -35,6 +35,7 @@ from migrate.errors import (
 )
 from migrate.journal import check_directory, damaged, default_directory
 from migrate.monitor.node import Node, Refused
+from migrate.output import printable, say, show
 from migrate.views.options import DestinationViews, add_metrics_options
 from proto import ProtoError
 from proto.ownership import Claim, Role
@@ -218,7 +219,7 @@ class DestinationProgram(Node):
             return await self._arrived(arrival)
 
     def _cancelled(self) -> int:
-        print("migrate-dst: cancelled; nothing is left of the guest here", file=sys.stderr)
+        say("migrate-dst: cancelled; nothing is left of the guest here")
         return self.stop.cancelled_code
 
     async def _silence(self, terminal: Terminal) -> None:
@@ -241,7 +242,7 @@ class DestinationProgram(Node):
                 if self._silent:
                     raise
                 self._failed = str(error)
-                self._print(self._failed)
+                say(f"migrate-dst: {self._failed}")
                 self._incoming.clear()
                 self._heard.set()
 
@@ -271,14 +272,14 @@ class DestinationProgram(Node):
         return Door(listener, self.records, self._destination, refused=self._refused)
 
     def _refused(self, who: str, why: object) -> None:
-        self._print(f"refused {who}: {why}")
+        say(f"migrate-dst: refused {who}: {why}")
 
     async def _arrived(self, arrival: Arrival) -> int:
         """The guest is ours: says so, does what is to be done then; the exit code."""
         if self.args.json:
             print(json.dumps(self.query_migrate()), flush=True)
         elif not self.args.quiet:
-            print(f"completed and verified: {arrival.running}", flush=True)
+            show(f"completed and verified: {arrival.running}")
         status = await self._on_complete(arrival.info.kind if arrival.info else "")
         assert self.destination is not None
         if self.args.stay or self.deferred:
@@ -301,7 +302,7 @@ class DestinationProgram(Node):
     async def _gone_on(self, custody: Custody) -> int:
         """What an earlier program would have done when its guest ran; the exit code."""
         if not self.args.quiet and not self.args.json:
-            print(f"completed and verified: {custody.running}", flush=True)
+            show(f"completed and verified: {custody.running}")
         status = await self._on_complete("qemu" if self.landing else "file")
         if self.args.stay or self.deferred:
             await self.stop.stay(0)
@@ -477,17 +478,13 @@ class DestinationProgram(Node):
                 MIGRATE_OUTPUT=self.args.output, MIGRATE_KIND=kind,
             )  # fmt: skip
         except MigrationError as error:
-            print(f"migrate-dst: the guest is here and whole, but {error}", file=sys.stderr)
+            say(f"migrate-dst: the guest is here and whole, but {error}")
             return OnCompleteError.exit_code
         return 0
 
     def _say(self, text: str) -> None:
         if not self.args.quiet:
-            self._print(text)
-
-    def _print(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # whoever reads it may be gone
-            print(f"migrate-dst: {text}", file=sys.stderr, flush=True)
+            say(f"migrate-dst: {text}")
 
     # -- what operators see and do
 
@@ -564,7 +561,7 @@ class DestinationProgram(Node):
             return {"status": "failed", "error-desc": self._failed} if self._failed else {}
         address = self._door.address
         inet = {"type": "inet", "host": address.host, "port": str(address.port)}
-        unix = {"type": "unix", "path": address.path}
+        unix = {"type": "unix", "path": printable(address.path)}
         where = {"socket-address": [unix if address.path else inet]}
         if self.destination is None or self.destination.arrival.info is None:
             return {"status": "setup", **where}
@@ -584,7 +581,7 @@ class DestinationProgram(Node):
                 "page-size": arrival.info.page_size,
             },
             "xbzrle-cache": {"pages": arrival.delta, "cache-size": arrival.cache_size},
-            "running": arrival.running,
+            "running": printable(arrival.running),
         }
 
 
@@ -592,9 +589,13 @@ async def _run(args: argparse.Namespace) -> int:
     return await DestinationProgram(args).run()
 
 
-def main() -> None:
+def _main() -> int:
     if sys.argv[1:2] == ["resolve"]:
         from migrate.cli import resolve
 
-        resolve.main("migrate-dst", sys.argv[2:])
-    sys.exit(run(destination_parser(), _run))
+        return resolve.main("migrate-dst", sys.argv[2:])
+    return run(destination_parser(), _run)
+
+
+def main() -> None:
+    output.program("migrate-dst", _main)

@@ -18,13 +18,13 @@ import contextlib
 import os
 import resource
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
 from migrate.errors import CancelledByPeer, MigrationError, UsageError
 from migrate.guests.process import start_time
+from migrate.output import printable, say
 from proto.ownership import Role
 
 if TYPE_CHECKING:
@@ -165,17 +165,18 @@ def credentials(args: argparse.Namespace, role: Role) -> Credentials | None:
     result = Credentials(args.tls_creds, role, authz=authz, hostname=hostname)
     if not getattr(args, "quiet", False):
         for notice in result.notices:
-            print(f"migrate: {notice}", file=sys.stderr)
+            say(f"migrate: {notice}")
     return result
 
 
 def tls_of(args: argparse.Namespace) -> dict[str, str]:
     """The same options, as operators are told of them."""
-    return {
+    said = {
         "tls-creds": args.tls_creds,
         "tls-hostname": getattr(args, "tls_hostname", ""),
         "tls-authz": "; ".join(getattr(args, "tls_authz", [])),
     }
+    return {name: printable(value) for name, value in said.items()}
 
 
 def switches(items: list[str], local: frozenset[str] = frozenset()) -> dict[str, bool]:
@@ -253,12 +254,12 @@ class Stop:
 
     def request(self, number: int = signal.SIGTERM) -> None:
         if self.signal:
-            print("already cancelling: the guest is being put back to work", file=sys.stderr)
+            say("already cancelling: the guest is being put back to work")
             return
         refusal = self._cancel()
         if refusal:
             self.late = True
-            print(refusal, file=sys.stderr)
+            say(refusal)
         else:
             self.signal = number
 
@@ -374,16 +375,13 @@ def run(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(program(args))
     except MigrationError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        say(f"{parser.prog}: {error}")
         return error.exit_code
     except asyncio.CancelledError:
         return 128 + signal.SIGTERM  # it was told to end before it had begun
-    except BrokenPipeError:
-        return 1
     except OSError as error:
         why = f"{error.strerror or error}"
-        print(f"{parser.prog}: {why}{f': {error.filename}' if error.filename else ''}",
-              file=sys.stderr)  # fmt: skip
+        say(f"{parser.prog}: {why}{f': {error.filename}' if error.filename else ''}")
         return 1
     except KeyboardInterrupt:
         return 130

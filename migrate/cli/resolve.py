@@ -12,7 +12,6 @@ if the source's says COMMITTED. Without proof `--force` does it: two may run the
 from __future__ import annotations
 
 import argparse
-import sys
 
 from migrate.address import Address, parse_address
 from migrate.cli.program import (
@@ -40,6 +39,7 @@ from migrate.journal import (
     same_guest,
     settled,
 )
+from migrate.output import say, show
 from proto.ownership import Claim, Event, Role
 
 # What the other side's journal must claim for one side to be kept, by the side that asks.
@@ -90,7 +90,7 @@ def find(args: argparse.Namespace, role: Role) -> Journal | None:
     directory = args.journal or default_directory()
     known = list(journals(role, directory))
     for wrong in damaged(role, directory):
-        print(f"not looked at: {wrong}", file=sys.stderr)
+        say(f"not looked at: {wrong}")
     if args.id:
         found = [one for one in known if one.name.startswith(args.id.lower())]
         if len(found) != 1:
@@ -98,9 +98,9 @@ def find(args: argparse.Namespace, role: Role) -> Journal | None:
         return found[0]
     open_ones = [one for one in known if not settled(one)]
     if not open_ones:
-        print(f"nothing to settle in {directory}")
+        show(f"nothing to settle in {directory}")
     for one in open_ones:
-        print(f"{one.text()}; {_about(one)}")
+        show(f"{one.text()}; {_about(one)}")
     return open_ones[0] if len(open_ones) == 1 else None
 
 
@@ -188,24 +188,24 @@ async def _act_on(journal: Journal) -> int:
     if journal.claim is not Claim.DONE:
         later = _given_up_later(journal)
         if later is not None:
-            print(f"{journal.text()}; it was given up since: {later.text()}")
+            show(f"{journal.text()}; it was given up since: {later.text()}")
             return 0
     if journal.claim is Claim.ABORTED and "ended" in journal.facts:
-        print(f"{journal.text()}: that was settled before; nothing more is done")
+        show(f"{journal.text()}: that was settled before; nothing more is done")
         return 0
     try:
         guest = reopen_guest(journal.facts["guest"])
     except MigrationError as error:
-        print(f"{journal.text()}; here {error}")
+        show(f"{journal.text()}; here {error}")
         return 0
     try:
         if journal.claim is Claim.DONE:
             await guest.release()
-            print(f"{journal.text()}: {guest.theirs}")
+            show(f"{journal.text()}: {guest.theirs}")
         else:
             await guest.take_back()
             await guest.resume()
-            print(f"{journal.text()}: {guest.ours}")
+            show(f"{journal.text()}: {guest.ours}")
     finally:
         await guest.close()
     return 0
@@ -255,12 +255,13 @@ async def resolve_destination(args: argparse.Namespace) -> int:
                 "the source has not said GO, or it was lost: let it ask (migrate-src resolve, with "
                 "migrate-dst listening here), or say what is to be kept (--keep)"
             )
-        print(f"{custody.journal.text()}{f': {custody.running}' if custody.running else ''}")
+        show(f"{custody.journal.text()}{f': {custody.running}' if custody.running else ''}")
         return 0
     finally:
         records.close()
 
 
-def main(prog: str, words: list[str]) -> None:
+def main(prog: str, words: list[str]) -> int:
+    """Run `prog resolve`; the exit code."""
     resolve = resolve_source if prog == "migrate-src" else resolve_destination
-    sys.exit(run(resolve_parser(prog), resolve, words))
+    return run(resolve_parser(prog), resolve, words)

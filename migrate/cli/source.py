@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from migrate import quantities
+from migrate import output, quantities
 from migrate.address import Address, parse_address
 from migrate.cli.program import (
     Stop,
@@ -29,6 +29,7 @@ from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import start_time
 from migrate.journal import Journal, attempt, check_directory, default_directory
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
+from migrate.output import say
 from migrate.statistics import (
     Statistics,
     info_migrate,
@@ -192,7 +193,7 @@ class SourceProgram(Node):
                 return self.stop.cancelled_code
         except asyncio.CancelledError:
             _take_note()
-            print("migrate-src: cancelled before QEMU came: nothing was moved", file=sys.stderr)
+            say("migrate-src: cancelled before QEMU came: nothing was moved")
             return self.stop.cancelled_code
         else:
             status = await self._move(guest, peer)
@@ -242,7 +243,7 @@ class SourceProgram(Node):
         except MigrationError as error:
             self._early = Statistics(status="failed", error=str(error))
             self._tell_status("failed")
-            print(f"migrate-src: {error}", file=sys.stderr)
+            say(f"migrate-src: {error}")
             return error.exit_code
         finally:
             self._wanted.clear()
@@ -271,10 +272,7 @@ class SourceProgram(Node):
                 self.progress.say(f"warning: {PLAIN}")
             return peer
         except asyncio.CancelledError:
-            print(
-                "migrate-src: cancelled before it was connected: nothing was moved",
-                file=sys.stderr,
-            )
+            say("migrate-src: cancelled before it was connected: nothing was moved")
             _take_note()
             self._cancelled_early()
             return None
@@ -313,21 +311,21 @@ class SourceProgram(Node):
             _take_note()
             status = self.stop.cancelled_code
             progress.clear()
-            print(f"migrate-src: cancelled; {self._where(guest)}", file=sys.stderr)
+            say(f"migrate-src: cancelled; {self._where(guest)}")
         except MigrationError as error:
             status = error.exit_code
             progress.clear()
             fate = "" if isinstance(error, HandOverUnknown) else f"; {self._where(guest)}"
             if source.resumable:
                 fate += "; run it again to resume"
-            print(f"migrate-src: {error}{fate}", file=sys.stderr)
+            say(f"migrate-src: {error}{fate}")
         finally:
             self.stop.install(lambda: "migrate-src: it is over already")
             await guest.close()
             progress.end(source.statistics)
         progress.clear()
         if guest.trouble:
-            print(f"migrate-src: {guest.trouble}", file=sys.stderr)
+            say(f"migrate-src: {guest.trouble}")
         self._parameters = self.parameters  # what they have come to holds on
         if progress.owns_stdout or args.monitor == "stdio":
             pass
@@ -337,7 +335,7 @@ class SourceProgram(Node):
             print(info_migrate(source.statistics), flush=True)
             for sentence in source.statistics.advice:
                 if sentence not in source.statistics.error:
-                    print(f"migrate-src: advice: {sentence}", file=sys.stderr)
+                    say(f"migrate-src: advice: {sentence}")
         return status
 
     def _earlier(self, guest: Guest) -> Journal | None:
@@ -371,7 +369,7 @@ class SourceProgram(Node):
         try:
             found = await rehearsal.run()
         except asyncio.CancelledError:
-            print("migrate-src: cancelled; nothing was moved", file=sys.stderr)
+            say("migrate-src: cancelled; nothing was moved")
             return 128 + self.stop.signal
         if self.args.json:
             print(json.dumps(found.as_json()), flush=True)
@@ -527,9 +525,13 @@ async def _run(args: argparse.Namespace) -> int:
     return await SourceProgram(args).run()
 
 
-def main() -> None:
+def _main() -> int:
     if sys.argv[1:2] == ["resolve"]:
         from migrate.cli import resolve
 
-        resolve.main("migrate-src", sys.argv[2:])
-    sys.exit(run(source_parser(), _run))
+        return resolve.main("migrate-src", sys.argv[2:])
+    return run(source_parser(), _run)
+
+
+def main() -> None:
+    output.program("migrate-src", _main)

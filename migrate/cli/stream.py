@@ -14,13 +14,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from migrate import output
 from migrate.cli.program import VERSION, Parser
 from migrate.errors import MigrationError, UsageError
+from migrate.output import say
 
 MAX_RECORDS = 1_000_000
 
 EPILOG = """exit codes:
-    0 the stream is whole    1 it is damaged or cut off, or cannot be read    2 usage
+    0 the stream is whole    2 usage
+    1 it is damaged or cut off, or cannot be read, or the output cannot be written
 
 examples:
   migrate-stream guest.stream
@@ -143,7 +146,7 @@ def survey(args: argparse.Namespace) -> int:
             print(line)
     else:
         for fault in facts.faults:
-            print(f"migrate-stream: byte {fault.at}: {fault.what}", file=sys.stderr)
+            say(f"migrate-stream: byte {fault.at}: {fault.what}")
     sys.stdout.flush()
     return 0 if facts.whole else 1
 
@@ -168,25 +171,23 @@ def run(words: list[str] | None = None) -> int:
         args = parser.parse_args(words)
         return survey(args)
     except MigrationError as error:
-        print(f"migrate-stream: {error}", file=sys.stderr)
+        say(f"migrate-stream: {error}")
         return error.exit_code
     except BrokenPipeError:
-        # What is still in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
-        print("migrate-stream: no memory for a guest of that size", file=sys.stderr)
+        say("migrate-stream: no memory for a guest of that size")
         return 1
     except OSError as error:
         why = f"{error.strerror or error}"
-        print(f"migrate-stream: {error.filename or args.file}: {why}", file=sys.stderr)
+        say(f"migrate-stream: {error.filename or args.file}: {why}")
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def main() -> None:
-    sys.exit(run())
+    output.program("migrate-stream", run, waits=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from migrate import output
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.demo import OURS, OWNER, PAUSE, PAUSED, RUN, RUNNING, DemoProcess
 
@@ -89,11 +90,11 @@ def main() -> int:
         pid = int(sys.argv[1]) if len(sys.argv) == 2 else only_guest()
         verdict = asyncio.run(check(pid))
     except MigrationError as error:
-        print(f"demo_check: {error}", file=sys.stderr)
+        output.say(f"demo_check: {error}")
         return error.exit_code
     print(verdict, flush=True)
     return 0 if verdict.right else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    output.program("demo_check", main, waits=True)

@@ -17,8 +17,10 @@ from migrate.guests.command import run_command
 from migrate.guests.guest import MemoryGuest
 from migrate.guests.process import start_time, state
 from migrate.memory import Memory
+from migrate.output import printable
 
 STOP_PATIENCE = 5.0
+MAX_DESCRIPTION = 200
 
 
 class FileGuest(MemoryGuest):
@@ -48,7 +50,7 @@ class FileGuest(MemoryGuest):
         if size == 0:
             raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
         self.path = path
-        self.description = os.path.basename(path)[:200]
+        self.description = printable(os.path.basename(path), MAX_DESCRIPTION)
         self.memory = Memory(size, fd=self._fd)
         self.pids = tuple(pids)
         self.pause_cmd = pause_cmd
@@ -170,8 +172,8 @@ class FileGuest(MemoryGuest):
             states = set()
             with contextlib.suppress(OSError):
                 for task in os.listdir(f"/proc/{pid}/task"):
-                    line = Path(f"/proc/{pid}/task/{task}/stat").read_text()
-                    states.add(line.rpartition(")")[2].split()[0])
+                    line = Path(f"/proc/{pid}/task/{task}/stat").read_bytes()
+                    states.add(line.rpartition(b")")[2].split()[0].decode())
             if states <= set("TtZX"):
                 return
             if loop.time() > end:

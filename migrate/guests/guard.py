@@ -29,6 +29,7 @@ from collections.abc import Iterable
 
 from migrate.guests.duty import RUN_SECONDS, stopped_seconds
 from migrate.guests.process import state
+from migrate.output import install, say
 
 STOPPED = ("T", "t")
 
@@ -78,7 +79,7 @@ class Writers:
             try:
                 os.kill(pid, signal.SIGCONT)
             except OSError as error:
-                print(f"cannot resume process {pid}: {error.strerror}", file=sys.stderr)
+                say(f"cannot resume process {pid}: {error.strerror}")
 
 
 class Guard:
@@ -153,4 +154,5 @@ def main() -> None:
 if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
+    install()
     main()

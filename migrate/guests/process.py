@@ -6,8 +6,8 @@ from __future__ import annotations
 def _fields(pid: int) -> list[str]:
     """Of /proc/PID/stat, from the state on; none where there is no such process."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # its name may be no text
+            return stat.read().rpartition(b")")[2].decode("ascii").split()
     except OSError:
         return []
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from migrate import output
 from migrate.manual import bash, fish, man, zsh
 from migrate.manual.parsers import Program, programs
 
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    output.program("migrate.manual", main, waits=True)

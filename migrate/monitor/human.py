@@ -13,6 +13,7 @@ from typing import NamedTuple
 from migrate.errors import UsageError
 from migrate.monitor import settings
 from migrate.monitor.node import TRY_HELP, Node, Refused
+from migrate.output import printable
 from migrate.quantities import parse_milliseconds
 
 
@@ -96,7 +97,7 @@ class Human:
             return ""
         command = self.commands.get(name)
         if command is None:
-            return f"unknown command: '{_printable(name)}'\n"
+            return f"unknown command: '{printable(name)}'\n"
         if not command.least <= len(words) <= command.most:
             wrong = "extraneous characters at the end of line"
             if len(words) < command.least:
@@ -105,7 +106,7 @@ class Human:
         try:
             return command.what(words)
         except (Refused, UsageError) as error:
-            return f"Error: {_printable(str(error))}\n"
+            return f"Error: {printable(str(error))}\n"
 
     # -- what is asked
 
@@ -116,7 +117,7 @@ class Human:
             for name, one in sorted(known.items())
             if one is not None
         ]
-        return "".join(lines) or f"unknown command: '{_printable(words[0])}'\n"
+        return "".join(lines) or f"unknown command: '{printable(words[0])}'\n"
 
     def _info(self, words: list[str]) -> str:
         if not words:
@@ -126,7 +127,7 @@ class Human:
             )
         found = self.infos.get(words[0])
         if found is None:
-            return f"unknown command: 'info {_printable(words[0])}'\n"
+            return f"unknown command: 'info {printable(words[0])}'\n"
         if words[1:] not in ([], ["-a"]) or (words[1:] and words[0] != "migrate"):
             wrong = "extraneous characters at the end of line"
             return f'info {words[0]}: {wrong}\nTry "info"{TRY_HELP}'
@@ -200,7 +201,3 @@ class Human:
     def _quit(self, _words: list[str]) -> str:
         self._node.quit()
         return ""
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)

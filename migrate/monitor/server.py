@@ -69,10 +69,13 @@ class Server:
         """Sends an event to all clients; one that does not read is dropped."""
         for writer, conversation in list(self._clients.items()):
             if said := conversation.event(message):
-                if writer.transport.get_write_buffer_size() > MAX_WAITING:
+                try:
+                    if writer.transport.get_write_buffer_size() > MAX_WAITING:
+                        writer.transport.abort()
+                    elif not writer.transport.is_closing():
+                        writer.write(said)
+                except (OSError, RuntimeError):  # uvloop's for one that has hung up
                     writer.transport.abort()
-                elif not writer.transport.is_closing():
-                    writer.write(said)
 
     async def close(self) -> None:
         if self._server is not None:

@@ -1,27 +1,29 @@
 """The monitor for people, on a socket or on standard input.
 
-Standard input and output have a thread each: they may be files, and a terminal that is made
-non-blocking is so for every program that has it. A terminal that is stopped (^S), or a pipe that
-nobody reads, holds up who types there, and no migration.
+Standard input has a thread: it may be a file, and a terminal that is made non-blocking is so for
+every program that has it. Standard output is that of migrate.output: a terminal that is stopped
+(^S), or a pipe that nobody reads, holds up who types there, and no migration.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import queue
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from migrate.monitor.human import Human
 from migrate.monitor.node import Node, Refused
+from migrate.output import behind, say
 
 MAX_LINE_BYTES = 4096
 TOO_LONG = f"Error: a line has no more than {MAX_LINE_BYTES} bytes\n"
 # So many pieces of standard input may wait while a line is executed.
 MAX_ASKED = 16
+# How often to look whether an answer was read.
+READ_INTERVAL = 0.05
 
 
 class Lines:
@@ -66,7 +68,7 @@ class Talk:
 
 
 def _bytes(text: str) -> bytes:
-    return text.replace("\n", "\r\n").encode(errors="replace")
+    return text.replace("\n", "\r\n").encode(errors="backslashreplace")
 
 
 class Terminal:
@@ -80,21 +82,18 @@ class Terminal:
         self._asked: asyncio.Queue[bytes] = asyncio.Queue()
         self._room = threading.Semaphore(MAX_ASKED)
         self._task: asyncio.Task[None] | None = None
-        self._said: queue.SimpleQueue[tuple[bytes, asyncio.Event]] = queue.SimpleQueue()
         self.closed = asyncio.Event()
 
     async def __aenter__(self) -> Terminal:
         loop = asyncio.get_running_loop()
-        for work in (self._read, self._write):
-            threading.Thread(target=work, args=(loop,), daemon=True).start()
+        threading.Thread(target=self._read, args=(loop,), daemon=True).start()
         self._task = asyncio.create_task(self._serve())
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         assert self._task is not None
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait({self._task})
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread of its own. os.read, not sys.stdin: a lock held at exit would be fatal."""
@@ -110,28 +109,20 @@ class Terminal:
             if not data:
                 return
 
-    def _write(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread of its own, for the same reason."""
-        while True:
-            said, written = self._said.get()
-            with contextlib.suppress(OSError):  # whoever reads it may be gone
-                while said:
-                    said = said[os.write(1, said) :]
-            try:
-                loop.call_soon_threadsafe(written.set)
-            except RuntimeError:
-                return
-
     async def _serve(self) -> None:
-        await self._say(self._talk.begin())
-        while data := await self._asked.get():
-            self._room.release()
-            async for reply in self._talk.replies(data):
-                await self._say(reply)
-        self.closed.set()
+        try:
+            await self._say(self._talk.begin())
+            while data := await self._asked.get():
+                self._room.release()
+                async for reply in self._talk.replies(data):
+                    await self._say(reply)
+        except Exception as error:
+            say(f"--monitor stdio goes no further: {error}")
+        self.closed.set()  # not where it was cancelled
 
     async def _say(self, said: bytes) -> None:
-        """Returns when it is written: no more is kept than one answer."""
-        written = asyncio.Event()
-        self._said.put((said.replace(b"\r\n", b"\n"), written))
-        await written.wait()
+        """Returns when it is read: no more is kept than one answer."""
+        sys.stdout.write(said.decode().replace("\r\n", "\n"))
+        sys.stdout.flush()
+        while behind(sys.stdout):
+            await asyncio.sleep(READ_INTERVAL)

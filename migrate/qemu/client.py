@@ -26,6 +26,7 @@ from migrate.address import parse_address
 from migrate.errors import ConnectError, QemuError, UsageError
 from migrate.monitor.node import Refused
 from migrate.monitor.qmp import JsonStream
+from migrate.output import printable
 from migrate.qemu.messages import (
     CLOSED,
     Event,
@@ -33,7 +34,6 @@ from migrate.qemu.messages import (
     closed,
     event_in,
     parse,
-    printable,
     short,
     version_in,
 )

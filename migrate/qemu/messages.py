@@ -66,7 +66,3 @@ def closed(why: str) -> Event:
 def short(what: object) -> str:
     text = repr(what)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from migrate.output import printable
 from migrate.quantities import format_size
 from proto.stream_facts import (
     DeltaFacts,
@@ -21,15 +22,13 @@ VALUE_WIDTH = 64
 
 
 def lines_of(facts: QemuFacts | FrameFacts, *, devices: bool = False) -> Iterator[str]:
-    """devices -- with the fields of each"""
+    """Names come from the writer of the stream: each line is printable.
+
+    devices -- with the fields of each
+    """
     lines = _qemu(facts, devices) if isinstance(facts, QemuFacts) else _frames(facts)
     for line in lines:
         yield printable(line)
-
-
-def printable(text: str) -> str:
-    """Names come from whoever wrote the stream."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _qemu(facts: QemuFacts, devices: bool) -> Iterator[str]:

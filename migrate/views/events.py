@@ -4,29 +4,26 @@
 
 Names are QEMU's where it has them; the README lists all events and what they hold.
 
-A reader that is slow, or gone, keeps nobody waiting: a line is written only where a poll says that
-there is room (a pipe then takes PIPE_BUF bytes without blocking, whatever its mode, which is not
-ours to change: others may share it). What finds no room waits, up to a bound; beyond it, events
-are dropped, counted, and the number is told in their place.
+A reader that is slow, or gone, keeps nobody waiting (see migrate.output): a line that finds no room
+is kept, up to a bound; beyond it, events are dropped, counted, and the number is told in their
+place.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
-import select
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from migrate import output
 from migrate.errors import UsageError
+from migrate.output import MAX_WAITING_BYTES
 from migrate.statistics import Statistics, query_migrate
 from migrate.views.history import OVER, History, RoundRecord
 
-MAX_WAITING_BYTES = 1 << 20
-PIECE = select.PIPE_BUF
 # How long the end of the program waits for a reader to take what is left.
 CLOSE_SECONDS = 1.0
 
@@ -37,10 +34,8 @@ def parse_events(text: str) -> int:
     if kind != "json" or (colon and not (number.isdecimal() and len(number) < 8)):
         raise UsageError(f"--events {text!r} is not understood: write json, or json:FD")
     fd = int(number) if colon else 1
-    try:
-        os.write(fd, b"")  # a descriptor that is open for reading only refuses even that
-    except OSError as error:
-        raise UsageError(f"--events {text}: descriptor {fd}: {error.strerror}") from None
+    if not output.writable(fd):  # a disk that is full may have room later
+        raise UsageError(f"--events {text}: descriptor {fd}: {os.strerror(errno.EBADF)}")
     return fd
 
 
@@ -70,69 +65,45 @@ def round_data(r: RoundRecord) -> dict[str, Any]:
 
 
 class Outlet:
-    """Lines to a descriptor that may not take them; nothing here blocks, but for `close`."""
+    """Lines for a descriptor that may not take them, each whole or not at all."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._waiting: deque[bytes] = deque()
-        self._bytes = 0
-        self._gone = False
-        self.dropped = 0
-        """Lines that found no room, all in all."""
-        self._untold = 0
-        self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._outlet = output.Outlet(fd)
+        self._dropped = self._untold = 0
 
     @property
-    def gone(self) -> bool:
-        """Whether nobody will read any more."""
-        return self._gone
+    def dropped(self) -> int:
+        """Lines that were not written, all in all."""
+        return self._dropped + self._outlet.lost
+
+    @property
+    def fault(self) -> OSError | None:
+        """Why nothing more is written, where that is so."""
+        return self._outlet.fault
 
     def put(self, line: bytes, told: Callable[[int], bytes]) -> None:
         """`told` makes the line that says how many were dropped."""
         self.flush()
-        if self._untold and self._bytes < MAX_WAITING_BYTES // 2:
-            self._queue(told(self._untold))
+        if self._untold and self._outlet.waiting_bytes < MAX_WAITING_BYTES // 2:
+            self._outlet.put(told(self._untold))
             self._untold = 0
-        if self._gone or self._untold or self._bytes + len(line) > MAX_WAITING_BYTES:
-            self.dropped += 1
+        full = self._outlet.waiting_bytes + len(line) > MAX_WAITING_BYTES
+        if self.fault is not None or self._untold or full:
+            self._dropped += 1
             self._untold += 1
             return
-        self._queue(line)
+        self._outlet.put(line)
         self.flush()
 
-    def _queue(self, line: bytes) -> None:
-        self._waiting.append(line)
-        self._bytes += len(line)
-
-    def flush(self, patience: float = 0.0) -> None:
-        """Writes what there is room for; waits for room for so many seconds."""
-        until = time.monotonic() + patience
-        while self._waiting and not self._gone:
-            left = max(until - time.monotonic(), 0.0) if patience else 0.0
-            if not self._poll.poll(left * 1e3):
-                return
-            piece = self._waiting[0][:PIECE]
-            try:
-                taken = os.write(self._fd, piece)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._gone = True
-                self.dropped += len(self._waiting)
-                self._waiting.clear()
-                return
-            self._bytes -= taken
-            if taken == len(self._waiting[0]):
-                self._waiting.popleft()
-            else:
-                self._waiting[0] = self._waiting[0][taken:]
+    def flush(self) -> None:
+        """Writes what there is room for."""
+        self._outlet.flush()
 
     def close(self) -> None:
         """Gives the reader a moment for the rest; the descriptor is whoever's it was."""
-        self.flush(CLOSE_SECONDS)
-        self.dropped += len(self._waiting)
-        self._waiting.clear()
+        self._outlet.flush(CLOSE_SECONDS)
+        self._outlet.drop()
+        self._outlet.close()
 
 
 class Events:
@@ -194,9 +165,11 @@ class Events:
     def close(self) -> str:
         """The program ends; a sentence for the user where events were lost."""
         self.end(self._last)
-        with contextlib.suppress(OSError):
-            self._outlet.close()
+        self._outlet.close()
         if not self._outlet.dropped:
             return ""
-        why = "its reader is gone" if self._outlet.gone else "its reader was too slow"
+        why = "its reader was too slow"
+        if (fault := self._outlet.fault) is not None:
+            gone = isinstance(fault, BrokenPipeError)
+            why = "its reader is gone" if gone else f"{fault.strerror}"
         return f"--events: {self._outlet.dropped} events were dropped: {why}"

@@ -3,7 +3,7 @@
 Drawing happens in the event loop of the migration, between its steps, so it is kept short and
 rare, and in the pause nothing is drawn: the picture stands still from the moment before the guest
 is stopped to the moment after it runs. It is not drawn either while the terminal takes nothing
-(^S), so that a user who stops the terminal does not stop the migration.
+(^S): what is written there waits in migrate.output.
 
     under 60 columns    what happens now
     more                the last rounds below it, as far as the height goes
@@ -12,10 +12,9 @@ is stopped to the moment after it runs. It is not drawn either while the termina
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TextIO, cast
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as Region
@@ -23,11 +22,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from migrate.output import behind, printable
 from migrate.quantities import format_size
 from migrate.statistics import Statistics
 from migrate.views.history import History, RoundRecord
-from migrate.views.progress import takes_more
-from migrate.views.terminal import Terminal
 
 FRAME_SECONDS = 0.2
 NARROW, WIDE, WIDEST = 60, 140, 144
@@ -195,11 +193,8 @@ class Live:
         self._history = history
         self._name = name
         self._stream = stream
-        self._terminal: Terminal | None = None
-        with contextlib.suppress(OSError):  # where it is another user's, or none
-            self._terminal = Terminal(stream)
         self._clock = clock
-        self._console = Console(file=cast(TextIO, self._terminal or stream), highlight=False)
+        self._console = Console(file=stream, highlight=False)
         self._region: Region | None = None
         self._described: Mapping[str, str] = {}
         self._drawn_at = float("-inf")
@@ -220,7 +215,7 @@ class Live:
             self._draw()  # in the pause the status is "device"
 
     def _draw(self) -> None:
-        if self._terminal.behind if self._terminal else not takes_more(self._stream):
+        if behind(self._stream):
             return
         console = self._console
         width, height = console.size
@@ -239,10 +234,8 @@ class Live:
 
     def say(self, text: str) -> None:
         """A sentence above the picture."""
-        with contextlib.suppress(OSError):  # the terminal is gone
-            self._console.print(
-                Text(f"{self._name}: {text}"), soft_wrap=True, markup=False, emoji=False
-            )
+        line = Text(f"{self._name}: {printable(text)}")
+        self._console.print(line, soft_wrap=True, markup=False, emoji=False)
 
     def end(self, _s: Statistics) -> None:
         """The last frame, which stays."""
@@ -253,17 +246,12 @@ class Live:
         if self._region is not None and self._history.over:
             self._draw()
         self._stop()
-        if self._terminal is not None:
-            self._terminal.drain()
 
     def close(self) -> None:
         """Nothing follows."""
         self.clear()
-        if self._terminal is not None:
-            self._terminal.close()
 
     def _stop(self) -> None:
         if self._region is not None:
             region, self._region = self._region, None
-            with contextlib.suppress(OSError):  # the terminal is gone
-                region.stop()
+            region.stop()

@@ -6,6 +6,7 @@ prometheus_client answers in a thread of its own: a snapshot is immutable, so it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -182,7 +183,7 @@ class Metrics:
                 file.write(generate_latest(self.registry))
             os.replace(beside, self._textfile)
         except OSError:
-            if os.path.exists(beside):
+            with contextlib.suppress(OSError):
                 os.unlink(beside)
             raise
 

@@ -6,18 +6,20 @@
     views.end(statistics)              a migration is over; another one may follow
     views.close()                      the program ends
 
-A view that fails is left out from then on, with a word to the user: no migration fails because
-somebody wanted to look at it.
+A view that fails is left out from then on, with a word to the user: no call here raises, once the
+views are made. What they show of names and of the peer's words is printable.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from migrate.output import printable
 from migrate.statistics import Statistics
 from migrate.views.history import History
 from migrate.views.progress import Lines
@@ -61,7 +63,17 @@ def add_metrics_options(parser: argparse.ArgumentParser) -> None:
 
 def wants_live(mode: str, stream: TextIO) -> bool:
     """Whether there is a terminal that can be drawn on, and it was not declined."""
-    return mode == "auto" and stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    terminal = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return mode == "auto" and terminal and _has_boxes(stream)
+
+
+def _has_boxes(stream: TextIO) -> bool:
+    """Whether the encoding has what pictures are drawn with."""
+    try:
+        "╭━█".encode(stream.encoding or "utf-8")
+    except (UnicodeError, LookupError):
+        return False
+    return True
 
 
 class Views:
@@ -69,7 +81,10 @@ class Views:
 
     def __init__(self, args: argparse.Namespace, name: str = "migrate-src") -> None:
         self.history = History()
+        self._name, self._stream = name, sys.stderr
         self._views: dict[str, Any] = {}
+        self._failed: set[str] = set()
+        """Views that have failed, by their option; "" is the text."""
         self._metrics: Metrics | None = None
         mode = "never" if args.quiet else args.progress
         self._add_events(args.events)
@@ -80,12 +95,12 @@ class Views:
             self.say(f"metrics at {self._metrics.address}")
 
     def _text_view(self, mode: str, name: str) -> Any:
-        lines = Lines(self.history, name, sys.stderr, silent=mode == "never")
-        if self._events_on_terminal or not wants_live(mode, sys.stderr):
+        lines = Lines(self.history, name, self._stream, silent=mode == "never")
+        if self._events_on_terminal or not wants_live(mode, self._stream):
             return lines
         from migrate.views.live import Live
 
-        return Live(self.history, name, sys.stderr)
+        return Live(self.history, name, self._stream)
 
     def _add_events(self, text: str) -> None:
         self.owns_stdout = False
@@ -112,10 +127,11 @@ class Views:
 
     def describe(self, facts: Mapping[str, str]) -> None:
         """What is about to move, by name: guest, destination, and what was set."""
-        self._each("describe", facts)
+        self._each("describe", {name: printable(value) for name, value in facts.items()})
 
     def observe(self, event: str, s: Statistics) -> None:
         """An observer for Source."""
+        event = printable(event)  # a notice is a sentence
         self.history.observe(event, s)
         self._each("observe", event, s)
         if self._metrics is not None:
@@ -135,35 +151,56 @@ class Views:
             self._guarded(name, getattr(self._views[name], verb), *arguments)
 
     def _guarded(self, name: str, act: Callable[..., Any], *arguments: Any) -> None:
-        """Does it, or leaves that view out from now on."""
+        """Does it, or leaves that view out from now on. Metrics are tried again, and may come."""
         try:
             act(*arguments)
         except Exception as error:
-            why = getattr(error, "strerror", None) or error or type(error).__name__
             self._views.pop(name, None)
+            first = name not in self._failed
+            self._failed.add(name)
             if not name:
-                self._text.clear()
-                self._text = Lines(self.history, stream=sys.stderr)
-            self.say(f"{name or 'the live view'} goes no further: {why}")
+                self._stop_drawing()
+            if first:
+                self.say(f"{name or 'the live view'} goes no further: {why(error)}")
+
+    def _stop_drawing(self) -> None:
+        """The text goes on as lines."""
+        drawing, self._text = self._text, Lines(self.history, self._name, self._stream)
+        with contextlib.suppress(Exception):
+            drawing.clear()
 
     def say(self, text: str) -> None:
         """A sentence for the user, on standard error."""
-        self._text.say(text)
+        try:
+            self._text.say(text)
+        except Exception:
+            self._stop_drawing()
+            with contextlib.suppress(Exception):  # not a stream of migrate.output
+                self._text.say(text)
 
     def clear(self) -> None:
         """Somebody else is about to write to the terminal."""
-        self._text.clear()
+        self._guarded("", self._text.clear)
 
     def close(self) -> None:
         """The program ends."""
         self.clear()
-        for name, view in self._views.items():
-            if hasattr(view, "close") and (said := view.close()):
-                self.say(f"{said}" if said.startswith(name) else f"{name}: {said}")
+        for name in list(self._views):
+            self._guarded(name, self._close, name)
         self._views.clear()
-        self._text.close()
+        self._guarded("", self._text.close)
         if self._metrics is not None:
-            self._metrics.close()
+            self._guarded("--metrics", self._metrics.close)
+
+    def _close(self, name: str) -> None:
+        view = self._views[name]
+        if hasattr(view, "close") and (said := view.close()):
+            self.say(f"{said}" if said.startswith(name) else f"{name}: {said}")
+
+
+def why(error: Exception) -> str:
+    """What is said of an error."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _metrics(args: argparse.Namespace, families: Callable[[], Any]) -> Metrics | None:
@@ -184,6 +221,7 @@ class DestinationViews:
     ) -> None:  # fmt: skip
         self._arrival = arrival
         self._say = say
+        self._failed = False
         self._metrics = _metrics(args, self._families)
         if self._metrics and self._metrics.address:
             say(f"metrics at {self._metrics.address}")
@@ -203,10 +241,12 @@ class DestinationViews:
         """The program ends."""
         if self._metrics is not None:
             self._do(self._metrics.write)
-            self._metrics.close()
+            self._do(self._metrics.close)
 
     def _do(self, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
-        except OSError as error:
-            self._say(f"--metrics-textfile: {error.strerror or error}")
+        except Exception as error:
+            if not self._failed:
+                self._say(f"--metrics-textfile: {why(error)}")
+            self._failed = True

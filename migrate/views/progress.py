@@ -6,21 +6,18 @@ times a second at most; the last one before the pause always. In the pause nothi
 
 from __future__ import annotations
 
-import contextlib
-import select
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+from migrate.output import behind, printable
 from migrate.quantities import format_size
 from migrate.statistics import Statistics
 from migrate.views.history import History, RoundRecord, together
 
 PLAIN_SECONDS = 2.0
 ROUND_SECONDS = 0.2
-KEPT_LINES = 1000
 
 
 def progress_line(s: Statistics) -> str:
@@ -53,19 +50,8 @@ def round_line(r: RoundRecord) -> str:
     return ", ".join(parts)
 
 
-def takes_more(stream: TextIO) -> bool:
-    """Whether a line can be written now: its reader may have stopped, or the terminal (^S)."""
-    try:
-        number = stream.fileno()
-    except (OSError, ValueError):
-        return True  # it is no file
-    poll = select.poll()
-    poll.register(number, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
 class Lines:
-    """A view that writes to `stream` (stderr); silent: notices only.
+    """A view that writes to `stream` (stderr, see migrate.output); silent: notices only.
 
     clock -- seconds, for the distance of lines
     """
@@ -81,7 +67,6 @@ class Lines:
         self._clock = clock
         self._line_at = self._round_at = float("-inf")
         self._held: RoundRecord | None = None
-        self._kept: deque[str] = deque(maxlen=KEPT_LINES)
 
     def observe(self, event: str, s: Statistics) -> None:
         """After the history was told."""
@@ -114,21 +99,14 @@ class Lines:
             self._line(progress_line(s))
 
     def _line(self, text: str) -> None:
-        """One that may be left out: the migration does not wait for who reads it."""
-        if takes_more(self._stream):
+        """Print a line that may be left out: nothing is printed behind a reader that is slow."""
+        if not behind(self._stream):
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A sentence on a line of its own; kept as long as the terminal is stopped."""
-        self._kept.append(f"{self._name}: {text}\n")
-        while self._kept and takes_more(self._stream):
-            self._write(self._kept.popleft())
-
-    def _write(self, text: str) -> None:
-        # Whoever reads it may be gone; that is no reason to stop.
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-            self._stream.flush()
+        """Print a sentence on a line of its own."""
+        self._stream.write(f"{self._name}: {printable(text)}\n")
+        self._stream.flush()
 
     def clear(self) -> None:
         """Before somebody else writes: lines leave nothing behind."""
@@ -141,6 +119,4 @@ class Lines:
         self._tell_held()
 
     def close(self) -> None:
-        """Nothing follows: what was kept is written now."""
-        while self._kept:
-            self._write(self._kept.popleft())
+        """Nothing follows."""

@@ -253,5 +253,10 @@ class Report:
             stem, suffix = os.path.splitext(path)
             path = f"{stem}-{number}{suffix}"
         beside = f"{path}.{os.getpid()}"
-        Path(beside).write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        try:
+            Path(beside).write_text(text, encoding="utf-8", errors="backslashreplace")
+            os.replace(beside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
