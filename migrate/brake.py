@@ -16,6 +16,11 @@ from migrate.guests.guest import Guest
 from migrate.rounds import Limits
 from migrate.throttle import Look, Throttle, ThrottlePolicy
 
+CANNOT = (
+    "auto-converge: this guest cannot be slowed (a demo guest can, and a file with --pid): it runs "
+    "at its own speed"
+)
+
 
 class Brake:
     """Of one guest during one migration; `percentage` is what it is slowed by now.
@@ -41,16 +46,17 @@ class Brake:
             await self.release()
             return False
         if not self._guest.can_throttle:
-            self._say_once(
-                "auto-converge: this guest cannot be slowed (a demo guest can, and a file with "
-                "--pid): it runs at its own speed"
-            )
+            self._say_once(CANNOT)
             return False
         before = self.percentage
         percentage = self._policy.decide(throttle, limits, look)
         if percentage != before:
             self.percentage = percentage  # before: where this is cancelled, it may have come true
             await self._guest.throttle(percentage)
+            if not self._guest.can_throttle:
+                self.percentage = 0
+                self._say_once("auto-converge: the guest's processes have ended: nothing is slowed")
+                return False
             self._say(
                 f"auto-converge: the guest is slowed by {percentage} % (it would be stopped for "
                 f"{look.expected * 1e3:.0f} ms, the limit is {limits.downtime_limit * 1e3:.0f} ms)"

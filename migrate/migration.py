@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from migrate.cache import SizedCache
 from migrate.channels import Channels, Dial
@@ -417,12 +418,17 @@ class Migration(ABC):
         await self.guest.give_up()
         self.channels.handed_over = True
         try:
-            await written(self._journal, Event.READY)
+            await written(self._journal, Event.READY, **self._late_facts())
         except JournalError:
             await self._take_back()
             raise
         await self._commit()
         await self._done()
+
+    def _late_facts(self) -> dict[str, Any]:
+        """What has become other since the journal was begun: more processes were stopped."""
+        facts = self.guest.facts()
+        return {} if facts == self._journal.facts.get("guest") else {"guest": facts}
 
     async def _commit(self) -> None:
         """GO, and the answer. The guest runs there, or nowhere until somebody looks."""

@@ -60,12 +60,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pending:
-    """What is left to move, if the guest were stopped now; `dirty_rate` in pages per second."""
+    """What is left to move, if the guest were stopped now; `dirty_rate` in pages per second.
+
+    check_seconds -- what is looked at beside all that, and must be done before the hand-over
+    """
 
     pages: int
     stale_pages: int
     scan_seconds: float = 0.0
     dirty_rate: float = 0.0
+    check_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,8 @@ class DowntimeModel:
     def predict(self, pending: Pending, limits: Limits) -> float:
         """Seconds of downtime if the guest were stopped now."""
         digests = pending.stale_pages * max(self.source_digest, self.peer_digest)
-        return self.overhead(pending) + self.work(pending.pages, limits) + digests
+        rest = self.work(pending.pages, limits) + digests
+        return self.overhead(pending) + max(rest, pending.check_seconds)
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,8 @@ class Policy:
     ) -> bool:
         """Whether another round should make a pause shorter that is short enough."""
         last, self._last = self._last, expected
-        limits, changing = self.limits, expected - self.model.overhead(pending)
+        fixed = self.model.overhead(pending) + pending.check_seconds
+        limits, changing = self.limits, expected - fixed
         return (
             expected > SHORT_SECONDS
             and changing > expected / 2

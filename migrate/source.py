@@ -216,11 +216,13 @@ class Source(Migration):
                 remaining=self._remaining(len(dirty)),
             )
             # Where nothing stops the guest, looking for what changed keeps nobody waiting.
-            scan = self._tracker.take_seconds
-            if self.guest.marks or not self.guest.stoppable:
-                scan = 0.0
+            guest = self.guest
+            scan = self._tracker.take_seconds + guest.stop_seconds
+            check = guest.check_seconds
+            if guest.marks or not guest.stoppable:
+                scan = check = 0.0
             stale = max(digest.stale(dirty.bits), self._peer_stale)
-            pending = Pending(len(dirty), stale, scan, rate)
+            pending = Pending(len(dirty), stale, scan, rate, check)
             await self._slow_down(pending, measured, elapsed)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
@@ -364,13 +366,17 @@ class Source(Migration):
             async with asyncio.timeout(patience):
                 await self._last_round(encoder, digest)
         except TimeoutError:
-            self._pauses_lost += 1
-            kind = PeerLost if self._pauses_lost < MAX_PAUSES else MigrationError
-            raise kind(
+            raise self._pause_lost(
                 f"the last round and its check were not done after {patience:.0f} s, "
                 f"{expected * 1e3:.0f} ms were expected"
             ) from None
         self._sent_before_pause = before
+
+    def _pause_lost(self, why: str) -> MigrationError:
+        """The guest was stopped for nothing; some of that is survived, as a break is."""
+        self._pauses_lost += 1
+        kind = PeerLost if self._pauses_lost < MAX_PAUSES else MigrationError
+        return kind(why)
 
     async def _last_round(self, encoder: PageEncoder, digest: Digest) -> None:
         """Sends the rest of the paused guest; returns when the destination has verified all."""
@@ -390,8 +396,13 @@ class Source(Migration):
         await self.channels.link.send(Complete(whole, state))
         await self.channels.expect(RoundAck)
         await self.channels.expect(Ready)
-        if not self.guest.stoppable:
+        stopped_late = await self.guest.check_writers()
+        if stopped_late or not self.guest.stoppable:
             late = await loop.run_in_executor(self._worker, self._tracker.take)
+            if len(late) and stopped_late:
+                raise self._pause_lost(
+                    f"a process that has appeared in the pause has written {len(late)} pages"
+                )
             if len(late):
                 raise MismatchError(
                     f"{len(late)} pages were written during the last round, so the memories "

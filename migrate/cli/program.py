@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
 from migrate.errors import CancelledByPeer, MigrationError, UsageError
-from migrate.guests.process import start_time
+from migrate.guests.process import Process
 from migrate.output import printable, say
 from proto.ownership import Role
 
@@ -285,19 +284,15 @@ class Stop:
         pid  -- of the demo guest that runs here, 0 where none does
         born -- its start_time: a later process with the same number is none of ours
         """
-        loop = asyncio.get_running_loop()
         told = asyncio.Event()
-        guest = -1
+        guest = ends = None
         if pid:
-            with contextlib.suppress(ProcessLookupError):
-                guest = os.pidfd_open(pid)
-        if guest >= 0 and born and start_time(pid) not in (born, ""):
-            os.close(guest)
-            guest = -1
-        if pid and guest < 0:
-            return  # it has ended already
-        if guest >= 0:
-            loop.add_reader(guest, told.set)
+            try:
+                guest = Process(pid, born)
+            except ProcessLookupError:
+                return  # it has ended already
+            ends = asyncio.ensure_future(guest.wait())
+            ends.add_done_callback(lambda _ends: told.set())
 
         def tell() -> str:
             told.set()
@@ -308,13 +303,14 @@ class Stop:
         self.install(tell)
         try:
             await told.wait()
-            if guest >= 0:
+            if guest is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(guest, signal.SIGTERM)
+                    guest.signal(signal.SIGTERM)
         finally:  # also where something else is to be done first
-            if guest >= 0:
-                loop.remove_reader(guest)
-                os.close(guest)
+            if guest is not None and ends is not None:
+                ends.cancel()
+                await asyncio.wait({ends})
+                guest.close()
 
 
 @contextlib.asynccontextmanager

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -26,7 +25,7 @@ from migrate.cli.program import (
 )
 from migrate.cli.source_words import open_guest, parameters_of, qemu_guest, source_parser
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
-from migrate.guests.process import start_time
+from migrate.guests.process import Process, start_time
 from migrate.journal import Journal, attempt, check_directory, default_directory
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
 from migrate.output import say
@@ -131,7 +130,8 @@ class SourceProgram(Node):
         except asyncio.CancelledError:
             _take_note()
             if self._ends_guest:
-                os.kill(guest.pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    Process(self._pid, self._born).signal(signal.SIGTERM)
             return False
         finally:
             await guest.close()
@@ -301,7 +301,7 @@ class SourceProgram(Node):
             return ""
 
         self.stop.install(cancel)
-        status = 0
+        guest.warn, status = self._warn, 0
         try:
             progress.describe(self._facts(guest))
             self._announce(guest)
@@ -386,6 +386,11 @@ class SourceProgram(Node):
                 "nothing stops the file's writer in the last round (--pid or --pause-cmd): "
                 "if it writes then, the migration fails"
             )
+
+    def _warn(self, text: str) -> None:
+        """A user is told, however quiet the program is to be."""
+        self.progress.clear()
+        print(f"migrate-src: warning: {text}", file=sys.stderr)
 
     def _where(self, guest: Guest) -> str:
         """Where the guest is after a failure, and how to go on."""

@@ -20,6 +20,7 @@ from migrate.cli.program import (
     switches,
 )
 from migrate.errors import UsageError
+from migrate.output import say
 from migrate.views.options import add_view_options
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def source_parser() -> Parser:
         "has landed (default: demo)",
     )  # fmt: skip
     parser.add_argument(
-        "--pid", action="append", default=[], metavar="PID",
-        help="a process that writes the file: stopped for the last round (repeatable)",
+        "--pid", action="append", default=[], metavar="PID|auto",
+        help="a process that writes the file: stopped for the last round (repeatable); auto: all "
+        "that write it, those too that appear meanwhile",
     )  # fmt: skip
     parser.add_argument(
         "--no-return-path", action="store_true",
@@ -217,8 +219,13 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryG
 
         if not rest:
             raise UsageError("guest file: name the file: --guest file:PATH")
-        pids = [number(pid, "--pid") for pid in args.pid]
-        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd)
+        pids = [number(pid, "--pid") for pid in args.pid if pid != "auto"]
+        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd, auto="auto" in args.pid)
+        guest.survey()
+        for text in guest.warnings:
+            say(f"migrate-src: warning: {text}")
+        for text in guest.notices if not args.quiet else ():
+            say(f"migrate-src: {text}")
         return lambda: guest
     if kind == "demo":
         from migrate.guests.demo import DemoGuest, parse_demo

@@ -39,7 +39,7 @@ from migrate.available import machine_memory
 from migrate.errors import MigrationError, UsageError
 from migrate.guests import isolated
 from migrate.guests.guest import MemoryGuest, Place
-from migrate.guests.process import start_time, state
+from migrate.guests.process import Process, start_time, state
 from migrate.memory import Memory
 from migrate.quantities import format_size, parse_size
 from migrate.tracking import DirtyTracker, MarkTracker
@@ -400,6 +400,10 @@ class DemoPlace(Place):
         return place
 
     async def start(self, state: bytes) -> str:
+        try:
+            process = Process(self.process.pid)
+        except ProcessLookupError:
+            raise MigrationError(f"the demo guest (process {self.process.pid}) has ended") from None
         self.process.words[OWNER] = OURS
         try:
             await self.process.command(RUN, RUNNING)
@@ -407,8 +411,10 @@ class DemoPlace(Place):
             # "Never started" must be true when it is said: a process that is only slow would run
             # later, beside the source's guest.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
+                process.signal(signal.SIGKILL)
             raise
+        finally:
+            process.close()
         sweep, index = self.process.place()
         return (
             f"demo guest runs in process {self.process.pid}, from sweep {sweep}, index {index} on"

@@ -7,32 +7,68 @@ import contextlib
 import os
 import signal
 import stat
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from migrate.errors import MigrationError, UsageError
-from migrate.guests import isolated
+from migrate.guests import companions, isolated
 from migrate.guests.command import run_command
+from migrate.guests.guard import ADDED, Found
 from migrate.guests.guest import MemoryGuest
-from migrate.guests.process import start_time, state
+from migrate.guests.lookout import Lookout
+from migrate.guests.process import (
+    STOPPED,
+    Process,
+    ancestors,
+    exists,
+    is_kernel_thread,
+    stands_still,
+    start_time,
+    state,
+    status,
+    task_states,
+)
+from migrate.guests.writers import (
+    Census,
+    Writer,
+    kernel_writers,
+    named,
+    narrow_view,
+    open_for_writing,
+    opened_here,
+)
 from migrate.memory import Memory
 from migrate.output import printable
 
 STOP_PATIENCE = 5.0
 MAX_DESCRIPTION = 200
+# A look at all processes takes a fraction of a second; the kernel may let us wait for one of them.
+LOOK_PATIENCE = 30.0
+# Between two looks while the guest runs: at least so long, and so much longer than a look takes.
+LOOK_SECONDS = 1.0
+LOOK_FACTOR = 10
+# Writers that appear while the others are being stopped: so often they are looked for again.
+TURNS = 20
+_IN_TIME = f"in {LOOK_PATIENCE:g} s: one of them hangs in the kernel"
+
+T = TypeVar("T")
 
 
 class FileGuest(MemoryGuest):
-    """`file:PATH`. Its writer is stopped by `pids` (SIGSTOP) or by commands; with neither, nobody
-    stops it, and the digest at the end tells whether it wrote during the last round.
+    """`file:PATH`. Its writers are stopped by `pids` (SIGSTOP) or by commands, or all that there
+    are (`auto`). Where nothing stops them none may be there, and the digest at the end tells
+    whether anything was written during the last round.
+
+    After `survey`, no process that was not stopped may be able to write it in the pause.
     """
 
     kind = "file"
 
     def __init__(
-        self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = ""
-    ) -> None:
+        self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = "",
+        *, auto: bool = False,
+    ) -> None:  # fmt: skip
         if bool(pause_cmd) != bool(resume_cmd):
             raise UsageError(
                 "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
@@ -52,50 +88,298 @@ class FileGuest(MemoryGuest):
         self.path = path
         self.description = printable(os.path.basename(path), MAX_DESCRIPTION)
         self.memory = Memory(size, fd=self._fd)
-        self.pids = tuple(pids)
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
-        self.stoppable = bool(self.pids or pause_cmd)
-        self.can_throttle = bool(self.pids)
+        self.warnings: list[str] = []
+        """What a user must know before it is moved."""
+        self.notices: list[str] = []
+        """What is good to know."""
+        self.stoppable = bool(pids or pause_cmd or auto)
+        self.can_throttle = bool(pids or auto)
+        self._auto = auto
+        self._writers: dict[int, Process] = {}
+        self._lookout: Lookout | None = None
         self._guard: asyncio.subprocess.Process | None = None
         self._asking = asyncio.Lock()
         self._asleep: set[int] = set()
         self._paused = False
         self._given_up = False
-        for pid in self.pids:
-            if not Path(f"/proc/{pid}").exists():
-                raise UsageError(f"--pid {pid}: there is no such process")
-            if pid == os.getpid():
-                raise UsageError(f"--pid {pid}: that is migrate-src itself")
+        self._watching: asyncio.Task[None] | None = None
+        self._check: asyncio.Future[list[Writer]] | None = None
+        self._told: set[int] = set()
+        for pid in pids:
+            self._writers[pid] = self._stoppable(pid, f"--pid {pid}")
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that are stopped in the pause, as far as they are known."""
+        return tuple(self._writers)
+
+    @staticmethod
+    def _stoppable(pid: int, what: str, born: str = "") -> Process:
+        """A handle on a process that we may stop. Raises UsageError."""
+        if pid == os.getpid():
+            raise UsageError(f"{what}: that is migrate-src itself")
+        try:
+            handle = Process(pid, born)
+        except ProcessLookupError:
+            raise UsageError(f"{what}: there is no such process") from None
+        if pid == 1:
+            raise UsageError(
+                f"{what}: the kernel lets nobody here stop process 1: run migrate-src outside of "
+                "its container, or give --pause-cmd"
+            )
+        if not task_states(pid):
+            raise UsageError(
+                f"{what}: /proc does not show it (hidepid?), so whether it has stopped could not "
+                "be seen: run migrate-src as root"
+            )
+        if is_kernel_thread(pid):
+            raise UsageError(f"{what}: that is a thread of the kernel, which no signal stops")
+        facts = status(pid)
+        if facts.get("Tgid", str(pid)) != str(pid):
+            raise UsageError(f"{what}: that is a thread of process {facts['Tgid']}: give that")
+        try:
+            handle.signal(0)
+        except ProcessLookupError:
+            raise UsageError(f"{what}: there is no such process") from None
+        except OSError as error:
+            owner = facts.get("Uid", "?").split()[0]
+            raise UsageError(
+                f"{what}: it cannot be stopped: {error.strerror}: it belongs to user {owner}: run "
+                "migrate-src as that user, or as root"
+            ) from None
+        return handle
+
+    # -- who writes it
+
+    def survey(self) -> None:
+        """Looks who writes the guest, before anything is begun; fills `warnings` and `notices`.
+
+        With `auto` all writers are to be stopped from here on. Raises UsageError where something
+        would go on writing.
+        """
+        census = Census(self._fd)
+        if census.blind and self.can_throttle:
+            raise UsageError(f"--pid: {census.blind}: whether a process has stopped cannot be seen")
+        for _ in range(3):  # the later ones are as short as the one in the pause: see its seconds
+            found = _bounded(census.look)
+        census.look_at_new()
+        self._lookout = Lookout(self._fd, census.seconds, census.new_seconds)
+        kernel = kernel_writers(census.target)
+        others = [writer for writer in found if writer.pid not in self._writers]
+        running = [writer for writer in others if _runs(writer)]
+        if self._auto:
+            for writer in others:
+                self._take(writer)
+        elif running and self.pause_cmd:
+            self.notices.append(
+                f"{named(running)} can write the guest: --pause-cmd must stop that, too"
+                if self._writers
+                else f"{named(running)} can write the guest: --pause-cmd must stop that"
+            )
+        elif running:
+            raise UsageError(f"guest file {self.path}: {self._unnamed(running)}")
+        if kernel and self.pause_cmd:
+            self.notices.append(f"{kernel[0]} can write the guest: --pause-cmd must stop that")
+        elif kernel:
+            raise UsageError(
+                f"guest file {self.path}: {kernel[0]} writes it, which no signal stops: take that "
+                "away (umount, losetup -d), or give --pause-cmd (fsfreeze -f) and --resume-cmd"
+            )
+        self._say_what_is_unseen(census, found)
+        if not self.pause_cmd:
+            self.warnings += companions.warnings(self._fd, self.path, found)
+
+    def _unnamed(self, running: list[Writer]) -> str:
+        if self._writers:
+            return (
+                f"{named(running)} can write it too, and what is written after the pause would be "
+                "lost: name each with --pid, or all of them with --pid auto"
+            )
+        return (
+            f"{named(running)} can write it, and would go on writing a copy that is no longer the "
+            "guest: end that first, or give --pid auto, --pid PID or --pause-cmd"
+        )
+
+    def _take(self, writer: Writer) -> None:
+        """Adds to those that are to be stopped, before there is a guard."""
+        if writer.pid in ancestors():
+            raise UsageError(
+                f"--pid auto: process {writer}, which has started migrate-src, can write the guest "
+                f"itself: start migrate-src elsewhere, or say --pid {writer.pid}"
+            )
+        self._writers[writer.pid] = self._stoppable(
+            writer.pid, f"--pid auto: process {writer}", writer.born
+        )
+
+    def _say_what_is_unseen(self, census: Census, found: list[Writer]) -> None:
+        """Processes that may not be looked into; not where the kernel says that nothing writes."""
+        anything = None
+        if not found and not opened_here(census.target):
+            anything = open_for_writing(self._fd)
+        if anything is False:
+            return
+        hidden = [census.blind] if census.blind else []
+        if census.unseen:
+            processes = "process" if census.unseen == 1 else "processes"
+            hidden.append(f"{census.unseen} {processes} of other users may not be looked into")
+        if census.init_unseen:
+            # It starts the others, and a guest is none of its business; not worth an alarm.
+            self.notices.append("process 1 may not be looked into")
+        if outside := narrow_view():
+            hidden.append(f"{outside} cannot be seen")
+        if anything and not (self._writers or self.pause_cmd):
+            raise UsageError(
+                f"guest file {self.path}: something has it open for writing that is not to be seen "
+                f"from here{' (' + '; '.join(hidden) + ')' if hidden else ''}: run migrate-src as "
+                "root, or outside of a container, or give --pause-cmd"
+            )
+        if hidden:
+            self.warnings.append(
+                f"{'; '.join(hidden)}: what one of them writes to the guest after the pause is lost"
+            )
 
     async def started(self) -> None:
         """Starts the guard: it must be there before anything is stopped."""
-        if not self.stoppable:
-            return
-        self._asleep = {pid for pid in self.pids if state(pid) in ("T", "t")}
-        command = ["--resume-cmd", self.resume_cmd] if self.resume_cmd else []
-        self._guard = await asyncio.create_subprocess_exec(
-            *isolated.command("migrate.guests.guard", *command, *map(str, self.pids)),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        await self._guard_answers(0)
+        if self.stoppable:
+            self._asleep = {pid for pid in self.pids if state(pid) in STOPPED}
+            command = ["--resume-cmd", self.resume_cmd] if self.resume_cmd else []
+            writers = [f"{pid}:{handle.born}" for pid, handle in self._writers.items()]
+            self._guard = await asyncio.create_subprocess_exec(
+                *isolated.command("migrate.guests.guard", *command, *writers),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )  # fmt: skip
+            await self._guard_answers(0)
+        if self._lookout is not None:
+            await self._lookout.open()
+        self._watch()
 
-    async def _tell_guard(self, letter: bytes, more: int = 0) -> bytes:
-        """Tells it, and returns so many bytes of its answer; also where it is cancelled, it has
-        been told and has answered: the next answer is not this one."""
-        return await asyncio.shield(self._ask_guard(letter, more))
+    def _watch(self) -> None:
+        """While the guest runs, keeps what is known of processes fresh, so that a look in the pause
+        is short; with `auto`, new writers are slowed and stopped like the others."""
+        if self._lookout is not None and self._watching is None:
+            self._watching = asyncio.create_task(self._looking(self._lookout))
 
-    async def _ask_guard(self, letter: bytes, more: int) -> bytes:
+    async def _looking(self, lookout: Lookout) -> None:
+        for _ in range(2):  # the first one knows nothing yet, and takes the longest
+            await lookout.look()
+        while True:
+            await asyncio.sleep(max(LOOK_SECONDS, LOOK_FACTOR * lookout.seconds))
+            found = await lookout.look()
+            for writer in found if self._auto else ():
+                if self._is_new(writer):
+                    # What cannot be stopped is said where it must be: in the pause.
+                    with contextlib.suppress(MigrationError):
+                        await self._take_on(writer)
+
+    async def _watch_no_more(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
+
+    def _is_new(self, writer: Writer) -> bool:
+        handle = self._writers.get(writer.pid)
+        return handle is None or handle.born != writer.born
+
+    async def _take_on(self, writer: Writer) -> None:
+        """Adds to those that are to be stopped, and tells the guard before that is done."""
+        try:
+            handle = self._stoppable(writer.pid, f"process {writer}", writer.born)
+        except UsageError:
+            if not exists(writer.pid):
+                return
+            raise
+        if writer.pid in ancestors():
+            raise MigrationError(f"process {writer}, which has started migrate-src, is not stopped")
+        await asyncio.shield(self._ask_guard(b"a", handle))
+        self.can_throttle = True
+
+    async def _stop_the_rest(self, lookout: Lookout) -> None:
+        """Stops the writers that have appeared, until there are no more."""
+        for _ in range(TURNS):
+            found = await lookout.look_at_new(self._writers)
+            if not await self._stop_new(found):
+                return
+        raise MigrationError(
+            "processes that write the guest appear faster than they can be stopped"
+        )
+
+    async def _stop_new(self, found: list[Writer]) -> bool:
+        """Stops those that run and were not stopped; whether there were any.
+
+        Raises MigrationError where they are not ours to stop. A --pause-cmd may have other ways: a
+        lock in the program, a frozen file system. A process that merely has the guest open then
+        cannot be told from one that writes, so that is no error but a warning.
+        """
+        new = [writer for writer in found if self._is_new(writer) and _runs(writer)]
+        if not new:
+            return False
+        if self._auto:
+            for writer in new:
+                await self._take_on(writer)
+            await self._stop([writer.pid for writer in new if writer.pid in self._writers])
+            return True
+        if self.pause_cmd:
+            untold = [writer for writer in new if writer.pid not in self._told]
+            self._told |= {writer.pid for writer in untold}
+            if untold:
+                self.warn(
+                    f"{named(untold)} can write the guest and runs on after --pause-cmd: what is "
+                    "written now is lost"
+                )
+            return False
+        raise MigrationError(f"guest file {self.path}: {self._unnamed(new)}")
+
+    async def check_writers(self) -> bool:
+        if self._check is None or self._lookout is None:
+            return False
+        found, stopped = await self._check, False
+        for _ in range(TURNS):
+            if not await self._stop_new(found):
+                return stopped
+            stopped, found = True, await self._lookout.look()
+        raise MigrationError(
+            "processes that write the guest appear faster than they can be stopped"
+        )
+
+    @property
+    def stop_seconds(self) -> float:  # type: ignore[override]
+        return self._lookout.new_seconds if self._lookout else 0.0
+
+    @property
+    def check_seconds(self) -> float:  # type: ignore[override]
+        return self._lookout.seconds if self._lookout else 0.0
+
+    # -- the guard
+
+    async def _tell_guard(self, words: bytes) -> dict[int, Found]:
+        """Tells it, and returns what it has found of each writer, if it was asked (p, t); also
+        where it is cancelled, it has been told and has answered: the next answer is not this one.
+        """
+        return await asyncio.shield(self._ask_guard(words))
+
+    async def _ask_guard(self, words: bytes, new: Process | None = None) -> dict[int, Found]:
         async with self._asking:
+            pids = list(self._writers) if words[:1] in (b"p", b"t") else []
+            if new is not None:
+                self._writers[new.pid] = new
+                pids, words = [new.pid], words + ADDED.pack(new.pid, int(new.born or 0))
             if self._guard is None or self._guard.stdin is None:
-                return bytes(more)
+                return dict.fromkeys(pids, Found.RUNS)
             # Where it has died (uvloop: RuntimeError), the answer that does not come says so.
             with contextlib.suppress(OSError, RuntimeError):
-                self._guard.stdin.write(letter)
-            answer = await self._guard_answers(more)
-            if letter == b"p":
-                self._asleep = {pid for pid, flag in zip(self.pids, answer, strict=True) if flag}
-            return answer
+                self._guard.stdin.write(words)
+            answer = await self._guard_answers(len(pids))
+            found = {pid: Found(byte) for pid, byte in zip(pids, answer, strict=True)}
+            asleep = {pid for pid, what in found.items() if what is Found.ASLEEP}
+            if words == b"p":
+                self._asleep = asleep
+            elif new is not None:
+                self._asleep = self._asleep - {new.pid} | asleep
+            return found
 
     async def _guard_answers(self, more: int) -> bytes:
         assert self._guard is not None
@@ -113,37 +397,57 @@ class FileGuest(MemoryGuest):
         if self._paused:
             return  # which has ended the duty cycle; it stands still, perhaps for good
         try:
-            await self._tell_guard(b"t" + bytes([percent]))
+            found = await self._tell_guard(b"t" + bytes([percent]))
+            forbidden = [pid for pid, what in found.items() if what is Found.FORBIDDEN]
+            if percent and forbidden:
+                await self._tell_guard(b"t\0")
+                raise MigrationError(
+                    f"process {forbidden[0]} cannot be slowed: it may not be stopped"
+                )
         except MigrationError:
             # It may have died while the writer stood still.
             self._let_go()
             raise
+        if percent and set(found.values()) <= {Found.ENDED}:
+            self.can_throttle = False
 
     def _let_go(self) -> None:
-        for pid in self.pids:
+        for pid, handle in self._writers.items():
             if pid not in self._asleep:
                 with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGCONT)
+                    handle.signal(signal.SIGCONT)
 
     async def pause(self) -> None:
         self._paused = True  # also where this is cancelled: the guard has been told
+        await self._watch_no_more()
         try:
-            await self._tell_guard(b"p", len(self.pids))
+            await self._tell_guard(b"p")
         except MigrationError:
             self._paused = False
             raise
-        for pid in self.pids:
+        await self._stop(list(self._writers))
+        if self.pause_cmd:
+            await run_command(self.pause_cmd, "--pause-cmd")
+        if self._lookout is not None:
+            await self._stop_the_rest(self._lookout)
+            self._check = asyncio.ensure_future(self._lookout.look())
+            self._check.add_done_callback(lambda check: check.cancelled() or check.exception())
+            if self.pause_cmd:
+                for text in companions.warnings(self._fd, self.path, ()):
+                    self.warn(text)
+        self._check_file()
+
+    async def _stop(self, pids: list[int]) -> None:
+        """Stops processes of which the guard knows; returns when every thread stands still."""
+        for pid in pids:
             try:
-                os.kill(pid, signal.SIGSTOP)
+                self._writers[pid].signal(signal.SIGSTOP)
             except ProcessLookupError:
                 continue  # it has ended: it writes no more
             except OSError as error:
                 raise MigrationError(f"cannot stop process {pid}: {error.strerror}") from None
-        for pid in self.pids:
-            await self._stopped(pid)
-        if self.pause_cmd:
-            await run_command(self.pause_cmd, "--pause-cmd")
-        self._check_file()
+        for pid in pids:
+            await self._stopped(self._writers[pid])
 
     def _check_file(self) -> None:
         """The file must still be the one we opened, under its name and as long as it was."""
@@ -164,32 +468,29 @@ class FileGuest(MemoryGuest):
                 f"{size} now: a guest must keep its size while it moves"
             )
 
-    async def _stopped(self, pid: int) -> None:
+    async def _stopped(self, process: Process) -> None:
         """Waits until every thread of the process has stopped."""
         loop = asyncio.get_running_loop()
         end = loop.time() + STOP_PATIENCE
-        while True:
-            states = set()
-            with contextlib.suppress(OSError):
-                for task in os.listdir(f"/proc/{pid}/task"):
-                    line = Path(f"/proc/{pid}/task/{task}/stat").read_bytes()
-                    states.add(line.rpartition(b")")[2].split()[0].decode())
-            if states <= set("TtZX"):
-                return
+        while not process.ended() and not stands_still(process.pid):
             if loop.time() > end:
-                raise MigrationError(f"process {pid} does not stop")
+                raise MigrationError(f"process {process.pid} does not stop")
             await asyncio.sleep(0.0005)
 
     async def resume(self) -> None:
         if not self._paused or self._given_up:
             return
         self._paused = False
+        if self._check is not None:
+            self._check.cancel()
+            self._check = None
         async with self._asking:
             pass  # a pause that was cancelled may not have been answered yet
         self._let_go()
         if self.resume_cmd:
             await run_command(self.resume_cmd, "--resume-cmd")
         await self._tell_guard(b"r")
+        self._watch()
 
     async def give_up(self) -> None:
         await self._tell_guard(b"g")
@@ -197,7 +498,7 @@ class FileGuest(MemoryGuest):
 
     async def take_back(self) -> None:
         self._given_up = False
-        await self._tell_guard(b"p", len(self.pids))
+        await self._tell_guard(b"p")
 
     async def release(self) -> None:
         """The writer stays stopped: it would write to a copy that is no longer the guest."""
@@ -206,7 +507,12 @@ class FileGuest(MemoryGuest):
         return {
             "kind": self.kind,
             "path": os.path.abspath(self.path),
-            "pids": [[pid, start_time(pid)] for pid in self.pids],
+            # Who was stopped by somebody else is not for a later program to wake.
+            "pids": [
+                [pid, handle.born]
+                for pid, handle in self._writers.items()
+                if pid not in self._asleep
+            ],
             "resume_cmd": self.resume_cmd,
         }
 
@@ -220,9 +526,34 @@ class FileGuest(MemoryGuest):
         return guest
 
     async def close(self) -> None:
+        await self._watch_no_more()
+        if self._check is not None:
+            self._check.cancel()
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_PATIENCE):
                     await self._guard.wait()
+        if self._lookout is not None:
+            await self._lookout.close()
+        for handle in self._writers.values():
+            handle.close()
         os.close(self._fd)
+
+
+def _runs(writer: Writer) -> bool:
+    try:
+        return not stands_still(writer.pid)
+    except MigrationError:
+        return True  # as far as can be seen
+
+
+def _bounded(look: Callable[[], T]) -> T:
+    """The result of a look; the kernel may let it wait for a process that hangs."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(look()), daemon=True)
+    thread.start()
+    thread.join(LOOK_PATIENCE)
+    if not results:
+        raise UsageError(f"the processes of this machine could not be looked at {_IN_TIME}")
+    return results[0]

@@ -1,16 +1,17 @@
-"""The guard: a process that slows a writer, and lets it go on if the source dies meanwhile.
+"""The guard: a process that slows writers, and lets them go on if the source dies meanwhile.
 
-Started by file.py, isolated (see isolated.py), with the arguments [--resume-cmd CMD] PID... It
-reads one letter at a time:
+Started by file.py, isolated (see isolated.py), with the arguments [--resume-cmd CMD] PID:BORN...,
+each a process and its start time. It reads one letter at a time:
 
-    p   the writer is (about to be) stopped     r   it runs again
-    g   it was given up: never resume it        (end of file: the source is gone)
-    t   and a byte: so much percent of its time is taken from it while it runs (see duty.py)
+    p   the writers are (about to be) stopped   r   they run again
+    g   they were given up: never resume them   (end of file: the source is gone)
+    t   and a byte: so much percent of their time is taken from them while they run (see duty.py)
+    a   and 12 bytes (number and start time, see ADDED): one more writer
 
-and answers k; to p, a byte for each PID behind that: 1 where it stood still already, stopped by
-somebody else, who alone may let it go on. The guard goes on with its part only after it has
-answered: when p is answered, no SIGCONT of a duty cycle comes any more, so whoever stops the writer
-after that has stopped it.
+and answers k; to p, t and a with a byte more for each PID, for a only for the new one: what was
+found of it (see Found). Who stood still already was stopped by somebody else, who alone may let it
+go on. The guard goes on with its part only after it has answered: when p is answered, no SIGCONT of
+a duty cycle comes any more, so whoever stops the writer after that has stopped it.
 
 A writer that somebody else stops just while it stands still here goes on with the next run: the
 kernel does not tell one stop from two.
@@ -22,62 +23,94 @@ import contextlib
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from enum import IntEnum
 
+from migrate.errors import MigrationError
 from migrate.guests.duty import RUN_SECONDS, stopped_seconds
-from migrate.guests.process import state
+from migrate.guests.process import STOPPED, Process, state
 from migrate.output import install, say
 
-STOPPED = ("T", "t")
+ADDED = struct.Struct(">IQ")
+
+
+class Found(IntEnum):
+    """What the guard finds of a writer."""
+
+    RUNS = 0
+    ASLEEP = 1
+    """Somebody else has stopped it."""
+    ENDED = 2
+    FORBIDDEN = 3
+    """It may not be stopped."""
 
 
 class Writers:
     """The processes that write the guest, and which of them stand still because of us."""
 
-    def __init__(self, pids: Iterable[int]) -> None:
-        self._handles: dict[int, int] = {}  # a later process with the same number is none of ours
-        self.pids = list(pids)
+    def __init__(self) -> None:
+        self._handles: dict[int, Process | None] = {}
         self._stopped: list[int] = []
-        for pid in self.pids:
-            with contextlib.suppress(OSError):
-                self._handles[pid] = os.pidfd_open(pid)
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self._handles)
+
+    def add(self, pid: int, born: str) -> None:
+        self._handles[pid] = None
+        with contextlib.suppress(ProcessLookupError, MigrationError):
+            self._handles[pid] = Process(pid, born)
+
+    def find(self, pid: int) -> Found:
+        try:
+            self._signal(pid, 0)
+        except ProcessLookupError:
+            return Found.ENDED
+        except OSError:
+            return Found.FORBIDDEN
+        asleep = pid not in self._stopped and state(pid) in STOPPED
+        return Found.ASLEEP if asleep else Found.RUNS
 
     def asleep(self) -> set[int]:
         """Those that somebody else has stopped."""
-        return {pid for pid in self.pids if pid not in self._stopped and state(pid) in STOPPED}
+        return {pid for pid in self._handles if self.find(pid) is Found.ASLEEP}
 
     def stop(self) -> None:
         """For a while: those that run."""
         asleep = self.asleep()
-        for pid in self.pids:
-            if pid not in asleep and self._signal(pid, signal.SIGSTOP):
-                self._stopped.append(pid)
+        for pid in self._handles:
+            if pid not in asleep:
+                with contextlib.suppress(OSError):
+                    self._signal(pid, signal.SIGSTOP)
+                    self._stopped.append(pid)
 
     def let_go(self) -> None:
         """Undoes `stop`."""
         while self._stopped:
-            self._signal(self._stopped.pop(), signal.SIGCONT)
+            with contextlib.suppress(OSError):
+                self._signal(self._stopped.pop(), signal.SIGCONT)
 
     def forget(self) -> None:
         """Those that `stop` has stopped stay so: somebody else will let them go on."""
         self._stopped.clear()
 
-    def _signal(self, pid: int, number: int) -> bool:
-        try:
-            signal.pidfd_send_signal(self._handles[pid], number)
-        except (OSError, KeyError):
-            return False  # it has ended, or is not ours to stop: the source will say so
-        return True
+    def _signal(self, pid: int, number: int) -> None:
+        handle = self._handles[pid]
+        if handle is None:
+            raise ProcessLookupError
+        handle.signal(number)
 
     def resume(self, asleep: set[int]) -> None:
-        for pid in self.pids:
+        for pid in self._handles:
             if pid in asleep:
                 continue
             try:
-                os.kill(pid, signal.SIGCONT)
+                self._signal(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                continue
             except OSError as error:
                 say(f"cannot resume process {pid}: {error.strerror}")
 
@@ -85,8 +118,8 @@ class Writers:
 class Guard:
     """One letter after the other; between them, the duty cycle."""
 
-    def __init__(self, pids: list[int], command: str) -> None:
-        self._writers = Writers(pids)
+    def __init__(self, writers: Writers, command: str) -> None:
+        self._writers = writers
         self._command = command
         self._state = b"r"
         self._percent = 0
@@ -123,6 +156,9 @@ class Guard:
         if letter == b"t":
             self._percent = min(ord(os.read(0, 1) or b"\0"), 99)
             self._writers.let_go()
+            self._answer(bytes(map(self._writers.find, self._writers.pids)))
+        elif letter == b"a":
+            self._answer(bytes([self._add()]))
         elif letter == b"p":
             if self._state == b"r":
                 self._asleep = self._writers.asleep()
@@ -130,12 +166,34 @@ class Guard:
                 self._writers.forget()
             self._percent = 0
             self._state = letter
-            self._answer(bytes(pid in self._asleep for pid in self._writers.pids))
-            return
+            self._answer(bytes(map(self._known, self._writers.pids)))
         else:
             self._writers.let_go()
             self._state = letter
-        self._answer()
+            self._answer()
+
+    def _add(self) -> Found:
+        words = b""
+        while len(words) < ADDED.size and (more := os.read(0, ADDED.size - len(words))):
+            words += more
+        if len(words) < ADDED.size:
+            return Found.ENDED  # the source has died in the middle of the word
+        if self._state == b"r":
+            self._writers.let_go()  # the next turn of the duty cycle has all of them
+        pid, born = ADDED.unpack(words)
+        self._writers.add(pid, str(born))
+        found = self._writers.find(pid)
+        self._asleep.discard(pid)
+        if found is Found.ASLEEP:
+            self._asleep.add(pid)
+        return found
+
+    def _known(self, pid: int) -> Found:
+        """In a pause: which were asleep before it."""
+        if pid in self._asleep:
+            return Found.ASLEEP
+        found = self._writers.find(pid)
+        return Found.RUNS if found is Found.ASLEEP else found
 
     def _answer(self, said: bytes = b"") -> None:
         with contextlib.suppress(OSError):  # whoever asked may have died since
@@ -148,7 +206,11 @@ def main() -> None:
     if arguments[:1] == ["--resume-cmd"]:
         command = arguments[1]
         arguments = arguments[2:]
-    Guard([int(text) for text in arguments], command).run()
+    writers = Writers()
+    for argument in arguments:
+        pid, _, born = argument.partition(":")
+        writers.add(int(pid), born)
+    Guard(writers, command).run()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ class Guest(ABC):
     theirs = "the guest runs at the destination, and no more here"
     """What is true of it once that is found out."""
 
+    stop_seconds = 0.0
+    """What the pause takes longer, to see that everything that writes it has stopped."""
+    check_seconds = 0.0
+    """What `check_writers` takes, beside the last round."""
+    warn: Callable[[str], None] = staticmethod(lambda _text: None)
+    """Told what a user must know, however quiet the program is to be."""
+
     @property
     @abstractmethod
     def size(self) -> int:
@@ -62,10 +69,19 @@ class Guest(ABC):
     async def resume(self) -> None:
         """Lets a paused guest go on here. Does nothing where it runs."""
 
+    async def check_writers(self) -> bool:
+        """Looks, in the pause, whether anything can write the guest that was not stopped.
+
+        True: there was something, and it is stopped now; what it wrote is to be looked for again.
+        Raises MigrationError where it cannot be stopped, or is not ours to stop.
+        """
+        return False
+
     async def throttle(self, percent: int) -> None:
         """Takes so much of its time from the guest (0 to 99), until told otherwise or we die.
 
-        Raises MigrationError where that fails; the guest runs at its own speed then.
+        Raises MigrationError where that fails; the guest runs at its own speed then. Where there is
+        nothing left to slow, `can_throttle` is false when it returns.
         """
 
     def state(self) -> bytes:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from typing import Any
 
 from migrate.errors import ConnectError, MigrationError
 from migrate.guests.guest import Guest
-from migrate.guests.process import start_time
+from migrate.guests.process import Process, start_time
 from migrate.qemu.machine import Machine
 
 HOLDER_SECONDS = 5.0
@@ -87,7 +86,10 @@ class LeftGuest(Guest):
         for _ in range(int(HOLDER_SECONDS / POLL_SECONDS)):
             if not self._held:
                 return
-            with contextlib.suppress(OSError):
-                os.kill(self._pid, number)
+            with (
+                contextlib.suppress(OSError),
+                contextlib.closing(Process(self._pid, self._started)) as holder,
+            ):
+                holder.signal(number)
             await asyncio.sleep(POLL_SECONDS)
         raise MigrationError(f"process {self._pid}, which holds QEMU's stream, does not end")
