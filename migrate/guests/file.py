@@ -14,7 +14,9 @@ from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.command import run_command
+from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guest import MemoryGuest
+from migrate.guests.hold import FileHold, Hold
 from migrate.guests.process import start_time, state
 from migrate.memory import Memory
 
@@ -49,7 +51,12 @@ class FileGuest(MemoryGuest):
             raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
         self.path = path
         self.description = os.path.basename(path)[:200]
-        self.memory = Memory(size, fd=self._fd)
+        self._is_device, align = stat.S_ISBLK(mode), 0
+        if self._is_device:
+            align = self._open_device()
+        self.memory = Memory(size, fd=self._fd, align=align)
+        self.cautions: list[str] = []
+        self._hold: Hold | None = None
         self.pids = tuple(pids)
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
@@ -65,6 +72,51 @@ class FileGuest(MemoryGuest):
                 raise UsageError(f"--pid {pid}: there is no such process")
             if pid == os.getpid():
                 raise UsageError(f"--pid {pid}: that is migrate-src itself")
+
+    def _open_device(self) -> int:
+        """Read the device past all caches; returns the alignment this needs."""
+        try:
+            direct, align = open_direct(self._fd)
+        except OSError as error:
+            if mounts_of(number_of(self._fd)):
+                os.close(self._fd)
+                raise UsageError(
+                    f"guest {self.path}: a file system is mounted on it, and it cannot be read "
+                    f"past the page cache, which has old blocks (O_DIRECT: {error.strerror}): "
+                    "unmount it"
+                ) from None
+            return 0
+        os.close(self._fd)
+        self._fd = direct
+        return align
+
+    async def hold(self) -> None:
+        if self._hold is not None:
+            return
+        hold: Hold
+        if self._is_device:
+            hold = device = DeviceHold(self._fd, f"guest {self.path}", self.pids)
+            await device.take()
+            points = [mount.point for mount in device.mounts if not mount.read_only]
+            if points and not self.pause_cmd:
+                hold.cautions.append(
+                    f"a file system on {self.path} is mounted at {', '.join(points)} and writes to "
+                    f"it: freeze it for the last round (--pause-cmd 'fsfreeze -f {points[0]}' "
+                    f"--resume-cmd 'fsfreeze -u {points[0]}')"
+                )
+        else:
+            hold = FileHold(self._fd, f"guest file {self.path}")
+            await hold.take()
+        self._hold, self.cautions = hold, hold.cautions
+
+    def confirm_hold(self) -> None:
+        if self._hold is not None:
+            self._hold.confirm()
+
+    def unhold(self) -> None:
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     async def started(self) -> None:
         """Starts the guard: it must be there before anything is stopped."""
@@ -223,4 +275,5 @@ class FileGuest(MemoryGuest):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_PATIENCE):
                     await self._guard.wait()
+        self.unhold()
         os.close(self._fd)
