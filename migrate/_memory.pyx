@@ -46,10 +46,81 @@ cdef inline uint64_t run_end(const uint8_t* bits, uint64_t page, uint64_t limit)
     return page
 
 
+cdef Py_ssize_t read_at(
+    int fd, uint8_t* at, Py_ssize_t want, uint64_t offset, size_t align,
+    uint8_t* bounce, Py_ssize_t bounce_size,
+) noexcept nogil:
+    """Reads `want` bytes; returns how many (fewer at the end of the file), or -1 with errno set.
+
+    align -- 0, or what O_DIRECT wants offset, length and address to be multiples of; what is not is
+             read into `bounce`, itself aligned and a multiple of `align` long
+    """
+    cdef Py_ssize_t got = 0, skip, length
+    cdef ssize_t n
+    cdef uint64_t from_
+    while got < want:
+        from_ = offset + <uint64_t>got
+        length = want - got
+        if not align or not (from_ | <uint64_t>length | <uint64_t>(at + got)) & (align - 1):
+            n = pread(fd, at + got, length, <long>from_)
+        else:
+            skip = <Py_ssize_t>(from_ & (align - 1))
+            length = (skip + length + <Py_ssize_t>align - 1) & ~(<Py_ssize_t>align - 1)
+            if length > bounce_size:
+                length = bounce_size
+            n = pread(fd, bounce, length, <long>(from_ - <uint64_t>skip))
+            if n >= 0:
+                n = n - skip if n > skip else 0
+                if n > want - got:
+                    n = want - got
+                memcpy(at + got, bounce + skip, n)
+        if n > 0:
+            got += n
+        elif n == 0:
+            break
+        elif errno != EINTR:
+            return -1
+    return got
+
+
+cdef int check_bounce(size_t align, const uint8_t[::1] bounce) except -1:
+    if not align:
+        return 0
+    if align & (align - 1) or bounce is None or <size_t>bounce.shape[0] < 2 * align:
+        raise ValueError("an alignment is a power of two, with a buffer of twice as much")
+    if bounce.shape[0] % align or <uint64_t>&bounce[0] % align:
+        raise ValueError("the buffer is not aligned")
+    return 0
+
+
+def read_direct(
+    int fd, size_t align, uint8_t[::1] bounce not None, uint8_t[::1] into not None, uint64_t offset,
+):
+    """Fills `into` from `offset` on, from a file that was opened with O_DIRECT.
+
+    Returns how many bytes there were. Raises OSError where reading fails.
+    """
+    cdef Py_ssize_t got = 0
+    cdef int error = 0
+    check_bounce(align, bounce)
+    if into.shape[0]:
+        with nogil:
+            got = read_at(
+                fd, &into[0], into.shape[0], offset, align, &bounce[0], bounce.shape[0]
+            )
+            if got < 0:
+                error = errno
+    if error:
+        import os
+        raise OSError(error, os.strerror(error))
+    return got
+
+
 def gather(
     const uint8_t[::1] memory, int fd, uint64_t size, const uint8_t[::1] bitmap not None,
     uint64_t first, uint64_t end, Py_ssize_t page_size,
     uint8_t[::1] snapshot not None, uint64_t[::1] numbers not None,
+    size_t align=0, uint8_t[::1] bounce=None,
 ):
     """Copies the dirty pages from `first` to `end` into `snapshot`, as many as fit.
 
@@ -58,13 +129,14 @@ def gather(
     bitmap   -- a bit per page, in whole 8-byte words
     snapshot -- private memory for len(numbers) pages
     numbers  -- takes the page numbers
+    align, bounce -- see read_at; 0, None: `fd` was not opened with O_DIRECT
 
     Returns (pages copied, the page to go on from). Raises OSError where reading fails.
     """
     cdef uint64_t page = first, stop, offset
-    cdef Py_ssize_t count = 0, most = numbers.shape[0], want, got
-    cdef ssize_t n = 0
+    cdef Py_ssize_t count = 0, most = numbers.shape[0], want, got, bounce_size = 0
     cdef uint8_t* at
+    cdef uint8_t* spare = NULL
     cdef int error = 0
     if <uint64_t>bitmap.shape[0] * 8 < end or bitmap.shape[0] % 8:
         raise ValueError("the bitmap is too short")
@@ -72,6 +144,9 @@ def gather(
         raise ValueError("the snapshot is too short")
     if memory is not None and <uint64_t>memory.shape[0] < size:
         raise ValueError("the memory is too short")
+    check_bounce(align, bounce)
+    if align:
+        spare, bounce_size = &bounce[0], bounce.shape[0]
     cdef const uint8_t* source = NULL
     if memory is not None and size:
         source = &memory[0]
@@ -91,20 +166,12 @@ def gather(
                 if offset < size:
                     got = want if size - offset >= <uint64_t>want else <Py_ssize_t>(size - offset)
                     memcpy(at, source + offset, got)
-            else:
-                while got < want and offset + got < size:
-                    n = pread(fd, at + got, want - got, <long>(offset + got))
-                    if n > 0:
-                        got += n
-                    elif n == 0:
-                        break
-                    elif errno != EINTR:
-                        error = errno
-                        break
-                if error:
+            elif offset < size:
+                got = want if size - offset >= <uint64_t>want else <Py_ssize_t>(size - offset)
+                got = read_at(fd, at, got, offset, align, spare, bounce_size)
+                if got < 0:
+                    error = errno
                     break
-                if size < offset + got:
-                    got = <Py_ssize_t>(size - offset)
             if got < want:
                 memset(at + got, 0, want - got)
             while page < stop:

@@ -12,7 +12,9 @@ import mmap
 import os
 from collections.abc import Iterator
 
-from migrate._memory import gather
+from migrate._memory import gather, read_direct
+
+BOUNCE_BYTES = 256 << 10
 
 
 def private_buffer(size: int) -> memoryview:
@@ -24,12 +26,21 @@ def private_buffer(size: int) -> memoryview:
 
 
 class Memory:
-    """`size` bytes, in `view` or behind `fd`; reads past the end give zeros."""
+    """`size` bytes, in `view` or behind `fd`; reads past the end give zeros.
 
-    def __init__(self, size: int, view: memoryview | None = None, fd: int = -1) -> None:
+    align -- bytes that offsets, lengths and addresses must be multiples of, where `fd` was opened
+             with O_DIRECT; 0: no rule
+    """
+
+    def __init__(
+        self, size: int, view: memoryview | None = None, fd: int = -1, align: int = 0
+    ) -> None:
         self.size = size
         self.view = view
         self.fd = fd
+        self.align = align
+        # What does not fit the rule is read into this, and copied.
+        self._bounce = private_buffer(BOUNCE_BYTES) if align else None
         self._extent = (0, 0, False)
 
     def read(self, offset: int, into: memoryview) -> int:
@@ -37,6 +48,10 @@ class Memory:
         want = min(len(into), self.size - offset)
         if self.view is not None:
             into[:want] = self.view[offset : offset + want]
+            return want
+        if self._bounce is not None:
+            done = read_direct(self.fd, self.align, self._bounce, into[:want], offset)
+            into[done:want] = bytes(want - done)
             return want
         done = 0
         while done < want:
@@ -52,7 +67,10 @@ class Memory:
         numbers: memoryview,
     ) -> tuple[int, int]:  # fmt: skip
         """Copies dirty pages: see migrate._memory.gather."""
-        return gather(self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers)
+        return gather(
+            self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers,
+            self.align, self._bounce,
+        )  # fmt: skip
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
         """(first page, pages, data) for all of the guest; `data` is False for holes.

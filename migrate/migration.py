@@ -1,8 +1,10 @@
 """What every migration goes through at the source, whatever kind of guest it moves.
 
+    (hold)     no other program can move the guest
     setup      HELLO, GUEST, ACCEPT; further channels
     active     the guest's memory goes over: `_transfer`, up to READY
-    commit     the guest is given up, COMMITTED is written, then GO: it does not run here again
+    commit     it is still held, it is given up, COMMITTED is written, then GO: it does not run here
+               again
     completed  RUNNING came
 
 On any failure before the commit what was begun is undone, and the guest goes on here. After it,
@@ -233,6 +235,9 @@ class Migration(ABC):
     async def _run(self) -> Statistics:
         self._began = time.monotonic()
         try:
+            await self.guest.hold()
+            for caution in self.guest.cautions:
+                self._notice(f"warning: {caution}")
             try:
                 await self._attempts()
             except BaseException as broken:
@@ -255,6 +260,7 @@ class Migration(ABC):
         finally:
             self._worker.shutdown(wait=True)
             self._journal.close(keep=self.resumable or self._journal.claim is Claim.ABORTED)
+            self.guest.unhold()
             await self.channels.close()
         return self.statistics
 
@@ -415,6 +421,7 @@ class Migration(ABC):
 
     async def _hand_over(self) -> None:
         """READY came: the guest is given up, and GO is said; returns when it runs over there."""
+        self.guest.confirm_hold()
         await self.guest.give_up()
         self.channels.handed_over = True
         try:

@@ -203,6 +203,7 @@ async def _act_on(journal: Journal) -> int:
             await guest.release()
             show(f"{journal.text()}: {guest.theirs}")
         else:
+            await guest.hold()
             await guest.take_back()
             await guest.resume()
             show(f"{journal.text()}: {guest.ours}")

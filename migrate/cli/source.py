@@ -167,14 +167,23 @@ class SourceProgram(Node):
             return await self._rehearse(peer)
         try:
             guest = self.opened()
+            self._know(guest)
+            await self._hold(guest)
         except BaseException:
             await peer.close()
             raise
-        self._know(guest)
         status = await self._move(guest, peer)
         # A guest that was given up, and may be the only one, does not end with us.
         self._moved = status in (0, HandOverUnknown.exit_code)
         return status
+
+    async def _hold(self, guest: Guest) -> None:
+        """No other program moves the guest from here on. Raises UsageError where one does."""
+        try:
+            await guest.hold()
+        except BaseException:
+            await guest.close()
+            raise
 
     async def _connect_and_carry(self, guest: QemuGuest) -> int:
         """Waits for QEMU, or has it begin once there is a destination; the exit code."""

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from migrate.errors import MigrationError, UsageError
 from migrate.guests import companions, isolated
 from migrate.guests.command import run_command
+from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
 from migrate.guests.guest import MemoryGuest
+from migrate.guests.hold import FileHold, Hold
 from migrate.guests.lookout import Lookout
 from migrate.guests.process import (
     STOPPED,
@@ -87,7 +89,12 @@ class FileGuest(MemoryGuest):
             raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
         self.path = path
         self.description = printable(os.path.basename(path), MAX_DESCRIPTION)
-        self.memory = Memory(size, fd=self._fd)
+        self._is_device, align = stat.S_ISBLK(mode), 0
+        if self._is_device:
+            align = self._open_device()
+        self.memory = Memory(size, fd=self._fd, align=align)
+        self.cautions: list[str] = []
+        self._hold: Hold | None = None
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
         self.warnings: list[str] = []
@@ -239,6 +246,51 @@ class FileGuest(MemoryGuest):
             self.warnings.append(
                 f"{'; '.join(hidden)}: what one of them writes to the guest after the pause is lost"
             )
+
+    def _open_device(self) -> int:
+        """Read the device past all caches; returns the alignment this needs."""
+        try:
+            direct, align = open_direct(self._fd)
+        except OSError as error:
+            if mounts_of(number_of(self._fd)):
+                os.close(self._fd)
+                raise UsageError(
+                    f"guest {self.path}: a file system is mounted on it, and it cannot be read "
+                    f"past the page cache, which has old blocks (O_DIRECT: {error.strerror}): "
+                    "unmount it"
+                ) from None
+            return 0
+        os.close(self._fd)
+        self._fd = direct
+        return align
+
+    async def hold(self) -> None:
+        if self._hold is not None:
+            return
+        hold: Hold
+        if self._is_device:
+            hold = device = DeviceHold(self._fd, f"guest {self.path}", self.pids)
+            await device.take()
+            points = [mount.point for mount in device.mounts if not mount.read_only]
+            if points and not self.pause_cmd:
+                hold.cautions.append(
+                    f"a file system on {self.path} is mounted at {', '.join(points)} and writes to "
+                    f"it: freeze it for the last round (--pause-cmd 'fsfreeze -f {points[0]}' "
+                    f"--resume-cmd 'fsfreeze -u {points[0]}')"
+                )
+        else:
+            hold = FileHold(self._fd, f"guest file {self.path}")
+            await hold.take()
+        self._hold, self.cautions = hold, hold.cautions
+
+    def confirm_hold(self) -> None:
+        if self._hold is not None:
+            self._hold.confirm()
+
+    def unhold(self) -> None:
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     async def started(self) -> None:
         """Starts the guard: it must be there before anything is stopped."""
@@ -538,6 +590,7 @@ class FileGuest(MemoryGuest):
             await self._lookout.close()
         for handle in self._writers.values():
             handle.close()
+        self.unhold()
         os.close(self._fd)
 
 

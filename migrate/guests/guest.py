@@ -14,7 +14,7 @@ each kind arranges that with somebody who outlives us (see demo.py, guard.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migrate.memory import Memory
@@ -52,11 +52,26 @@ class Guest(ABC):
     """What `check_writers` takes, beside the last round."""
     warn: Callable[[str], None] = staticmethod(lambda _text: None)
     """Told what a user must know, however quiet the program is to be."""
+    cautions: Sequence[str] = ()
+    """Sentences for the user on how it is held, and on what else writes it."""
 
     @property
     @abstractmethod
     def size(self) -> int:
         """Of its memory, in bytes."""
+
+    async def hold(self) -> None:
+        """Hold the guest: no other program can move it until `unhold`, or until we die.
+
+        Comes before anything is written down or stopped. Does nothing while it is held. Raises
+        UsageError where another program moves it.
+        """
+
+    def confirm_hold(self) -> None:
+        """Make sure that it is still held, just before it is given up. Raises MigrationError."""
+
+    def unhold(self) -> None:
+        """The migration is over: other programs may move what is still here."""
 
     async def started(self) -> None:
         """Waits until the guest runs and can be paused."""
