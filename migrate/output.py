@@ -43,6 +43,8 @@ MAX_EXIT_SECONDS = 30.0
 AGAIN_SECONDS = 0.01
 CANCELLED = 128 + signal.SIGINT
 OUT, ERR = 1, 2
+_given: set[int] = set()
+"""The descriptors that the program was started with, once `install` has looked."""
 STANDARD_OUTPUT = "standard output"
 
 
@@ -105,8 +107,9 @@ class Outlet:
         self.fault: OSError | None = None
         """Why the descriptor did not take something, the last time that happened."""
         self.lock = threading.RLock()
-        blocks = self._own < 0 and not _is_file(fd)
-        self._piece = PIECE if blocks else LARGE_PIECE
+        self._piece = LARGE_PIECE if self._own >= 0 or _is_file(fd) else PIECE
+        if self._own < 0 and os.isatty(fd):
+            self._piece = 1  # another user's: `poll` promises no more room than that
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLOUT)
 
@@ -217,6 +220,11 @@ def _is_file(fd: int) -> bool:
         return False
 
 
+def given(fd: int) -> bool:
+    """Whether a user may name a descriptor to write to: not one that was opened here."""
+    return writable(fd) and (not _given or fd in _given)
+
+
 def open_descriptors() -> None:
     """Open those of 0, 1 and 2 that are closed on /dev/null, for our children too.
 
@@ -313,6 +321,8 @@ def install(*, waits: bool = False) -> None:
     A stream that is not the interpreter's own, as in a test, is left as it is.
     """
     open_descriptors()
+    with contextlib.suppress(OSError):
+        _given.update(fd for fd in map(int, os.listdir("/proc/self/fd")) if writable(fd))
     if not waits:
         # Where `stty tostop` is on, a program in the background that prints to its terminal would
         # be stopped, its guest perhaps in the pause.

@@ -323,7 +323,7 @@ def asked(tmp_path: Path) -> Iterator[Asked]:
     program.program.wait()
 
 
-NO_SPACE = "migrate-ctl: standard output: No space left on device\n"
+NO_SPACE = "migrate-ctl: No space left on device\n"
 
 
 def test_an_answer_that_cannot_be_printed_is_said(asked: Asked) -> None:

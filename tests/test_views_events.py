@@ -130,6 +130,14 @@ def test_a_descriptor_is_read_from_the_option(tmp_path):
         assert parse_events(f"json:{file.fileno()}") == file.fileno()
 
 
+def test_a_descriptor_of_the_program_itself_is_refused():
+    """An event loop has some, too: events would go to its innards."""
+    for fd in range(3, 16, 2):
+        program = Program("migrate-src", "--events", f"json:{fd}", "unix:/nowhere")
+        assert program.wait() == 2
+        assert f"--events json:{fd}: descriptor {fd}: Bad file descriptor" in program.err
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

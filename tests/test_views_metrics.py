@@ -118,6 +118,9 @@ def test_an_address_that_is_none_is_refused(listen):
 def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(UsageError, match="No such file or directory"):
         Metrics(lambda: source_families(LAST), textfile=str(tmp_path / "no" / "m.prom"))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="it is no plain file"):
+        Metrics(lambda: source_families(LAST), textfile=str(tmp_path / "fifo"))
     program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--metrics-textfile", "/no/m")
     assert program.wait() == 2
 

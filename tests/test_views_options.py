@@ -48,6 +48,76 @@ def test_a_view_that_fails_is_left_out_and_the_others_go_on(capsys, tmp_path):
     assert {"r.html", "m"} == {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("verb", ["describe", "observe", "end", "say", "clear", "close"])
+def test_a_drawing_that_fails_goes_on_as_lines(capsys, verb):
+    seen = views()
+
+    class Broken:
+        def __getattr__(self, name):
+            def act(*_arguments):
+                if name == verb:
+                    raise RuntimeError("it fell over")
+
+            return act
+
+    seen._text = Broken()
+    seen.say("a sentence")
+    tell(seen)
+    seen.close()
+    said = capsys.readouterr().err
+    assert said.count("the live view goes no further: it fell over") == (verb != "say")
+    assert ("a sentence" in said) == (verb == "say")
+
+
+def test_a_view_that_fails_at_the_end_is_said(capsys):
+    seen = views()
+
+    class Broken:
+        def close(self):
+            raise RuntimeError("it fell over")
+
+        def describe(self, *_arguments):
+            pass
+
+        observe = end = describe
+
+    seen._views["--report"] = Broken()
+    tell(seen)
+    seen.close()
+    assert "--report goes no further: it fell over" in capsys.readouterr().err
+
+
+def test_what_views_show_of_others_is_printable(capsys, tmp_path):
+    seen = views("--report", str(tmp_path / "r.html"))
+    seen.describe({"guest": "\x1b[2J\udcff", "destination": "tcp:h:1"})
+    for event, s in story():
+        seen.end(s) if event == "end" else seen.observe(event, s)
+        if event == "paused":
+            seen.observe("notice: \x1b]0;title\x07\n", s)
+    seen.close()
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert r"\x1b[2J\xff" in page
+    for text in (page, capsys.readouterr().err):
+        assert r"\x1b]0;title\x07\n" in text
+        assert "\x1b" not in text
+
+
+def test_metrics_that_cannot_be_written_are_said_once_and_tried_again(capsys, tmp_path):
+    path = tmp_path / "directory" / "metrics"
+    path.parent.mkdir()
+    seen = views("--metrics-textfile", str(path))
+    path.unlink()
+    path.parent.rmdir()
+    tell(seen)
+    tell(seen)
+    path.parent.mkdir()
+    tell(seen)
+    seen.close()
+    said = capsys.readouterr().err
+    assert said.count("--metrics-textfile goes no further: No such file or directory") == 1
+    assert path.exists()
+
+
 def test_a_disk_that_is_full_at_the_end_is_said(capsys, tmp_path):
     seen = views("--report", str(tmp_path / "r.html"), "--metrics-textfile", str(tmp_path / "m"))
     (tmp_path / "m").unlink()
@@ -88,6 +158,14 @@ def test_where_there_is_a_live_view(monkeypatch, mode, term, terminal, live):
     if term is not None:
         monkeypatch.setenv("TERM", term)
     assert wants_live(mode, Terminal() if terminal else io.StringIO()) is live
+
+
+def test_a_terminal_without_the_letters_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for encoding in ("ascii", "iso-8859-1"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        assert not wants_live("auto", stream)
 
 
 @pytest.mark.parametrize("program", ["source", "destination"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from html.parser import HTMLParser
@@ -196,6 +197,24 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
             Report(History(), str(path))
     program = Program("migrate-src", "--report", str(tmp_path), "tcp:127.0.0.1:1")
     assert program.wait() == 2
+
+
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="it is no plain file"):
+        Report(History(), str(tmp_path / "fifo"))
+
+
+def test_a_page_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
+    history = History()
+    view = Report(history, str(tmp_path / "r.html"))
+    (tmp_path / "r.html").mkdir()
+    for event, s in story():
+        history.observe(event, s)
+        if event == "end":
+            view.end(s)
+    assert view.close() == "Is a directory"
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
 def test_the_page_of_a_real_migration_has_its_numbers(tmp_path):

@@ -217,7 +217,7 @@ def _print(text: str, *, matters: bool = True) -> None:
         if matters:
             raise
         if not isinstance(error, BrokenPipeError):
-            say(f"migrate-ctl: {error.filename or 'standard output'}: {error.strerror or error}")
+            say(f"migrate-ctl: {error.strerror or error}")
 
 
 def converse(control: Control) -> int:
@@ -279,8 +279,7 @@ def run(words: list[str] | None = None) -> int:
         say(f"migrate-ctl: {error}")
         return 1 if isinstance(error, PeerError) else error.exit_code
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        say(f"migrate-ctl: {where}{error.strerror or error}")
+        say(f"migrate-ctl: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -34,7 +34,7 @@ def parse_events(text: str) -> int:
     if kind != "json" or (colon and not (number.isdecimal() and len(number) < 8)):
         raise UsageError(f"--events {text!r} is not understood: write json, or json:FD")
     fd = int(number) if colon else 1
-    if not output.writable(fd):  # a disk that is full may have room later
+    if not output.given(fd):  # a disk that is full may have room later
         raise UsageError(f"--events {text}: descriptor {fd}: {os.strerror(errno.EBADF)}")
     return fd
 

@@ -143,6 +143,9 @@ class Metrics:
 
     def _check(self) -> None:
         """Writes what there is; what goes wrong now would go wrong at the end."""
+        path = self._textfile
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UsageError(f"--metrics-textfile {path}: it is no plain file, and is not replaced")
         try:
             self.write()
         except OSError as error:

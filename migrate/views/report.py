@@ -203,6 +203,8 @@ class Report:
         directory = os.path.dirname(path) or "."
         if os.path.isdir(path) or not os.path.isdir(directory):
             raise UsageError(f"--report {path}: there is no such place for a file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"--report {path}: it is no plain file, and is not replaced")
         if not os.access(path if os.path.exists(path) else directory, os.W_OK):
             raise UsageError(f"--report {path}: it cannot be written")
         self._history = history
