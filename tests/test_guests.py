@@ -41,7 +41,7 @@ from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
 from tests.programs import end_guest
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 ROOT = Path(__file__).parent.parent
 
 

@@ -27,7 +27,7 @@ MIB = 1 << 20
 SWEEP = Sweep(4 * MIB, fill=6 * MIB, rate=1_000_000)
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 
 

@@ -28,7 +28,7 @@ from tests.machine.qemu import MIB, PROGRAM, SLOW
 
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 
 
