@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from proto import kernel
 from tests import blocking
@@ -27,7 +27,7 @@ os.environ["MIGRATE_JOURNAL"] = tempfile.mkdtemp(prefix="xbmigrate-journal-")
 atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True)
 
 # The machine decides how long an example takes, not the code under test.
-settings.register_profile("machine", deadline=None)
+settings.register_profile("machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("machine")
 
 

@@ -53,7 +53,7 @@ class Program:
             )  # fmt: skip
         self.out = self.err = ""
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 100) -> int:
         out, err = self.process.communicate(timeout=timeout)
         self.out += out
         self.err += err or ""
@@ -104,7 +104,7 @@ def look_at(pid: int, seconds: float = 0.0) -> tuple[int, int, int]:
 
     A program that has just ended its migration may hold the guest for a moment yet.
     """
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while True:
         try:
             verdict = asyncio.run(check(pid, seconds))

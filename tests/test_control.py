@@ -32,7 +32,7 @@ def answer(path: Path, command: str) -> Any:
     return json.loads(out)
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

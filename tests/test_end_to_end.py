@@ -247,7 +247,7 @@ def test_a_destination_goes_on_listening_after_garbage() -> None:
     host, port = address.removeprefix("tcp:").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        connection.settimeout(5)
+        connection.settimeout(60)
         assert connection.recv(1 << 16)[:4] == b"XBM1"  # the reason, as an ERROR frame
     receiver.read_line("refused .*not an xbmigrate stream")
     source = Program("migrate-src", "--guest", "demo:1m", address)
@@ -451,11 +451,11 @@ def test_a_stopped_writer_goes_on_when_one_side_is_killed(shm: Path, victim: str
 def test_killed_at_random_moments() -> None:
     """One guest, many deaths: it is right after each of them, and arrives in the end.
 
-    The first round takes 2 s here, and the deaths come within 1.2 s: always before the commit.
+    The first round takes 4 s here, and the deaths come within 1.2 s: always before the commit.
     """
     chance = random.Random(4444)
     receiver, address = destination()
-    source = Program("migrate-src", "--guest", SMALL, "--max-bandwidth", "16m", address)
+    source = Program("migrate-src", "--guest", SMALL, "--max-bandwidth", "8m", address)
     pid = int(source.read_line(r"moving demo guest, process (\d+)")[1])
     for turn in range(6):
         time.sleep(chance.uniform(0, 1.2))
@@ -466,7 +466,7 @@ def test_killed_at_random_moments() -> None:
         assert_guest_is_right(pid)
         receiver, address = destination()
         source = Program(
-            "migrate-src", "--guest", f"demo:pid={pid}", "--max-bandwidth", "16m", address
+            "migrate-src", "--guest", f"demo:pid={pid}", "--max-bandwidth", "8m", address
         )
     source.wait()
     receiver.wait()
@@ -498,7 +498,7 @@ def test_a_cancelled_pause_command_does_not_stop_the_guest_later(shm: Path) -> N
     receiver, address = destination("--output", str(shm / "output"))
     source = Program(
         "migrate-src", "--guest", f"file:{memory}",
-        "--pause-cmd", f"echo begin >> {log}; sleep 1; echo stopped >> {log}",
+        "--pause-cmd", f"echo begin >> {log}; sleep 3; echo stopped >> {log}",
         "--resume-cmd", f"sleep 0.5; echo resumed >> {log}", address,
     )  # fmt: skip
     while not log.exists():
@@ -508,7 +508,7 @@ def test_a_cancelled_pause_command_does_not_stop_the_guest_later(shm: Path) -> N
     source.kill(signal.SIGINT)
     assert source.wait() == 130, source.err
     receiver.wait()
-    time.sleep(1)
+    time.sleep(3)
     assert log.read_text().split() == ["begin", "resumed"]
 
 
@@ -819,9 +819,9 @@ def page_writer(memory: Path) -> Iterator[subprocess.Popen[bytes]]:
             writer.kill()
 
 
-def assert_runs(pid: int, within: float) -> None:
-    """It is let go in time, and not stopped any more."""
-    end = time.monotonic() + within
+def assert_runs(pid: int) -> None:
+    """It is let go, and not stopped any more."""
+    end = time.monotonic() + 60
     while process_state(pid) == "T":
         assert time.monotonic() < end, "it stands still"
         time.sleep(0.005)
@@ -881,7 +881,7 @@ def test_a_slowed_writer_runs_at_its_own_speed_when_its_mover_is_stopped(
         while process_state(writer.pid) != "T":
             assert source.process.poll() is None
         source.kill(end)
-        assert_runs(writer.pid, 1.0)
+        assert_runs(writer.pid)
         source.wait()
         receiver.wait()
 

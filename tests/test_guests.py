@@ -41,7 +41,7 @@ from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
 from tests.programs import end_guest
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 ROOT = Path(__file__).parent.parent
 
 
@@ -189,8 +189,10 @@ async def test_two_programs_cannot_move_one_guest(demo):
     other = DemoProcess.attach(guest.process.pid)
     with pytest.raises(UsageError, match="is being moved by another program"):
         other.lock()
-    with Mover(
-        """
+
+    def attempt() -> str:
+        with Mover(
+            """
 from migrate.errors import UsageError
 from migrate.guests.demo import DemoGuest
 try:
@@ -198,9 +200,11 @@ try:
 except UsageError as error:
     print(error)
 """,
-        guest.process.pid,
-    ) as mover:
-        assert "is being moved by another program" in mover.said
+            guest.process.pid,
+        ) as mover:
+            return mover.said
+
+    assert "is being moved by another program" in await asyncio.to_thread(attempt)
     await guest.close()
     other.lock()  # the first one has let go
     other.close()
@@ -756,7 +760,7 @@ async def test_writers_wait_while_a_buffer_is_paused_and_learn_that_it_moved():
     finally:
         await guest.release()
         for thread in threads:
-            thread.join(PATIENCE)
+            await asyncio.to_thread(thread.join, PATIENCE)
     assert moved.is_set()
     assert not any(thread.is_alive() for thread in threads)
     assert memory == before
@@ -1049,7 +1053,7 @@ async def test_a_writer_that_was_given_up_is_not_let_go_by_a_throttle_that_ends(
 async def test_who_was_stopped_by_somebody_else_is_not_woken(writer):
     path, pid = writer
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: thread_states(pid) == {"T"})
+    await asyncio.to_thread(wait_until, lambda: thread_states(pid) == {"T"})
     guest = FileGuest(str(path), [pid])
 
     async def sleeps() -> None:

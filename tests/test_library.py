@@ -71,9 +71,9 @@ async def test_an_array_moves_while_threads_update_it(
         parameters = migrate.Parameters(cache_size=cache_size, channels=channels)
         statistics, received = await move(guest, parameters)
     finally:
-        if not moved.wait(0.1):
+        if not await asyncio.to_thread(moved.wait, 0.1):
             guest._gate.move()
-        thread.join()
+        await asyncio.to_thread(thread.join)
     assert numpy.array_equal(numpy.frombuffer(received.memory, dtype="u8"), array)
     assert received.state == b"as it was"
     assert statistics.status == "completed"

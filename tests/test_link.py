@@ -46,7 +46,7 @@ MIB = 1 << 20
 @contextlib.asynccontextmanager
 async def pair(address=LOCAL, **options):
     """A source's and a destination's link, joined; no test may hang."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         listener = await listen(address, **options)
         source = await connect(listener.address, timeout=10, **options)
         destination = await listener.accept()
@@ -98,7 +98,7 @@ async def raw_peer():
     async def serve(reader, writer):
         await came.put((reader, writer))
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         address = Address(*server.sockets[0].getsockname()[:2])
         source = await connect(address, peer_timeout=20)
@@ -309,7 +309,7 @@ async def test_a_new_rate_holds_for_those_who_wait_too():
         await asyncio.sleep(0.01)
         assert not any(task.done() for task in waiting)
         limit.rate = rate
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.gather(*waiting)
 
 
@@ -395,7 +395,7 @@ async def test_garbage_from_the_peer_is_a_remote_error(garbage):
 
 @pytest.mark.asyncio
 async def test_a_silent_peer_is_lost():
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = Address(*server.getsockname()[:2])
             source = await connect(address, peer_timeout=0.2)
@@ -609,7 +609,7 @@ async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     address = Address("127.0.0.1", port) if kind == "tcp" else Address(path=str(tmp_path / "no"))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(ConnectError, match="is migrate-dst listening there") as error:
             await connect(address, timeout=0.3)
     assert str(address) in str(error.value)
@@ -618,7 +618,7 @@ async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
 @pytest.mark.asyncio
 async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
     address = Address(path=str(tmp_path / "socket"))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         connecting = asyncio.create_task(connect(address, timeout=15))
         await asyncio.sleep(0.15)
         listener = await listen(address)
@@ -630,9 +630,9 @@ async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
 
 @pytest.mark.asyncio
 async def test_a_host_that_does_not_exist_is_an_error_at_once():
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(ConnectError, match=r"cannot connect to tcp:nowhere\.invalid:1"):
-            await connect(Address("nowhere.invalid", 1), timeout=15)
+            await connect(Address("nowhere.invalid", 1), timeout=1000)
 
 
 @pytest.mark.asyncio
@@ -676,7 +676,7 @@ async def test_a_unix_socket_of_a_dead_program_is_taken(tmp_path):
 
 @pytest.mark.asyncio
 async def test_so_many_wait_and_the_next_is_turned_away():
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         listener = await listen(LOCAL)
         waiting = []
         for number in range(MAX_WAITING):

@@ -36,11 +36,13 @@ from tests.requirements import need
 MIB = 1 << 20
 SO_RCVBUFFORCE = 33
 ESTABLISHED = "01"
-PEER_TIMEOUT = 2.0
+PEER_TIMEOUT = 3.0
 # How long both try to find out whose the guest is, where the hand-over is cut off.
-RESOLVE = 3.0
+RESOLVE = 8.0
 # What a program may take to end beside the timeout: the machine may be busy.
-SLACK = 2.5
+SLACK = 20.0
+# One way. What a test has to do while a message is under way must be done by then.
+LONG_WAY = 0.3
 # Programs that should end and do not are an error after so long.
 PATIENCE = 60.0
 
@@ -145,7 +147,7 @@ def test_the_network_does_what_it_is_told() -> None:
             receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * MIB)
             receiver.bind((FAR, 0))
-            receiver.settimeout(0.3)
+            receiver.settimeout(1.0)
         with link.inside("near"):
             sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         with receiver, sender:
@@ -172,7 +174,7 @@ def test_the_network_does_what_it_is_told() -> None:
             server = socket.create_server((FAR, 0))
         began = time.monotonic()
         with server, link.inside("near"), socket.create_connection(server.getsockname()):
-            assert 0.1 <= time.monotonic() - began < 1
+            assert time.monotonic() - began >= 0.1
     with pytest.raises(LeftOutError, match="Cannot open network namespace"):
         call("ip", "-n", link.near, "link")
 
@@ -246,7 +248,7 @@ def in_round(link: Link, move: Move, number: int) -> None:
 
 
 def in_pause(link: Link, move: Move, number: int) -> None:
-    """Waits until the guest is paused: there is a round trip to go to READY, of 0.2 s here."""
+    """Waits until the guest is paused: there is a round trip over the long way to go to READY."""
     until(lambda: move.guest.state() == PAUSED, "the pause")
 
 
@@ -263,7 +265,7 @@ def test_a_silence_before_the_commit_leaves_the_guest_at_the_source(moment: str)
     wait_for, number = MOMENTS[moment]
     slow = moment != "pause"
     with (
-        Link(60_000_000 if slow else 0, delay=0.0 if slow else 0.1) as link,
+        Link(60_000_000 if slow else 0, delay=0.0 if slow else LONG_WAY) as link,
         Move(link, *(ENDLESS if slow else SHORT)) as move,
     ):
         wait_for(link, move, number)
@@ -272,7 +274,7 @@ def test_a_silence_before_the_commit_leaves_the_guest_at_the_source(moment: str)
         assert move.guest.words[OWNER] != GIVEN_UP
         move.assert_kept(cut_at)
         for program in (move.source, move.receiver):
-            assert re.search(r"has said nothing for 2(\.\d+)? s", program.err), program.err
+            assert re.search(r"has said nothing for 3(\.\d+)? s", program.err), program.err
 
 
 @pytest.mark.parametrize("deaf", ["near", "far"])
@@ -292,14 +294,17 @@ def test_a_path_that_swallows_large_packets_alone_is_noticed() -> None:
             move.assert_kept(time.monotonic())
 
 
-@pytest.mark.parametrize("lost", ["GO", "RUNNING"])
+# Where nothing arrives any more, in this order.
+CUT_AFTER_COMMIT = {"GO": ["far", "near"], "RUNNING": ["near"]}
+
+
+@pytest.mark.parametrize("lost", CUT_AFTER_COMMIT)
 def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
     """The source asks in vain, and ends with 9, its guest paused; the destination runs it if GO
     came, and else gives it up."""
-    with Link(delay=0.1) as link, Move(link, *SHORT) as move:
+    with Link(delay=LONG_WAY) as link, Move(link, *SHORT) as move:
         until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
-        # GO is on its way for 0.1 s.
-        link.cut(*(["near"] if lost == "RUNNING" else []))
+        link.cut(*CUT_AFTER_COMMIT[lost])  # GO is on its way
         cut_at = time.monotonic()
         landed = move.landed()
         assert len(landed) == 1
@@ -321,12 +326,12 @@ def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
             until(lambda: gone(landed[0]), "the end of what had arrived")
 
 
-@pytest.mark.parametrize("lost", ["GO", "RUNNING"])
+@pytest.mark.parametrize("lost", CUT_AFTER_COMMIT)
 def test_a_silence_after_the_commit_that_ends_in_time_ends_well(lost: str) -> None:
     """Both have noticed that the connection is dead; then the link is back, and the source asks."""
-    with Link(delay=0.1) as link, Move(link, *SHORT) as move:
+    with Link(delay=LONG_WAY) as link, Move(link, *SHORT) as move:
         until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
-        link.cut(*(["near"] if lost == "RUNNING" else []))
+        link.cut(*CUT_AFTER_COMMIT[lost])
         move.source.read_line("asking whose the guest is")
         link.mend()
         move.assert_arrives()
@@ -334,7 +339,7 @@ def test_a_silence_after_the_commit_that_ends_in_time_ends_well(lost: str) -> No
 
 def test_a_silence_in_the_handshake_ends_it() -> None:
     """And the destination waits for the next source: nothing was described to it."""
-    with Link(delay=0.1) as link, Move(link, *SHORT) as move:
+    with Link(delay=LONG_WAY) as link, Move(link, *SHORT) as move:
         there = Path(f"/proc/{move.receiver.process.pid}/net/tcp")
         until(lambda: f" {ESTABLISHED} " in there.read_text(), "the connection")
         link.cut()
@@ -406,7 +411,7 @@ def test_the_kernel_notices_too(loop: str, mechanism: str) -> None:
             return time.monotonic() - began
 
         with server, link.inside("near"), asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-            assert PEER_TIMEOUT / 2 < runner.run(lose()) < PEER_TIMEOUT * 1.5 + SLACK
+            assert PEER_TIMEOUT / 3 < runner.run(lose()) < PEER_TIMEOUT * 1.5 + SLACK
 
 
 # ---------------------------------------------------------------- a slow reader

@@ -23,7 +23,7 @@ LOCAL = Address("127.0.0.1", 0)
 
 @contextlib.asynccontextmanager
 async def pair():
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         listener = await listen(LOCAL)
         source = await connect(listener.address, timeout=10)
         far = await listener.accept()

@@ -30,7 +30,7 @@ from tests.tap import Tap
 # The programs have the loops that are to be tested; the machine's is not.
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 
 

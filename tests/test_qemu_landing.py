@@ -134,7 +134,8 @@ async def test_it_is_lifted_into_a_later_qemu_than_it_landed_from(
     """Which has machines of the types that earlier ones had."""
     async with counting(machine="pc-i440fx-7.2") as source:
         await way.landed(source, tmp_path / "vm", "xbzrle")
-        async with waiting(source, binary=later(), machine="pc-i440fx-7.2") as other:
+        binary = await asyncio.to_thread(later)
+        async with waiting(source, binary=binary, machine="pc-i440fx-7.2") as other:
             await way.lifted(tmp_path / "vm", other)
             await compare(source, other)
             await other.cont()
@@ -155,6 +156,7 @@ async def test_half_a_machine_leaves_nothing(
         await machine.wait_info(
             lambda info: info.get("ram", {}).get("transferred", 0) > 2 * MIB, "under way"
         )
+        await asyncio.to_thread(receiver.read_line, "receiving a qemu guest")
         assert not (place / "vm").exists()
         receiver.kill(number)
         codes = [await asyncio.to_thread(one.wait) for one in (receiver, sender)]
@@ -166,28 +168,30 @@ async def test_half_a_machine_leaves_nothing(
         assert os.listdir(place) == ["vm"]
 
 
-@one_loop
-async def test_a_full_disk_says_so_and_the_guest_runs_on(
-    qemu: None, way: Way, tmp_path: Path
-) -> None:
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system that is too small for the machine."""
     need(os.geteuid() == 0, "root, to mount a small file system")
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(small)], check=True)
-    try:
-        async with counting() as machine:
-            receiver, address = await way.land(small / "vm")
-            sender, where = await way.source("qemu:tcp:127.0.0.1:0", address)
-            await machine.migrate(where, "return-path", max_bandwidth=0, downtime_limit=2000)
-            for program in (receiver, sender):
-                assert await asyncio.to_thread(program.wait) == 1
-                assert f"--output {small}/vm: No space left on device" in program.err
-            assert "the guest runs on here" in sender.err
-            await machine.wait_status("failed", "cancelled")
-            await machine.wait_for_more()
-        assert os.listdir(small) == []
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@one_loop
+async def test_a_full_disk_says_so_and_the_guest_runs_on(qemu: None, way: Way, small: Path) -> None:
+    async with counting() as machine:
+        receiver, address = await way.land(small / "vm")
+        sender, where = await way.source("qemu:tcp:127.0.0.1:0", address)
+        await machine.migrate(where, "return-path", max_bandwidth=0, downtime_limit=2000)
+        for program in (receiver, sender):
+            assert await asyncio.to_thread(program.wait) == 1
+            assert f"--output {small}/vm: No space left on device" in program.err
+        assert "the guest runs on here" in sender.err
+        await machine.wait_status("failed", "cancelled")
+        await machine.wait_for_more()
+    assert os.listdir(small) == []
 
 
 @one_loop
@@ -479,7 +483,7 @@ def test_no_block_has_a_file_elsewhere() -> None:
 @one_loop
 async def test_a_later_program_gives_it_its_name(landed: Path, tmp_path: Path) -> None:
     """What was prepared outlives the program, also between the steps of overwriting."""
-    old, _ = land(tmp_path / "old", stream())
+    old, _ = await asyncio.to_thread(land, tmp_path / "old", stream())
     assert old.snapshot is not None
     place = LandedPlace(str(landed), old.files.temporary, old.snapshot.id, overwrite=True)
     with pytest.raises(MigrationError, match="not empty"):
@@ -501,7 +505,7 @@ async def test_one_landing_replaces_another(landed: Path, tmp_path: Path) -> Non
     check_landing(str(landed), True)
     with pytest.raises(UsageError, match="give --overwrite"):
         check_landing(str(landed), False)
-    newer, _ = land(landed, stream())
+    newer, _ = await asyncio.to_thread(land, landed, stream())
     assert newer.snapshot is not None
     place = LandedPlace(str(landed), newer.files.temporary, newer.snapshot.id, overwrite=True)
     assert f"the machine is in {landed}" in await place.start()

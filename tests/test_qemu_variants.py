@@ -28,7 +28,7 @@ from tests.machine.qemu import MIB, PROGRAM, SLOW
 
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
 ]
 
 
@@ -219,14 +219,16 @@ async def test_a_stream_without_a_description(binary, way, tmp_path) -> None:
 async def test_a_machine_that_asks_before_it_stands_still() -> None:
     """switchover-ack, since 8.1: the destination says that its devices are ready for the last
     round, and before that there is none."""
-    async with carried(binary=later(), capabilities=("switchover-ack", "return-path")) as move:
+    async with carried(
+        binary=await asyncio.to_thread(later), capabilities=("switchover-ack", "return-path")
+    ) as move:
         await move.begin()
         await move.source.finish()
         await move.arrived()
 
 
 async def test_a_machine_that_asks_before_it_lands(way, tmp_path) -> None:
-    async with Machine(SWEEP, binary=later()) as source:
+    async with Machine(SWEEP, binary=await asyncio.to_thread(later)) as source:
         await source.wait_for_count(SWEEP.every)
         await way.landed(source, tmp_path / "vm", "switchover-ack")
 
@@ -299,7 +301,7 @@ async def test_several_connections_are_refused_on_a_path_too(binary) -> None:
 
 async def test_a_stream_that_needs_a_file_is_refused_by_qemu() -> None:
     """mapped-ram: nobody has connected to us, and the next attempt is as any other."""
-    async with carried(binary=later()) as move:
+    async with carried(binary=await asyncio.to_thread(later)) as move:
         await move.source.prepare("mapped-ram")
         with pytest.raises(ExecuteError, match="seekable"):
             await move.source.migrate(move.uri, "return-path")

@@ -122,7 +122,7 @@ async def test_a_peer_that_sends_a_byte_now_and_then_inside_a_frame_is_lost() ->
     began = time.monotonic()
     try:
         with pytest.raises(PeerLost, match="sends less than 256 bytes a second"):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await peer.receive_message()
         assert time.monotonic() - began >= 1.0
     finally:

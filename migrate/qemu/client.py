@@ -214,7 +214,14 @@ class Client:
                 await asyncio.sleep(RETRY_INTERVAL)
             number = os.dup(transport.get_extra_info("socket").fileno())
             with socket.socket(fileno=number) as sock:
-                data = data[socket.send_fds(sock, [data], [file]) :]
+                sock.setblocking(False)
+                sent = 0
+                while not sent:
+                    try:
+                        sent = socket.send_fds(sock, [data], [file])
+                    except BlockingIOError:
+                        await asyncio.sleep(RETRY_INTERVAL)
+            data = data[sent:]
         self._writer.write(data)
         await self._writer.drain()
 

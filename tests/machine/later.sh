@@ -3,6 +3,10 @@
 # beside it, without installing anything. Fails where there is none.
 set -euo pipefail
 place=${XDG_CACHE_HOME:-$HOME/.cache}/xbmigrate/qemu-later
+# Tests ask for it at the same time: the first one fetches it.
+mkdir -p "$(dirname "$place")"
+exec 9>"$place.lock"
+flock 9
 if [ ! -x "$place/run" ]; then
     . /etc/os-release
     [ "$ID" = debian ] || { echo "later.sh: only Debian has backports" >&2; exit 1; }
@@ -31,7 +35,6 @@ exec "$root/bin/qemu-system-x86_64" -L "$root/share/seabios" -L "$root/share/qem
 SCRIPT
     chmod +x root/run
     root/run --version >&2
-    mkdir -p "$(dirname "$place")"
     rm -rf "$place"
     mv root "$place"
 fi
