@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import secrets
+import stat
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
@@ -191,6 +192,11 @@ def check_output(path: str, overwrite: bool) -> None:
     if not os.access(directory, os.W_OK):
         raise UsageError(f"--output {path}: no permission to write in {directory}")
     if os.path.lexists(path):
+        if os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
+            raise UsageError(
+                f"--output {path}: it is a block device, and a guest lands in a file: name a file, "
+                "and copy that to the device when it has arrived"
+            )
         if not overwrite:
             raise UsageError(f"--output {path}: it exists: remove it or give --overwrite")
         if not os.path.isfile(path):

@@ -1,10 +1,10 @@
 """Reserves a name in a directory: of all programs that receive a guest for it, one may.
 
 No file marks the reservation, so nothing is left of it however a program ends. It is an open file
-description lock on the directory itself, at a place that its hash of the name decides. A directory
-can be opened for reading only, so these are read locks, which do not exclude each other; but the
-kernel tells of them (F_OFD_GETLK). A program takes its own lock, then looks for others.
-A brief flock of the directory lets one of two programs be first; without that both would be refused.
+description lock on the directory itself; a hash of the name decides which byte is locked. A
+directory can be opened for reading only, so these are read locks, which do not exclude each other,
+but the kernel tells of them (F_OFD_GETLK). A program takes its own lock, then looks for others. A
+brief flock of the directory lets one of two programs be first; without that both would be refused.
 
 The directory counts by device and inode, whatever path leads to it, and whoever the user is. A
 file system that has no locks on directories (NFS) has no reservations: there the one that is
