@@ -119,21 +119,17 @@ def _node(path: bytes) -> Number:
     return 0, 0
 
 
-def _claimants(number: Number) -> list[int]:
-    """The processes we can see that have opened a device with O_EXCL."""
-    found = []
+def _openers(number: Number) -> set[int]:
+    """The other processes we can see that have a device open."""
+    found = set()
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError):
                     here = os.stat(f"/proc/{pid}/fd/{fd}")
-                    if not stat.S_ISBLK(here.st_mode) or here.st_rdev != os.makedev(*number):
-                        continue
-                    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
-                        fields = dict(line.split(":", 1) for line in file if ":" in line)
-                    if int(fields["flags"], 8) & os.O_EXCL:
-                        found.append(int(pid))
-    return found
+                    if stat.S_ISBLK(here.st_mode) and here.st_rdev == os.makedev(*number):
+                        found.add(int(pid))
+    return found - {os.getpid()}
 
 
 class DeviceHold(Hold):
@@ -191,12 +187,12 @@ class DeviceHold(Hold):
                 self._lock(mount.point, fcntl.LOCK_EX)
         if self.mounts or self._is_explained():
             return
-        claimants = _claimants(self._number)
-        if not claimants or not set(claimants) <= set(self._writers):
-            who = f"process {', '.join(map(str, claimants))}" if claimants else "a program"
+        openers = _openers(self._number)
+        if not openers or not openers <= set(self._writers):
+            who = f" (open in process {', '.join(map(str, sorted(openers)))})" if openers else ""
             raise UsageError(
-                f"{self.what}: {who} has claimed it for itself, and may be moving it: wait until "
-                "it has ended; or name it with --pid, if it is the guest's writer"
+                f"{self.what}: a program has claimed it for itself{who}, and may be moving it: "
+                "wait until it has ended; or name it with --pid, if it is the guest's writer"
             )
 
     def _is_explained(self) -> bool:

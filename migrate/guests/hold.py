@@ -445,6 +445,40 @@ class FileHold(Hold):
         )
 
 
+class DirectoryHold(Hold):
+    """A directory with a machine in it, which is lifted or replaced."""
+
+    def __init__(self, path: str, what: str) -> None:
+        """Raises OSError."""
+        super().__init__(what)
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    async def take(self) -> None:
+        try:
+            if not try_flock(self._fd):
+                owners = lock_owners(file_key(self._fd), "FLOCK")
+                raise self.taken(pid for pid, _ in owners)
+        except OSError:
+            self.cautions.append(f"{self.what}: its file system has no locks: it is not held")
+        except BaseException:
+            self.close()
+            raise
+
+    def confirm(self) -> None:
+        """It stays as it is, whatever becomes of the hold."""
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self.forget()
+
+    def forget(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def _watch(hold: weakref.ref[FileHold], over: threading.Event) -> None:
     while not over.wait(WATCH_SECONDS):
         one = hold()

@@ -7,10 +7,12 @@ import errno
 import mmap
 import os
 import secrets
+import stat
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Place
+from migrate.guests.reservation import NameTaken, Reservation
 from migrate.memory import Memory
 from migrate.quantities import format_size
 from proto.messages import MAX_PAGES, GuestInfo
@@ -41,6 +43,9 @@ class FilePlace(Place):
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
         check_output(path, overwrite)
+        self._reservation: Reservation | None = None
+        if temporary:
+            self._reserve()  # what came before stays as it was, if another program has the name
         self._nameless = False
         try:
             self.fd = os.open(temporary, os.O_RDWR | os.O_CLOEXEC) if temporary else self._make()
@@ -67,6 +72,14 @@ class FilePlace(Place):
             return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o600)
         self._nameless = True
         return fd
+
+    def _reserve(self) -> None:
+        """Raises NameTaken."""
+        if self._reservation is None:
+            self._reservation = Reservation(self.path)
+
+    async def ready(self) -> None:
+        self._reserve()
 
     def persist(self) -> None:
         if not self._nameless:
@@ -116,6 +129,9 @@ class FilePlace(Place):
         place.path, place._temporary = facts["path"], facts["temporary"]
         place._overwrite, place._size = facts["overwrite"], facts["size"]
         place._directory = os.path.dirname(place.path)
+        place._reservation = None
+        with contextlib.suppress(NameTaken):  # `start` asks again
+            place._reserve()
         for name in (place._temporary, place.path):
             with contextlib.suppress(OSError):
                 place.fd = os.open(name, os.O_RDWR)
@@ -132,6 +148,8 @@ class FilePlace(Place):
         return place
 
     async def start(self, state: bytes) -> str:
+        if self._temporary:
+            self._reserve()
         try:
             if not self._temporary:
                 pass
@@ -155,6 +173,9 @@ class FilePlace(Place):
             self.memory.release()
             self._map.close()
         os.close(self.fd)
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
 
     async def discard(self) -> None:
         if self._temporary:
@@ -171,6 +192,11 @@ def check_output(path: str, overwrite: bool) -> None:
     if not os.access(directory, os.W_OK):
         raise UsageError(f"--output {path}: no permission to write in {directory}")
     if os.path.lexists(path):
+        if os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
+            raise UsageError(
+                f"--output {path}: it is a block device, and a guest lands in a file: name a file, "
+                "and copy that to the device when it has arrived"
+            )
         if not overwrite:
             raise UsageError(f"--output {path}: it exists: remove it or give --overwrite")
         if not os.path.isfile(path):

@@ -29,6 +29,8 @@ import xxhash
 from migrate.address import Address
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import Place
+from migrate.guests.hold import DirectoryHold
+from migrate.guests.reservation import Reservation
 from migrate.memory import private_buffer
 from migrate.qemu.description import check_sections
 from migrate.qemu.place import LOAD_SECONDS, NoQemuError, QemuPlace
@@ -439,7 +441,11 @@ def check_landing(path: str, overwrite: bool) -> None:
 class LandedPlace(Place):
     """A machine that is whole, in `temporary`."""
 
-    def __init__(self, path: str, temporary: str, identity: str, *, overwrite: bool) -> None:
+    def __init__(
+        self, path: str, temporary: str, identity: str, *, overwrite: bool,
+        reservation: Reservation | None = None,
+    ) -> None:  # fmt: skip
+        self._reservation = reservation
         self.path = path
         self.temporary = temporary
         self.identity = identity
@@ -476,6 +482,8 @@ class LandedPlace(Place):
     def _put_in_place(self) -> int:
         try:
             if os.path.lexists(self.temporary):
+                if self._reservation is None:
+                    self._reservation = Reservation(self.path)
                 check_landing(self.path, self._overwrite)
                 self._rename()
             snapshot = Snapshot.read(self.path)
@@ -499,8 +507,13 @@ class LandedPlace(Place):
             os.rename(before, self.path)
             raise
 
+    def close(self) -> None:
+        if self._reservation is not None:
+            self._reservation.close()
+
     async def discard(self) -> None:
         await asyncio.to_thread(shutil.rmtree, self.temporary, ignore_errors=True)
+        self.close()
 
 
 class LandingPlace(QemuPlace):
@@ -515,10 +528,16 @@ class LandingPlace(QemuPlace):
         self._landing: Landing | None = None
         self._sent = False
         self._landed: LandedPlace | None = None
+        self._reservation: Reservation | None = None
+        self._replaced: DirectoryHold | None = None
 
     async def _open(self) -> socket.socket:
         try:
             check_landing(self.path, self._overwrite)
+            self._reservation = Reservation(self.path)
+            if os.path.isdir(self.path):  # it is replaced: it cannot be lifted meanwhile
+                self._replaced = DirectoryHold(self.path, f"--output {self.path}")
+                await self._replaced.take()
             landing = Landing(self.path)
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
@@ -554,7 +573,10 @@ class LandingPlace(QemuPlace):
         if snapshot is None:
             raise self._gone("has failed")
         temporary = self._landing.files.temporary
-        self._landed = LandedPlace(self.path, temporary, snapshot.id, overwrite=self._overwrite)
+        self._landed = LandedPlace(
+            self.path, temporary, snapshot.id, overwrite=self._overwrite,
+            reservation=self._reservation,
+        )  # fmt: skip
 
     async def start(self, state: bytes) -> str:
         assert self._landed is not None
@@ -567,9 +589,16 @@ class LandingPlace(QemuPlace):
         super().close()
         if self._landing is not None:
             self._landing.close()
+        self._free()
+
+    def _free(self) -> None:
+        for one in (self._reservation, self._replaced):
+            if one is not None:
+                one.close()
 
     async def discard(self) -> None:
         super().close()
         if self._landing is not None:
             await asyncio.to_thread(self._landing.close)
             await asyncio.to_thread(self._landing.files.remove)
+        self._free()

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from migrate.errors import MigrationError
+from migrate.guests.hold import DirectoryHold
 from migrate.memory import private_buffer
 from migrate.qemu.guest import BEGIN_SECONDS, QemuGuest
 from migrate.qemu.intake import Intake, StreamLost
@@ -255,6 +256,18 @@ class SnapshotGuest(QemuGuest):
         self._path = path
         self._snapshot = Snapshot.read(path)
         self._lifter: Lifter | None = None
+        self._hold: DirectoryHold | None = None
+
+    async def hold(self) -> None:
+        if self._hold is None:
+            hold = DirectoryHold(self._path, f"guest snapshot:{self._path}")
+            await hold.take()
+            self._hold, self.cautions = hold, hold.cautions
+
+    def unhold(self) -> None:
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     @property
     def remains(self) -> str:  # type: ignore[override]
@@ -272,6 +285,7 @@ class SnapshotGuest(QemuGuest):
     async def started(self) -> None:
         if self._intake is not None:
             return
+        await self.hold()
         ours, theirs = stream_pair()
         self._socket = ours
         self._lifter = Lifter(self._path, self._snapshot)
@@ -291,6 +305,7 @@ class SnapshotGuest(QemuGuest):
         await super().close()
         if self._lifter is not None:
             await asyncio.to_thread(self._lifter.join)
+        self.unhold()
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "snapshot", "path": os.path.abspath(self._path)}
