@@ -33,11 +33,13 @@ class Program:
     namespace -- the network namespace to run it in, "" for none
     environment -- what is other there than here
     stdin     -- a file with this to read from; None: what we read from ourselves
+    stdout    -- a descriptor to print to; then `out` stays empty
     """
 
     def __init__(
         self, name: str, *arguments: str, show: bool = False, namespace: str = "",
         stdin: str | None = None, environment: dict[str, str] | None = None,
+        stdout: int = subprocess.PIPE,
     ) -> None:  # fmt: skip
         entering = ["ip", "netns", "exec", namespace] if namespace else []
         with contextlib.ExitStack() as stack:
@@ -49,13 +51,13 @@ class Program:
             self.process = subprocess.Popen(
                 [*entering, str(BIN / name), *breaks_are_final(name, arguments)], stdin=given,
                 env=os.environ | (environment or {}),
-                stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True,
+                stdout=stdout, stderr=None if show else subprocess.PIPE, text=True,
             )  # fmt: skip
         self.out = self.err = ""
 
     def wait(self, timeout: float = 100) -> int:
         out, err = self.process.communicate(timeout=timeout)
-        self.out += out
+        self.out += out or ""
         self.err += err or ""
         return self.process.returncode
 

@@ -5,9 +5,10 @@
 A round moves one guest: the demo guest, a file that a program writes, a buffer of this program, or
 a virtual machine (see soak_qemu.py). Its size, page size, cache, channels, rate and speed are
 random, and so are the faults: connections that are cut, a network that is down for a while, either
-program stopped for a while, or killed and started again, at any moment, the hand-over included. It
-ends when the guest has arrived, however many attempts that takes; in between exactly one side may
-run it. Then every byte is compared.
+program stopped for a while, or killed and started again, at any moment, the hand-over included;
+programs whose output fails; a second migrate-src that wants the same guest; a second writer of the
+file that nobody named. It ends when the guest has arrived, however many attempts that takes; in
+between exactly one side may run it. Then every byte is compared.
 
 A round that goes wrong ends the soak with all that was said; the same seed makes the same faults,
 but not at the same moments.
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import migrate
@@ -59,6 +60,16 @@ while True:
         memory[at:at + 32] = noise.randbytes(32)
     at = noise.randrange(size)
     memory[at:at + 1] = b"x"
+"""
+
+# Opens the file later than the other one, and is not named by --pid.
+SECOND_WRITER = """
+import mmap, os, random, sys
+memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+print("writing", flush=True)
+while True:
+    at = random.randrange(len(memory))
+    memory[at:at + 1] = bytes([memory[at] ^ 255])
 """
 
 
@@ -138,16 +149,22 @@ class Move:
 
     def listen(self) -> Program:
         program = Program(
-            "migrate-dst", "--listen", f"127.0.0.1:{self.port}", *self.destination_words
-        )
+            "migrate-dst", "--listen", f"127.0.0.1:{self.port}", *self.destination_words,
+            stdout=self.print_to(),
+        )  # fmt: skip
         self.address = program.read_line(r"listening on (\S+)")[1]
         self.port = int(self.address.rpartition(":")[2])
         return program
 
     def send(self) -> Program:
         return Program(
-            "migrate-src", *self.source_words, "--guest", *self.guest(), self.tap.address
-        )
+            "migrate-src", *self.source_words, "--guest", *self.guest(), self.tap.address,
+            stdout=self.print_to(),
+        )  # fmt: skip
+
+    def print_to(self) -> int:
+        """Where a program prints its result."""
+        return subprocess.PIPE
 
     def ended(self, program: Program) -> int:
         code = program.wait(PATIENCE)
@@ -169,31 +186,40 @@ class Move:
             self.ended(self.receiver)
             self.receiver = self.listen()
 
+    def faults(self) -> dict[str, Callable[[], None]]:
+        """All that can go wrong, by name."""
+        return {
+            "cut": self.tap.cut,
+            "outage": self.outage,
+            "source stopped": lambda: self.pause(self.source),
+            "destination stopped": lambda: self.pause(self.receiver),
+            "source killed": lambda: self.again("source"),
+            "destination killed": lambda: self.again("destination"),
+            "both killed": self.both_again,
+        }
+
     def fault(self) -> None:
-        """One of all that can go wrong."""
-        kinds = ["cut", "cut", "outage", "source stopped", "destination stopped", "source killed",
-                 "destination killed", "both killed"]  # fmt: skip
-        kind = self.chance.choice(kinds)
+        faults = self.faults()
+        kind = self.chance.choice([*faults, "cut"])
         self.tally.faults[kind] += 1
         self.said += f"--- {kind}\n"
-        if kind == "cut":
-            self.tap.cut()
-        elif kind == "outage":
-            self.tap.close()
-            time.sleep(self.chance.uniform(0.1, 1.5))
-            self.tap.open()
-        elif kind.endswith("stopped"):
-            program = self.source if kind.startswith("source") else self.receiver
-            program.kill(signal.SIGSTOP)
-            time.sleep(self.chance.uniform(0.1, 1.0))
-            program.kill(signal.SIGCONT)
-        elif kind == "both killed":
-            self.source.kill()
-            self.receiver.kill()
-            self.again("destination")
-            self.again("source")
-        else:
-            self.again(kind.split()[0])
+        faults[kind]()
+
+    def outage(self) -> None:
+        self.tap.close()
+        time.sleep(self.chance.uniform(0.1, 1.5))
+        self.tap.open()
+
+    def pause(self, program: Program) -> None:
+        program.kill(signal.SIGSTOP)
+        time.sleep(self.chance.uniform(0.1, 1.0))
+        program.kill(signal.SIGCONT)
+
+    def both_again(self) -> None:
+        self.source.kill()
+        self.receiver.kill()
+        self.again("destination")
+        self.again("source")
 
     def run(self) -> None:
         """Moves the guest, come what may."""
@@ -296,16 +322,16 @@ class FileMove(Move):
 
     def __init__(self, chance: random.Random, tally: Tally, directory: Path) -> None:
         self.memory, self.output = directory / "memory", directory / "output"
+        self.other_output = directory / "other"
+        self.full_disk = os.open("/dev/full", os.O_WRONLY)
+        reader, self.broken_pipe = os.pipe()
+        os.close(reader)
         super().__init__(chance, tally, directory, "file")
         content = bytearray(self.size)
         if chance.random() < 0.7:
             content[: self.size // 2] = random.Random(1).randbytes(self.size // 2)
         self.memory.write_bytes(content)
-        self.writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(self.memory), "5"], stdout=subprocess.PIPE
-        )
-        assert self.writer.stdout is not None
-        self.writer.stdout.readline()
+        self.writer = started(WRITER, str(self.memory), "5")
 
     def listen(self) -> Program:
         # One that is only to answer needs another output.
@@ -317,7 +343,7 @@ class FileMove(Move):
         return program
 
     def moved(self) -> bool:
-        return self.output.exists()
+        return self.runs_there()
 
     def guest(self) -> list[str]:
         return [f"file:{self.memory}", "--pid", str(self.writer.pid)]
@@ -327,20 +353,81 @@ class FileMove(Move):
         return line.rpartition(")")[2].split()[0] not in "TtZX"
 
     def runs_there(self) -> bool:
-        return self.output.exists()
+        return self.output.exists() or self.other_output.exists()
 
     def verify(self) -> int:
-        require(self.output.read_bytes() == self.memory.read_bytes(), "the files differ")
+        arrived = [path for path in (self.output, self.other_output) if path.exists()]
+        require(len(arrived) == 1, "there are two of it")
+        require(arrived[0].read_bytes() == self.memory.read_bytes(), "the files differ")
+        # Where the second source won, what came half-way to the first destination is kept.
         left = [name for name in os.listdir(self.directory) if name.endswith(".xbmigrate")]
-        require(not left, f"left behind: {left}")
+        require(not left or arrived[0] == self.other_output, f"left behind: {left}")
         return self.size
 
     def end(self) -> None:
         super().end()
-        self.writer.kill()
-        self.writer.wait()
-        assert self.writer.stdout is not None
-        self.writer.stdout.close()
+        ended(self.writer)
+        os.close(self.full_disk)
+        os.close(self.broken_pipe)
+
+    def print_to(self) -> int:
+        """A file on a full disk, or a pipe that nobody reads, now and then."""
+        if self.chance.random() < 0.7:
+            return subprocess.PIPE
+        self.tally.faults["output fails"] += 1
+        return self.chance.choice([self.full_disk, self.broken_pipe])
+
+    # -- what else can go wrong
+
+    def faults(self) -> dict[str, Callable[[], None]]:
+        return super().faults() | {
+            "second source": self.second_source,
+            "second writer": self.second_writer,
+        }
+
+    def second_source(self) -> None:
+        """Wants the same guest, for another destination; with the same journal, or its own."""
+        if self.moved():
+            return
+        with tempfile.TemporaryDirectory(dir=self.directory) as own:
+            journal = ["--journal", self.chance.choice([own, str(self.directory)])]
+            receiver = Program(
+                "migrate-dst", "--listen", "127.0.0.1:0", "--journal", own,
+                "--output", str(self.other_output),
+            )  # fmt: skip
+            address = receiver.read_line(r"listening on (\S+)")[1]
+            source = Program(
+                "migrate-src", *self.source_words, *journal, "--guest", *self.guest(), address
+            )
+            code = self.ended(source)
+            require(
+                (code == 0) == self.other_output.exists(),
+                f"the second source says {code}, its guest has come: {self.other_output.exists()}",
+            )
+            if code != 0:
+                receiver.kill()
+            self.ended(receiver)
+
+    def second_writer(self) -> None:
+        """Opens the file for a while; what it writes must not be lost."""
+        writer = started(SECOND_WRITER, str(self.memory))
+        time.sleep(self.chance.uniform(0.1, 1.0))
+        ended(writer)
+
+
+def started(script: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A program that writes, once it has said so."""
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 # ---------------------------------------------------------------- two Python programs
