@@ -43,6 +43,9 @@ class Listener:
     ) -> None:  # fmt: skip
         self.servers: list[asyncio.Server] = []
         self.sockets: list[socket.socket] = []
+        self.addresses = [Address(path=path)]
+        """A name may have several."""
+        self._text = str(self.address)
         self._path = path
         self._peer_timeout = peer_timeout
         self._credentials = credentials
@@ -56,21 +59,18 @@ class Listener:
     def address(self) -> Address:
         return self.addresses[0]
 
-    @property
-    def addresses(self) -> list[Address]:
-        """A name may have several."""
-        if self._path:
-            return [Address(path=self._path)]
-        names = [one.getsockname() for one in self.sockets]
-        return [Address(host=host_text(name), port=name[1]) for name in names]
-
     def __str__(self) -> str:
         """Where it listens, for people."""
-        if self._path:
-            return str(self.address)
-        pairs = zip(self.addresses, self.sockets, strict=True)
-        return " and ".join(
-            f"{where} (IPv4 and IPv6)" if takes_both(one) else f"{where}" for where, one in pairs
+        return self._text
+
+    def listens_on(self, sockets: list[socket.socket]) -> None:
+        """These are its sockets: for `addresses`, also when they are closed."""
+        self.sockets = sockets
+        names = [one.getsockname() for one in sockets]
+        self.addresses = [Address(host=host_text(name), port=name[1]) for name in names]
+        self._text = " and ".join(
+            f"{where} (IPv4 and IPv6)" if takes_both(one) else f"{where}"
+            for where, one in zip(self.addresses, sockets, strict=True)
         )
 
     async def accept(self) -> Link:
@@ -229,7 +229,7 @@ async def listen(
                 await loop.create_unix_server(listener.protocol, address.path, backlog=BACKLOG)
             ]
         else:
-            listener.sockets = await _sockets(address)
+            listener.listens_on(await _sockets(address))
             if required and credentials is None and not tls.only_local(listener.sockets):
                 raise tls.plain_refused()
             for one in listener.sockets:
