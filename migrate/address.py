@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 
@@ -26,28 +27,96 @@ class Address:
 
 
 def parse_address(text: str, *, listen: bool = False) -> Address:
-    """Reads an address. Raises UsageError naming the forms that are understood."""
+    """Reads an address; blanks around it do not count, but those of a path do.
+
+    An IPv6 address stands in brackets: without them its last group could be a port.
+
+    Raises UsageError saying what is wrong, and naming the forms that are understood.
+    """
     forms = "[HOST:]PORT or unix:PATH" if listen else "tcp:HOST:PORT or unix:PATH"
-    if text.startswith("unix:"):
-        path = text.removeprefix("unix:").removeprefix("//")
+    rest = text.lstrip()
+    if rest.startswith("unix:"):
+        path = rest.removeprefix("unix:").removeprefix("//")
         if not path:
             raise UsageError(f"address {text!r} names no path: write {forms}")
         if wrong := _no_path(path):
             raise UsageError(f"address {text!r}: {wrong}")
         return Address(path=path)
-    rest = text
-    if text.startswith("tcp:"):
-        rest = text.removeprefix("tcp:").removeprefix("//")
-    elif not listen:
+    rest = rest.rstrip()
+    if not listen and not rest.startswith("tcp:"):
         raise UsageError(f"address {text!r} is not understood: write {forms}")
-    host, _, port = rest.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    number = int(port) if port.isdecimal() and len(port) <= 5 else -1
-    if not set(host).isdisjoint("/[]") or not _is_name(host):
-        number = -1  # it would be read in another way than it was meant
-    if not 0 <= number <= 65535 or (not listen and (not host or number == 0)):
-        raise UsageError(f"address {text!r} is not understood: write {forms}")
+    rest = rest.removeprefix("tcp:").removeprefix("//") if rest.startswith("tcp:") else rest
+    try:
+        host, port = _host_and_port(rest)
+        number = _port(port, needed=not listen)
+        if not host and not listen:
+            raise _WrongError("it names no host")
+    except _WrongError as error:
+        better = " or ".join(f"{'' if listen else 'tcp:'}{form}" for form in error.forms) or forms
+        raise UsageError(f"address {text!r} is not understood: {error}: write {better}") from None
     return Address(host=host, port=number)
+
+
+class _WrongError(ValueError):
+    """What is wrong with an address, in words, and what was probably meant."""
+
+    def __init__(self, why: str, *forms: str) -> None:
+        super().__init__(why)
+        self.forms = forms
+
+
+def _host_and_port(text: str) -> tuple[str, str]:
+    """Cuts HOST:PORT, [HOST]:PORT, :PORT and PORT. Raises _WrongError."""
+    if any(char.isspace() for char in text):
+        raise _WrongError("there is a blank in it")
+    if text.startswith("["):
+        host, closed, port = text[1:].partition("]")
+        if not closed or "[" in host or "]" in port:
+            raise _WrongError("its brackets are not in pairs")
+        if not host:
+            raise _WrongError("there is nothing in its brackets")
+        if ":" in host and not _is_ipv6(host):
+            raise _WrongError(f"{host} is no IPv6 address")
+        if not port.startswith(":"):
+            raise _WrongError("it names no port", f"[{host}]:PORT")
+        port = port[1:]
+    else:
+        if "[" in text or "]" in text:
+            raise _WrongError("its brackets are not in pairs, or not at its beginning")
+        if text.count(":") > 1:
+            raise _unbracketed(text)
+        host, _, port = text.rpartition(":")
+    if not _is_name(host):
+        raise _WrongError(f"{host!r} is no name of a host")
+    return host, port
+
+
+def _unbracketed(text: str) -> _WrongError:
+    """An IPv6 address without brackets, or nothing at all."""
+    host, _, port = text.rpartition(":")
+    forms = [f"[{host}]:{port}"] if _is_ipv6(host) and port.isdecimal() else []
+    forms += [f"[{text}]:PORT"] if _is_ipv6(text) else []
+    if not forms:
+        return _WrongError("there are too many colons in it")
+    return _WrongError("an IPv6 address stands in brackets", *forms)
+
+
+def _port(text: str, *, needed: bool) -> int:
+    """Raises _WrongError."""
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 5 else -1
+    if not 0 <= number <= 65535:
+        raise _WrongError(f"{text[:20]!r} is no port" if text else "it names no port")
+    if needed and not number:
+        raise _WrongError("nobody listens on port 0")
+    return number
+
+
+def _is_ipv6(text: str) -> bool:
+    """Whether it is an IPv6 address, perhaps with its scope (fe80::1%eth0)."""
+    try:
+        return ipaddress.IPv6Address(text) is not None
+    except ValueError:
+        return False
 
 
 def _no_path(path: str) -> str:
@@ -65,6 +134,8 @@ def _no_path(path: str) -> str:
 
 def _is_name(host: str) -> bool:
     """Whether a resolver can be asked for it: it is encoded for that."""
+    if not host.isprintable() or "/" in host:
+        return False
     try:
         return b"\0" not in host.encode("idna")
     except UnicodeError:

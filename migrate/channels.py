@@ -113,9 +113,10 @@ class Channels:
                 self._readers.append(self._group.create_task(self._read_lane(link)))
 
     async def _open(self, channel: int, token: bytes) -> None:
-        if self._dial is None:
+        dial = self.link.beside or self._dial  # a name may have other machines too
+        if dial is None:
             raise UsageError("several channels need a way to connect again")
-        lane = await self._dial()
+        lane = await dial()
         lane.limit = self.link.limit
         self.links.append(lane)
         await lane.send(Join(token, channel))

@@ -22,8 +22,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from migrate.budget import Budget
 from migrate.errors import (
     MigrationError,
+    NoProgress,
     NotStartedError,
     PeerError,
     PeerLost,
@@ -84,7 +86,8 @@ class Destination:
     observer -- called with an event as things happen; what it raises is logged, and changes nothing
     accept -- gives the next connection, for a guest that comes over several; None refuses those
     records -- of this and earlier migrations; whoever asks for them finds this one there
-    retry  -- seconds to keep half a guest when its source is gone; 0: a break is a failure
+    retry  -- seconds to keep half a guest when its source is gone, from the first break after it
+              has brought something; 0: a break is a failure
     resolve_timeout -- seconds to keep a whole guest when its source is gone
     """
 
@@ -109,6 +112,10 @@ class Destination:
         self._records = records or Records()
         self._resolve_timeout = resolve_timeout
         self._retry = retry
+        self._tries = Budget()
+        self.patience = retry
+        """Seconds that a source whose connection broke has to come back."""
+        self._brought = 0
         self._custody: Custody | None = None
         self._journal: Journal | None = None
         self._resumed: Journal | None = None
@@ -172,16 +179,20 @@ class Destination:
             try:
                 await self._receive()
                 return
-            except PeerLost:
+            except PeerLost as error:
                 if not self._resumable:
                     raise
+                left = self._time_left()
                 if not self._heard and self._resumed is None and not self._visitor.done():
                     self.started = False  # nobody can know the name of this attempt
                     raise
                 await asyncio.shield(close_all(self._links))
-                if not self._visitor.done():
+                if not self._visitor.done() and left > 0:
+                    self.patience = left
                     self._observer("interrupted", self.arrival)
-                    await asyncio.wait({self._visitor}, timeout=self._retry)
+                    await asyncio.wait({self._visitor}, timeout=left)
+                if left <= 0:
+                    raise await self._no_progress(error) from None
                 if not self._visitor.done():
                     raise
             visitor, self._came = self._came, None
@@ -189,6 +200,27 @@ class Destination:
             self.link, self._described = visitor.link, visitor._described
             self._lanes = {}
             self._observer("back", self.arrival)
+
+    def _time_left(self) -> float:
+        """How long the source is waited for, after a break: --retry, from the first break after it
+        has brought anything."""
+        brought = self._reception.brought if self._reception is not None else 0
+        if brought > self._brought:
+            self._brought = brought
+            self._tries.renew()
+        self._tries.broke()
+        return self._tries.left(self._retry)
+
+    async def _no_progress(self, error: PeerLost) -> NoProgress:
+        """It comes again and again, and brings nothing: so it is told, where it is here."""
+        tries = self._tries
+        why = (
+            f"nothing new has come for {tries.used():.3g} s, and the connection broke "
+            f"{tries.breaks} times"
+        )
+        if self._came is not None:
+            await self._came.link.give_reason(ErrorCode.INTERNAL, why)
+        return NoProgress(f"{error}; {why}")
 
     @property
     def _resumable(self) -> bool:

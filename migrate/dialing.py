@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from migrate import tls
 from migrate.address import Address
 from migrate.errors import ConnectError, TlsError, UsageError, system_reason
 from migrate.link import SOCKET_TIMEOUT, Link
+from migrate.lookup import Endpoint, look_up, name_of, unanswered
+from migrate.race import AGAIN_SECONDS, Race
 from migrate.secure import HungUp, Secured
 from proto.session import Role
+
+LISTENING = "is migrate-dst listening there?"
 
 
 def check_congestion(name: str) -> None:
@@ -32,67 +39,173 @@ def check_congestion(name: str) -> None:
 async def connect(
     address: Address, *, timeout: float = 10.0, peer_timeout: float = SOCKET_TIMEOUT,
     congestion: str = "", credentials: tls.Credentials | None = None,
+    at: Endpoint | None = None, first: str = "",
 ) -> Link:  # fmt: skip
-    """Connects as the source. A refused connection is tried again until `timeout` seconds.
+    """Connects as the source, to whichever address of the host answers first.
+
+    A destination that refuses is asked again until `timeout` seconds are over.
 
     credentials -- speak TLS with these; None: plain
+    at   -- to this address alone: another one of the same name may be another machine's
+    first -- HOST:PORT of the address to try first, if the name has it
 
     Raises ConnectError, and TlsError where one side does not trust the other, or where TLS is
     required and there are no credentials.
     """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout
+    make = functools.partial(_new_link, peer_timeout, congestion)
+    attempt = _Attempt(address, timeout, credentials, make, at, first)
+    try:
+        async with asyncio.timeout(timeout):
+            return await attempt.run()
+    except TimeoutError:
+        raise attempt.late() from None
 
-    while True:
-        link = Link(Role.SOURCE, peer_timeout)
-        link.congestion = congestion
-        try:
-            async with asyncio.timeout_at(end):
-                await _connect(address, link, credentials)
+
+def dial(address: Address, **options: Any) -> Callable[[], Awaitable[Link]]:
+    """Returns what connects there, each time that it is called; see `connect`.
+
+    Each of these links can be doubled: `Link.beside` connects to the very address that it has.
+    """
+
+    async def once(at: Endpoint | None = None) -> Link:
+        link = await connect(address, at=at, **options)
+        if link.endpoint is not None:
+            link.beside = functools.partial(once, link.endpoint)
+        return link
+
+    return once
+
+
+async def open_tcp(address: Address, timeout: float) -> socket.socket:
+    """Connects to whichever address of the host answers first, and asks none twice: a socket.
+
+    Raises ConnectError, with the reason alone.
+    """
+    race: Race | None = None
+    try:
+        async with asyncio.timeout(timeout):
+            race = Race(await look_up(address.host, address.port), patient=False)
+            return (await race.run())[1]
+    except TimeoutError:
+        raise (
+            ConnectError(race.reasons()) if race else unanswered(address.host, timeout)
+        ) from None
+    except OSError as error:
+        raise ConnectError(system_reason(error)) from None
+
+
+def _new_link(peer_timeout: float, congestion: str) -> Link:
+    link = Link(Role.SOURCE, peer_timeout)
+    link.congestion = congestion
+    return link
+
+
+class _Attempt:
+    """What `connect` does, and what to say where its time is over."""
+
+    def __init__(
+        self, address: Address, timeout: float, credentials: tls.Credentials | None,
+        make: Callable[[], Link], at: Endpoint | None, first: str,
+    ) -> None:  # fmt: skip
+        self._address = address
+        self._timeout = timeout
+        self._credentials = credentials
+        self._make = make
+        self._at = at
+        self._first = first
+        self._race: Race | None = None
+        self._fault = ""
+        """Why the last try failed; it is worth another one."""
+        self._hung_up: list[Endpoint] = []
+        """These are tried last."""
+        self._looking = False
+        self._shaking: Endpoint | None = None
+
+    async def run(self) -> Link:
+        """Tries until it is cancelled. Raises ConnectError, TlsError."""
+        while True:
+            link = self._make()
+            try:
+                await self._connect(link)
                 return link
-        except TimeoutError:
-            raise ConnectError(f"no answer from {address} within {timeout:g} s") from None
-        except HungUp as error:
-            if loop.time() + 0.2 > end:
-                raise ConnectError(f"cannot connect to {address}: {error}") from None
-            await asyncio.sleep(0.1)
-        except (ConnectionRefusedError, FileNotFoundError) as error:
-            if loop.time() + 0.2 > end:
+            except HungUp as error:
+                self._fault, self._shaking = str(error), None
+                if link.endpoint is not None:
+                    self._hung_up.append(link.endpoint)
+            except (ConnectionRefusedError, FileNotFoundError) as error:
+                self._fault = f"{system_reason(error)}: {LISTENING}"
+            except OSError as error:
                 raise ConnectError(
-                    f"cannot connect to {address}: {system_reason(error)}: is migrate-dst "
-                    "listening there?"
+                    f"cannot connect to {self._address}: {system_reason(error)}"
                 ) from None
-            await asyncio.sleep(0.1)
-        except OSError as error:
-            # Several addresses that all refuse come as one error without a number.
-            several = error.errno is None and not isinstance(error, socket.gaierror)
-            if several and loop.time() + 0.2 <= end:
-                await asyncio.sleep(0.1)
-                continue
-            raise ConnectError(f"cannot connect to {address}: {system_reason(error)}") from None
+            await asyncio.sleep(AGAIN_SECONDS)
 
+    def late(self) -> ConnectError:
+        """What to say when the time is over."""
+        to, seconds = self._address, f"within {self._timeout:g} s"
+        if self._looking:
+            return unanswered(to.host, self._timeout)
+        if self._race is not None and self._race.faults:
+            why = self._race.reasons()
+            if not self._race.silent:
+                return ConnectError(f"cannot connect to {to}: {why}: {LISTENING}")
+            several = f": {why}" if len(self._race.faults) > 1 else ""
+            return ConnectError(f"no answer from {to} {seconds}{several}")
+        if self._shaking is not None:
+            return ConnectError(
+                f"no answer from {to} {seconds}: {self._shaking} has taken the connection, and "
+                "says nothing in the TLS handshake"
+            )
+        if self._fault:
+            return ConnectError(f"cannot connect to {to}: {self._fault}")
+        return ConnectError(f"no answer from {to} {seconds}")
 
-async def _connect(address: Address, link: Link, credentials: tls.Credentials | None) -> None:
-    """Once. The link is ready to speak then, or nothing is left of it."""
-    loop = asyncio.get_running_loop()
-    protocol: Link | Secured = link
-    if credentials is not None:
-        protocol = Secured(credentials, link, credentials.name_of(address))
-    required = tls.required()
-    if address.path:
-        await loop.create_unix_connection(lambda: protocol, address.path)
-    else:
-        await loop.create_connection(lambda: protocol, address.host, address.port)
-    if isinstance(protocol, Secured):
+    async def _connect(self, link: Link) -> None:
+        """Once. The link is ready to speak then, or nothing is left of it."""
+        loop = asyncio.get_running_loop()
+        credentials, address = self._credentials, self._address
+        protocol: Link | Secured = link
+        if credentials is not None:
+            protocol = Secured(credentials, link, credentials.name_of(address))
+        required = tls.required()
+        if address.path:
+            await loop.create_unix_connection(lambda: protocol, address.path)
+        else:
+            connection = await self._socket(link)
+            try:
+                await loop.create_connection(lambda: protocol, sock=connection)
+            except BaseException:
+                connection.close()
+                raise
+        if isinstance(protocol, Secured):
+            self._shaking = link.endpoint
+            try:
+                await protocol.ready()
+                self._shaking = None
+            except HungUp:
+                raise
+            except ConnectError as error:
+                raise ConnectError(f"cannot connect to {address}: {error}") from None
+            except TlsError as error:
+                raise TlsError(f"{address}: {error}") from None
+        elif link.exposed and required:
+            link.abort()
+            await link.close()
+            raise tls.plain_refused()
+
+    async def _socket(self, link: Link) -> socket.socket:
+        """The socket of a new connection. Raises ConnectError, OSError."""
+        endpoints = [self._at] if self._at is not None else await self._endpoints()
+        self._race = Race(sorted(endpoints, key=self._hung_up.count))
         try:
-            await protocol.ready()
-        except HungUp:
-            raise
+            link.endpoint, connection = await self._race.run()
         except ConnectError as error:
-            raise ConnectError(f"cannot connect to {address}: {error}") from None
-        except TlsError as error:
-            raise TlsError(f"{address}: {error}") from None
-    elif link.exposed and required:
-        link.abort()
-        await link.close()
-        raise tls.plain_refused()
+            raise ConnectError(f"cannot connect to {self._address}: {error}") from None
+        self._race = None
+        return connection
+
+    async def _endpoints(self) -> list[Endpoint]:
+        self._looking = True
+        found = await look_up(self._address.host, self._address.port)
+        self._looking = False
+        return sorted(found, key=lambda one: name_of(one.name) != self._first)

@@ -52,8 +52,8 @@ class Door:
         self._opening: asyncio.Task[None] | None = None
 
     @property
-    def address(self) -> Address:
-        return self._listener.address
+    def addresses(self) -> list[Address]:
+        return self._listener.addresses
 
     async def __aenter__(self) -> Door:
         self._opening = asyncio.create_task(self._open())

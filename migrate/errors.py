@@ -6,6 +6,7 @@ MigrationError             1  failed; the source's guest is as it was
 ├── PeerError              4  the other side broke the protocol
 │   ├── PeerGaveUp         4  the other side refused, or gave up, and said why
 │   └── PeerLost           1  the connection broke or fell silent
+│       └── NoProgress     1  again and again, and nothing new came through
 ├── TlsError               5  a certificate, or who may connect: trying again does not help
 ├── MismatchError          6  the memories differ at the end
 ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
@@ -70,6 +71,10 @@ class PeerLost(PeerError):  # noqa: N818 - a state of the peer, not a kind of ex
     """The connection ended or fell silent without a word."""
 
     exit_code = 1
+
+
+class NoProgress(PeerLost):
+    """The connection breaks again and again, and nothing new comes through."""
 
 
 class TlsError(MigrationError):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from migrate.errors import MigrationError, NotStartedError, PeerError, PeerLost, peer_error
@@ -82,19 +82,41 @@ async def ask(link: Link, journal: Journal) -> Claim:
     return journal.claim
 
 
-async def ask_until_known(dial: Callable[[], Awaitable[Link]], journal: Journal) -> None:
-    """Asks over new connections, until it is known whose the guest is."""
+async def ask_until_known(
+    dials: Sequence[Callable[[], Awaitable[Link]]], journal: Journal, seconds: float
+) -> str:
+    """Asks over new connections, until it is known whose the guest is, or the time is over.
+
+    dials -- the ways to connect, each of which is tried in turn
+
+    Returns "", or why it is not known after so many seconds.
+    """
+    why = "nobody has answered"
     pause, longest = ASK_AGAIN_SECONDS
-    while True:
-        with contextlib.suppress(MigrationError, ProtoError, TimeoutError, OSError):
-            link = await dial()
-            try:
-                if await ask(link, journal) in FINAL:
-                    return
-            finally:
-                await link.close()
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, longest)
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                for dial in dials:
+                    try:
+                        claim = await _ask_over(dial, journal)
+                    except (MigrationError, ProtoError, TimeoutError, OSError) as error:
+                        why = str(error) or "no answer came"
+                        continue
+                    if claim in FINAL:
+                        return ""
+                    why = "there is no record of this migration there"
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, longest)
+    except TimeoutError:
+        return f"it was asked for {seconds:g} s: {why}"
+
+
+async def _ask_over(dial: Callable[[], Awaitable[Link]], journal: Journal) -> Claim:
+    link = await dial()
+    try:
+        return await ask(link, journal)
+    finally:
+        await link.close()
 
 
 class Custody:

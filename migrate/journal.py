@@ -388,6 +388,21 @@ def attempt(guest: dict[str, Any], address: str, directory: str) -> Journal | No
     return found
 
 
+def last_peer(address: str, directory: str) -> str:
+    """HOST:PORT of what the last attempt to this address was connected to, where it broke off.
+
+    The address may be a name of several machines, and this one has what came; "" where none has.
+    """
+    if not directory:
+        return ""
+    found = [
+        one for one in journals(Role.SOURCE, directory)
+        if one.claim is Claim.NONE and one.facts.get("address") == address
+    ]  # fmt: skip
+    newest = max(found, key=Journal.written_at, default=None)
+    return str(newest.facts.get("peer", "")) if newest is not None else ""
+
+
 def same_guest(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """By their facts; the processes that write a file, or hold a QEMU's stream, may be others."""
     names = ("kind", "qmp") if one.get("qmp") else ("kind", "path", "pid", "started")

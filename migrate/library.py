@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from migrate.address import Address, parse_address
 from migrate.destination import Destination, NoPlaceError
-from migrate.dialing import connect
+from migrate.dialing import dial
 from migrate.door import Door
 from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
@@ -61,14 +61,12 @@ async def send(
     """
     where = parse_address(address)
 
-    def dial() -> Awaitable[Link]:
-        return connect(where, timeout=connect_timeout, credentials=credentials)
-
-    peer = await dial()
+    again = dial(where, timeout=connect_timeout, credentials=credentials)
+    peer = await again()
     _warn(peer)
     await guest.started()
 
-    return await Source(guest, peer, parameters, observer, dial, retry=retry).run()
+    return await Source(guest, peer, parameters, observer, again, retry=retry).run()
 
 
 async def receive(

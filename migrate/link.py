@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from migrate import tls
@@ -28,6 +28,7 @@ from migrate.errors import (
     PeerLost,
     peer_error,
 )
+from migrate.lookup import Endpoint, name_of
 from migrate.output import printable
 from migrate.secure import RECORD_TYPES, Secured
 from proto import ErrorCode, ProtoError
@@ -131,6 +132,10 @@ class Link(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self.peer_name = ""
+        self.endpoint: Endpoint | None = None
+        """The address that was connected to."""
+        self.beside: Callable[[], Awaitable[Link]] | None = None
+        """Connects to that very address once more; None: as this link was made."""
         self.exposed = False
         """It leaves this host, and everybody on the way can read it."""
         self._transport: asyncio.Transport | None = None
@@ -495,10 +500,3 @@ def _have_watched(sock: socket.socket, timeout: float) -> None:
                 socket.IPPROTO_TCP, TCP_RTO_MAX_MS,
                 int(max(least, min(timeout * 1000 / BEATS, most))),
             )  # fmt: skip
-
-
-def name_of(far: Any) -> str:
-    """HOST:PORT or [HOST]:PORT of what `getpeername` gives."""
-    if not isinstance(far, tuple):
-        return "a local process"
-    return f"[{far[0]}]:{far[1]}" if ":" in far[0] else f"{far[0]}:{far[1]}"

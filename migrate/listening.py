@@ -8,13 +8,14 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from migrate import tls
 from migrate.address import Address
 from migrate.errors import ConnectError, MigrationError, system_reason
-from migrate.link import SOCKET_TIMEOUT, Link, name_of
+from migrate.link import SOCKET_TIMEOUT, Link
+from migrate.lookup import host_text, name_of
 from migrate.secure import Secured
+from migrate.sockets import listening_sockets, takes_both
 from proto import ErrorCode
 from proto.session import Role
 
@@ -31,7 +32,7 @@ Refused = Callable[[str, str], object]
 
 
 class Listener:
-    """Waits for sources and their further channels; `address` says where, with the real port.
+    """Waits for sources and their further channels; `addresses` says where, with the real port.
 
     refused -- told of whoever is sent away here: its name, and why
     """
@@ -40,7 +41,11 @@ class Listener:
         self, path: str, peer_timeout: float, credentials: tls.Credentials | None,
         allow: Sequence[tls.Network], refused: Refused,
     ) -> None:  # fmt: skip
-        self.server: asyncio.Server | None = None
+        self.servers: list[asyncio.Server] = []
+        self.sockets: list[socket.socket] = []
+        self.addresses = [Address(path=path)]
+        """A name may have several."""
+        self._text = str(self.address)
         self._path = path
         self._peer_timeout = peer_timeout
         self._credentials = credentials
@@ -52,19 +57,31 @@ class Listener:
 
     @property
     def address(self) -> Address:
-        if self._path:
-            return Address(path=self._path)
-        assert self.server is not None
-        name = self.server.sockets[0].getsockname()
-        return Address(host=name[0], port=name[1])
+        return self.addresses[0]
+
+    def __str__(self) -> str:
+        """Where it listens, for people."""
+        return self._text
+
+    def listens_on(self, sockets: list[socket.socket]) -> None:
+        """These are its sockets: for `addresses`, also when they are closed."""
+        self.sockets = sockets
+        names = [one.getsockname() for one in sockets]
+        self.addresses = [Address(host=host_text(name), port=name[1]) for name in names]
+        self._text = " and ".join(
+            f"{where} (IPv4 and IPv6)" if takes_both(one) else f"{where}"
+            for where, one in zip(self.addresses, sockets, strict=True)
+        )
 
     async def accept(self) -> Link:
         """The next connection."""
         return await self._links.get()
 
     async def close(self) -> None:
-        if self.server is not None:
-            self.server.close()
+        for server in self.servers:
+            server.close()
+        for one in self.sockets:
+            one.close()
         for secured in [*self._shaking]:
             secured.abort()
         for task in [*self._leaving]:
@@ -207,19 +224,34 @@ async def listen(
     try:
         if address.path:
             _check_unused(address)
-            server: Any = await loop.create_unix_server(
-                listener.protocol, address.path, backlog=BACKLOG
-            )
+            listener.servers = [
+                await loop.create_unix_server(listener.protocol, address.path, backlog=BACKLOG)
+            ]
         else:
-            # A free port is picked once: on all IPv4 interfaces, not one number per family.
-            host = address.host or (None if address.port else "0.0.0.0")
-            server = await loop.create_server(
-                listener.protocol, host, address.port, backlog=BACKLOG, reuse_address=True
-            )
-    except OSError as error:
-        raise ConnectError(f"cannot listen on {address}: {system_reason(error)}") from None
-    listener.server = server
-    if required and credentials is None and not tls.only_local(server.sockets):
-        await listener.close()
-        raise tls.plain_refused()
+            listener.listens_on(await _sockets(address))
+            if required and credentials is None and not tls.only_local(listener.sockets):
+                raise tls.plain_refused()
+            for one in listener.sockets:
+                listener.servers.append(
+                    await loop.create_server(listener.protocol, sock=one, backlog=BACKLOG)
+                )
+    except BaseException as error:
+        if not address.path:  # the file of a unix socket may be another program's
+            await listener.close()
+        if isinstance(error, OSError):
+            raise ConnectError(f"cannot listen on {address}: {_why_not(error)}") from None
+        raise
     return listener
+
+
+async def _sockets(address: Address) -> list[socket.socket]:
+    try:
+        return await listening_sockets(address, BACKLOG)
+    except ConnectError as error:
+        raise ConnectError(f"cannot listen on {address}: {error}") from None
+
+
+def _why_not(error: OSError) -> str:
+    if error.errno == errno.EAFNOSUPPORT:
+        return "IPv6 is off here: a bare PORT listens without it"
+    return system_reason(error)

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from migrate.budget import Budget
 from migrate.cache import SizedCache
 from migrate.channels import Channels, Dial
 from migrate.errors import (
@@ -34,6 +35,7 @@ from migrate.errors import (
     ConnectError,
     HandOverUnknown,
     MigrationError,
+    NoProgress,
     NotStartedError,
     PeerLost,
     TlsError,
@@ -74,6 +76,10 @@ RESOLVE_SECONDS = 60.0
 RETRY_SECONDS = 60.0
 # The first pause before it is tried to connect again, and the longest.
 CONNECT_AGAIN_SECONDS = (0.1, 5.0)
+# So long, and no longer than half of --retry, only the address that broke off is tried.
+HOME_SECONDS = 20.0
+# The guest may be paused so many times; each pause but the last has stopped it for nothing.
+MAX_PAUSES = 3
 
 Observer = Callable[[str, Statistics], None]
 
@@ -91,7 +97,8 @@ class Migration(ABC):
                 what it raises is logged, and changes nothing; SystemExit and KeyboardInterrupt
                 cancel the migration where that can be, and are raised at its end
     dial     -- connects to the destination once more: for channels beside `link`, and after a break
-    retry    -- seconds to make a connection again for when one breaks; 0: a break is a failure
+    retry    -- seconds to make a connection again for when one breaks, from the first break after
+                something new came through; 0: a break is a failure
     journal  -- the directory of the journals; "" keeps this one's in memory
     earlier  -- the journal of an attempt that an earlier program has left: it is resumed
     address  -- the destination's, for whoever has to ask it later
@@ -115,7 +122,12 @@ class Migration(ABC):
         self._task: asyncio.Task[object] | None = None
         self._dial = dial
         self._retry = retry
-        self._lost_at = 0.0
+        self._tries = Budget(CONNECT_AGAIN_SECONDS)
+        self._under_way = False
+        """This attempt was let in, and is past what both sides have to say at first."""
+        self._fewest_left = 0
+        """The least that was to go when the destination said what it holds."""
+        self._begun_again = self._pauses = 0
         self._sent_before = self._lane_bytes = 0
         self._seed = os.urandom(SEED_BYTES)
         self._agreed: caps.Agreement | None = None
@@ -275,6 +287,12 @@ class Migration(ABC):
                 error = _the_cause(raised)
                 if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
                     raise error from None
+                if isinstance(error, NoProgress):
+                    raise error from None
+                if self._pauses >= MAX_PAUSES:
+                    raise NoProgress(
+                        f"{error}; the guest was stopped {self._pauses} times for nothing"
+                    ) from None
                 await self._connect_again(error)
 
     def _can_retry(self) -> bool:
@@ -283,11 +301,13 @@ class Migration(ABC):
 
     async def _connect_again(self, error: PeerLost) -> None:
         """The guest runs here meanwhile. Raises PeerLost where it takes too long."""
-        assert self._dial is not None
-        now = time.monotonic()
-        if not self._lost_at:
-            self._lost_at = now
-            self._notice(f"{error}: connecting again, for {self._retry:g} s at most")
+        tries, retry = self._tries, self._retry
+        tries.broke(greeted=self._under_way)
+        if self._under_way or tries.breaks == 1:
+            since = f" ({tries.breaks} breaks, and nothing new came)" if tries.greeted else ""
+            left = f"{tries.left(retry):.3g} s at most"
+            self._notice(f"{error}: connecting again, for {left}{since}")
+        self._under_way = False
         self._set_status("setup")
         task = asyncio.current_task()
         assert task is not None
@@ -295,28 +315,64 @@ class Migration(ABC):
         await self.channels.close()
         if task.cancelling() > cancelled:  # meanwhile: closing goes on regardless
             raise asyncio.CancelledError
-        limit = self.channels.link.limit
-        pause, longest = CONNECT_AGAIN_SECONDS
-        why: Exception = error
-        while True:
-            await asyncio.sleep(pause)
-            self._check_time()
-            left = self._lost_at + self._retry - time.monotonic()
-            if left <= 0:
-                more = "" if why is error else f": {why}"
-                raise PeerLost(f"{error}; no other connection in {self._retry:g} s{more}")
-            try:
-                async with asyncio.timeout(left):
-                    link = await self._dial()
-                break
-            except (ConnectError, PeerLost, TimeoutError) as fault:
-                why = fault if str(fault) else why
-            pause = min(2 * pause, longest)
-        link.limit = limit
+        old, link = self.channels.link, await self._dial_again(error)
+        if link.endpoint != old.endpoint:
+            self._notice(f"connected to another address: {link.peer_name}")
+        link.limit = old.limit
         self._lane_bytes += self.channels.lane_bytes
         self._sent_before = self.sent_bytes
         self.channels = Channels(link, self._dial, self._aside)
         self.statistics = self.statistics.with_(reconnects=self.statistics.reconnects + 1)
+
+    async def _dial_again(self, error: PeerLost) -> Link:
+        """Connects once more, at first only to the address that broke off.
+
+        Another address of the same name may be another machine's, which knows nothing of the
+        guest; or the same machine's, by a way that still works.
+        """
+        assert self._dial is not None
+        beside, tries, retry = self.channels.link.beside, self._tries, self._retry
+        at_home = time.monotonic() + min(HOME_SECONDS, retry / 2)
+        why = ""
+        while True:
+            await asyncio.sleep(tries.pause(retry))
+            self._check_time()
+            left = tries.left(retry)
+            if left <= 0:
+                raise PeerLost(f"{error}; {self._in_vain()}{why}")
+            dial, home = self._dial, at_home - time.monotonic()
+            if beside is not None and home > 0:
+                dial, left = beside, min(left, home)
+            try:
+                async with asyncio.timeout(left):
+                    return await dial()
+            except (ConnectError, PeerLost, TimeoutError) as fault:
+                why = f": {fault}" if str(fault) else why
+
+    def _in_vain(self) -> str:
+        """What came of connecting again, in words."""
+        tries = self._tries
+        if not tries.greeted:
+            return f"no other connection in {self._retry:g} s"
+        return (
+            f"nothing new has come through for {tries.used():.3g} s, and the connection broke "
+            f"{tries.breaks} times"
+        )
+
+    def _progressed(self) -> None:
+        """The destination has something that it did not have before."""
+        self._tries.renew()
+
+    def _took_stock(self, left: int) -> None:
+        """The destination has said what it holds, after a break: `left` pages are to go.
+
+        Raises NoProgress where attempts have brought nothing for too long.
+        """
+        if left < self._fewest_left:
+            self._fewest_left = left
+            self._progressed()
+        elif self._tries.over(self._retry):
+            raise NoProgress(self._in_vain())
 
     def _failure(self, error: BaseException) -> MigrationError | None:
         """The error as a user sees it; None for a cancellation."""
@@ -372,7 +428,7 @@ class Migration(ABC):
                 await self.channels.open(self.parameters.channels, accept.token)
         except TimeoutError:
             raise PeerLost(
-                f"the destination does not answer within {HANDSHAKE_SECONDS:g} s"
+                f"{self.channels.link.peer_name} does not answer within {HANDSHAKE_SECONDS:g} s"
             ) from None
         if self._agreed not in (None, agreement):
             raise MigrationError("the destination has other capabilities now: begin again")
@@ -412,7 +468,7 @@ class Migration(ABC):
         journal = Journal(Role.SOURCE, token, self._journals)
         await asyncio.to_thread(
             journal.begin, guest=self.guest.facts(), address=self._address,
-            description=self.guest.description,
+            description=self.guest.description, peer=self.channels.link.peer_name,
         )  # fmt: skip
         self._journal.close()
         self._journal, self._resumes = journal, True
@@ -482,11 +538,11 @@ class Migration(ABC):
             if isinstance(error, asyncio.CancelledError) or self._dial is None:
                 raise self._unknown("interrupted" if not str(error) else why) from error
             self._notice(f"the hand-over was cut off ({why}): asking whose the guest is")
-            try:
-                async with asyncio.timeout(self._resolve_timeout):
-                    await ask_until_known(self._dial, self._journal)
-            except TimeoutError:
-                raise self._unknown(why) from error
+            beside = self.channels.link.beside
+            dials = [self._dial] if beside is None else [beside, self._dial]
+            unknown = await ask_until_known(dials, self._journal, self._resolve_timeout)
+            if unknown and self._journal.claim is Claim.COMMITTED:
+                raise self._unknown(f"{why}; {unknown}") from error
         if self._journal.claim is Claim.DONE:
             await self._done()
             return

@@ -90,6 +90,8 @@ class Reception(ABC):
         self._heard = heard
         self._resting = resting
         self._observe = observe
+        self.brought = 0
+        """Batches, or pieces of a stream, that were taken in, over all connections."""
 
     @abstractmethod
     async def receive(self, lanes: Lanes, info: GuestInfo, *, held: bool) -> Complete:
@@ -250,6 +252,7 @@ class Pages(Reception):
             for page in fresh:
                 place.make_room(page)
             decoder.apply(frame.head, frame.data, place.memory, place.fd, place.fd_offset)
+            self.brought += 1
             if decoder.delta and not self._arrival.capabilities["xbzrle"]:
                 raise PeerError("a delta came, though xbzrle was not agreed on")
         finally:

@@ -23,6 +23,7 @@ from migrate.digest import Digest
 from migrate.errors import (
     MigrationError,
     MismatchError,
+    NoProgress,
     NotConvergedError,
     PeerError,
     PeerLost,
@@ -31,7 +32,7 @@ from migrate.feeder import Feeder, Turn
 from migrate.guests.guest import MemoryGuest
 from migrate.journal import Journal
 from migrate.link import Link
-from migrate.migration import RESOLVE_SECONDS, Migration, Observer
+from migrate.migration import MAX_PAUSES, RESOLVE_SECONDS, Migration, Observer
 from migrate.parameters import Parameters
 from migrate.quantities import format_size, option_size
 from migrate.rounds import DowntimeModel, Measured, Pending, Policy, Verdict
@@ -58,8 +59,8 @@ UPDATE_SECONDS = 0.05
 # been stopped long enough, and it is still ours.
 PAUSE_FACTOR = 10
 PAUSE_SECONDS = 5.0
-# So many pauses may be given up; each has stopped the guest for nothing.
-MAX_PAUSES = 3
+# A destination may lose what it had so many times, as where its program dies again and again.
+MAX_BEGINNINGS = 5
 
 
 class Source(Migration):
@@ -77,7 +78,7 @@ class Source(Migration):
             guest, link, parameters, observer, dial, retry=retry, journal=journal, earlier=earlier,
             resolve_timeout=resolve_timeout, address=address,
         )  # fmt: skip
-        self._pauses_lost = 0
+        self._fewest_left = self._pages
         self._model = DowntimeModel()
         self._policy = Policy(self.parameters.limits, self._model)
         self._working = WorkingSet(self.parameters.page_size)
@@ -135,7 +136,7 @@ class Source(Migration):
         else:
             dirty = PageSet.full(self._pages)
         await link.send(CacheSize(self._cache.size))
-        self._lost_at = 0.0
+        self._under_way = True
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle}
             | ({AUTO_CONVERGE: True} if parameters.auto_converge else {}),
@@ -170,8 +171,12 @@ class Source(Migration):
         loop = asyncio.get_running_loop()
         self._peer_stale = 0
         if not held:
+            self._begun_again += 1
+            if self._begun_again > MAX_BEGINNINGS:
+                raise NoProgress(f"the destination has lost the guest {self._begun_again} times")
             self._notice("the destination has kept nothing of the guest: beginning again")
             await loop.run_in_executor(self._worker, encoder.forget)
+            self._took_stock(self._pages)
             return PageSet.full(self._pages)
         page = 0
         while page < self._pages:
@@ -184,6 +189,7 @@ class Source(Migration):
             page += len(said.hashes) // 8
         scan = ScanTracker(self.guest.memory, encoder).take
         dirty = await loop.run_in_executor(self._worker, scan)
+        self._took_stock(len(dirty))
         share = 100 * (self._pages - len(dirty)) // self._pages
         self._notice(f"resuming at {share} %: {format_size(self._remaining(len(dirty)))} to go")
         return dirty
@@ -284,6 +290,8 @@ class Source(Migration):
         if ack.number != self._round:
             raise PeerError(f"round {ack.number} was confirmed while {self._round} was due")
         self._unsent = None
+        if pages:
+            self._progressed()
         self._peer_stale = ack.stale_pages
         self._model.learn_digest(ack.settled_pages, ack.settle_seconds, peer=True)
         wall = max(time.monotonic() - began - ack.settle_seconds, 1e-9)
@@ -358,6 +366,7 @@ class Source(Migration):
         self._set_status("device")
         before = self.sent_bytes
         self._paused_at = time.monotonic()
+        self._pauses += 1
         await self.guest.pause()
         self._observer("paused", self.statistics)
         expected = self.statistics.expected_downtime or 0.0
@@ -374,8 +383,7 @@ class Source(Migration):
 
     def _pause_lost(self, why: str) -> MigrationError:
         """The guest was stopped for nothing; some of that is survived, as a break is."""
-        self._pauses_lost += 1
-        kind = PeerLost if self._pauses_lost < MAX_PAUSES else MigrationError
+        kind = PeerLost if self._pauses < MAX_PAUSES else MigrationError
         return kind(why)
 
     async def _last_round(self, encoder: PageEncoder, digest: Digest) -> None:

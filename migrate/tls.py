@@ -40,6 +40,8 @@ PARTY = {Role.SOURCE: "client", Role.DESTINATION: "server"}
 NAMES = {Role.SOURCE: "the source", Role.DESTINATION: "the destination"}
 # Everybody but its owner: a key that the group or others may read.
 OTHERS = 0o077
+# RFC 4291, 2.5.5.2: ::ffff:0:0/96
+MAPPED_BITS = 96
 # RFC 4514, section 3
 SHORT = {
     "commonName": "CN",
@@ -262,10 +264,19 @@ def networks(texts: Iterable[str]) -> tuple[Network, ...]:
     result = []
     for text in texts:
         try:
-            result.append(ipaddress.ip_network(text))
+            result.append(_unmapped(ipaddress.ip_network(text)))
         except ValueError as error:
             raise UsageError(f"--allow {text!r}: {error}: write ADDRESS or ADDRESS/BITS") from None
     return tuple(result)
+
+
+def _unmapped(network: Network) -> Network:
+    """IPv4 that is written as IPv6 (::ffff:10.0.0.0/104) is IPv4: so are peers looked at."""
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= MAPPED_BITS:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - MAPPED_BITS))
+    return network
 
 
 def _ip(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -94,6 +94,80 @@ def test_an_address_prints_as_it_is_read(address):
     assert parse_address(str(address), listen=True) == address
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("tcp:fe80::1", r"in brackets: write tcp:\[fe80::1\]:PORT$"),
+        ("tcp:fe80::1%eth0", r"in brackets: write tcp:\[fe80::1%eth0\]:PORT$"),
+        ("tcp:::1:4444", r"write tcp:\[::1\]:4444 or tcp:\[::1:4444\]:PORT$"),
+        ("tcp:1:2:3:4:5:6:7:8:99", r"write tcp:\[1:2:3:4:5:6:7:8\]:99$"),
+        ("tcp:[::1]", r"names no port: write tcp:\[::1\]:PORT$"),
+        ("tcp:[::1]4444", r"names no port: write tcp:\[::1\]:PORT$"),
+        ("tcp:[::1]:", "names no port"),
+        ("tcp:[::1:4444", "brackets are not in pairs"),
+        ("tcp:::1]:4444", "brackets are not in pairs"),
+        ("tcp:[::1]]:4444", "brackets are not in pairs"),
+        ("tcp:host[1]:4444", "brackets are not in pairs, or not at its beginning"),
+        ("tcp:[]:4444", "nothing in its brackets"),
+        ("tcp:[a:b]:4444", "a:b is no IPv6 address"),
+        ("tcp:[fe80::1%]:4444", "fe80::1% is no IPv6 address"),
+        ("tcp:a:b:4444", "too many colons"),
+        ("tcp:ho st:4444", "there is a blank in it"),
+        ("tcp:host :4444", "there is a blank in it"),
+        ("tcp:host: 4444", "there is a blank in it"),
+        ("tcp:host:٤", "is no port"),
+        ("tcp:ho\x1bst:1", "is no name of a host"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_said(text, why):
+    with pytest.raises(UsageError, match=why):
+        parse_address(text)
+    with pytest.raises(UsageError, match=why.replace("tcp:", "")):
+        parse_address(text, listen=True)
+    with pytest.raises(UsageError, match=why.replace("tcp:", "")):
+        parse_address(text.removeprefix("tcp:"), listen=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        (" tcp:host:4444 ", Address("host", 4444)),
+        ("tcp:[fe80::1%eth0]:4444\n", Address("fe80::1%eth0", 4444)),
+        ("\ttcp:[::ffff:10.0.0.1]:4444", Address("::ffff:10.0.0.1", 4444)),
+        (" unix:/run/x y ", Address(path="/run/x y ")),
+        ("tcp:[host]:4444", Address("host", 4444)),
+    ],
+)
+def test_blanks_around_an_address_do_not_count(text, address):
+    assert parse_address(text) == address
+    assert parse_address(text, listen=True) == address
+
+
+HOSTS = st.one_of(
+    st.ip_addresses(v=4).map(str),
+    st.ip_addresses(v=6).map(str),
+    st.builds("{}%{}".format, st.ip_addresses(v=6), st.sampled_from(["eth0", "br-1", "2", "a.b"])),
+    st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?(\.[a-z]{1,10})?", fullmatch=True),
+)
+
+
+@settings(deadline=None)
+@given(HOSTS, st.integers(1, 65535), st.sampled_from(["", " ", "\n"]), st.booleans())
+def test_any_host_and_port_is_read_as_it_is_printed(host, port, blank, listen):
+    address = Address(host, port)
+    assert parse_address(f"{blank}{address}{blank}", listen=listen) == address
+    if listen:
+        assert parse_address(str(address).removeprefix("tcp:"), listen=True) == address
+
+
+@settings(deadline=None)
+@given(st.ip_addresses(v=6), st.one_of(st.just(""), st.integers(0, 70000).map(":{}".format)))
+def test_an_ipv6_address_without_brackets_is_never_taken_for_another(host, port):
+    for listen in (False, True):
+        with pytest.raises(UsageError, match="in brackets|too many colons"):
+            parse_address(f"tcp:{host}{port}", listen=listen)
+
+
 @settings(deadline=None)
 @given(st.text(max_size=20), st.booleans())
 def test_any_text_is_an_address_or_a_user_error(text, listen):

@@ -30,10 +30,12 @@ from migrate import link
 from migrate.address import Address
 from migrate.dialing import connect
 from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost, UsageError
-from migrate.journal import Journal, attempt, journals, settled
+from migrate.journal import Journal, attempt, journals, last_peer, settled
+from migrate.listening import listen
+from migrate.migration import MAX_PAUSES
 from migrate.reception import Pages
 from proto import ErrorCode, capabilities
-from proto.kernel import PageHashes
+from proto.kernel import PageDecoder, PageHashes
 from proto.messages import (
     HELD_PAGES,
     Accept,
@@ -326,6 +328,121 @@ async def test_who_accepts_and_hangs_up_each_time_is_not_tried_for_ever():
         hanging.cancel()
 
 
+async def greet_and_break(hand: Any, held: bool) -> None:
+    """Lets the source in, and hangs up before any page is confirmed, each time."""
+    while True:
+        await again(hand, held)
+        if held:
+            await hand.links[0].send(Held(0, bytes(8 * PAGES)))
+        assert isinstance(await hand.links[0].receive_message(), CacheSize)
+        hand.links[0].abort()
+
+
+@pytest.mark.asyncio
+async def test_who_lets_us_in_and_confirms_nothing_is_not_tried_for_ever():
+    async with hand_destination(1) as (hand, source, running):
+        source._retry = 1.0
+        await begin(hand)
+        breaking = asyncio.create_task(greet_and_break(hand, held=True))
+        with pytest.raises(
+            PeerLost, match=r"nothing new has come through for .* s, and the connection broke \d+"
+        ):
+            await running
+        breaking.cancel()
+        assert source.resumable
+        assert source.statistics.reconnects > 2
+
+
+@pytest.mark.asyncio
+async def test_a_destination_that_loses_the_guest_each_time_is_given_up():
+    """Its program dies again and again, whatever it has confirmed before."""
+
+    async def acknowledge_and_die(hand: Any) -> None:
+        while True:
+            await again(hand, held=False)
+            hand.memory[:] = bytes(len(hand.memory))
+            hand.decoder = PageDecoder(PageHashes(PAGES, PAGE, hand.info.hash_seed), SIZE)
+            await hand.acknowledge((await hand.take_rounds()).number)
+            hand.links[0].abort()
+
+    async with hand_destination(1) as (hand, source, running):
+        source._retry = 20.0
+        await begin(hand)
+        dying = asyncio.create_task(acknowledge_and_die(hand))
+        with pytest.raises(PeerLost, match="the destination has lost the guest 6 times"):
+            await running
+        dying.cancel()
+        await asyncio.wait([dying])
+
+
+@pytest.mark.asyncio
+async def test_a_guest_is_not_paused_again_and_again():
+    """The connection breaks in each pause: rounds between them are no excuse."""
+    async with hand_destination(1) as (hand, source, running):
+        source._retry = 20.0
+        await hand.accept()
+        pauses = 0
+        while not running.done() and pauses < 9:
+            ended = await hand.take_rounds()
+            if ended.last:
+                pauses += 1
+                hand.links[0].abort()
+                if pauses < MAX_PAUSES:
+                    await again(hand)
+                    table = truth(hand.info.hash_seed, bytes(hand.memory)).table
+                    await hand.links[0].send(Held(0, bytes(table)))
+                else:
+                    await asyncio.wait([running])
+            else:
+                await hand.acknowledge(ended.number)
+        with pytest.raises(PeerLost, match="the guest was stopped 3 times for nothing"):
+            await running
+        assert pauses == MAX_PAUSES
+        assert source.resumable
+
+
+@pytest.mark.asyncio
+async def test_a_source_comes_back_to_the_machine_that_has_the_pages():
+    """The address is a name, of which another machine is asked where one connects anew."""
+    async with hand_destination(1) as (hand, source, running):
+
+        async def elsewhere() -> link.Link:
+            raise AssertionError("another machine was asked")
+
+        source._retry = 20.0
+        source._dial = elsewhere
+        here = hand.listener.address
+        source.channels.link.beside = lambda: connect(here)
+        await begin(hand)
+        info = await again(hand)
+        await hand.links[0].send(Held(0, bytes(truth(info.hash_seed, CONTENT).table)))
+        hand.memory[:] = CONTENT
+        await hand.finish()
+        await hand.links[0].send(Running())
+        await running
+
+
+@pytest.mark.asyncio
+async def test_a_machine_that_is_gone_is_looked_for_elsewhere_in_the_end():
+    async with hand_destination(1) as (hand, source, running):
+        other = await listen(Address("127.0.0.1", 0))
+        gone, there = hand.listener, other.address
+        source._retry = 2.0
+        source._dial = lambda: connect(there)
+        source.channels.link.beside = lambda: connect(gone.address)
+        await begin(hand)
+        port = gone.address
+        await gone.close()
+        source.channels.link.beside = lambda: connect(port)
+        hand.listener = other
+        await again(hand, held=False)
+        await hand.finish()
+        await hand.links[0].send(Running())
+        await running
+        assert hand.memory == CONTENT
+        await other.close()
+
+
 # ---------------------------------------------------------------- a source by hand
 
 
@@ -420,6 +537,30 @@ async def test_a_source_that_does_not_come_back_is_waited_for_no_longer_than_tha
         with pytest.raises(PeerLost):
             await received
         assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.asyncio
+async def test_a_source_that_comes_back_and_brings_nothing_is_not_waited_for_for_ever():
+    async with hand_source(retry=1.0) as (come, received):
+        peer, accept = await come()
+        await peer.send(CacheSize(0))
+        await peer.round_trip()
+
+        async def come_back() -> None:
+            last, said = peer, accept
+            while isinstance(said, Accept):
+                last.abort()
+                last, said = await come(said.token)
+                await last.send(CacheSize(0))
+                await held_by(last)
+
+        coming = asyncio.create_task(come_back())
+        with pytest.raises(
+            PeerLost, match=r"nothing new has come for .* s, and the connection broke \d+ times"
+        ):
+            await received
+        coming.cancel()
+        await asyncio.wait([coming])
 
 
 @pytest.mark.asyncio
@@ -719,12 +860,14 @@ def test_the_journal_of_an_attempt_is_found_by_its_guest(tmp_path: Path) -> None
     here = str(tmp_path)
     facts = {"kind": "file", "path": "/dev/shm/db", "pids": [[1, "2"]]}
     journal = Journal(Role.SOURCE, b"\7" * 16, here)
-    journal.begin(guest=facts, address="tcp:there:4444", description="db")
+    journal.begin(guest=facts, address="tcp:there:4444", description="db", peer="10.0.0.2:4444")
     assert not settled(journal)
     with pytest.raises(MigrationError, match="in the hands of another program"):
         attempt(facts, "tcp:there:4444", here)
     journal.close(keep=True)
     assert attempt({**facts, "path": "/dev/shm/other"}, "tcp:there:4444", here) is None
+    assert last_peer("tcp:there:4444", here) == "10.0.0.2:4444"
+    assert last_peer("tcp:elsewhere:4444", here) == last_peer("tcp:there:4444", "") == ""
     found = attempt({**facts, "pids": []}, "tcp:there:4444", here)
     assert found is not None
     assert found.identity == journal.identity

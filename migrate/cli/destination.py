@@ -262,7 +262,7 @@ class DestinationProgram(Node):
             self.address, peer_timeout=self.peer_timeout, credentials=self.credentials,
             allow=self.allow, refused=self._refused,
         )  # fmt: skip
-        self._say(f"listening on {listener.address}")
+        self._say(f"listening on {listener}")
         if self.qemu and self.qemu[1] and not os.path.exists(self.qemu[1]):
             self._say(
                 f"no QEMU has a socket at {self.qemu[1]} yet: it must be there when a guest comes "
@@ -350,9 +350,8 @@ class DestinationProgram(Node):
             if event == "probed":
                 self._say(f"{peer.peer_name} measured the way here: nothing was moved (--dry-run)")
             if event == "interrupted":
-                self._say(
-                    f"the connection broke: the source may come back, within {self.retry:g} s"
-                )
+                left = self.destination.patience if self.destination else self.retry
+                self._say(f"the connection broke: the source may come back, within {left:.3g} s")
             if event == "back":
                 self._say(f"the source is back, from {link().peer_name}")
             if event == "lost":
@@ -559,10 +558,13 @@ class DestinationProgram(Node):
         """How far the guest that comes has come; {} before anybody can come."""
         if self._door is None:
             return {"status": "failed", "error-desc": self._failed} if self._failed else {}
-        address = self._door.address
-        inet = {"type": "inet", "host": address.host, "port": str(address.port)}
-        unix = {"type": "unix", "path": printable(address.path)}
-        where = {"socket-address": [unix if address.path else inet]}
+        where = {
+            "socket-address": [
+                {"type": "unix", "path": printable(one.path)} if one.path
+                else {"type": "inet", "host": one.host, "port": str(one.port)}
+                for one in self._door.addresses
+            ]
+        }  # fmt: skip
         if self.destination is None or self.destination.arrival.info is None:
             return {"status": "setup", **where}
         arrival = self.destination.arrival

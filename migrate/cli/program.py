@@ -70,7 +70,7 @@ def qemu_words(text: str) -> tuple[str, str]:
         where, _, qmp = text.rpartition(",qmp=")
     if not where and not qmp:
         raise UsageError(f"--guest qemu: say where it is: {QEMU_FORMS}")
-    if where and not where.startswith(("tcp:", "unix:")):
+    if where and not where.lstrip().startswith(("tcp:", "unix:")):
         raise UsageError(f"--guest 'qemu:{text}' is not understood: write {QEMU_FORMS}")
     if qmp:
         from migrate.qemu.client import control_path
@@ -107,7 +107,7 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     )
     parser.add_argument(
         "--retry", default="60s", metavar="TIME",
-        help="when the connection breaks, how long to wait for another one and resume "
+        help="when the connection breaks, how long to connect again and resume without progress "
         "(default: 60s; 0: give up at once)",
     )  # fmt: skip
     parser.add_argument(

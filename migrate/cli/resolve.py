@@ -12,6 +12,7 @@ if the source's says COMMITTED. Without proof `--force` does it: two may run the
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from migrate.address import Address, parse_address
 from migrate.cli.program import (
@@ -41,6 +42,9 @@ from migrate.journal import (
 )
 from migrate.output import say, show
 from proto.ownership import Claim, Event, Role
+
+if TYPE_CHECKING:
+    from migrate.lookup import Endpoint
 
 # What the other side's journal must claim for one side to be kept, by the side that asks.
 PROOFS = {
@@ -150,26 +154,50 @@ async def resolve_source(args: argparse.Namespace) -> int:
 
 
 async def _ask(args: argparse.Namespace, journal: Journal) -> None:
+    """At the very address that the guest was sent to; where that does not know, at its name."""
+    address = parse_address(args.uri or journal.facts["address"])
+    there = None if args.uri else _peer_of(journal)
+    hint = "start migrate-dst there again, with the journal it had, and try again"
+    for at in [there, None] if there is not None else [None]:
+        try:
+            if await _ask_at(args, journal, address, at) is not Claim.COMMITTED:
+                return
+        except TimeoutError:
+            if at is None:
+                raise ConnectError(f"{address} does not answer: {hint}") from None
+        except (ConnectError, PeerLost) as error:
+            if at is None:
+                raise ConnectError(f"{error}: {hint}") from None
+
+
+def _peer_of(journal: Journal) -> Endpoint | None:
+    """What the source was connected to; its address may be a name of several machines."""
+    from migrate.lookup import endpoint_of
+
+    try:
+        peer = parse_address(f"tcp:{journal.facts.get('peer', '')}")
+        return None if str(peer) == journal.facts["address"] else endpoint_of(peer)
+    except (UsageError, OSError):
+        return None
+
+
+async def _ask_at(
+    args: argparse.Namespace, journal: Journal, address: Address, at: Endpoint | None
+) -> Claim:
     from migrate import dialing
     from migrate.handover import ask
 
-    address: Address = parse_address(args.uri or journal.facts["address"])
-    hint = "start migrate-dst there again, with the journal it had, and try again"
+    peer = await dialing.connect(
+        address,
+        timeout=seconds(args.connect_timeout, "--connect-timeout"),
+        peer_timeout=peer_timeout(args),
+        credentials=credentials(args, Role.SOURCE),
+        at=at,
+    )
     try:
-        peer = await dialing.connect(
-            address,
-            timeout=seconds(args.connect_timeout, "--connect-timeout"),
-            peer_timeout=peer_timeout(args),
-            credentials=credentials(args, Role.SOURCE),
-        )
-        try:
-            await ask(peer, journal)
-        finally:
-            await peer.close()
-    except TimeoutError:
-        raise ConnectError(f"{address} does not answer: {hint}") from None
-    except (ConnectError, PeerLost) as error:
-        raise ConnectError(f"{error}: {hint}") from None
+        return await ask(peer, journal)
+    finally:
+        await peer.close()
 
 
 async def _act_on(journal: Journal) -> int:

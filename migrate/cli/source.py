@@ -26,7 +26,7 @@ from migrate.cli.program import (
 from migrate.cli.source_words import open_guest, parameters_of, qemu_guest, source_parser
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import Process, start_time
-from migrate.journal import Journal, attempt, check_directory, default_directory
+from migrate.journal import Journal, attempt, check_directory, default_directory, last_peer
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
 from migrate.output import say
 from migrate.statistics import (
@@ -194,7 +194,7 @@ class SourceProgram(Node):
                 return self.stop.cancelled_code
             self.stop.cancels_me()
             if not guest.driven:
-                where = guest.listen()
+                where = await guest.listen()
                 if not self.args.quiet:
                     self.progress.say(f"waiting for QEMU at {where}")
             await guest.started()
@@ -261,10 +261,12 @@ class SourceProgram(Node):
     def dial(self) -> Awaitable[Link]:
         from migrate import dialing
 
-        return dialing.connect(
+        again = dialing.dial(
             self.address, timeout=self.connect_timeout, peer_timeout=self.peer_timeout,
             congestion=self.args.congestion, credentials=self.credentials,
+            first=last_peer(str(self.address), self.journal),
         )  # fmt: skip
+        return again()
 
     async def _connect(self) -> Link | None:
         """None where it was cancelled."""
@@ -399,7 +401,7 @@ class SourceProgram(Node):
     def _warn(self, text: str) -> None:
         """A user is told, however quiet the program is to be."""
         self.progress.clear()
-        print(f"migrate-src: warning: {text}", file=sys.stderr)
+        say(f"migrate-src: warning: {text}")
 
     def _where(self, guest: Guest) -> str:
         """Where the guest is after a failure, and how to go on."""
@@ -485,7 +487,7 @@ class SourceProgram(Node):
         try:
             self.address = parse_address(uri)
         except UsageError as error:
-            known = uri.startswith(("tcp:", "unix:"))
+            known = uri.lstrip().startswith(("tcp:", "unix:"))
             raise Refused(
                 str(error) if known else "Parameter 'uri' expects a valid migration protocol"
             ) from None

@@ -18,7 +18,7 @@ import socket
 from typing import Any
 
 from migrate.address import Address
-from migrate.errors import MigrationError, QemuError, UsageError, system_reason
+from migrate.errors import ConnectError, MigrationError, QemuError, UsageError, system_reason
 from migrate.guests import isolated
 from migrate.guests.guest import Guest
 from migrate.guests.process import start_time
@@ -27,6 +27,7 @@ from migrate.qemu.client import control_path
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import STREAM_BYTES, Machine, our_end
+from migrate.sockets import listening_sockets
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
@@ -100,7 +101,7 @@ class QemuGuest(Guest):
 
     # -- QEMU's connection
 
-    def listen(self) -> Address:
+    async def listen(self) -> Address:
         """QEMU can connect now: where. Raises UsageError where that cannot be."""
         where = self._wanted
         assert where is not None
@@ -109,18 +110,22 @@ class QemuGuest(Guest):
                 listener = bind(where.path, "--guest")
                 self._ours = identity(where.path)
             else:
-                family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
-                listener = socket.create_server(
-                    (where.host, where.port), family=family, backlog=BACKLOG
-                )
+                listener = await self._one_listening(where)
                 where = Address(where.host, listener.getsockname()[1])
-        except OSError as error:
-            raise UsageError(
-                f"QEMU cannot be waited for at {where}: {system_reason(error)}"
-            ) from None
+        except (OSError, ConnectError) as error:
+            why = system_reason(error) if isinstance(error, OSError) else error
+            raise UsageError(f"QEMU cannot be waited for at {where}: {why}") from None
         listener.setblocking(False)
         self._listener, self._wanted = listener, where
         return where
+
+    async def _one_listening(self, where: Address) -> socket.socket:
+        """QEMU makes one connection, to any address of a name: IPv4 where there is a choice."""
+        sockets = await listening_sockets(where, BACKLOG)
+        sockets.sort(key=lambda one: one.family != socket.AF_INET)
+        for one in sockets[1:]:
+            one.close()
+        return sockets[0]
 
     def _unlisten(self) -> None:
         if self._listener is not None:
@@ -139,7 +144,7 @@ class QemuGuest(Guest):
         if self._intake is not None:
             return
         if self._wanted is not None and self._listener is None:
-            self.listen()
+            await self.listen()
         if self._qmp:
             self.machine = await Machine.connect(self._qmp)
             await self.machine.prepare(return_path=self._return_path, **self._settings)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from migrate.address import Address
-from migrate.errors import MigrationError
+from migrate.dialing import open_tcp
+from migrate.errors import ConnectError, MigrationError
 from migrate.guests.guest import Place
 from migrate.qemu.machine import Changed, Machine, our_end
 from migrate.qemu.reception import StreamReception
@@ -110,22 +111,28 @@ class QemuPlace(Place):
                 await machine.restore()
 
     async def _connect(self, where: Address) -> socket.socket:
-        family = socket.AF_UNIX if where.path else socket.AF_INET
-        if not where.path and ":" in where.host:
-            family = socket.AF_INET6
-        connection = socket.socket(family)
-        connection.setblocking(False)
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await loop.sock_connect(connection, where.path or (where.host, where.port))
+            if not where.path:
+                return await open_tcp(where, CONNECT_SECONDS)
+            return await self._connect_unix(where.path)
+        except ConnectError as error:
+            reason = str(error)
         except (OSError, TimeoutError) as error:
-            connection.close()
             number = getattr(error, "errno", None) or 0
             reason = os.strerror(number) if number > 0 else "nobody answers"
-            raise NoQemuError(
-                f"no QEMU waits for a guest at {where}: {reason}: start it with -incoming {where}"
-            ) from None
+        raise NoQemuError(
+            f"no QEMU waits for a guest at {where}: {reason}: start it with -incoming {where}"
+        )
+
+    async def _connect_unix(self, path: str) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await asyncio.get_running_loop().sock_connect(connection, path)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _gone(self, reason: str) -> MigrationError:

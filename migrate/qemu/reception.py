@@ -168,6 +168,7 @@ class StreamReception(Reception):
         await loop.run_in_executor(self._worker, self._write, frame)
         assert writer is not None
         self._items += 1
+        self.brought += 1
         arrival.zero, arrival.raw, arrival.delta = writer.zero, writer.raw, writer.delta
         arrival.received = lanes.received_bytes
         self._resting()

@@ -170,7 +170,7 @@ class StreamSource(Migration):
         else:
             await link.send(Blocks(self.guest.blocks))
         await link.send(CacheSize(self._cache.size))
-        self._lost_at = 0.0
+        self._under_way = True
         self.statistics = self.statistics.with_(
             capabilities={"xbzrle": agreement.xbzrle}, channels=self.parameters.channels,
             cache_size=self._cache.size,
@@ -232,6 +232,9 @@ class StreamSource(Migration):
             raise PeerError(f"{taken.items} items were taken, {first} to {self._count} were sent")
         for _ in range(taken.items - first):
             self._drop_oldest()
+        self._took_stock(
+            -taken.items
+        )  # what is to go, QEMU alone knows: it counts down all the same
         self._window.clear()
         self._unsent.extendleft(reversed(self._kept))
         self._kept.clear()
@@ -371,6 +374,8 @@ class StreamSource(Migration):
         for _ in range(items - first):
             self._drop_oldest()
             self._window.taken(now)
+        self._fewest_left = -items
+        self._progressed()
         self._room.set()
 
     def _drop_oldest(self) -> None:

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from migrate.address import parse_address
 from migrate.errors import ConnectError, UsageError
+from migrate.lookup import host_text, look_up_now, name_of
+from migrate.sockets import listen_on
 from migrate.statistics import Statistics
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     from prometheus_client import CollectorRegistry, Metric
 
     from migrate.reception import Arrival
 
 TEXTFILE_SECONDS = 5.0
+BACKLOG = 5
 STATES = ("none", "setup", "active", "device", "completed", "failed", "cancelled")
 
 
@@ -114,6 +121,32 @@ class _Collector:
         return []  # else a registry would ask for everything once, to know the names
 
 
+def server_of(sock: socket.socket) -> WSGIServer:
+    """An HTTP server on a socket that listens already.
+
+    That of the standard library asks the name server for the name of each address that it listens
+    on, and nothing could end that.
+    """
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+
+    class Silent(WSGIRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    server = Server(("", 0), Silent, bind_and_activate=False)
+    server.socket.close()
+    server.socket = sock
+    sock.setblocking(True)
+    server.server_address = sock.getsockname()
+    server.server_name, server.server_port = host_text(sock.getsockname()), sock.getsockname()[1]
+    server.setup_environ()
+    return server
+
+
 class Metrics:
     """Serves and writes the families that `families` gives.
 
@@ -157,16 +190,20 @@ class Metrics:
         where = parse_address(listen, listen=True)
         if where.path:
             raise UsageError(f"--metrics {listen!r}: write HOST:PORT")
-        from prometheus_client import start_http_server
+        from prometheus_client import make_wsgi_app
 
         try:
-            self._server, self._thread = start_http_server(
-                where.port, where.host or "127.0.0.1", self.registry
-            )
+            first, *_ = look_up_now(where.host or "127.0.0.1", where.port, listens=True)
+            sock, *_ = listen_on([first], BACKLOG)
+        except ConnectError as error:
+            raise ConnectError(f"--metrics {listen}: {error}") from None
         except OSError as error:
             raise ConnectError(f"--metrics {listen}: {error.strerror or error}") from None
-        host, port = self._server.server_address[:2]
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+        self._server = server_of(sock)
+        self._server.set_app(make_wsgi_app(self.registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.address = f"http://{name_of(sock.getsockname())}/metrics"
 
     def observe(self, paused: bool) -> None:
         """Something has happened: the file is written, where it is time and nobody is waiting."""

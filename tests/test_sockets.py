@@ -1,0 +1,245 @@
+"""Where a destination listens: both families, one port, and what it says of that."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import re
+import socket
+import urllib.request
+
+import pytest
+
+from migrate import sockets, tls
+from migrate.address import Address
+from migrate.dialing import connect
+from migrate.errors import ConnectError, TlsError
+from migrate.listening import listen
+from migrate.lookup import Endpoint
+from migrate.qemu.guest import QemuGuest
+from migrate.statistics import Statistics
+from migrate.views.metrics import Metrics, source_families
+from tests.programs import Program, destination
+
+ANYWHERE = [Address("::", 0), Address("", 0)]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("where", ANYWHERE)
+async def test_one_port_takes_both_families(where) -> None:
+    listener = await listen(where)
+    port = listener.address.port
+    assert str(listener) == f"tcp:[::]:{port} (IPv4 and IPv6)"
+    for host in ("127.0.0.1", "::1"):
+        near = await connect(Address(host, port), timeout=60)
+        far = await listener.accept()
+        own = near._transport.get_extra_info("sockname")[1]
+        assert far.peer_name == (f"[::1]:{own}" if ":" in host else f"127.0.0.1:{own}")
+        assert not far.exposed, "it does not leave this host"
+        assert not near.exposed
+        await near.close()
+        await far.close()
+    await listener.close()
+
+
+@pytest.mark.parametrize("where", ["[::]:0", "0"])
+def test_the_program_says_so_and_takes_an_ipv4_client(where, tmp_path) -> None:
+    (tmp_path / "guest").write_bytes(bytes(4096))
+    receiver = Program(
+        "migrate-dst", "--listen", where, "--output", str(tmp_path / "there"), "--journal",
+        str(tmp_path),
+    )  # fmt: skip
+    port = receiver.read_line(r"listening on tcp:\[::\]:(\d+) \(IPv4 and IPv6\)$")[1]
+    source = Program(
+        "migrate-src", "--guest", f"file:{tmp_path}/guest", "--journal", str(tmp_path),
+        f"tcp:127.0.0.1:{port}",
+    )  # fmt: skip
+    assert source.wait() == 0, source.err
+    assert receiver.wait() == 0
+    assert re.search(r"receiving a file guest of 4\.0 KiB from 127\.0\.0\.1:\d+", receiver.err)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("allow", ["127.0.0.0/8", "::ffff:127.0.0.1", "::ffff:127.0.0.0/104"])
+async def test_rules_for_ipv4_hold_on_a_port_for_both(allow) -> None:
+    listener = await listen(Address("::", 0), allow=tls.networks([allow]))
+    near = await connect(Address("127.0.0.1", listener.address.port), timeout=60)
+    far = await listener.accept()
+    await near.close()
+    await far.close()
+    await listener.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("allow", ["10.0.0.0/8", "::/0", "::1", "::ffff:10.0.0.0/104"])
+async def test_who_may_not_connect_is_named_as_ipv4(allow) -> None:
+    refused: asyncio.Queue[str] = asyncio.Queue()
+    listener = await listen(
+        Address("::", 0), allow=tls.networks([allow]),
+        refused=lambda who, _why: refused.put_nowait(who),
+    )  # fmt: skip
+    near = await connect(Address("127.0.0.1", listener.address.port), timeout=60)
+    assert (await refused.get()).startswith("127.0.0.1:")
+    await near.close()
+    await listener.close()
+
+
+def test_ipv4_written_as_ipv6_is_ipv4() -> None:
+    assert tls.networks(["::ffff:10.0.0.0/104", "::ffff:0:0/96", "::/0"]) == (
+        ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("0.0.0.0/0"),
+        ipaddress.ip_network("::/0"),
+    )  # fmt: skip
+    mapped = ("::ffff:127.0.0.1", 1, 0, 0)
+    assert not tls.another_host(mapped, mapped)
+    assert not tls.another_host(("::ffff:10.0.0.1", 1, 0, 0), ("10.0.0.1", 2))
+    assert tls.another_host(("::ffff:10.0.0.1", 1, 0, 0), ("::ffff:10.0.0.2", 2, 0, 0))
+
+
+@pytest.mark.asyncio
+async def test_plain_tcp_is_refused_on_all_interfaces_and_not_on_a_loopback(monkeypatch) -> None:
+    monkeypatch.setenv(tls.REQUIRE, "1")
+    for where in ANYWHERE:
+        with pytest.raises(TlsError):
+            await listen(where)
+    listener = await listen(Address("::ffff:127.0.0.1", 0))
+    assert str(listener) == f"tcp:127.0.0.1:{listener.address.port}"
+    (await connect(listener.address, timeout=60)).abort()
+    await listener.close()
+
+
+# ---------------------------------------------------------------- names
+
+
+LOOPBACKS = [
+    Endpoint(socket.AF_INET, ("127.0.0.1", 0)), Endpoint(socket.AF_INET6, ("::1", 0, 0, 0)),
+]  # fmt: skip
+
+
+@pytest.fixture
+def two(monkeypatch):
+    async def look_up(_host, _port, *, listens):
+        assert listens
+        return list(LOOPBACKS)
+
+    monkeypatch.setattr(sockets, "look_up", look_up)
+
+
+@pytest.mark.asyncio
+async def test_a_name_with_two_addresses_has_one_port(two) -> None:
+    listener = await listen(Address("two.invalid", 0))
+    port = listener.address.port
+    assert str(listener) == f"tcp:127.0.0.1:{port} and tcp:[::1]:{port}"
+    for where in listener.addresses:
+        near = await connect(where, timeout=60)
+        await (await listener.accept()).close()
+        await near.close()
+    await listener.close()
+
+
+def test_a_free_port_is_free_on_all_addresses(monkeypatch) -> None:
+    """The first number is taken on the second address."""
+    real, taken = sockets._listening, []
+
+    def listening(endpoint, port, backlog):
+        made = real(endpoint, port, backlog)
+        if len(taken) < 3 and endpoint.family == socket.AF_INET6:
+            taken.append(made)
+            return real(endpoint, port, backlog)
+        return made
+
+    monkeypatch.setattr(sockets, "_listening", listening)
+    made = sockets.listen_on(LOOPBACKS, 1)
+    assert len(taken) == 3
+    assert len({one.getsockname()[1] for one in made}) == 1
+    for one in (*made, *taken):
+        one.close()
+
+
+def test_a_port_that_is_taken_on_one_address_is_not_had() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        both = [Endpoint(one.family, (one.name[0], port, *one.name[2:])) for one in LOOPBACKS]
+        with pytest.raises(OSError, match="Address already in use"):
+            sockets.listen_on(both, 1)
+        with socket.create_server(("127.0.0.1", port)):
+            pass  # nothing is left there
+
+
+def test_an_address_that_is_off_is_left_out() -> None:
+    none_here = Endpoint(socket.AF_INET6, ("2001:db8::1", 0, 0, 0))
+    made = sockets.listen_on([none_here, LOOPBACKS[0]], 1)
+    assert [one.getsockname()[0] for one in made] == ["127.0.0.1"]
+    made[0].close()
+    with pytest.raises(OSError, match="Cannot assign"):
+        sockets.listen_on([none_here], 1)
+
+
+# ---------------------------------------------------------------- without IPv6
+
+
+@pytest.fixture
+def no_ipv6(monkeypatch):
+    real = socket.socket
+
+    def made(family=socket.AF_INET, *args):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *args)
+
+    monkeypatch.setattr("migrate.sockets.socket.socket", made)
+
+
+@pytest.mark.asyncio
+async def test_a_bare_port_works_without_ipv6(no_ipv6) -> None:
+    listener = await listen(Address("", 0))
+    assert str(listener) == f"tcp:0.0.0.0:{listener.address.port}"
+    await listener.close()
+
+
+@pytest.mark.asyncio
+async def test_ipv6_that_is_off_is_said(no_ipv6) -> None:
+    with pytest.raises(ConnectError, match=r"cannot listen on tcp:\[::\]:0: IPv6 is off here"):
+        await listen(Address("::", 0))
+
+
+# ---------------------------------------------------------------- others that listen
+
+
+def test_metrics_on_all_interfaces_take_ipv4() -> None:
+    metrics = Metrics(lambda: source_families(Statistics()), "[::]:0")
+    port = re.fullmatch(r"http://\[::\]:(\d+)/metrics", metrics.address)
+    assert port
+    for host in ("127.0.0.1", "[::1]"):
+        with urllib.request.urlopen(f"http://{host}:{port[1]}/metrics") as answer:
+            assert b"migrate_pass" in answer.read()
+    metrics.close()
+
+
+def test_metrics_do_not_ask_what_their_address_is_called(monkeypatch) -> None:
+    """A name server that is silent would keep the program from starting."""
+
+    def nobody(*_):
+        raise AssertionError("it was asked")
+
+    for name in ("getfqdn", "gethostbyaddr", "getnameinfo"):
+        monkeypatch.setattr(socket, name, nobody)
+    Metrics(lambda: source_families(Statistics()), "0.0.0.0:0").close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("host", ["", "::", "127.0.0.1", "::1", "localhost"])
+async def test_qemu_is_waited_for_as_well(host) -> None:
+    guest = QemuGuest(Address(host, 0))
+    where = await guest.listen()
+    assert where.host == host
+    with socket.create_connection(("::1" if host == "::1" else "127.0.0.1", where.port)):
+        pass
+    await guest.close()
+
+
+def test_an_address_of_an_interface_is_said_with_it(tmp_path) -> None:
+    receiver, address = destination("--output", str(tmp_path / "x"), listen="[::1]:0")
+    assert re.fullmatch(r"tcp:\[::1\]:\d+", address)
+    receiver.kill(15)
+    assert receiver.wait() == 143
