@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from migrate.errors import UsageError
 
 # What QEMU's monitor takes for blank; a line that comes over a network ends in CR LF.
-_BLANK = " \t\r\n\v\f"
-_WORD = re.compile(rf'[{_BLANK}]*(?:"((?:[^"\\]|\\.)*)"|([^{_BLANK}"][^{_BLANK}]*))', re.DOTALL)
+BLANK = " \t\r\n\v\f"
+_WORD = re.compile(rf'[{BLANK}]*(?:"((?:[^"\\]|\\.)*)"|([^{BLANK}"][^{BLANK}]*))', re.DOTALL)
 _ESCAPED = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 
 
@@ -22,7 +22,7 @@ def words_of(line: str) -> list[str]:
             raise UsageError(f"unsupported escape code: '{found[0]}'")
         return _ESCAPED[found[1]]
 
-    words, at, end = [], 0, len(line.rstrip(_BLANK))
+    words, at, end = [], 0, len(line.rstrip(BLANK))
     while at < end:
         found = _WORD.match(line, at, end)
         if found is None:
@@ -39,7 +39,7 @@ def line_of(words: Sequence[str]) -> str:
 
 
 def _quoted(word: str) -> str:
-    if word and not word.startswith('"') and not set(word) & set(_BLANK):
+    if word and not word.startswith('"') and not set(word) & set(BLANK):
         return word
     for plain, behind in (("\\", "\\"), ('"', '"'), ("\n", "n"), ("\r", "r")):
         word = word.replace(plain, f"\\{behind}")
