@@ -15,6 +15,8 @@ import errno
 import fcntl
 import json
 import os
+import pwd
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +29,8 @@ from proto.ownership import FINAL, Claim, Event, Role, after
 # Journals of migrations that have ended are kept so long, for whoever wants to know.
 KEPT_SECONDS = 30 * 86400
 MAX_BYTES = 1 << 20
+# What a whole migration writes to one journal, and some.
+TRY_BYTES = 8192
 _FACTS: dict[str, type] = {"guest": dict, "place": dict, "address": str}
 
 
@@ -35,26 +39,72 @@ class JournalError(MigrationError):
 
 
 def default_directory() -> str:
-    """Where journals are, unless a user says otherwise: MIGRATE_JOURNAL, or the usual places."""
+    """Where journals are, unless a user says otherwise: MIGRATE_JOURNAL, or the usual places.
+
+    Raises UsageError where there is no usual place: a user without a home.
+    """
     if named := os.environ.get("MIGRATE_JOURNAL"):
         return named
     if os.geteuid() == 0:
         return "/var/lib/xbmigrate"
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(state, "xbmigrate")
+    return state_directory()
 
 
-def check_directory(path: str) -> None:
-    """Raises UsageError where no journal can be written, before anything is begun."""
+def state_directory() -> str:
+    """Where programs keep the state of this user. Raises UsageError where they cannot."""
+    named = os.environ.get("XDG_STATE_HOME", "")
+    if os.path.isabs(named):  # else it is to be ignored, by the specification
+        return os.path.join(named, "xbmigrate")
+    home = os.environ.get("HOME", "")
+    if not os.path.isabs(home):
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            home = ""
+    if not os.path.isabs(home):
+        raise UsageError(
+            f"user {os.getuid()} has no home directory here, and journals no usual place: name a "
+            "directory that can be written and outlasts a crash (--journal DIR, or MIGRATE_JOURNAL)"
+        )
+    return os.path.join(home, ".local", "state", "xbmigrate")
+
+
+def check_directory(path: str) -> str:
+    """The absolute path of a directory for journals, which is made where it is not there.
+
+    A journal is tried there: a file that is locked, written and brought to the disk.
+
+    Raises UsageError where no journal can be written, before anything is begun.
+    """
+    path = os.path.abspath(path)
     try:
+        if os.path.lexists(path) and not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         os.makedirs(path, mode=0o700, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        _try(os.path.join(path, f".{secrets.token_hex(8)}.try"))
     except OSError as error:
         raise UsageError(
             f"journals in {path}: {error.strerror}: name a directory that can be written and "
             "outlasts a crash (--journal DIR)"
         ) from None
+    return path
+
+
+def _try(path: str) -> None:
+    """Writes a small journal, and removes it. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.write(fd, bytes(TRY_BYTES)) != TRY_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+        _sync_directory(path)
+    finally:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 class Journal:
@@ -170,6 +220,7 @@ class Journal:
         if not self._path:
             return
         self.open()
+        self._check_there()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         text = json.dumps(_as_utf8({"at": now, **entry}))
         line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
@@ -183,6 +234,15 @@ class Journal:
                 os.ftruncate(self._fd, end)
                 os.fsync(self._fd)
             raise JournalError(f"journal {self._path}: {error.strerror}") from None
+
+    def _check_there(self) -> None:
+        """Raises JournalError where the file was removed: what is written to it would be gone."""
+        ours = os.fstat(self._fd)
+        with contextlib.suppress(OSError):
+            there = os.stat(self._path)
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+        raise JournalError(f"journal {self._path}: it was removed or replaced meanwhile")
 
     def close(self, *, keep: bool = False) -> None:
         """Lets go of the lock; a journal without a claim leaves nothing behind.

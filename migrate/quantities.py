@@ -6,18 +6,24 @@ import re
 
 from migrate.errors import UsageError
 
-_SIZE = re.compile(r"(\d{1,20})([kmgt]?)(?:i?b)?", re.ASCII | re.IGNORECASE)
-_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([kmgtpe]?)(?:i?b)?", re.ASCII | re.IGNORECASE)
+_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _TIME = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|s|m|h|)", re.ASCII | re.IGNORECASE)
 _MILLISECONDS = {"ms": 1.0, "s": 1e3, "m": 60e3, "h": 3600e3}
 
 
 def parse_size(text: str, what: str) -> int:
-    """Bytes of `64m`, `256M`, `1g` or `4096`; the suffixes k, m, g, t are powers of 1024."""
+    """Bytes of `64m`, `256M`, `1.5g` or `4096`; the suffixes k, m, g, t, p, e are powers of 1024.
+
+    What is less than a byte is cut off, as QEMU does.
+    """
     found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"{what}: {text!r} is not a size: write bytes, or 64k, 64m, 1g, 2t")
-    value = int(found[1]) << _SHIFT[found[2].lower()]
+    shift = _SHIFT[found[3].lower()] if found else 0
+    if not found or (found[2] and not shift):
+        raise UsageError(f"{what}: {text!r} is not a size: write bytes, or 64k, 64m, 1.5g, 2t")
+    fraction = found[2] or ""
+    scale: int = 10 ** len(fraction)
+    value = (int(found[1] + fraction) << shift) // scale
     if value >= 1 << 62:
         raise UsageError(f"{what}: {text!r} is larger than any memory")
     return value

@@ -270,6 +270,31 @@ def test_what_migrate_ctl_says_when_it_cannot(tmp_path: Path, capsys, pair) -> N
     assert '"quit"' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["info migrate -a"], "info migrate -a"), (["info", "migrate"], "info migrate"),
+        (["migrate", "-d", "unix:/tmp/a b"], 'migrate -d "unix:/tmp/a b"'),
+        (["migrate_set_parameter", "tls-creds", ""], 'migrate_set_parameter tls-creds ""'),
+        (["migrate", 'unix:/a"b'], 'migrate unix:/a"b'),
+    ],
+)  # fmt: skip
+def test_a_word_of_the_shell_is_a_word_of_the_monitor(words, line, capsys) -> None:
+    said = []
+
+    class Noting(control.Control):
+        def __init__(self) -> None:
+            pass
+
+        def say(self, line: str) -> str:
+            said.append(line)
+            return ""
+
+    assert control.ask(Noting(), words[0], words[1:]) == 0
+    assert said == [line]
+    capsys.readouterr()
+
+
 def test_an_answer_that_cannot_be_written_is_a_sentence(pair) -> None:
     both = pair()
     with open("/dev/full", "w") as full:

@@ -1,10 +1,24 @@
 """Journals as files: what a crash leaves, what damage looks like, and whose they are."""
 
+import errno
+import os
+import pwd
+import shutil
 import zlib
 
 import pytest
 
-from migrate.journal import MAX_BYTES, Journal, JournalError, claim_in, damaged, journals
+from migrate.errors import UsageError
+from migrate.journal import (
+    MAX_BYTES,
+    Journal,
+    JournalError,
+    check_directory,
+    claim_in,
+    damaged,
+    default_directory,
+    journals,
+)
 from proto.ownership import Claim, Event, Role
 
 IDENTITY = bytes(16)
@@ -100,3 +114,83 @@ def test_the_journal_of_another_program_is_not_removed(tmp_path, journal):
     other.close()
     [found] = journals(Role.DESTINATION, str(tmp_path))
     assert found.claim is Claim.PREPARED
+
+
+# ---------------------------------------------------------------- where they are
+
+
+@pytest.fixture
+def user(monkeypatch):
+    """A user that has no entry in the password file, and no environment."""
+
+    def unknown(_uid):
+        raise KeyError
+
+    for name in ("MIGRATE_JOURNAL", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("home", [None, "", "relative", "~"])
+def test_a_user_without_a_home_is_told_to_name_a_directory(user, home):
+    """Journals in a directory called ~ would be found by nobody who starts elsewhere."""
+    if home is not None:
+        user.setenv("HOME", home)
+    with pytest.raises(UsageError, match=r"has no home directory .*--journal DIR"):
+        default_directory()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"HOME": "/h"}, "/h/.local/state/xbmigrate"),
+        ({"HOME": "/h", "XDG_STATE_HOME": ""}, "/h/.local/state/xbmigrate"),
+        ({"HOME": "/h", "XDG_STATE_HOME": "state"}, "/h/.local/state/xbmigrate"),
+        ({"HOME": "/h", "XDG_STATE_HOME": "/s"}, "/s/xbmigrate"),
+        ({"XDG_STATE_HOME": "/s"}, "/s/xbmigrate"),
+        ({"MIGRATE_JOURNAL": "/j", "XDG_STATE_HOME": "/s"}, "/j"),
+    ],
+)
+def test_the_usual_places(user, names, expected):
+    for name, value in names.items():
+        user.setenv(name, value)
+    assert default_directory() == expected
+
+
+def test_a_home_may_be_known_from_the_password_file_alone(user):
+    user.setattr(pwd, "getpwuid", lambda _uid: pwd.struct_passwd(("u", "", 1, 1, "", "/h", "")))
+    assert default_directory() == "/h/.local/state/xbmigrate"
+
+
+def test_a_relative_directory_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_directory("a/b") == str(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_directory_that_takes_no_journal_is_refused_at_the_start(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "below"):
+        with pytest.raises(UsageError, match="Not a directory: .*--journal DIR"):
+            check_directory(str(path))
+
+    def full(_fd, _data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(UsageError, match="No space left on device: .*--journal DIR"):
+            check_directory(str(tmp_path))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_nothing_is_claimed_in_a_journal_that_was_removed(tmp_path, journal):
+    """What is written to a file without a name is gone with the program."""
+    journal.begin(place={})
+    shutil.rmtree(tmp_path)
+    with pytest.raises(JournalError, match="removed or replaced meanwhile"):
+        journal.move(Event.VERIFIED)
+    assert journal.claim is Claim.NONE

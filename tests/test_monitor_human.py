@@ -18,6 +18,8 @@ from tests.node import NotingNode
         ("migrate_set_cache_size 256", "cache_size", 256 << 20),  # MBytes, says the seed
         ("migrate_set_parameter xbzrle-cache-size 4k", "cache_size", 4096),
         ("migrate_set_parameter multifd-channels 4", "channels", 4),
+        ("  migrate_set_cache_size\t0.25g \r", "cache_size", 256 << 20),
+        ('migrate_set_parameter "multifd-channels"  "4"', "channels", 4),
     ],
 )
 def test_what_is_set_is_in_the_parameters(line: str, name: str, value: int) -> None:
@@ -29,8 +31,12 @@ def test_what_is_set_is_in_the_parameters(line: str, name: str, value: int) -> N
 def test_limits_in_their_units() -> None:
     node = NotingNode()
     human = Human(node)
-    for line in ("migrate_set_speed 16", "migrate_set_downtime 0.5"):
+    for line in ("migrate_set_speed 1.5g", "migrate_set_downtime 0.5"):
         assert human.execute(line) == ""
+    assert node.parameters.limits.max_bandwidth == 3 << 29
+    assert human.execute("migrate_set_parameter max-bandwidth 1.5") == ""
+    assert node.parameters.limits.max_bandwidth == 3 << 19
+    assert human.execute("migrate_set_speed 16") == ""
     assert node.parameters.limits.max_bandwidth == 16 << 20
     assert node.parameters.limits.downtime_limit == 0.5
     assert human.execute("migrate_set_parameter downtime-limit 250") == ""
@@ -83,12 +89,20 @@ def test_capabilities_on_one_line_and_xbzrle_first() -> None:
         ("migrate_set_capability foo on", "Error: Parameter 'capability' does not accept"),
         ("migrate_set_capability xbzrle yes", "Error: Parameter 'state' expects 'on' or 'off'"),
         ("\x1b[2J", r"unknown command: '\x1b[2J'"),
+        ('migrate "tcp:a:1', "Error: unterminated string"),
+        ('migrate "tcp:a\\x:1"', "Error: unsupported escape code: '\\x'"),
     ],
 )
 def test_what_is_wrong_is_said(line: str, says: str) -> None:
     node = NotingNode()
     assert says in Human(node).execute(line)
     assert node.done == []
+
+
+def test_a_word_in_quotes_may_have_blanks() -> None:
+    node = NotingNode()
+    assert Human(node).execute(r'migrate -d "unix:/tmp/a \"b\" c"') == ""
+    assert node.done == ['migrate unix:/tmp/a "b" c']
 
 
 @pytest.mark.asyncio

@@ -15,7 +15,8 @@ from migrate.quantities import format_size, parse_cache_size, parse_milliseconds
     [
         ("0", 0), ("4096", 4096), ("1k", 1 << 10), ("64m", 64 << 20), ("256M", 256 << 20),
         ("1g", 1 << 30), ("2T", 2 << 40), ("64KiB", 64 << 10), ("3mb", 3 << 20), (" 5k ", 5120),
-        ("7b", 7),
+        ("7b", 7), ("1.5g", 3 << 29), ("0.5K", 512), ("1.1k", 1126), ("2.25MiB", 9 << 18),
+        ("1p", 1 << 50), ("3e", 3 << 60), ("0.000000000001t", 1),
     ],
 )  # fmt: skip
 def test_sizes_as_people_write_them(text, size):
@@ -23,8 +24,10 @@ def test_sizes_as_people_write_them(text, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "m", "-1", "1.5g", "64 m", "0x10", "1e6", "64q", "64mm", "∞", "\u0663k"]
-)
+    "text",
+    ["", "m", "-1", "1.5", "1.5b", "1,5g", ".g", "1.g", "1.5.5g", "64 m", "0x10", "1e6", "64q",
+     "64mm", "∞", "\u0663k"],
+)  # fmt: skip
 def test_what_is_no_size_is_refused_with_examples(text):
     with pytest.raises(UsageError, match="--page-size: .* is not a size: write bytes, or 64k") as e:
         parse_size(text, "--page-size")

@@ -22,8 +22,10 @@ from typing import Any, BinaryIO
 
 from migrate import output, quantities
 from migrate.cli.program import VERSION, Parser
-from migrate.errors import ConnectError, MigrationError, PeerError, PeerLost
+from migrate.errors import ConnectError, MigrationError, PeerError, PeerLost, UsageError
+from migrate.journal import state_directory
 from migrate.monitor.node import TRY_HELP
+from migrate.monitor.words import BLANK, line_of
 from migrate.output import say
 
 ENDED = ("completed", "failed", "cancelled")
@@ -174,7 +176,7 @@ def _ended(status: str) -> str:
 def arguments_of(command: str, words: list[str]) -> dict[str, Any] | None:
     """Of a QMP command; None where these are words for the monitor. Raises UsageError."""
     if not words:
-        return {}
+        return None if set(command) & set(BLANK) else {}  # a whole line
     # Names of QMP have hyphens, nearly all of them, those of the monitor never.
     if "-" not in command and not words[0].startswith("{"):
         return None
@@ -200,7 +202,8 @@ def ask(control: Control, command: str, words: list[str]) -> int:
         answer = control.execute(command, arguments)
         _print(json.dumps(answer) + "\n", matters=answer != {})
         return 0
-    said = control.say(" ".join([command, *words]))
+    # One word is a line as it is; of several each is one word there too, as for the shell.
+    said = control.say(line_of([command, *words]) if words else command)
     _print(said)
     refused = said.startswith(("Error: ", "unknown command: ")) or said.endswith(TRY_HELP)
     return 1 if refused else 0
@@ -250,15 +253,16 @@ def _remembering(control: Control) -> Iterator[None]:
     readline.set_completer(complete)
     readline.set_completer_delims(" ")
     readline.parse_and_bind("tab: complete")
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    path = os.path.join(state, "xbmigrate", "history")
+    path = ""
+    with contextlib.suppress(UsageError):
+        path = os.path.join(state_directory(), "history")
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     try:
         yield
     finally:
         readline.set_history_length(HISTORY_LINES)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # also where there is no place for it
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             readline.write_history_file(path)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from migrate.errors import UsageError
 from migrate.monitor import settings
 from migrate.monitor.node import TRY_HELP, Node, Refused
+from migrate.monitor.words import words_of
 from migrate.output import printable
 from migrate.quantities import parse_milliseconds
 
@@ -81,8 +82,11 @@ class Human:
 
     async def run(self, line: str) -> str:
         """Executes a line; returns when a migration without -d is over, or a guest can come."""
+        try:
+            words = words_of(line)
+        except UsageError:
+            words = []
         said = self.execute(line)
-        words = line.split()
         waits = words[:1] in (["migrate"], ["migrate_incoming"]) and "-d" not in words
         if not said and waits:
             why = await self._node.ended()
@@ -91,7 +95,10 @@ class Human:
 
     def execute(self, line: str) -> str:
         """What is said to a line. A migration is begun, and not waited for."""
-        name, *words = line.split() or [""]
+        try:
+            name, *words = words_of(line) or [""]
+        except UsageError as error:
+            return f"Error: {printable(str(error))}\n"
         name = {"?": "help", "q": "quit"}.get(name, name)
         if not name:
             return ""

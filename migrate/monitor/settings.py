@@ -165,7 +165,8 @@ def parse(name: str, text: str) -> int | bool | str:
 
 def mebibytes(text: str, what: str) -> int:
     """A size whose bare number counts mebibytes."""
-    return quantities.parse_size(f"{text.strip()}m" if text.strip().isdecimal() else text, what)
+    bare = text.strip().replace(".", "", 1).isdecimal()
+    return quantities.parse_size(f"{text.strip()}m" if bare else text, what)
 
 
 def switches(parameters: Parameters) -> dict[str, bool]:
