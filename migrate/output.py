@@ -293,7 +293,8 @@ class Output(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        self.give(None if self.waits else 0.0)
+        if not sys.is_finalizing():  # a thread that has ended may hold the lock
+            self.give(None if self.waits else 0.0)
 
     def give(self, patience: float | None) -> None:
         """Flush, with this patience (see Outlet.flush)."""
@@ -321,8 +322,6 @@ def install(*, waits: bool = False) -> None:
     A stream that is not the interpreter's own, as in a test, is left as it is.
     """
     open_descriptors()
-    with contextlib.suppress(OSError):
-        _given.update(fd for fd in map(int, os.listdir("/proc/self/fd")) if writable(fd))
     if not waits:
         # Where `stty tostop` is on, a program in the background that prints to its terminal would
         # be stopped, its guest perhaps in the pause.
@@ -334,6 +333,8 @@ def install(*, waits: bool = False) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")
     outlet: Outlet | None = None
     if sys.stdout is sys.__stdout__:
+        with contextlib.suppress(OSError):
+            _given.update(fd for fd in map(int, os.listdir("/proc/self/fd")) if writable(fd))
         outlet = Outlet(OUT)
         sys.stdout = Output(OUT, outlet, _encoding(sys.stdout), waits=waits)
     if sys.stderr is sys.__stderr__:
@@ -398,9 +399,6 @@ def _finish(name: str, code: int) -> int:
             out.give(patience)
         except OSError:
             code = code or 1
-        finally:
-            if out.waits:
-                out.outlet.drop()  # the interpreter flushes it once more
         fault = out.outlet.fault
         if fault is not None and fault.errno != errno.EPIPE and not told:
             say(f"{name}: {STANDARD_OUTPUT}: {fault.strerror}")

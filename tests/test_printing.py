@@ -74,18 +74,33 @@ WAYS: dict[str, Any] = {
 }
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """Programs of a test that has failed end with it."""
+    yield
+    for program in STARTED:
+        program.kill()
+        program.wait()
+    STARTED.clear()
+
+
 def started(
     name: str, *words: str | bytes, printing: int | None = None, shell: str = "",
     **environment: str,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     """A program that prints to `printing`, both streams; shell -- further redirections."""
-    return subprocess.Popen(
+    program = subprocess.Popen(
         ["/bin/sh", "-c", f'exec "$0" "$@" {shell}', str(BIN / name), *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL if printing is None else printing,
         stderr=subprocess.DEVNULL if printing is None else printing,
         env=os.environ | {"TERM": "xterm"} | environment,
     )
+    STARTED.append(program)
+    return program
 
 
 def await_file(path: str | bytes | Path, program: subprocess.Popen[bytes]) -> None:
