@@ -40,7 +40,7 @@ def counts(pid: int) -> bool:
     except UsageError:
         return False
     try:
-        before, end = process.place(), time.monotonic() + 0.5  # it may have to wait for a processor
+        before, end = process.place(), time.monotonic() + 1.5  # it may have to wait for a processor
         while process.place() == before and time.monotonic() < end:
             time.sleep(0.02)
         return process.place() != before
@@ -61,7 +61,7 @@ class Two:
     def __init__(self, directory: Path, when: Callable[..., bool] | None = None) -> None:
         self.options = ["--journal", str(directory)]
         self.landed: list[int] = []
-        self.patience = "15s"
+        self.patience = "60s"
         self.start_destination()
         self.port = self.address.rpartition(":")[2]
         self.tap = Tap(self.address, when or of_kind(MessageType.GO))

@@ -504,9 +504,9 @@ def test_a_destination_that_is_busy_for_longer_than_the_timeout_is_not_lost(shm:
     the source has nothing to do but to listen. (With more to send, it would find that nothing is
     taken for so long, and give up: TCP_USER_TIMEOUT.)"""
     (shm / "memory").write_bytes(os.urandom(12 * MIB))
-    options = ["--peer-timeout", "1s"]
+    options = ["--peer-timeout", "4s"]
     output = ["--output", str(shm / "output")]
-    with slow_destination(*output, *options, stall=4) as (receiver, address):
+    with slow_destination(*output, *options, stall=10) as (receiver, address):
         command = [str(BIN / "migrate-src"), *options, "--guest", f"file:{shm}/memory", address]
         with Measured(command) as source:
             assert source.wait(PATIENCE).status == 0, source.err

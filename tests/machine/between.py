@@ -113,11 +113,14 @@ async def carried(
 
 
 def end(program: Program) -> None:
+    """Kill it, and print what it said: pytest shows that of a test that fails."""
     program.kill()
-    program.process.wait(10)
+    if program.process.returncode is None:
+        program.wait()
     for stream in (program.process.stdout, program.process.stderr):
         if stream is not None:
             stream.close()
+    print(f"{program.process.args}: {program.process.returncode}\n{program.out}{program.err}")
 
 
 class Way:
