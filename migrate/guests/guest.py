@@ -46,6 +46,10 @@ class Guest(ABC):
     theirs = "the guest runs at the destination, and no more here"
     """What is true of it once that is found out."""
 
+    moving = False
+    """Whether a migration moves it now."""
+    given_up = False
+    """Whether it was given up to a destination, where it runs, or may: it moves once."""
     cautions: Sequence[str] = ()
     """Sentences for the user on how it is held, and on what else writes it."""
 

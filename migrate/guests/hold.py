@@ -225,6 +225,7 @@ class FileHold(Hold):
         self._writable = True
         self._waited_since = 0.0
         self._fd = -1
+        self._others: list[int] = []
         try:
             try:
                 self._fd = reopened(fd, os.O_RDWR)
@@ -282,8 +283,13 @@ class FileHold(Hold):
             ours = os.getpid()
             if not any(one.kind == "POSIX" and one.pid == ours and one.file == key
                        for one in kernel_locks()):  # fmt: skip
-                os.close(self._fd)
-            self._fd = -1
+                for fd in (self._fd, *self._others):
+                    os.close(fd)
+            self._fd, self._others = -1, []
+
+    def also_close(self, fd: int) -> None:
+        """Close this descriptor of the same file with ours."""
+        self._others.append(fd)
 
     def forget(self) -> None:
         if self._fd >= 0:
