@@ -485,6 +485,49 @@ class DirectoryHold(Hold):
             self._fd = -1
 
 
+class ProcessHold(Hold):
+    """A process that runs a guest (QEMU), whatever socket leads to it.
+
+    Nothing is held if the process cannot be seen from here.
+    """
+
+    def __init__(self, pid: int, what: str) -> None:
+        super().__init__(what)
+        self._fds: list[int] = []
+        with contextlib.suppress(OSError):  # seen from all PID namespaces, from Linux 6.9 on
+            ours, theirs = os.pidfd_open(os.getpid()), os.pidfd_open(pid)
+            self._fds.append(theirs)
+            if os.fstat(ours).st_ino == os.fstat(theirs).st_ino:
+                os.close(self._fds.pop())  # an earlier kernel has one inode for all of them
+            os.close(ours)
+        with contextlib.suppress(OSError):
+            self._fds.append(os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+    async def take(self) -> None:
+        for fd in self._fds:
+            try:
+                free = try_flock(fd)
+            except OSError:
+                continue
+            if not free:
+                owners = [pid for pid, _ in lock_owners(file_key(fd), "FLOCK")]
+                self.close()
+                raise self.taken(owners)
+
+    def confirm(self) -> None:
+        """It cannot be lost."""
+
+    def close(self) -> None:
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        self.forget()
+
+    def forget(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
 def _watch(hold: weakref.ref[FileHold], over: threading.Event) -> None:
     while not over.wait(WATCH_SECONDS):
         one = hold()
