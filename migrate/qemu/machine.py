@@ -212,8 +212,8 @@ class Machine:
             raise QemuError("this QEMU waits for a guest: it is a destination, no source")
         if status.runstate == "postmigrate":
             raise QemuError(
-                "the guest of this QEMU has moved: a guest moves once. `cont` would let it run here "
-                "again: only if it does not, and never will, run at the destination"
+                "the guest of this QEMU has moved: a guest moves once. `cont` would let it run "
+                "here again: only if it does not, and never will, run at the destination"
             )
         if status.blocked:
             raise QemuError(f"QEMU cannot migrate this guest: {'; '.join(status.blocked)}")
