@@ -1,5 +1,6 @@
 from typing import Any
 
+def address_of(memory: Any) -> int: ...
 def gather(
     memory: Any,
     fd: int,

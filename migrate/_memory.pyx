@@ -46,6 +46,11 @@ cdef inline uint64_t run_end(const uint8_t* bits, uint64_t page, uint64_t limit)
     return page
 
 
+def address_of(const uint8_t[::1] memory not None):
+    """Where a buffer is in this process's memory."""
+    return <uint64_t>&memory[0]
+
+
 cdef Py_ssize_t read_at(
     int fd, uint8_t* at, Py_ssize_t want, uint64_t offset, size_t align,
     uint8_t* bounce, Py_ssize_t bounce_size,

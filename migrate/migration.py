@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from migrate.errors import (
     NotStartedError,
     PeerLost,
     TlsError,
+    UsageError,
     code_of,
     failure_of,
 )
@@ -82,6 +84,7 @@ HOME_SECONDS = 20.0
 MAX_PAUSES = 3
 
 Observer = Callable[[str, Statistics], None]
+_TURN = threading.Lock()
 
 
 class Migration(ABC):
@@ -135,6 +138,7 @@ class Migration(ABC):
         self._journal = earlier or Journal(Role.SOURCE, bytes(TOKEN_BYTES))
         self._resumes = earlier is not None
         self._greeting = False
+        self._holds = False
         self.resumable = False
         """It failed, and whoever tries again (with the journals) can go on with it."""
         self._resolve_timeout = resolve_timeout
@@ -247,9 +251,7 @@ class Migration(ABC):
     async def _run(self) -> Statistics:
         self._began = time.monotonic()
         try:
-            await self.guest.hold()
-            for caution in self.guest.cautions:
-                self._notice(f"warning: {caution}")
+            await self._hold()
             try:
                 await self._attempts()
             except BaseException as broken:
@@ -272,9 +274,25 @@ class Migration(ABC):
         finally:
             self._worker.shutdown(wait=True)
             self._journal.close(keep=self.resumable or self._journal.claim is Claim.ABORTED)
-            self.guest.unhold()
+            if self._holds:
+                self.guest.moving = False
+                self.guest.unhold()
             await self.channels.close()
         return self.statistics
+
+    async def _hold(self) -> None:
+        """Hold the guest. Raises UsageError where it is being moved, or has moved."""
+        with _TURN:  # other threads may have loops of their own
+            if self.guest.moving:
+                raise UsageError("this guest is being moved already: a guest moves to one place")
+            if self.guest.given_up:
+                raise UsageError(
+                    "this guest has moved, or may have: a guest moves once, and what is here is old"
+                )
+            self.guest.moving = self._holds = True
+        await self.guest.hold()
+        for caution in self.guest.cautions:
+            self._notice(f"warning: {caution}")
 
     async def _attempts(self) -> None:
         """Migrates, over as many connections as it takes."""
@@ -479,7 +497,7 @@ class Migration(ABC):
         """READY came: the guest is given up, and GO is said; returns when it runs over there."""
         self.guest.confirm_hold()
         await self.guest.give_up()
-        self.channels.handed_over = True
+        self.channels.handed_over = self.guest.given_up = True
         try:
             await written(self._journal, Event.READY, **self._late_facts())
         except JournalError:
@@ -525,7 +543,7 @@ class Migration(ABC):
     async def _take_back(self) -> None:
         """It will never run over there: it is ours again, and still paused."""
         await self.guest.take_back()
-        self.channels.handed_over = False
+        self.channels.handed_over = self.guest.given_up = False
 
     async def _find_out(self, error: BaseException) -> None:
         """The connection broke after the commit: asks until it is known whose the guest is.

@@ -11,6 +11,7 @@ from typing import Any
 from migrate._memory import set_marks
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.guest import MemoryGuest, Place
+from migrate.guests.memory_hold import MemoryHold
 from migrate.memory import Memory, private_buffer
 from migrate.tracking import DirtyTracker, MarkTracker
 from proto.kernel import PageEncoder
@@ -105,6 +106,33 @@ class BufferGuest(MemoryGuest):
         self._pause = pause
         self._resume = resume
         self._state = state
+        self._hold: MemoryHold | None = None
+        self.cautions: list[str] = []
+
+    async def hold(self) -> None:
+        if self._hold is None:
+            assert self.memory.view is not None
+            hold = MemoryHold(self.memory.view, "this guest")
+            await hold.take()
+            self._hold, self.cautions = hold, hold.cautions
+
+    def confirm_hold(self) -> None:
+        if self._hold is not None:
+            self._hold.confirm()
+
+    def unhold(self) -> None:
+        """Memory of a guest that has moved stays held: it is an old copy."""
+        if self._hold is not None and self.given_up:
+            self._hold.keep()
+        elif self._hold is not None:
+            self._hold.close()
+            self._hold = None
+
+    async def close(self) -> None:
+        """Let another guest be put into this memory; not while this one moves."""
+        if self._hold is not None and not self.moving:
+            self._hold.close()
+            self._hold = None
 
     def writing(self) -> Any:
         """A context in which this thread may write. Raises GuestMoved after the hand-over."""
@@ -173,6 +201,13 @@ class BufferPlace(Place):
             except (OSError, ValueError, OverflowError) as error:
                 raise UsageError(f"no memory for a guest of {info.size} bytes: {error}") from None
         self.reads = Memory(info.size, self.memory)
+        self._hold: MemoryHold | None = None
+
+    async def ready(self) -> None:
+        if self._into is not None and self._hold is None:
+            hold = MemoryHold(self._into, "the buffer for the guest", receives=True)
+            await hold.take()
+            self._hold = hold
 
     @property
     def received(self) -> memoryview:
@@ -183,7 +218,12 @@ class BufferPlace(Place):
         self.state = state
         if self._into is not None and self._into is not self.memory:
             self._into[:] = self.memory[: self.size]
+        if self._hold is not None:
+            self._hold.replace()
+        await self.discard()
         return f"{self.size} bytes are here"
 
     async def discard(self) -> None:
-        pass
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None

@@ -52,6 +52,10 @@ class Guest(ABC):
     """What `check_writers` takes, beside the last round."""
     warn: Callable[[str], None] = staticmethod(lambda _text: None)
     """Told what a user must know, however quiet the program is to be."""
+    moving = False
+    """Whether a migration moves it now."""
+    given_up = False
+    """Whether it was given up to a destination, where it runs, or may: it moves once."""
     cautions: Sequence[str] = ()
     """Sentences for the user on how it is held, and on what else writes it."""
 

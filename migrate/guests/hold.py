@@ -225,6 +225,7 @@ class FileHold(Hold):
         self._writable = True
         self._waited_since = 0.0
         self._fd = -1
+        self._others: list[int] = []
         try:
             try:
                 self._fd = reopened(fd, os.O_RDWR)
@@ -282,8 +283,13 @@ class FileHold(Hold):
             ours = os.getpid()
             if not any(one.kind == "POSIX" and one.pid == ours and one.file == key
                        for one in kernel_locks()):  # fmt: skip
-                os.close(self._fd)
-            self._fd = -1
+                for fd in (self._fd, *self._others):
+                    os.close(fd)
+            self._fd, self._others = -1, []
+
+    def also_close(self, fd: int) -> None:
+        """Close this descriptor of the same file with ours."""
+        self._others.append(fd)
 
     def forget(self) -> None:
         if self._fd >= 0:
@@ -477,6 +483,49 @@ class DirectoryHold(Hold):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class ProcessHold(Hold):
+    """A process that runs a guest (QEMU), whatever socket leads to it.
+
+    Nothing is held if the process cannot be seen from here.
+    """
+
+    def __init__(self, pid: int, what: str) -> None:
+        super().__init__(what)
+        self._fds: list[int] = []
+        with contextlib.suppress(OSError):  # seen from all PID namespaces, from Linux 6.9 on
+            ours, theirs = os.pidfd_open(os.getpid()), os.pidfd_open(pid)
+            self._fds.append(theirs)
+            if os.fstat(ours).st_ino == os.fstat(theirs).st_ino:
+                os.close(self._fds.pop())  # an earlier kernel has one inode for all of them
+            os.close(ours)
+        with contextlib.suppress(OSError):
+            self._fds.append(os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+    async def take(self) -> None:
+        for fd in self._fds:
+            try:
+                free = try_flock(fd)
+            except OSError:
+                continue
+            if not free:
+                owners = [pid for pid, _ in lock_owners(file_key(fd), "FLOCK")]
+                self.close()
+                raise self.taken(owners)
+
+    def confirm(self) -> None:
+        """It cannot be lost."""
+
+    def close(self) -> None:
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        self.forget()
+
+    def forget(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 def _watch(hold: weakref.ref[FileHold], over: threading.Event) -> None:

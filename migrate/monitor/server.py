@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 from migrate.errors import ConnectError, MigrationError, UsageError
+from migrate.guests.reservation import turn
 from migrate.monitor.node import Refused
 
 MAX_CLIENTS = 32
@@ -155,6 +156,18 @@ def parse_path(text: str, option: str = "--qmp") -> str:
     return path
 
 
+def _make_room_for(path: str, option: str) -> None:
+    """Removes a socket whose program has died."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UsageError(f"{option} unix:{path}: {OTHER}")
+        # A stream takes no datagrams: its owner does not notice that somebody has asked.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            if probe.connect_ex(path) != errno.ECONNREFUSED:
+                raise ConnectError(f"{option} unix:{path}: another program listens there")
+        os.unlink(path)
+
+
 def bind(path: str, option: str) -> socket.socket:
     """A listening socket that nobody but its owner can connect to, from the first moment on.
 
@@ -162,17 +175,12 @@ def bind(path: str, option: str) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise UsageError(f"{option} unix:{path}: {OTHER}")
-            # A stream takes no datagrams: its owner does not notice that somebody has asked.
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-                if probe.connect_ex(path) != errno.ECONNREFUSED:
-                    raise ConnectError(f"{option} unix:{path}: another program listens there")
-            os.unlink(path)  # its program has died
-        os.fchmod(sock.fileno(), 0o600)
-        sock.bind(path)
-        sock.listen(BACKLOG)
+        # One program at a time: another one would take our new socket for one whose program died.
+        with turn(os.path.dirname(path) or "."):
+            _make_room_for(path, option)
+            os.fchmod(sock.fileno(), 0o600)
+            sock.bind(path)
+            sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         directory = os.path.dirname(path) or "."

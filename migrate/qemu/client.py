@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
@@ -167,6 +168,17 @@ class Client:
             raise QemuError(str(self.ended))
         self.version = version
         await self.execute("qmp_capabilities")
+
+    @property
+    def process(self) -> int:
+        """The PID of the QEMU; 0 where we cannot see it, or another program made its socket."""
+        sock = self._writer.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):
+            peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            pid = int(struct.unpack("3i", peer)[0])
+            with open(f"/proc/{pid}/comm") as file:
+                return pid if file.read().startswith(("qemu", "kvm")) else 0
+        return 0
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, file: int | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import select
 import socket
@@ -21,6 +22,7 @@ from migrate.address import Address
 from migrate.errors import ConnectError, MigrationError, QemuError, UsageError, system_reason
 from migrate.guests import isolated
 from migrate.guests.guest import Guest
+from migrate.guests.hold import ProcessHold
 from migrate.guests.process import start_time
 from migrate.monitor.server import BACKLOG, bind, identity
 from migrate.qemu.client import control_path
@@ -64,6 +66,9 @@ class QemuGuest(Guest):
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
         self._moved = self._given_up = self._told = False
+        self._hold: ProcessHold | None = None
+        self._began = False
+        """Whether the migration that goes on in QEMU is ours: another one is left alone."""
 
     @property
     def driven(self) -> bool:
@@ -147,6 +152,7 @@ class QemuGuest(Guest):
             await self.listen()
         if self._qmp:
             self.machine = await Machine.connect(self._qmp)
+            await self._hold_process(self.machine.process)
             await self.machine.prepare(return_path=self._return_path, **self._settings)
         self._socket = await self._connection()
         intake = Intake(self._socket, self._page_size)
@@ -161,13 +167,29 @@ class QemuGuest(Guest):
         await self._have_held(self._socket)
         self._intake = intake
 
+    async def _hold_process(self, pid: int) -> None:
+        """Raises UsageError where another program moves the guest, through whatever socket."""
+        if pid and self._hold is None:
+            hold = ProcessHold(pid, f"the guest of QEMU (process {pid})")
+            await hold.take()
+            self._hold = hold
+
+    async def _begin(self, machine: Machine, where: str | socket.socket) -> None:
+        """Have QEMU begin to migrate."""
+        self._began = True
+        try:
+            await machine.migrate(where)
+        except QemuError as error:
+            self._began = not error.desc  # it refused: what goes on there, or was, is not ours
+            raise
+
     async def _connection(self) -> socket.socket:
         """What QEMU's stream comes over: it connects to us, or is given one end of a pair."""
         if self._listener is None:
             assert self.machine is not None
-            return await our_end(self.machine.migrate)
+            return await our_end(functools.partial(self._begin, self.machine))
         if self.machine is not None:
-            await self.machine.migrate(str(self._wanted))
+            await self._begin(self.machine, str(self._wanted))
         connection = await self._accept(self._listener)
         connection.setblocking(False)
         with contextlib.suppress(OSError):
@@ -324,9 +346,15 @@ class QemuGuest(Guest):
                         )
             await machine.close()
         await self._hang_up()
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
 
     async def _leave(self, machine: Machine, moved: bool) -> None:
         """QEMU is as it was before; its guest runs, where it is still ours."""
+        if not self._began:
+            self.trouble = "; ".join(await machine.restore())
+            return
         status = await machine.status()
         if status.going_on and not moved:
             status = await machine.cancel()

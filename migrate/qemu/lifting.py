@@ -256,18 +256,18 @@ class SnapshotGuest(QemuGuest):
         self._path = path
         self._snapshot = Snapshot.read(path)
         self._lifter: Lifter | None = None
-        self._hold: DirectoryHold | None = None
+        self._directory: DirectoryHold | None = None
 
     async def hold(self) -> None:
-        if self._hold is None:
+        if self._directory is None:
             hold = DirectoryHold(self._path, f"guest snapshot:{self._path}")
             await hold.take()
-            self._hold, self.cautions = hold, hold.cautions
+            self._directory, self.cautions = hold, hold.cautions
 
     def unhold(self) -> None:
-        if self._hold is not None:
-            self._hold.close()
-            self._hold = None
+        if self._directory is not None:
+            self._directory.close()
+            self._directory = None
 
     @property
     def remains(self) -> str:  # type: ignore[override]

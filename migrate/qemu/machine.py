@@ -156,6 +156,11 @@ class Machine:
         return self._client.version
 
     @property
+    def process(self) -> int:
+        """See Client.process."""
+        return self._client.process
+
+    @property
     def ended(self) -> str | None:
         """Why the connection has ended; None: it has not."""
         return self._client.ended
@@ -205,6 +210,11 @@ class Machine:
             )
         if status.runstate == "inmigrate":
             raise QemuError("this QEMU waits for a guest: it is a destination, no source")
+        if status.runstate == "postmigrate":
+            raise QemuError(
+                "the guest of this QEMU has moved: a guest moves once. `cont` would let it run "
+                "here again: only if it does not, and never will, run at the destination"
+            )
         if status.blocked:
             raise QemuError(f"QEMU cannot migrate this guest: {'; '.join(status.blocked)}")
         now = await self._query_capabilities()
