@@ -62,6 +62,10 @@ def source_parser() -> Parser:
     parser.add_argument("--pause-cmd", default="", metavar="CMD", help="stops the file's writer")
     parser.add_argument("--resume-cmd", default="", metavar="CMD", help="lets it go on")
     parser.add_argument(
+        "--command-timeout", default="60s", metavar="TIME",
+        help="end one of those two when it takes longer: the migration fails (default: 60s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache-size", metavar="SIZE|auto",
         help="xbzrle page cache; auto: as large as the working set needs (default: 64m, and auto "
         "for a QEMU guest, for which it is --cache-max at once)",
@@ -218,7 +222,8 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryG
         if not rest:
             raise UsageError("guest file: name the file: --guest file:PATH")
         pids = [number(pid, "--pid") for pid in args.pid]
-        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd)
+        timeout = seconds(args.command_timeout, "--command-timeout")
+        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd, timeout)
         return lambda: guest
     if kind == "demo":
         from migrate.guests.demo import DemoGuest, parse_demo

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.command import run_command
+from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
+from migrate.guests.command import COMMAND_PATIENCE, check_command, run_command
 from migrate.guests.guest import MemoryGuest
 from migrate.guests.process import start_time, state
+from migrate.guests.rights import Rights
 from migrate.memory import Memory
 
 STOP_PATIENCE = 5.0
@@ -29,30 +31,24 @@ class FileGuest(MemoryGuest):
     kind = "file"
 
     def __init__(
-        self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = ""
-    ) -> None:
+        self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = "",
+        command_timeout: float = COMMAND_PATIENCE,
+    ) -> None:  # fmt: skip
         if bool(pause_cmd) != bool(resume_cmd):
             raise UsageError(
                 "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
                 "to go on where the migration fails"
             )
-        try:
-            # O_NONBLOCK: a FIFO given by mistake must be an error, not an open that never returns.
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            mode = os.fstat(self._fd).st_mode
-            size = os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError as error:
-            raise UsageError(f"guest file {path}: {error.strerror}") from None
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise UsageError(f"guest file {path}: it is neither a file nor a block device")
-        if size == 0:
-            raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+        check_command(pause_cmd, "--pause-cmd")
+        check_command(resume_cmd, "--resume-cmd")
+        self._fd, size = _open(path)
         self.path = path
         self.description = os.path.basename(path)[:200]
         self.memory = Memory(size, fd=self._fd)
         self.pids = tuple(pids)
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
+        self._command_timeout = command_timeout
         self.stoppable = bool(self.pids or pause_cmd)
         self.can_throttle = bool(self.pids)
         self._guard: asyncio.subprocess.Process | None = None
@@ -140,10 +136,10 @@ class FileGuest(MemoryGuest):
         for pid in self.pids:
             await self._stopped(pid)
         if self.pause_cmd:
-            await run_command(self.pause_cmd, "--pause-cmd")
-        self._check_file()
+            await run_command(self.pause_cmd, "--pause-cmd", self._command_timeout)
+        self.check()
 
-    def _check_file(self) -> None:
+    def check(self) -> None:
         """The file must still be the one we opened, under its name and as long as it was."""
         ours = os.fstat(self._fd)
         try:
@@ -186,8 +182,13 @@ class FileGuest(MemoryGuest):
             pass  # a pause that was cancelled may not have been answered yet
         self._let_go()
         if self.resume_cmd:
-            await run_command(self.resume_cmd, "--resume-cmd")
+            await run_command(self.resume_cmd, "--resume-cmd", self._command_timeout)
         await self._tell_guard(b"r")
+
+    def state(self) -> bytes:
+        """Mode and owner of the file; of a device they are none of a file's."""
+        here = os.fstat(self._fd)
+        return Rights.of(here).pack() if stat.S_ISREG(here.st_mode) else b""
 
     async def give_up(self) -> None:
         await self._tell_guard(b"g")
@@ -224,3 +225,34 @@ class FileGuest(MemoryGuest):
                 async with asyncio.timeout(STOP_PATIENCE):
                     await self._guard.wait()
         os.close(self._fd)
+
+
+def _open(path: str) -> tuple[int, int]:
+    """A descriptor of the guest's file, and its size. Raises UsageError."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError(
+                f"guest file {path}: it is neither a file nor a block device, but {kind_of(mode)}"
+            )
+        # O_NONBLOCK: should it be a FIFO by now, the open returns all the same.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"guest file {path}: {error.strerror}") from None
+    try:
+        system = file_system_of(fd)
+        if system in KERNELS_OWN and stat.S_ISREG(mode):
+            raise UsageError(
+                f"guest file {path}: it is on {system}: such a file is made as it is read, and "
+                "cannot be moved"
+            )
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if size == 0:
+            raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(f"guest file {path}: {error.strerror}") from None
+    except UsageError:
+        os.close(fd)
+        raise
+    return fd, size

@@ -26,7 +26,7 @@ from migrate.monitor.server import BACKLOG, bind, identity
 from migrate.qemu.client import control_path
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
-from migrate.qemu.machine import STREAM_BYTES, Machine, our_end
+from migrate.qemu.machine import RUNNING, STREAM_BYTES, Machine, our_end, still_here
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
@@ -63,6 +63,8 @@ class QemuGuest(Guest):
         self._intake: Intake | None = None
         self._holder: asyncio.subprocess.Process | None = None
         self._moved = self._given_up = self._told = False
+        self._runstate = RUNNING
+        """Of the guest as we came, where QEMU tells us."""
 
     @property
     def driven(self) -> bool:
@@ -75,7 +77,13 @@ class QemuGuest(Guest):
             return "its QEMU takes it for moved: `cont` in its monitor lets it run on here"
         if self.machine is not None and self.machine.ended is not None:
             return "its QEMU answers no more: if that has ended, so has the guest"
-        return Guest.remains
+        if not self.driven:
+            return f"{Guest.remains}, if it ran before"
+        return Guest.remains if self.runs else still_here(self._runstate)
+
+    @property
+    def runs(self) -> bool:  # type: ignore[override]
+        return self._runstate == RUNNING
 
     @property
     def intake(self) -> Intake:
@@ -142,6 +150,7 @@ class QemuGuest(Guest):
             self.listen()
         if self._qmp:
             self.machine = await Machine.connect(self._qmp)
+            self._runstate = (await self.machine.status()).runstate
             await self.machine.prepare(return_path=self._return_path, **self._settings)
         self._socket = await self._connection()
         intake = Intake(self._socket, self._page_size)
@@ -328,7 +337,7 @@ class QemuGuest(Guest):
         while moved and status.going_on and machine.ended is None:
             await asyncio.sleep(POLL_SECONDS)
             status = await machine.status()
-        if not moved and status.status == "completed":
+        if not moved and status.status == "completed" and self.runs:
             await machine.cont()  # it had no return path, and believed that all was well
         self.trouble = "; ".join(await machine.restore())
 
@@ -363,4 +372,5 @@ class QemuGuest(Guest):
         return {
             "kind": self.kind, "pid": pid, "started": start_time(pid) if pid else "",
             "qmp": os.path.abspath(control_path(self._qmp)) if self._qmp else "",
+            "runstate": self._runstate,
         }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from migrate.address import Address
 from migrate.errors import MigrationError
 from migrate.guests.guest import Place
-from migrate.qemu.machine import Changed, Machine, our_end
+from migrate.qemu.machine import RUNNING, Changed, Machine, our_end
 from migrate.qemu.reception import StreamReception
 from proto import ErrorCode
 from proto.qemu import Command, Reply, order
@@ -248,6 +248,21 @@ class QemuPlace(Place):
         if any(self._changed):
             await self._put_back()
         return f"the guest runs in the QEMU at {self.address}"
+
+    async def look(self, running: str) -> str:
+        """One that cannot be asked is taken to run."""
+        if not self._qmp or self._shut is None:
+            return running
+        with contextlib.suppress(MigrationError):
+            async with await Machine.connect(self._qmp, timeout=1.0) as machine:
+                runstate = (await machine.status()).runstate
+                self.runs = runstate == RUNNING
+                if not self.runs:
+                    return (
+                        f"the guest is in the QEMU at {self.address}, and does not run yet "
+                        f"({runstate})"
+                    )
+        return running
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "qemu", "address": str(self.address)}
