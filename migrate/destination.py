@@ -509,6 +509,7 @@ class Destination:
             await custody.take_over()
             with contextlib.suppress(PeerLost):
                 await self.link.send(Running())
+            custody.running = await custody.place.look(custody.running)
         self._complete(custody)
         with contextlib.suppress(TimeoutError, PeerLost, ProtoError):
             async with asyncio.timeout(ACKNOWLEDGE_SECONDS):
@@ -528,7 +529,7 @@ class Destination:
     def _complete(self, custody: Custody) -> None:
         self.owner = True
         self.place = None
-        self.arrival.running = custody.running
+        self.arrival.running, self.arrival.runs = custody.running, custody.place.runs
         self.arrival.status = "completed"
         custody.place.close()
         self._observer("running", self.arrival)

@@ -52,6 +52,8 @@ class Arrival:
     capabilities: dict[str, bool] = field(default_factory=dict)
     running: str = ""
     """The place's sentence on the guest that runs."""
+    runs: bool = True
+    """Whether it does; a virtual machine may arrive paused."""
 
 
 @dataclass

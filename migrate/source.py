@@ -213,6 +213,7 @@ class Source(Migration):
             self._model.learn(measured)
             dirty = await loop.run_in_executor(self._worker, self._tracker.take)
             self._unsent = dirty
+            await loop.run_in_executor(self._worker, self.guest.check)
             self._working.learn(*await loop.run_in_executor(self._worker, encoder.survey))
             self._model.learn_digest(digest.hashed, digest.seconds, peer=False)
             elapsed = time.monotonic() - began

@@ -136,7 +136,7 @@ import os; os._exit(0)
 @pytest.mark.asyncio
 async def test_shared_memory_is_held_in_all_processes_that_map_it():
     memory = shared_memory.SharedMemory(create=True, size=SIZE)
-    other = subprocess.Popen(
+    other = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
         [sys.executable, "-c", SHARING, memory.name, "0", str(SIZE // 2)], cwd=ROOT,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip

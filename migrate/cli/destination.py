@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from migrate.destination import Destination
     from migrate.door import Door
     from migrate.guests.guest import Place
+    from migrate.guests.rights import Rights
     from migrate.handover import Custody
     from migrate.journal import Journal
     from migrate.link import Link
@@ -89,8 +90,22 @@ def destination_parser() -> Parser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument(
+        "--mode", default="", metavar="MODE",
+        help="of the output, in octal digits (default: as the file it replaces, or as the guest's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--owner", default="", metavar="USER[:GROUP]",
+        help="of the output, names or numbers (default: as the file it replaces, or as the "
+        "guest's by number, as far as we may set it)",
+    )  # fmt: skip
+    parser.add_argument(
         "--on-complete", default="", metavar="CMD", help="run this when the guest is ours"
     )
+    parser.add_argument(
+        "--on-complete-timeout", default="0", metavar="TIME",
+        help="wait no longer for that command: it goes on, and the exit code is 10 (default: 0, "
+        "as long as it takes)",
+    )  # fmt: skip
     parser.add_argument(
         "--cache-size", default="", metavar="SIZE", help="ask the source for this cache size"
     )
@@ -118,6 +133,15 @@ def qemu_of(args: argparse.Namespace) -> tuple[Address | None, str] | None:
     return parse_address(where) if where else None, qmp
 
 
+def rights_of(args: argparse.Namespace) -> Rights:
+    """Mode and owner that are asked for. Raises UsageError."""
+    from migrate.guests.rights import Rights, parse_mode, parse_owner
+
+    if (args.mode or args.owner) and (not args.output or args.guest):
+        raise UsageError("--mode and --owner are for the file of a guest: give --output PATH")
+    return Rights(parse_mode(args.mode), *parse_owner(args.owner))
+
+
 class DestinationProgram(Node):
     """One run of migrate-dst. What is wrong with its arguments is raised by the constructor."""
 
@@ -126,7 +150,8 @@ class DestinationProgram(Node):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        from migrate.guests.output_file import check_output
+        from migrate.guests.command import check_command
+        from migrate.guests.output_file import try_output
         from migrate.guests.reopen import reopen_place
         from migrate.handover import Records
         from migrate.parameters import DEFAULT_CACHE_SIZE, Parameters
@@ -149,14 +174,19 @@ class DestinationProgram(Node):
         self._heard = asyncio.Event()
         self._failed, self._silent = "", False
         self._over = asyncio.Event()
+        self._done = asyncio.Event()
+        """--on-complete has run too."""
         self.qemu = qemu_of(args)
         self.landing = args.guest == "qemu"
         if self.landing:
-            from migrate.qemu.landing import check_landing
+            from migrate.qemu.landing import try_landing
 
-            check_landing(args.output, args.overwrite)
-        elif args.output:
-            check_output(args.output, args.overwrite)
+            try_landing(args.output, args.overwrite)
+        self.rights = rights_of(args)
+        if args.output and not self.landing:
+            try_output(args.output, args.overwrite, self.rights)
+        check_command(args.on_complete, "--on-complete")
+        self.on_complete_timeout = seconds(args.on_complete_timeout, "--on-complete-timeout")
         self.peer_timeout = peer_timeout(args)
         self.allow = networks(args.allow)
         self.credentials = credentials(args, Role.DESTINATION)
@@ -164,8 +194,7 @@ class DestinationProgram(Node):
         self.warned = False
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
-        journal = args.journal or default_directory()
-        check_directory(journal)
+        journal = check_directory(args.journal or default_directory())
         self.records = Records(journal, reopen_place)
         self.stop = Stop()
         self.destination: Destination | None = None
@@ -227,7 +256,7 @@ class DestinationProgram(Node):
         await terminal.closed.wait()
         self._silent = True
         if self._incoming.is_set():
-            await self._over.wait()
+            await self._done.wait()
         if not self.stop.signal:  # `quit` was the last thing that was asked
             self.stop.request()
 
@@ -388,7 +417,8 @@ class DestinationProgram(Node):
         elif event == "round":
             self.tell_migration("MIGRATION_PASS", **{"pass": arrival.rounds})
         elif event == "running":
-            self.tell("RESUME")
+            if arrival.runs:
+                self.tell("RESUME")
             self.tell_migration("MIGRATION", status="completed")
 
     def _warn(self, peer: Link) -> None:
@@ -412,7 +442,11 @@ class DestinationProgram(Node):
                 raise NoPlaceError(
                     "a file guest has nowhere to land: start migrate-dst with --output PATH"
                 )
-            self.place = FilePlace(info, args.output, args.overwrite, self._left_of(info))
+            self.place = place = FilePlace(
+                info, args.output, args.overwrite, self._left_of(info), self.rights
+            )
+            for said in place.notices():
+                self._say(f"warning: {said}")
         elif info.kind == "demo":
             if args.output:
                 raise NoPlaceError(
@@ -467,13 +501,27 @@ class DestinationProgram(Node):
 
     async def _on_complete(self, kind: str) -> int:
         """Runs the user's command; the exit code: the guest is here whatever comes of it."""
+        try:
+            return await self._run_on_complete(kind)
+        finally:
+            self._done.set()
+
+    async def _run_on_complete(self, kind: str) -> int:
+        """A signal or `quit` ends the waiting for it, and nothing else."""
         if not self.args.on_complete:
             return 0
-        from migrate.guests.command import run_command
+        from migrate.guests.command import start_service
 
+        told = asyncio.Event()
+
+        def tell() -> str:
+            told.set()
+            return ""
+
+        self.stop.install(tell)
         try:
-            await run_command(
-                self.args.on_complete, "--on-complete",
+            await start_service(
+                self.args.on_complete, "--on-complete", self.on_complete_timeout, told,
                 MIGRATE_OUTPUT=self.args.output, MIGRATE_KIND=kind,
             )  # fmt: skip
         except MigrationError as error:
@@ -551,8 +599,9 @@ class DestinationProgram(Node):
     def query_status(self) -> dict[str, Any]:
         """QEMU's RunState of the guest here."""
         arrival = self.destination.arrival if self.destination else None
-        running = arrival is not None and arrival.status == "completed"
-        return {"running": running, "status": "running" if running else "inmigrate"}
+        if arrival is None or arrival.status != "completed":
+            return {"running": False, "status": "inmigrate"}
+        return {"running": arrival.runs, "status": "running" if arrival.runs else "paused"}
 
     def query_migrate(self) -> dict[str, Any]:
         """How far the guest that comes has come; {} before anybody can come."""

@@ -71,8 +71,7 @@ class SourceProgram(Node):
         self.tls = tls_of(args)
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
-        self.journal = args.journal or default_directory()
-        check_directory(self.journal)
+        self.journal = check_directory(args.journal or default_directory())
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         if args.congestion:
@@ -424,7 +423,7 @@ class SourceProgram(Node):
             self.tell_migration("MIGRATION_PASS", **{"pass": statistics.dirty_sync_count + 1})
         elif event == "paused":
             self.tell("STOP")
-        elif event == "resumed":
+        elif event == "resumed" and self.source is not None and self.source.guest.runs:
             self.tell("RESUME")
 
     def _tell_status(self, status: str) -> None:
@@ -527,6 +526,8 @@ class SourceProgram(Node):
             status = "postmigrate"
         elif self.source.statistics.status == "device":
             status = "finish-migrate"
+        elif not self.source.guest.runs:
+            status = "paused"
         return {"running": status == "running", "status": status}
 
 

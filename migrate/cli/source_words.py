@@ -64,6 +64,10 @@ def source_parser() -> Parser:
     parser.add_argument("--pause-cmd", default="", metavar="CMD", help="stops the file's writer")
     parser.add_argument("--resume-cmd", default="", metavar="CMD", help="lets it go on")
     parser.add_argument(
+        "--command-timeout", default="60s", metavar="TIME",
+        help="end one of those two when it takes longer: the migration fails (default: 60s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache-size", metavar="SIZE|auto",
         help="xbzrle page cache; auto: as large as the working set needs (default: 64m, and auto "
         "for a QEMU guest, for which it is --cache-max at once)",
@@ -220,7 +224,10 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryG
         if not rest:
             raise UsageError("guest file: name the file: --guest file:PATH")
         pids = [number(pid, "--pid") for pid in args.pid if pid != "auto"]
-        guest = FileGuest(rest, pids, args.pause_cmd, args.resume_cmd, auto="auto" in args.pid)
+        guest = FileGuest(
+            rest, pids, args.pause_cmd, args.resume_cmd,
+            seconds(args.command_timeout, "--command-timeout"), auto="auto" in args.pid,
+        )  # fmt: skip
         guest.survey()
         for text in guest.warnings:
             say(f"migrate-src: warning: {text}")

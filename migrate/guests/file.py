@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from migrate.errors import MigrationError, UsageError
+from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
 from migrate.guests import companions, isolated
-from migrate.guests.command import run_command
+from migrate.guests.command import COMMAND_PATIENCE, check_command, run_command
 from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
 from migrate.guests.guest import MemoryGuest
@@ -31,6 +32,7 @@ from migrate.guests.process import (
     status,
     task_states,
 )
+from migrate.guests.rights import Rights
 from migrate.guests.writers import (
     Census,
     Writer,
@@ -69,27 +71,19 @@ class FileGuest(MemoryGuest):
 
     def __init__(
         self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = "",
-        *, auto: bool = False,
+        command_timeout: float = COMMAND_PATIENCE, *, auto: bool = False,
     ) -> None:  # fmt: skip
         if bool(pause_cmd) != bool(resume_cmd):
             raise UsageError(
                 "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
                 "to go on where the migration fails"
             )
-        try:
-            # O_NONBLOCK: a FIFO given by mistake must be an error, not an open that never returns.
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            mode = os.fstat(self._fd).st_mode
-            size = os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError as error:
-            raise UsageError(f"guest file {path}: {error.strerror}") from None
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise UsageError(f"guest file {path}: it is neither a file nor a block device")
-        if size == 0:
-            raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+        check_command(pause_cmd, "--pause-cmd")
+        check_command(resume_cmd, "--resume-cmd")
+        self._fd, size = _open(path)
         self.path = path
         self.description = printable(os.path.basename(path), MAX_DESCRIPTION)
-        self._is_device, align = stat.S_ISBLK(mode), 0
+        self._is_device, align = stat.S_ISBLK(os.fstat(self._fd).st_mode), 0
         if self._is_device:
             align = self._open_device()
         self.memory = Memory(size, fd=self._fd, align=align)
@@ -97,6 +91,7 @@ class FileGuest(MemoryGuest):
         self._hold: Hold | None = None
         self.pause_cmd = pause_cmd
         self.resume_cmd = resume_cmd
+        self._command_timeout = command_timeout
         self.warnings: list[str] = []
         """What a user must know before it is moved."""
         self.notices: list[str] = []
@@ -479,7 +474,7 @@ class FileGuest(MemoryGuest):
             raise
         await self._stop(list(self._writers))
         if self.pause_cmd:
-            await run_command(self.pause_cmd, "--pause-cmd")
+            await run_command(self.pause_cmd, "--pause-cmd", self._command_timeout)
         if self._lookout is not None:
             await self._stop_the_rest(self._lookout)
             self._check = asyncio.ensure_future(self._lookout.look())
@@ -487,7 +482,7 @@ class FileGuest(MemoryGuest):
             if self.pause_cmd:
                 for text in companions.warnings(self._fd, self.path, ()):
                     self.warn(text)
-        self._check_file()
+        self.check()
 
     async def _stop(self, pids: list[int]) -> None:
         """Stops processes of which the guard knows; returns when every thread stands still."""
@@ -501,7 +496,7 @@ class FileGuest(MemoryGuest):
         for pid in pids:
             await self._stopped(self._writers[pid])
 
-    def _check_file(self) -> None:
+    def check(self) -> None:
         """The file must still be the one we opened, under its name and as long as it was."""
         ours = os.fstat(self._fd)
         try:
@@ -540,9 +535,14 @@ class FileGuest(MemoryGuest):
             pass  # a pause that was cancelled may not have been answered yet
         self._let_go()
         if self.resume_cmd:
-            await run_command(self.resume_cmd, "--resume-cmd")
+            await run_command(self.resume_cmd, "--resume-cmd", self._command_timeout)
         await self._tell_guard(b"r")
         self._watch()
+
+    def state(self) -> bytes:
+        """Mode and owner of the file; of a device they are none of a file's."""
+        here = os.fstat(self._fd)
+        return Rights.of(here).pack() if stat.S_ISREG(here.st_mode) else b""
 
     async def give_up(self) -> None:
         await self._tell_guard(b"g")
@@ -610,3 +610,34 @@ def _bounded(look: Callable[[], T]) -> T:
     if not results:
         raise UsageError(f"the processes of this machine could not be looked at {_IN_TIME}")
     return results[0]
+
+
+def _open(path: str) -> tuple[int, int]:
+    """A descriptor of the guest's file, and its size. Raises UsageError."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError(
+                f"guest file {path}: it is neither a file nor a block device, but {kind_of(mode)}"
+            )
+        # O_NONBLOCK: should it be a FIFO by now, the open returns all the same.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"guest file {path}: {error.strerror}") from None
+    try:
+        system = file_system_of(fd)
+        if system in KERNELS_OWN and stat.S_ISREG(mode):
+            raise UsageError(
+                f"guest file {path}: it is on {system}: such a file is made as it is read, and "
+                "cannot be moved"
+            )
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if size == 0:
+            raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(f"guest file {path}: {error.strerror}") from None
+    except UsageError:
+        os.close(fd)
+        raise
+    return fd, size

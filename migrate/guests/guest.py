@@ -36,6 +36,8 @@ class Guest(ABC):
     description = ""
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
+    runs = True
+    """Whether it runs; a virtual machine may have been paused before we came."""
     remains = "the guest runs on here"
     """What is true of it after a migration that failed."""
     trouble = ""
@@ -103,6 +105,9 @@ class Guest(ABC):
         nothing left to slow, `can_throttle` is false when it returns.
         """
 
+    def check(self) -> None:
+        """Called after each round. Raises MigrationError where the guest can no longer be moved."""
+
     def state(self) -> bytes:
         """What the guest needs beside its memory to go on elsewhere; it is paused."""
         return b""
@@ -163,6 +168,8 @@ class Place(ABC):
     """The same bytes as they are hashed."""
     pid = 0
     """Of the process that is the guest, where there is one of ours."""
+    runs = True
+    """Whether the guest runs once it is started; a virtual machine may arrive paused."""
     irrevocable = False
     """Whether `start` may have been heard though it has not returned: no later program can know."""
 
@@ -182,6 +189,10 @@ class Place(ABC):
 
         Raises MigrationError where it cannot; then it did not run and never will.
         """
+
+    async def look(self, running: str) -> str:
+        """The sentence of `start`, or a truer one, when the source knows that the guest is ours."""
+        return running
 
     async def prepare(self, state: bytes) -> None:
         """Everything that can fail before the guest is ours, so that `start` cannot."""

@@ -6,13 +6,25 @@ import contextlib
 import errno
 import mmap
 import os
-import secrets
+import resource
 import stat
+from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrationError, UsageError
+from migrate.filesystem import (
+    check_replaceable,
+    check_writable,
+    hidden_name,
+    kind_of,
+    name_file,
+    open_nameless,
+    rename_new,
+    try_directory,
+)
 from migrate.guests.guest import Place
 from migrate.guests.reservation import NameTaken, Reservation
+from migrate.guests.rights import Rights, keep_attributes
 from migrate.memory import Memory
 from migrate.quantities import format_size
 from proto.messages import MAX_PAGES, GuestInfo
@@ -27,18 +39,24 @@ class FilePlace(Place):
 
     lasting = True
 
-    def __init__(self, info: GuestInfo, path: str, overwrite: bool, temporary: str = "") -> None:
+    def __init__(
+        self, info: GuestInfo, path: str, overwrite: bool, temporary: str = "",
+        rights: Rights | None = None,
+    ) -> None:  # fmt: skip
         """temporary -- what an earlier program has left of this guest: it is gone on with.
+        rights    -- mode and owner that the user asks for; see migrate.guests.rights for the rest
 
         Raises UsageError.
         """
         self.path = path
+        self._asked = rights or Rights()
+        self._rights = self._asked
         self.held = bool(temporary)
         self._size = info.size
         self._page_size = info.page_size
         self._padded = info.pages * info.page_size
         self._directory = os.path.dirname(os.path.abspath(path))
-        self._temporary = temporary or self._hidden_name()
+        self._temporary = temporary or hidden_name(path)
         self._overwrite = overwrite
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
@@ -46,6 +64,9 @@ class FilePlace(Place):
         self._reservation: Reservation | None = None
         if temporary:
             self._reserve()  # what came before stays as it was, if another program has the name
+        self._check_size()
+        self._users = _opened_by(path) if overwrite else []
+        self._check_not_the_guest()
         self._nameless = False
         try:
             self.fd = os.open(temporary, os.O_RDWR | os.O_CLOEXEC) if temporary else self._make()
@@ -58,19 +79,19 @@ class FilePlace(Place):
                     os.unlink(self._temporary)
                 raise
         except OSError as error:
-            raise UsageError(f"--output {path}: {error.strerror}") from None
+            why = str(error.strerror)
+            if error.errno == errno.EFBIG:
+                why += f": the file system takes no file of {format_size(info.size)}"
+            raise UsageError(f"--output {path}: {why}") from None
         self.memory = memoryview(self._map)
         self.reads = Memory(info.size, fd=self.fd)
 
     def _make(self) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC
-        try:
-            fd = os.open(self._directory, flags | os.O_TMPFILE, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                raise
-            return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        self._nameless = True
+        fd = open_nameless(self._directory)
+        self._nameless = fd >= 0
+        if fd < 0:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(self._temporary, flags, 0o600)
         return fd
 
     def _reserve(self) -> None:
@@ -81,36 +102,89 @@ class FilePlace(Place):
     async def ready(self) -> None:
         self._reserve()
 
+    def _check_size(self) -> None:
+        """Raises UsageError where no file may be as large as the guest."""
+        most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if 0 <= most < self._padded:
+            raise UsageError(
+                f"--output {self.path}: the guest has {format_size(self._size)}, and no file may "
+                f"have more than {format_size(most)} here: raise the limit (ulimit -f)"
+            )
+
+    def _check_not_the_guest(self) -> None:
+        """Raises UsageError where the file to be replaced is what a source here moves."""
+        for pid, name in self._users:
+            if "migrate-src" in name:
+                raise UsageError(
+                    f"--output {self.path}: process {pid} ({name}) moves that very file: a guest "
+                    "cannot replace itself: name another output"
+                )
+
+    def notices(self) -> list[str]:
+        """What the user should know before the guest comes."""
+        found = []
+        room = os.statvfs(self._directory)
+        free = room.f_bavail * room.f_frsize + os.fstat(self.fd).st_blocks * 512
+        if room.f_blocks and free < self._size:
+            found.append(
+                f"the guest has up to {format_size(self._size)}, and {self._directory} has room "
+                f"for {format_size(free)}: it fits only if all else is zeros"
+            )
+        found += [
+            f"process {pid} ({name}) has {self.path} open: it will go on with the old file"
+            for pid, name in self._users
+        ]
+        return found
+
     def persist(self) -> None:
         if not self._nameless:
             return
         try:
-            # A directory must be given for linkat(2) to be used, which follows the link.
-            own = os.open("/proc/self/fd", os.O_RDONLY)
-            try:
-                os.link(str(self.fd), self._temporary, src_dir_fd=own, follow_symlinks=True)
-            finally:
-                os.close(own)
+            name_file(self.fd, self._temporary)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
         self._nameless = False
-
-    def _hidden_name(self) -> str:
-        name = f".{os.path.basename(self.path)}.{secrets.token_hex(4)}.xbmigrate"
-        return os.path.join(self._directory, name)
 
     def make_room(self, page: int) -> None:
         os.posix_fallocate(self.fd, page * self._page_size, self._page_size)
 
     def sync(self) -> None:
+        self._check_there()
         os.fdatasync(self.fd)
 
+    def _check_there(self) -> None:
+        """Raises MigrationError where the file has lost its hidden name."""
+        if self._nameless or not self._temporary:
+            return
+        ours = os.fstat(self.fd)
+        with contextlib.suppress(OSError):
+            there = os.lstat(self._temporary)
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+        raise MigrationError(
+            f"--output {self.path}: what had come of the guest, {self._temporary}, was removed or "
+            "replaced meanwhile: leave the directory alone until the guest is there"
+        )
+
     async def prepare(self, state: bytes) -> None:
+        self._check_there()
+        try:
+            check_output(self.path, self._overwrite)
+        except UsageError as error:
+            raise MigrationError(str(error)) from None
+        self._rights = self._asked.over(self._rights_before(Rights.unpack(state)))
         try:
             os.ftruncate(self.fd, self._size)
             os.fsync(self.fd)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+
+    def _rights_before(self, guests: Rights) -> Rights:
+        """Of the file that is replaced, else of the guest's own."""
+        if self._overwrite:
+            with contextlib.suppress(OSError):
+                return Rights.of(os.stat(self.path))
+        return guests
 
     def unprepare(self) -> None:
         os.ftruncate(self.fd, self._padded)
@@ -120,6 +194,7 @@ class FilePlace(Place):
         return {
             "kind": "file", "path": os.path.abspath(self.path), "temporary": self._temporary,
             "overwrite": self._overwrite, "size": self._size, "inode": [here.st_dev, here.st_ino],
+            "rights": [self._rights.mode, self._rights.uid, self._rights.gid],
         }  # fmt: skip
 
     @classmethod
@@ -129,6 +204,8 @@ class FilePlace(Place):
         place.path, place._temporary = facts["path"], facts["temporary"]
         place._overwrite, place._size = facts["overwrite"], facts["size"]
         place._directory = os.path.dirname(place.path)
+        place._nameless = False
+        place._rights = Rights(*facts.get("rights", ()))
         place._reservation = None
         with contextlib.suppress(NameTaken):  # `start` asks again
             place._reserve()
@@ -148,16 +225,16 @@ class FilePlace(Place):
         return place
 
     async def start(self, state: bytes) -> str:
+        trouble = []
         if self._temporary:
             self._reserve()
         try:
-            if not self._temporary:
-                pass
-            elif self._overwrite:
-                os.rename(self._temporary, self.path)
-            else:
-                os.link(self._temporary, self.path)
-                os.unlink(self._temporary)
+            if self._temporary:
+                trouble = self._give_rights()
+                if self._overwrite:
+                    os.rename(self._temporary, self.path)
+                else:
+                    rename_new(self._temporary, self.path)
             self._temporary = ""
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
@@ -166,7 +243,17 @@ class FilePlace(Place):
             directory = os.open(self._directory, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
-        return f"{self.path} is complete, {format_size(self._size)}"
+        return "; ".join([f"{self.path} is complete, {format_size(self._size)}", *trouble])
+
+    def _give_rights(self) -> list[str]:
+        """As the file will have them, just before it has its name; what could not be set."""
+        left = []
+        if self._overwrite and os.path.isfile(self.path):
+            left = keep_attributes(self.path, self.fd)
+        said = [f"not kept of the file before: {', '.join(left)}"] if left else []
+        if why := self._rights.give(self.fd):
+            said.append(why)
+        return said
 
     def close(self) -> None:
         with contextlib.suppress(BufferError):
@@ -186,18 +273,60 @@ class FilePlace(Place):
 
 def check_output(path: str, overwrite: bool) -> None:
     """Raises UsageError where `path` cannot become the output."""
-    directory = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(directory):
-        raise UsageError(f"--output {path}: there is no directory {directory}")
-    if not os.access(directory, os.W_OK):
-        raise UsageError(f"--output {path}: no permission to write in {directory}")
-    if os.path.lexists(path):
-        if os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
-            raise UsageError(
-                f"--output {path}: it is a block device, and a guest lands in a file: name a file, "
-                "and copy that to the device when it has arrived"
-            )
-        if not overwrite:
-            raise UsageError(f"--output {path}: it exists: remove it or give --overwrite")
-        if not os.path.isfile(path):
-            raise UsageError(f"--output {path}: it is no plain file, and cannot be replaced")
+    what = f"--output {path}"
+    if path.endswith("/"):
+        raise UsageError(f"{what}: it ends in a slash: name the file")
+    check_writable(os.path.dirname(os.path.abspath(path)), what)
+    hidden_name(path)
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{what}: {error.strerror}") from None
+    if os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
+        raise UsageError(
+            f"{what}: it is a block device, and a guest lands in a file: name a file, and copy "
+            "that to the device when it has arrived"
+        )
+    if not os.path.isfile(path):
+        raise UsageError(
+            f"{what}: it is no plain file, but {kind_of(mode)}, and cannot be replaced: name "
+            "another path"
+        )
+    if not overwrite:
+        raise UsageError(f"{what}: it exists: remove it or give --overwrite")
+    check_replaceable(path, what)
+
+
+def try_output(path: str, overwrite: bool, rights: Rights) -> None:
+    """As check_output, and does once what the output will need there. Raises UsageError."""
+    check_output(path, overwrite)
+    try_directory(path, f"--output {path}", rights.give)
+
+
+def _opened_by(path: str) -> list[tuple[int, str]]:
+    """Other processes that have this very file open, as far as we may look: their numbers and
+    names."""
+    found = []
+    try:
+        ours = os.stat(path)
+    except OSError:
+        return []
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if any(_same(fd, ours) for fd in (process / "fd").iterdir()):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                names = [os.path.basename(os.fsdecode(word)) for word in words[:2]]
+                name = names[-1] if names[0].startswith("python") else names[0]
+                found.append((int(process.name), "".join(c for c in name if c.isprintable())))
+    return found
+
+
+def _same(fd: Path, ours: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        there = fd.stat()
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+    return False

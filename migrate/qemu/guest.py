@@ -28,7 +28,7 @@ from migrate.monitor.server import BACKLOG, bind, identity
 from migrate.qemu.client import control_path
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
-from migrate.qemu.machine import STREAM_BYTES, Machine, our_end
+from migrate.qemu.machine import RUNNING, STREAM_BYTES, Machine, our_end, still_here
 from migrate.sockets import listening_sockets
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
@@ -69,6 +69,8 @@ class QemuGuest(Guest):
         self._hold: ProcessHold | None = None
         self._began = False
         """Whether the migration that goes on in QEMU is ours: another one is left alone."""
+        self._runstate = RUNNING
+        """Of the guest as we came, where QEMU tells us."""
 
     @property
     def driven(self) -> bool:
@@ -81,7 +83,13 @@ class QemuGuest(Guest):
             return "its QEMU takes it for moved: `cont` in its monitor lets it run on here"
         if self.machine is not None and self.machine.ended is not None:
             return "its QEMU answers no more: if that has ended, so has the guest"
-        return Guest.remains
+        if not self.driven:
+            return f"{Guest.remains}, if it ran before"
+        return Guest.remains if self.runs else still_here(self._runstate)
+
+    @property
+    def runs(self) -> bool:  # type: ignore[override]
+        return self._runstate == RUNNING
 
     @property
     def intake(self) -> Intake:
@@ -153,6 +161,7 @@ class QemuGuest(Guest):
         if self._qmp:
             self.machine = await Machine.connect(self._qmp)
             await self._hold_process(self.machine.process)
+            self._runstate = (await self.machine.status()).runstate
             await self.machine.prepare(return_path=self._return_path, **self._settings)
         self._socket = await self._connection()
         intake = Intake(self._socket, self._page_size)
@@ -361,7 +370,7 @@ class QemuGuest(Guest):
         while moved and status.going_on and machine.ended is None:
             await asyncio.sleep(POLL_SECONDS)
             status = await machine.status()
-        if not moved and status.status == "completed":
+        if not moved and status.status == "completed" and self.runs:
             await machine.cont()  # it had no return path, and believed that all was well
         self.trouble = "; ".join(await machine.restore())
 
@@ -396,4 +405,5 @@ class QemuGuest(Guest):
         return {
             "kind": self.kind, "pid": pid, "started": start_time(pid) if pid else "",
             "qmp": os.path.abspath(control_path(self._qmp)) if self._qmp else "",
+            "runstate": self._runstate,
         }  # fmt: skip

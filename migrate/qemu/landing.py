@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -28,6 +27,14 @@ import xxhash
 
 from migrate.address import Address
 from migrate.errors import MigrationError, UsageError
+from migrate.filesystem import (
+    check_writable,
+    hidden_name,
+    kind_of,
+    name_file,
+    open_nameless,
+    try_directory,
+)
 from migrate.guests.guest import Place
 from migrate.guests.hold import DirectoryHold
 from migrate.guests.reservation import Reservation
@@ -72,6 +79,8 @@ from proto.qemu import (
 )
 
 BUFFER_BYTES = 4 << 20
+# Behind the hidden name of a machine that lands: the one it takes the place of.
+BEFORE = ".before"
 LEAST_READ = BUFFER_BYTES // 4
 # What was written is brought to the disk so often, for little to be left in the end.
 FLUSH_SECONDS = 1.0
@@ -92,40 +101,28 @@ class Files:
 
     def __init__(self, path: str) -> None:
         self.directory = os.path.dirname(os.path.abspath(path))
-        name = os.path.basename(os.path.abspath(path))[:200]
-        hidden = f".{name}.{secrets.token_hex(4)}.xbmigrate"
-        self.temporary = os.path.join(self.directory, hidden)
+        self.temporary = hidden_name(path, spare=len(BEFORE))
         self._open: dict[str, int] = {}
         self._named = False
 
     def make(self, name: str) -> int:
         """A new file, to read and write; its descriptor is closed by `close`."""
-        flags = os.O_RDWR | os.O_CLOEXEC
+        fd = -1
         if not self._named:
-            try:
-                fd = os.open(self.directory, flags | os.O_TMPFILE, 0o600)
-            except OSError as error:
-                if error.errno not in (
-                    errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL
-                ):  # fmt: skip
-                    raise
+            fd = open_nameless(self.directory)
+            if fd < 0:
                 self._name()
         if self._named:
-            fd = os.open(os.path.join(self.temporary, name), flags | os.O_CREAT | os.O_EXCL, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(os.path.join(self.temporary, name), flags, 0o600)
         self._open[name] = fd
         return fd
 
     def _name(self) -> None:
         os.makedirs(os.path.join(self.temporary, BLOCKS), 0o700)
         nameless, self._named = dict(self._open), True
-        # A directory must be given for linkat(2) to be used, which follows the link.
-        own = os.open("/proc/self/fd", os.O_RDONLY)
-        try:
-            for name, fd in nameless.items():
-                where = os.path.join(self.temporary, name)
-                os.link(str(fd), where, src_dir_fd=own, follow_symlinks=True)
-        finally:
-            os.close(own)
+        for name, fd in nameless.items():
+            name_file(fd, os.path.join(self.temporary, name))
 
     def finish(self) -> None:
         """All of them are on the disk, under their names."""
@@ -421,25 +418,40 @@ def sync_directory(path: str) -> None:
 
 def check_landing(path: str, overwrite: bool) -> None:
     """Raises UsageError where a machine cannot land at `path`."""
-    directory = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(directory):
-        raise UsageError(f"--output {path}: there is no directory {directory}")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {path}: no permission to write in {directory}")
-    if not os.path.lexists(path):
+    what = f"--output {path}"
+    check_writable(os.path.dirname(os.path.abspath(path)), what)
+    hidden_name(path, spare=len(BEFORE))
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise UsageError(f"{what}: {error.strerror}") from None
     if os.path.islink(path) or not os.path.isdir(path):
-        raise UsageError(f"--output {path}: it is no directory")
+        raise UsageError(f"{what}: there is {kind_of(mode)}, and it is no directory")
+    if os.path.ismount(path):
+        raise UsageError(
+            f"{what}: something is mounted there, and a machine cannot take its place: name a "
+            "directory in it"
+        )
     if not os.listdir(path):
         return
     if not overwrite:
-        raise UsageError(f"--output {path}: it is not empty: remove it or give --overwrite")
+        raise UsageError(f"{what}: it is not empty: remove it or give --overwrite")
     if not os.path.isfile(os.path.join(path, FACTS)):
         raise UsageError(f"--output {path}: no machine has landed there: it is not overwritten")
 
 
+def try_landing(path: str, overwrite: bool) -> None:
+    """As check_landing, and does once what a landing will need there. Raises UsageError."""
+    check_landing(path, overwrite)
+    try_directory(path, f"--output {path}", mapped=False)
+
+
 class LandedPlace(Place):
     """A machine that is whole, in `temporary`."""
+
+    runs = False
 
     def __init__(
         self, path: str, temporary: str, identity: str, *, overwrite: bool,
@@ -454,7 +466,7 @@ class LandedPlace(Place):
     @property
     def _before(self) -> str:
         """Where one goes that is overwritten."""
-        return f"{self.temporary}.before"
+        return f"{self.temporary}{BEFORE}"
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -580,6 +592,7 @@ class LandingPlace(QemuPlace):
 
     async def start(self, state: bytes) -> str:
         assert self._landed is not None
+        self.runs = False
         return await self._landed.start()
 
     def facts(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from migrate.errors import ConnectError, MigrationError
 from migrate.guests.guest import Guest
 from migrate.guests.process import Process, start_time
-from migrate.qemu.machine import Machine
+from migrate.qemu.machine import RUNNING, Machine, still_here
 
 HOLDER_SECONDS = 5.0
 END_SECONDS = 30.0
@@ -31,6 +31,10 @@ class LeftGuest(Guest):
     def __init__(self, facts: dict[str, Any]) -> None:
         self._pid, self._started = facts["pid"], facts["started"]
         self._qmp = str(facts.get("qmp", ""))
+        self._runstate = str(facts.get("runstate", RUNNING))
+        if self._runstate != RUNNING:
+            self.ours = still_here(self._runstate)
+            self.theirs = "the guest is at the destination, and no more here"
         if not (self._held or self._qmp):
             raise MigrationError(
                 "nobody holds the stream of its QEMU any more: that has ended, or lets the guest "
@@ -68,7 +72,8 @@ class LeftGuest(Guest):
         async with await Machine.connect(self._qmp) as machine:
             await self._settled(machine)
             status = await machine.status()
-            if status.status == "completed" and status.runstate != "running":
+            left = status.status == "completed" and status.runstate != RUNNING
+            if left and self._runstate == RUNNING:
                 await machine.cont()
 
     async def _settled(self, machine: Machine) -> None:

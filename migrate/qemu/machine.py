@@ -28,6 +28,7 @@ SETTLE_SECONDS = 10.0
 AT_REST = ("none", "completed", "failed", "cancelled")
 
 RETURN_PATH, SWITCHOVER_ACK = "return-path", "switchover-ack"
+RUNNING = "running"
 FINISHING = "finish-migrate"
 # What QEMU calls the socket that it gets from us.
 STREAM = "xbmigrate"
@@ -184,7 +185,7 @@ class Machine:
         return _status(answer, runstate)
 
     async def running(self) -> bool:
-        return await self._runstate() == "running"
+        return await self._runstate() == RUNNING
 
     async def _runstate(self) -> str:
         return str(_object("query-status", await self.execute("query-status")).get("status", ""))
@@ -381,6 +382,11 @@ class Machine:
         if wanted:
             self._parameters = {name: now[name] for name in wanted} | self._parameters
             await self.execute("migrate-set-parameters", **wanted)
+
+
+def still_here(runstate: str) -> str:
+    """What is true of a guest that did not run before, after a migration that failed."""
+    return f"the guest is still here, and does not run, as before ({runstate})"
 
 
 def _milliseconds(seconds: float) -> int:

@@ -16,7 +16,7 @@ from migrate.address import Address
 from migrate.dialing import open_tcp
 from migrate.errors import ConnectError, MigrationError
 from migrate.guests.guest import Place
-from migrate.qemu.machine import Changed, Machine, our_end
+from migrate.qemu.machine import RUNNING, Changed, Machine, our_end
 from migrate.qemu.reception import StreamReception
 from proto import ErrorCode
 from proto.qemu import Command, Reply, order
@@ -255,6 +255,21 @@ class QemuPlace(Place):
         if any(self._changed):
             await self._put_back()
         return f"the guest runs in the QEMU at {self.address}"
+
+    async def look(self, running: str) -> str:
+        """One that cannot be asked is taken to run."""
+        if not self._qmp or self._shut is None:
+            return running
+        with contextlib.suppress(MigrationError):
+            async with await Machine.connect(self._qmp, timeout=1.0) as machine:
+                runstate = (await machine.status()).runstate
+                self.runs = runstate == RUNNING
+                if not self.runs:
+                    return (
+                        f"the guest is in the QEMU at {self.address}, and does not run yet "
+                        f"({runstate})"
+                    )
+        return running
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "qemu", "address": str(self.address)}

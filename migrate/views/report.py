@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from migrate.errors import UsageError
+from migrate.filesystem import check_file, hidden_name
 from migrate.quantities import format_size, parse_milliseconds
 from migrate.statistics import Statistics
 from migrate.views.history import OVER, History, RoundRecord
@@ -51,7 +52,10 @@ def verdict(s: Statistics) -> str:
             f"stood still for {milliseconds(s.downtime)}."
         )
     if s.status == "cancelled":
-        return f"The migration was cancelled after {took} and {rounds}: the guest runs on here."
+        return (
+            f"The migration was cancelled after {took} and {rounds}: the guest runs on here, if it "
+            "ran before."
+        )
     return f"The migration failed after {took} and {rounds}."
 
 
@@ -205,8 +209,7 @@ class Report:
             raise UsageError(f"--report {path}: there is no such place for a file")
         if os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"--report {path}: it is no plain file, and is not replaced")
-        if not os.access(path if os.path.exists(path) else directory, os.W_OK):
-            raise UsageError(f"--report {path}: it cannot be written")
+        check_file(path, "--report")
         self._history = history
         self._path = path
         self._clock = clock
@@ -254,7 +257,7 @@ class Report:
         if number > 1:
             stem, suffix = os.path.splitext(path)
             path = f"{stem}-{number}{suffix}"
-        beside = f"{path}.{os.getpid()}"
+        beside = hidden_name(path, "--report")
         try:
             Path(beside).write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(beside, path)

@@ -1,0 +1,186 @@
+"""Mode and owner of a file: those that an output gets, and as they travel with a file guest.
+
+Who decides, first to last: --mode and --owner; the file that --overwrite replaces; the guest's own
+file, which the source describes in the state of COMPLETE. What the source says is as hostile as all
+it sends: it is bounded here, and setuid, setgid and sticky never come from there.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import stat
+from dataclasses import dataclass
+
+from migrate.errors import PeerError, UsageError
+
+VERSION = 1
+MAX_STATE_BYTES = 4096
+PLAIN_BITS = 0o777
+ALL_BITS = 0o7777
+MAX_ID = (1 << 32) - 2  # the number behind it means "leave it" to chown(2)
+# Attributes of a replaced file that the new one gets. Not those that vouch for the content.
+KEPT_ATTRIBUTES = ("user.", "system.posix_acl_access", "security.selinux", "security.SMACK64")
+
+
+@dataclass(frozen=True)
+class Rights:
+    """None: not said."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Rights:
+        """Those of an existing file; without the bits that give its content power."""
+        return cls(found.st_mode & PLAIN_BITS, found.st_uid, found.st_gid)
+
+    def over(self, other: Rights) -> Rights:
+        """These, and what is not said here from `other`."""
+        return Rights(
+            other.mode if self.mode is None else self.mode,
+            other.uid if self.uid is None else self.uid,
+            other.gid if self.gid is None else self.gid,
+        )
+
+    # -- as they travel
+
+    def pack(self) -> bytes:
+        said = {"version": VERSION, "mode": self.mode, "uid": self.uid, "gid": self.gid}
+        return json.dumps(said).encode()
+
+    @classmethod
+    def unpack(cls, state: bytes) -> Rights:
+        """From a source. Nothing is said by an earlier release, and in words of a later one.
+
+        Raises PeerError where it makes no sense.
+        """
+        if not state:
+            return cls()
+        try:
+            if len(state) > MAX_STATE_BYTES:
+                raise ValueError
+            said = json.loads(state)
+            if not isinstance(said, dict) or type(said.get("version")) is not int:
+                raise ValueError
+            if said["version"] != VERSION:
+                return cls()
+            mode = _bounded(said.get("mode"), (1 << 16) - 1)
+            rights = cls(
+                None if mode is None else mode & PLAIN_BITS,
+                _bounded(said.get("uid"), MAX_ID), _bounded(said.get("gid"), MAX_ID),
+            )  # fmt: skip
+        except (ValueError, RecursionError):
+            raise PeerError("the mode and owner of the guest's file make no sense") from None
+        return rights
+
+    # -- as they are set
+
+    def give(self, fd: int) -> str:
+        """Gives them to an open file; why some of them could not be set, or "".
+
+        The owner first: at no time may somebody do more than in the end.
+        """
+        why, before = "", os.fstat(fd)
+        try:
+            if self.mode is not None:
+                os.fchmod(fd, stat.S_IMODE(before.st_mode) & self.mode)
+            why = self._give_owner(fd, before)
+            if self.mode is not None:
+                os.fchmod(fd, self.mode)
+        except OSError as error:
+            why = why or str(error.strerror)
+        got = os.fstat(fd)
+        wanted = self.over(Rights(stat.S_IMODE(got.st_mode), got.st_uid, got.st_gid))
+        if wanted == Rights(stat.S_IMODE(got.st_mode), got.st_uid, got.st_gid):
+            return ""
+        has = f"{stat.S_IMODE(got.st_mode):o} {got.st_uid}:{got.st_gid}"
+        wish = f"{wanted.mode:o} {wanted.uid}:{wanted.gid}"
+        return f"mode and owner are {has} and could not be {wish}{f': {why}' if why else ''}"
+
+    def _give_owner(self, fd: int, before: os.stat_result) -> str:
+        """Both, or the group alone, which a user may often set."""
+        uid, gid = (-1 if one is None else one for one in (self.uid, self.gid))
+        if uid in (-1, before.st_uid) and gid in (-1, before.st_gid):
+            return ""
+        for one in (uid, -1):
+            try:
+                os.fchown(fd, one, gid)
+            except OSError as error:
+                why = str(error.strerror)
+                continue
+            return "" if one == uid else why
+        return why
+
+
+def _bounded(value: object, most: int) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError
+    return value
+
+
+def keep_attributes(path: str, fd: int) -> list[str]:
+    """Gives an open file the extended attributes of the one it replaces; those it could not."""
+    left = []
+    try:
+        names = os.listxattr(path)
+    except OSError:
+        return []
+    for name in names:
+        if not name.startswith(KEPT_ATTRIBUTES):
+            left.append(name)
+            continue
+        try:
+            os.setxattr(fd, name, os.getxattr(path, name))
+        except OSError:
+            left.append(name)
+    return left
+
+
+# ---------------------------------------------------------------- as people write them
+
+
+def parse_mode(text: str) -> int | None:
+    """Of --mode: octal, as chmod(1) takes it. Raises UsageError."""
+    if not text:
+        return None
+    if len(text) > 5 or not set(text) <= set("01234567") or int(text, 8) > ALL_BITS:
+        raise UsageError(f"--mode {text!r}: write it in octal digits, as for chmod: 640")
+    return int(text, 8)
+
+
+def parse_owner(text: str) -> tuple[int | None, int | None]:
+    """Of --owner: USER, USER:GROUP, USER: (and the user's own group) or :GROUP, by name or number,
+    as chown(1) takes it. Raises UsageError."""
+    if not text:
+        return None, None
+    user, colon, group = text.partition(":")
+    if not user and not group:
+        raise UsageError("--owner: write USER, USER:GROUP or :GROUP, by name or number")
+    uid = _number_of(user, "user") if user else None
+    if group:
+        return uid, _number_of(group, "group")
+    if not colon:
+        return uid, None
+    try:
+        return uid, pwd.getpwuid(uid).pw_gid if uid is not None else None
+    except KeyError:
+        raise UsageError(f"--owner {text!r}: user {user} has no group of its own here") from None
+
+
+def _number_of(name: str, kind: str) -> int:
+    """A name comes before a number, as POSIX has it for chown."""
+    try:
+        if kind == "user":
+            return pwd.getpwnam(name).pw_uid
+        return grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError):
+        pass
+    if not name.isascii() or not name.isdigit() or len(name) > 10 or int(name) > MAX_ID:
+        raise UsageError(f"--owner: there is no {kind} {name!r} here")
+    return int(name)
