@@ -41,17 +41,17 @@ def forbid() -> None:
         _guard(socket.socket, name, lambda sock, *_, **__: sock.gettimeout() != 0)
     _guard(time, "sleep")
     for name in ("wait", "communicate"):
-        _guard(subprocess.Popen, name, lambda process, *_, **__: process.poll() is None)
+        _guard(subprocess.Popen, name)
     _guard(os, "waitpid", lambda _pid, options: not options & os.WNOHANG)
     _guard(Program, "read_line")
     # The standard library needs these in passing: a thread that starts says so to who started it.
     _guard(os, "read", lambda descriptor, _size: os.get_blocking(descriptor), ours=True)
     _guard(select, "select", lambda *arguments: arguments[3:] != (0,), ours=True)
-    _guard(threading.Event, "wait", lambda event, *_, **__: not event.is_set(), ours=True)
-    _guard(threading.Thread, "join", lambda thread, *_, **__: thread.is_alive(), ours=True)
-    _guard(concurrent.futures.Future, "result", lambda future, *_, **__: not future.done(),
-           ours=True)  # fmt: skip
-    _guard(queue.Queue, "get", lambda each, *_, **__: each.empty(), ours=True)
+    for owner, name in (
+        (threading.Event, "wait"), (threading.Thread, "join"), (queue.Queue, "get"),
+        (concurrent.futures.Future, "result"),
+    ):  # fmt: skip
+        _guard(owner, name, ours=True)
 
 
 def not_in_a_loop(what: str) -> None:
@@ -67,7 +67,7 @@ def _guard(
 ) -> None:  # fmt: skip
     """Replace a function.
 
-    blocks -- whether a call with these arguments may wait
+    blocks -- whether a call with these arguments may wait, whatever it would find
     ours   -- only calls straight from a file of the tests count
     """
     real = getattr(owner, name)

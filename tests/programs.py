@@ -17,6 +17,7 @@ from pathlib import Path
 from migrate.errors import UsageError
 from migrate.guests.demo import GIVEN_UP, DemoProcess
 from migrate.guests.demo_check import check
+from tests.processes import numbers, stat_of
 
 BIN = Path(sys.executable).parent
 
@@ -129,10 +130,10 @@ def ended_or_given_up(pid: int) -> bool:
 def children(pid: int) -> list[int]:
     """The processes that a program has started."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for other in numbers():
         with contextlib.suppress(OSError):
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(entry.parent.name))
+            if int(stat_of(other)[1]) == pid:
+                found.append(other)
     return found
 
 

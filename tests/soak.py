@@ -504,7 +504,7 @@ async def buffer_round(chance: random.Random, tally: Tally) -> str:
             arrived = await receiving
     finally:
         stop.set()
-        writer.join()
+        await asyncio.to_thread(writer.join)
         for task in (sending, receiving):
             task.cancel()
         tap.close()

@@ -500,7 +500,8 @@ async def test_without_a_guard_nothing_is_stopped(writer):
 async def test_commands_stop_and_resume(tmp_path):
     path, log = tmp_path / "guest", tmp_path / "log"
     path.write_bytes(b"x")
-    guest = FileGuest(str(path), (), f"echo pause >> {log}", f"echo resume >> {log}")
+    commands = (f"echo pause >> {log}", f"echo resume >> {log}")
+    guest = await asyncio.to_thread(FileGuest, str(path), (), *commands)
     await guest.started()
     await guest.pause()
     await guest.resume()
@@ -529,7 +530,7 @@ await guest.pause()
 async def test_a_command_that_fails_is_named(tmp_path):
     path = tmp_path / "guest"
     path.write_bytes(b"x")
-    guest = FileGuest(str(path), (), "exit 7", "true")
+    guest = await asyncio.to_thread(FileGuest, str(path), (), "exit 7", "true")
     await guest.started()
     with pytest.raises(MigrationError, match="--pause-cmd 'exit 7' failed with status 7"):
         await guest.pause()

@@ -142,7 +142,7 @@ async def test_shared_memory_is_held_in_all_processes_that_map_it():
     )  # fmt: skip
     try:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+        assert await asyncio.to_thread(other.stdout.readline) == b"held\n"
         whole = migrate.BufferGuest(memory.buf)
         assert f"(process {other.pid}) is moving it" in await move(whole)
         file = FileGuest(f"/dev/shm/{memory.name}")
@@ -151,14 +151,14 @@ async def test_shared_memory_is_held_in_all_processes_that_map_it():
         await file.close()
         assert await move(migrate.BufferGuest(memory.buf[SIZE // 2 :])) == "completed"
         other.kill()
-        other.communicate()
+        await asyncio.to_thread(other.communicate)
         mapped = migrate.BufferGuest(memory.buf[: SIZE // 2])
         assert await move(mapped) == "completed"
         await mapped.close()
         del mapped, whole
     finally:
         other.kill()
-        other.communicate()
+        await asyncio.to_thread(other.communicate)
         gc.collect()
         memory.close()
         memory.unlink()

@@ -72,7 +72,7 @@ async def test_it_signals_and_waits(kernel, sleeper):
     async with asyncio.timeout(20):
         await handle.wait()  # it is a zombie then
     assert handle.ended()
-    sleeper.wait()
+    await asyncio.to_thread(sleeper.wait)
     with pytest.raises(ProcessLookupError):
         handle.signal(signal.SIGTERM)
     handle.close()
@@ -255,7 +255,7 @@ async def test_nothing_is_said_to_be_slowed_where_all_have_ended(tmp_path, sleep
     guest = FileGuest(str(path), [sleeper.pid])
     await guest.started()
     sleeper.kill()
-    sleeper.wait()
+    await asyncio.to_thread(sleeper.wait)
     said: list[str] = []
     brake = Brake(guest, said.append)
     look = Look(expected=9.0, seconds=9.0, sent_bytes=1.0, dirtied_bytes=9.0, dirtied_seconds=9.0)

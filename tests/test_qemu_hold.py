@@ -171,8 +171,12 @@ async def test_dead_socket_is_taken_over_by_one_program(tmp_path, monkeypatch):
     seen.append(server.bind(path, "--guest"))
     with pytest.raises(ConnectError, match="another program listens there"):
         seen.append(await others[0])
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        seen[0].accept()[0].close()
+
+    def meet() -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            seen[0].accept()[0].close()
+
+    await asyncio.to_thread(meet)
     for one in seen:
         one.close()

@@ -643,7 +643,7 @@ async def test_twenty_breaks_in_one_migration_end_in_equal_memory(channels, cach
         arrived = await receiving
     finally:
         stop.set()
-        writer.join()
+        await asyncio.to_thread(writer.join)
         sending.cancel()
         receiving.cancel()
     assert statistics.reconnects >= 20
@@ -708,26 +708,37 @@ def test_a_destination_that_was_started_again_with_nothing_gets_it_all_again() -
     assert "kept nothing of the guest: beginning again" in source.err
 
 
-def half_way(
-    shm: Path, *more: str, listen: str = "127.0.0.1:0", seconds: float = 0.8
-) -> tuple[Program, Program, str]:
-    """A file of 24 MiB on its way to another, at 16 MiB/s, after so many seconds."""
+def half_way(shm: Path, *more: str, listen: str = "127.0.0.1:0") -> tuple[Program, Program, str]:
+    """A file of 24 MiB on its way to another, at 8 MiB/s, of which a third has come."""
     memory, output = shm / "memory", shm / "output"
     if not memory.exists():
         memory.write_bytes(random.Random(24).randbytes(24 << 20))
     options = ["--journal", str(shm), *more]
     receiver, address = destination(*options, "--output", str(output), listen=listen)
-    return receiver, file_source(shm, address, options, seconds), address
+    source = file_source(shm, address, options)
+    until_came(shm)
+    return receiver, source, address
 
 
-def file_source(shm: Path, address: str, options: list[str], seconds: float = 0.0) -> Program:
+def file_source(shm: Path, address: str, options: list[str]) -> Program:
     source = Program(
-        "migrate-src", *options, "--guest", f"file:{shm / 'memory'}", "--max-bandwidth", "16m",
+        "migrate-src", *options, "--guest", f"file:{shm / 'memory'}", "--max-bandwidth", "8m",
         address,
     )  # fmt: skip
     source.read_line("moving")
-    time.sleep(seconds)
     return source
+
+
+def until_came(shm: Path) -> None:
+    """Wait until a third of the 24 MiB is in the file that becomes the output."""
+    end = time.monotonic() + 60
+    while not any(
+        path.stat().st_blocks * 512 > 8 << 20
+        for path in shm.iterdir()
+        if path.name.endswith(".xbmigrate")
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def percent(text: str) -> int:
@@ -778,7 +789,8 @@ def test_a_file_goes_on_after_both_have_given_up(shm: Path) -> None:
     options = ["--journal", str(shm), "--retry", "1s"]
     receiver, address = destination(*options, "--output", str(output))
     tap = Tap(address, lambda *_: False)
-    source = file_source(shm, tap.address, options, 0.8)
+    source = file_source(shm, tap.address, options)
+    until_came(shm)
     tap.close()
     assert source.wait() == 1
     assert "no other connection in 1 s" in source.err

@@ -233,8 +233,10 @@ async def test_qemu_is_waited_for_as_well(host) -> None:
     guest = QemuGuest(Address(host, 0))
     where = await guest.listen()
     assert where.host == host
-    with socket.create_connection(("::1" if host == "::1" else "127.0.0.1", where.port)):
-        pass
+    near = "::1" if host == "::1" else "127.0.0.1"
+    _, writer = await asyncio.open_connection(near, where.port)
+    writer.close()
+    await writer.wait_closed()
     await guest.close()
 
 

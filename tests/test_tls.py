@@ -455,7 +455,7 @@ async def test_a_destination_of_tls_1_2_is_refused(good: SimpleNamespace) -> Non
         thread.start()
         with pytest.raises(TlsError, match=r"TLS 1\.3"):
             await connect(Address("127.0.0.1", server.getsockname()[1]), credentials=here)
-        thread.join()
+        await asyncio.to_thread(thread.join)
     gc.collect()
 
 
@@ -705,7 +705,7 @@ async def test_who_is_no_longer_trusted_does_not_connect_again(good: SimpleNames
 async def test_nothing_of_the_guest_can_be_read_on_the_way(good: SimpleNamespace) -> None:
     array = numpy.frombuffer(b"a secret word" * 100_000, dtype="u1").copy()
     for secret in (False, True):
-        _, _, relay = await move(good, array, secret=secret, keep=True)
+        _, _, relay = await move(good, array.copy(), secret=secret, keep=True)
         seen = bytes(relay.seen)
         for word in (b"a secret word", b"XBM1", b"buffer", b"page-hash", b"Ours, Ltd"):
             plain = word != b"Ours, Ltd"  # certificates are encrypted, too

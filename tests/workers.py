@@ -27,6 +27,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import numbers, stat_of
+
 # How often the controller looks at its workers, in seconds.
 INTERVAL = 0.25
 
@@ -183,7 +185,7 @@ class Controller:
 def alive(pid: int) -> bool:
     """Return whether a process runs; one that only waits to be reaped does not."""
     with contextlib.suppress(OSError):
-        return status_of(pid)[0] not in "ZX"
+        return stat_of(pid)[0] not in "ZX"
     return False
 
 
@@ -191,12 +193,7 @@ def end_session(leader: int) -> None:
     """Kill all processes of a session; 0 is none."""
     if not leader:
         return
-    for entry in Path("/proc").glob("[0-9]*"):
+    for pid in numbers():
         with contextlib.suppress(OSError):
-            if status_of(int(entry.name))[3] == str(leader):
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-def status_of(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the third on: state, parent, group, session."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if stat_of(pid)[3] == str(leader):
+                os.kill(pid, signal.SIGKILL)
