@@ -8,8 +8,12 @@ cdef extern from "endian.h" nogil:
 cdef extern from *:
     """
     #define xb_ctz(x) __builtin_ctzll(x)
+    #define xb_or(at, bits) __atomic_fetch_or((at), (bits), __ATOMIC_RELAXED)
+    #define xb_and(at, bits) __atomic_fetch_and((at), (bits), __ATOMIC_RELAXED)
     """
     int xb_ctz(uint64_t) nogil
+    void xb_or(uint8_t*, uint8_t) nogil
+    void xb_and(uint8_t*, uint8_t) nogil
 
 
 cdef inline bint get_bit(const uint8_t* bits, uint64_t i) noexcept nogil:
@@ -22,6 +26,32 @@ cdef inline void set_bit(uint8_t* bits, uint64_t i) noexcept nogil:
 
 cdef inline void clear_bit(uint8_t* bits, uint64_t i) noexcept nogil:
     bits[i >> 3] &= <uint8_t>~(1 << (i & 7))
+
+
+cdef inline void set_bit_shared(uint8_t* bits, uint64_t i) noexcept nogil:
+    """While other threads change other bits of the same byte."""
+    xb_or(bits + (i >> 3), <uint8_t>(1 << (i & 7)))
+
+
+cdef inline void clear_bit_shared(uint8_t* bits, uint64_t i) noexcept nogil:
+    xb_and(bits + (i >> 3), <uint8_t>~(1 << (i & 7)))
+
+
+cdef inline uint64_t set_range(uint8_t* bits, uint64_t page, uint64_t end) noexcept nogil:
+    """Sets the bits from `page` up to `end`, of whole 8-byte words; how many were clear."""
+    cdef uint64_t* words = <uint64_t*>bits
+    cdef uint64_t added = 0
+    while page < end:
+        if page & 63 == 0 and end - page >= 64 and words[page >> 6] == 0:
+            words[page >> 6] = ~<uint64_t>0
+            added += 64
+            page += 64
+        else:
+            if not get_bit(bits, page):
+                set_bit(bits, page)
+                added += 1
+            page += 1
+    return added
 
 
 cdef inline uint64_t next_set(const uint8_t* bits, uint64_t page, uint64_t end) noexcept nogil:
