@@ -48,11 +48,13 @@ class Memory:
         return want
 
     def gather(
-        self, bits: bytes | bytearray, first: int, end: int, page_size: int, snapshot: memoryview,
-        numbers: memoryview,
+        self, bits: bytes | bytearray | memoryview, first: int, end: int, page_size: int,
+        snapshot: memoryview, numbers: memoryview, but: bytes | bytearray | memoryview = b"",
     ) -> tuple[int, int]:  # fmt: skip
         """Copies dirty pages: see migrate._memory.gather."""
-        return gather(self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers)
+        return gather(
+            self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers, but
+        )
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
         """(first page, pages, data) for all of the guest; `data` is False for holes.

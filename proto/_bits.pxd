@@ -54,6 +54,13 @@ cdef inline uint64_t set_range(uint8_t* bits, uint64_t page, uint64_t end) noexc
     return added
 
 
+cdef inline bint all_clear(const uint64_t* words) noexcept nogil:
+    """Whether the next eight words are 0: most of a large bitmap is."""
+    return not (
+        words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]
+    )
+
+
 cdef inline uint64_t next_set(const uint8_t* bits, uint64_t page, uint64_t end) noexcept nogil:
     """The first page at or after `page` whose bit is set, or `end`; in whole 8-byte words."""
     cdef const uint64_t* words = <const uint64_t*>bits
@@ -64,4 +71,26 @@ cdef inline uint64_t next_set(const uint8_t* bits, uint64_t page, uint64_t end) 
             page += xb_ctz(word)
             return page if page < end else end
         page = (page | 63) + 1
+        while page + 512 <= end and all_clear(words + (page >> 6)):
+            page += 512
+    return end
+
+
+cdef inline uint64_t next_set_but(
+    const uint8_t* bits, const uint8_t* but, uint64_t page, uint64_t end
+) noexcept nogil:
+    """As `next_set`, without the pages of another bitmap, if there is one."""
+    cdef const uint64_t* words = <const uint64_t*>bits
+    cdef const uint64_t* others = <const uint64_t*>but
+    cdef uint64_t word
+    if but == NULL:
+        return next_set(bits, page, end)
+    while page < end:
+        word = le64toh(words[page >> 6] & ~others[page >> 6]) >> (page & 63)
+        if word:
+            page += xb_ctz(word)
+            return page if page < end else end
+        page = (page | 63) + 1
+        while page + 512 <= end and all_clear(words + (page >> 6)):
+            page += 512
     return end

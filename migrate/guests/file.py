@@ -14,7 +14,7 @@ from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.command import run_command
-from migrate.guests.guest import MemoryGuest
+from migrate.guests.guest import MemoryGuest, check_size
 from migrate.guests.process import start_time, state
 from migrate.memory import Memory
 
@@ -47,6 +47,7 @@ class FileGuest(MemoryGuest):
             raise UsageError(f"guest file {path}: it is neither a file nor a block device")
         if size == 0:
             raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+        check_size(size, f"guest file {path}")
         self.path = path
         self.description = os.path.basename(path)[:200]
         self.memory = Memory(size, fd=self._fd)
