@@ -31,7 +31,7 @@ STALL_MARGIN = 0.04
 STALL_ROUNDS = 8
 # A guest is too large for the limit where its size alone costs more in this many rounds in a row,
 # for this many seconds (other programs may have had the processors); below LARGE_COST is noise.
-LARGE_ROUNDS = 5
+LARGE_ROUNDS = 2
 LARGE_SECONDS = 3.0
 LARGE_COST = 0.05
 # Of each new measurement, this much goes into the running mean.
