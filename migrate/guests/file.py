@@ -17,7 +17,7 @@ from migrate.guests import companions, isolated
 from migrate.guests.command import COMMAND_PATIENCE, check_command, run_command
 from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
-from migrate.guests.guest import MemoryGuest
+from migrate.guests.guest import MemoryGuest, check_size
 from migrate.guests.hold import FileHold, Hold
 from migrate.guests.lookout import Lookout
 from migrate.guests.process import (
@@ -634,6 +634,7 @@ def _open(path: str) -> tuple[int, int]:
         size = os.lseek(fd, 0, os.SEEK_END)
         if size == 0:
             raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+        check_size(size, f"guest file {path}")
     except OSError as error:
         os.close(fd)
         raise UsageError(f"guest file {path}: {error.strerror}") from None
