@@ -360,7 +360,7 @@ def test_the_example_of_the_specification_is_the_exchange():
 
 def test_the_limits_of_the_specification_are_those_of_the_code():
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d+) \|", README, re.MULTILINE))
-    assert len(rows) == 22
+    assert len(rows) == 23
     assert {name: getattr(messages, name) for name in rows} == {
         name: int(value) for name, value in rows.items()
     }
