@@ -114,6 +114,12 @@ def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(tmp_path, monk
     assert not old.exists()
 
 
+def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        filesystem._take_and_rename(str(tmp_path / "gone"), str(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------- the try
 
 

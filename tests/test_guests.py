@@ -557,9 +557,6 @@ def test_what_is_no_guest_file_is_refused(tmp_path):
         FileGuest(sys.executable, [os.getpid()])
     with pytest.raises(UsageError, match="it is on proc: such a file is made as it is read"):
         FileGuest("/proc/self/status")
-    for given in ({"pause_cmd": "(", "resume_cmd": ":"}, {"pause_cmd": ":", "resume_cmd": "/no"}):
-        with pytest.raises(UsageError, match=r"^--(pause|resume)-cmd "):
-            FileGuest(sys.executable, **given)
 
 
 @pytest.mark.parametrize("size", [0, 4095, 4097, 8192])
@@ -791,6 +788,36 @@ async def test_a_later_program_gives_the_rights_that_were_prepared(place_of, tmp
     await again.start(b"")
     again.close()
     assert rights(path) == Rights(0o640, 65534, 65533)
+
+
+@pytest.mark.asyncio
+async def test_a_later_program_finds_what_has_its_name_though_it_may_not_open_it(
+    place_of, tmp_path, monkeypatch
+):
+    """As where a user's file has come with mode 0400, or with none at all."""
+    path = tmp_path / "out"
+    place = place_of(3, path)
+    await arrive(place, Rights(0).pack())
+    facts = json.loads(json.dumps({**place_facts(path), "temporary": str(tmp_path / ".gone")}))
+    real = os.open
+
+    def denied(name, flags, *mode, **more):
+        if str(name) == str(path) and not flags & os.O_PATH:
+            raise PermissionError(13, "Permission denied")
+        return real(name, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    again = FilePlace.reopen(facts)
+    assert "is complete" in await again.start(b"")
+    again.close()
+    assert rights(path).mode == 0
+
+
+def place_facts(path: Path) -> dict:
+    here = path.stat()
+    return {
+        "path": str(path), "overwrite": False, "size": 3, "inode": [here.st_dev, here.st_ino],
+    }  # fmt: skip
 
 
 @pytest.mark.asyncio

@@ -57,6 +57,12 @@ def test_any_bytes_are_rights_or_refused(state):
         pass
 
 
+@pytest.mark.parametrize("found", [None, {}, [], [1, 2], ["x", 1, 2], [True, 1, 2], [1, 2, -1]])
+def test_a_journal_that_makes_no_sense_says_nothing(found):
+    assert Rights.read(found) == Rights()
+    assert Rights.read([0o640, None, 6]) == Rights(0o640, None, 6)
+
+
 def test_the_first_who_says_something_decides():
     assert Rights(mode=0o600).over(Rights(0o640, 5, 6)) == Rights(0o600, 5, 6)
     assert Rights(uid=0).over(Rights(0o640, 5, 6)) == Rights(0o640, 0, 6)

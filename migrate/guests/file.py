@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
 from migrate.guests import companions, isolated
-from migrate.guests.command import COMMAND_PATIENCE, check_command, run_command
+from migrate.guests.command import COMMAND_PATIENCE, run_command
 from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
 from migrate.guests.guest import MemoryGuest, check_size
@@ -78,8 +78,6 @@ class FileGuest(MemoryGuest):
                 "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
                 "to go on where the migration fails"
             )
-        check_command(pause_cmd, "--pause-cmd")
-        check_command(resume_cmd, "--resume-cmd")
         self._fd, size = _open(path)
         self.path = path
         self.description = printable(os.path.basename(path), MAX_DESCRIPTION)
