@@ -11,7 +11,7 @@ from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from proto._bits cimport get_bit, next_set
+from proto._bits cimport get_bit, next_set_but
 
 cdef extern from "unistd.h" nogil:
     ssize_t pread(int, void*, size_t, long)
@@ -39,9 +39,11 @@ cdef extern from *:
 
 # ---------------------------------------------------------------- gathering
 
-cdef inline uint64_t run_end(const uint8_t* bits, uint64_t page, uint64_t limit) noexcept nogil:
-    """The first page after `page` whose bit is clear, at most `limit`."""
-    while page < limit and get_bit(bits, page):
+cdef inline uint64_t run_end(
+    const uint8_t* bits, const uint8_t* but, uint64_t page, uint64_t limit
+) noexcept nogil:
+    """The first page after `page` that is not to be copied, at most `limit`."""
+    while page < limit and get_bit(bits, page) and not (but != NULL and get_bit(but, page)):
         page += 1
     return page
 
@@ -125,7 +127,7 @@ def gather(
     const uint8_t[::1] memory, int fd, uint64_t size, const uint8_t[::1] bitmap not None,
     uint64_t first, uint64_t end, Py_ssize_t page_size,
     uint8_t[::1] snapshot not None, uint64_t[::1] numbers not None,
-    size_t align=0, uint8_t[::1] bounce=None,
+    size_t align=0, uint8_t[::1] bounce=None, const uint8_t[::1] but not None=b"",
 ):
     """Copies the dirty pages from `first` to `end` into `snapshot`, as many as fit.
 
@@ -135,6 +137,7 @@ def gather(
     snapshot -- private memory for len(numbers) pages
     numbers  -- takes the page numbers
     align, bounce -- see read_at; 0, None: `fd` was not opened with O_DIRECT
+    but      -- a bitmap of pages that are left out; empty: none
 
     Returns (pages copied, the page to go on from). Raises OSError where reading fails.
     """
@@ -145,6 +148,8 @@ def gather(
     cdef int error = 0
     if <uint64_t>bitmap.shape[0] * 8 < end or bitmap.shape[0] % 8:
         raise ValueError("the bitmap is too short")
+    if but.shape[0] and but.shape[0] != bitmap.shape[0]:
+        raise ValueError("the bitmaps are not of equal length")
     if snapshot.shape[0] < most * page_size:
         raise ValueError("the snapshot is too short")
     if memory is not None and <uint64_t>memory.shape[0] < size:
@@ -156,13 +161,14 @@ def gather(
     if memory is not None and size:
         source = &memory[0]
     cdef const uint8_t* bits = &bitmap[0]
+    cdef const uint8_t* left_out = &but[0] if but.shape[0] else NULL
     with nogil:
         while count < most:
-            page = next_set(bits, page, end)
+            page = next_set_but(bits, left_out, page, end)
             if page >= end:
                 break
             stop = page + <uint64_t>(most - count)
-            stop = run_end(bits, page, stop if stop < end else end)
+            stop = run_end(bits, left_out, page, stop if stop < end else end)
             offset = page * page_size
             want = <Py_ssize_t>(stop - page) * page_size
             at = &snapshot[count * page_size]

@@ -11,13 +11,14 @@ Nothing here knows clocks, guests or terminals.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from migrate.quantities import format_size, option_size
 
 if TYPE_CHECKING:
     from migrate.deltas import DeltaSwitch
-    from migrate.rounds import DowntimeModel, Limits, Pending
+    from migrate.rounds import Cause, DowntimeModel, Limits, Pending
     from migrate.statistics import Statistics
     from migrate.workingset import WorkingSet
 
@@ -33,6 +34,8 @@ FAR_TOO_LARGE = 8
 LITTLE_SAVED = 0.1
 # What is written must be so much more than what the link carries.
 ABOVE = 1.05
+# A limit that is proposed is so many times what the pause would take: no two are alike.
+ROOM = 1.5
 # Bytes per second, above which deltas may cost more than they save.
 FAST_LINK = 400e6
 
@@ -117,6 +120,18 @@ def _whole(s: Statistics) -> int:
     return max(1 << (max(s.total, 1) - 1).bit_length(), s.page_size)
 
 
+def why(
+    cause: Cause, rounds: int, elapsed: float, stalled_rounds: int, stalled_seconds: float
+) -> str:
+    """Why a migration is given up, after so many rounds and seconds."""
+    return {
+        "ROUNDS": f"it did not converge in {rounds} rounds (--max-rounds)",
+        "TIMEOUT": f"it did not converge in {elapsed:.0f} s (--timeout)",
+        "STALL": f"no progress for {stalled_seconds:.0f} s and {stalled_rounds} rounds",
+        "SIZE": "the guest is too large for --downtime-limit, whatever it writes",
+    }[cause.name]
+
+
 def obstacle(
     model: DowntimeModel, limits: Limits, pending: Pending, expected: float
 ) -> str:  # fmt: skip
@@ -133,17 +148,31 @@ def obstacle(
             f"{text}; round trips to the destination take {trips * 1e3:.0f} ms of that: raise "
             "--downtime-limit"
         )
-    if pending.scan_seconds > limits.downtime_limit / 2:
-        return (
-            f"{text}; finding what changed takes {pending.scan_seconds * 1e3:.0f} ms of that: "
-            "raise --downtime-limit"
-        )
+    if pending.size_seconds > limits.downtime_limit / 2:
+        return f"{text}; {_size(pending)}: raise --downtime-limit to {_enough(expected)}"
     if wire <= expected / 2:
         return f"{text}; it is bound by this machine's speed: raise --downtime-limit"
     knobs = "--max-bandwidth or --downtime-limit"
     if not limits.max_bandwidth:
         knobs = "--downtime-limit, or use a faster link"
     return f"{text}; {_written(model, limits, pending)}: raise {knobs}"
+
+
+def _size(pending: Pending) -> str:
+    """What the size of the guest costs."""
+    parts = []
+    if pending.scan_seconds >= pending.size_seconds / 10:
+        parts.append(f"finding what changed takes {pending.scan_seconds * 1e3:.0f} ms of that")
+    if pending.whole_seconds >= pending.size_seconds / 10:
+        parts.append(f"checking the whole takes {pending.whole_seconds * 1e3:.0f} ms of that")
+    return " and ".join(parts)
+
+
+def _enough(expected: float) -> str:
+    """A limit that leaves some room, as --downtime-limit takes it: two figures of milliseconds."""
+    wanted = max(expected * ROOM * 1e3, 1.0)
+    step = 10 ** max(math.floor(math.log10(wanted)) - 1, 0)
+    return str(math.ceil(wanted / step) * step)
 
 
 def _written(model: DowntimeModel, limits: Limits, pending: Pending) -> str:

@@ -125,7 +125,7 @@ class Destination:
         self._heard = False
         """Whether the source has shown that it got ACCEPT: else it will not come back."""
         self._described: GuestInfo | None = None
-        self._stream = False
+        self._stream = self._sparse = False
         self._reception: Reception | None = None
         self._worker = ThreadPoolExecutor(1, "apply")
         self._lanes: dict[int, Link] = {}
@@ -198,6 +198,7 @@ class Destination:
             visitor, self._came = self._came, None
             assert visitor is not None
             self.link, self._described = visitor.link, visitor._described
+            self._sparse = visitor._sparse
             self._lanes = {}
             self._observer("back", self.arrival)
 
@@ -319,7 +320,8 @@ class Destination:
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 hello = await self._expect(Hello)
-                answer, agreement = caps.answer(hello, caps.switched_on(self._capabilities))
+                switches = caps.switched_on(self._capabilities)
+                answer, agreement = caps.answer(hello, switches | {caps.SPARSE})
                 if agreement.probe and busy:
                     raise NoPlaceError("another guest is being received here just now")
                 await self.link.send(answer)
@@ -331,7 +333,7 @@ class Destination:
                 f"{self.link.peer_name} did not describe a guest in {HANDSHAKE_SECONDS:g} s"
             ) from None
         self.arrival.capabilities = {"xbzrle": agreement.xbzrle}
-        self._stream = agreement.stream
+        self._stream, self._sparse = agreement.stream, agreement.sparse
         return True
 
     async def _be_probed(self, agreed: bool) -> bool:
@@ -382,7 +384,7 @@ class Destination:
         reception = self._reception
         if reception is None:
             reception = self._reception = self._reception_of(place)
-        lanes = Lanes(self.link, self._lanes)
+        lanes = Lanes(self.link, self._lanes, self._sparse)
         complete = await reception.receive(lanes, info, held=held)
         self.arrival.status = "device"
         seconds = await reception.verify(complete)

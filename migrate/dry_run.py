@@ -80,6 +80,7 @@ class _Migration:
         look = Look(
             model.predict(pending, self.limits), seconds, measured.wire_bytes,
             pending.pages * model.bytes_per_page, model.work(pending.pages, self.limits),
+            model.overhead(pending),
         )  # fmt: skip
         if self.brake.decide(throttle, self.limits, look) > before:
             self.policy.begin_again(number, self.elapsed)
@@ -103,7 +104,9 @@ def simulate(
         seconds = measured.wall_seconds + sample.scan_seconds
         writes = seconds * (1 - run.brake.percentage / 100)  # a slowed guest writes for less
         pages = sample.dirty(writes)
-        pending = Pending(round(pages), round(pages), sample.scan_seconds)
+        pending = Pending(
+            round(pages), round(pages), sample.scan_seconds, whole_seconds=sample.whole_seconds
+        )
         if throttle is not None:
             run.slow(throttle, pending, measured, seconds, number)
         decision = run.policy.decide(number, run.elapsed, pending)

@@ -138,22 +138,25 @@ def _take_and_rename(old: str, new: str) -> None:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(new, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as exists:
-        try:
-            fd = os.open(new, flags)
-        except OSError:
-            raise exists from None
-        with open(fd, "rb") as file:
-            if file.read(len(ours) + 1) != ours:
-                raise
-    else:
-        with open(fd, "wb") as file:
-            file.write(ours)
+    except FileExistsError:
+        if not _says(new, flags, ours):
+            raise
+        fd = -1
     try:
+        if fd >= 0:
+            with open(fd, "wb") as file:
+                file.write(ours)
         os.rename(old, new)
     except OSError:
         os.unlink(new)
         raise
+
+
+def _says(path: str, flags: int, text: bytes) -> bool:
+    """Whether a file has this text in it, and no more."""
+    with contextlib.suppress(OSError), open(os.open(path, flags), "rb") as file:
+        return file.read(len(text) + 1) == text
+    return False
 
 
 # ---------------------------------------------------------------- what is there

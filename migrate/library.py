@@ -13,7 +13,7 @@ from migrate.dialing import dial
 from migrate.door import Door
 from migrate.errors import PeerError
 from migrate.guests.buffer import BufferPlace
-from migrate.guests.guest import MemoryGuest
+from migrate.guests.guest import MemoryGuest, check_size
 from migrate.handover import Records
 from migrate.link import Link
 from migrate.listening import listen
@@ -60,6 +60,7 @@ async def send(
     Raises MigrationError: the guest runs on here then, unless it is a HandOverUnknown.
     """
     where = parse_address(address)
+    check_size(guest.size, "this guest")
 
     again = dial(where, timeout=connect_timeout, credentials=credentials)
     peer = await again()

@@ -43,6 +43,11 @@ class Memory:
         self._bounce = private_buffer(BOUNCE_BYTES) if align else None
         self._extent = (0, 0, False)
 
+    @property
+    def threaded(self) -> bool:
+        """Whether threads may read `fd` at the same time, at any offset."""
+        return self.view is None and not self.align
+
     def read(self, offset: int, into: memoryview) -> int:
         """Copies bytes from `offset` on; how many there were (fewer only at the end)."""
         want = min(len(into), self.size - offset)
@@ -63,13 +68,13 @@ class Memory:
         return want
 
     def gather(
-        self, bits: bytes | bytearray, first: int, end: int, page_size: int, snapshot: memoryview,
-        numbers: memoryview,
+        self, bits: bytes | bytearray | memoryview, first: int, end: int, page_size: int,
+        snapshot: memoryview, numbers: memoryview, but: bytes | bytearray | memoryview = b"",
     ) -> tuple[int, int]:  # fmt: skip
         """Copies dirty pages: see migrate._memory.gather."""
         return gather(
             self.view, self.fd, self.size, bits, first, end, page_size, snapshot, numbers,
-            self.align, self._bounce,
+            self.align, self._bounce, but,
         )  # fmt: skip
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:

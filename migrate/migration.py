@@ -110,6 +110,8 @@ class Migration(ABC):
 
     required: frozenset[str] = frozenset()
     """Capabilities that the destination must have for this kind of transfer."""
+    silent: frozenset[str] = frozenset()
+    """Capabilities that are used where the destination has them; nobody can switch them off."""
 
     def __init__(
         self, guest: Guest, link: Link, parameters: Parameters | None = None,
@@ -455,7 +457,7 @@ class Migration(ABC):
 
     async def _describe(self) -> tuple[caps.Agreement, Accept]:
         parameters, link = self.parameters, self.channels.link
-        hello = caps.offer(parameters.wire_capabilities, self.required)
+        hello = caps.offer(parameters.wire_capabilities | self.silent, self.required)
         await link.send(hello)
         answer = await self.channels.expect(Hello)
         agreement = caps.agree(hello, answer)
@@ -465,7 +467,7 @@ class Migration(ABC):
                 f"{answer.max_pages}: use a larger --page-size"
             )
         if self._agreed is None:
-            for name in sorted(agreement.dropped):
+            for name in sorted(agreement.dropped - self.silent):
                 self._notice(f"the destination has no {name}: it is not used")
         await link.send(
             GuestInfo(

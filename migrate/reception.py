@@ -58,10 +58,14 @@ class Arrival:
 
 @dataclass
 class Lanes:
-    """The connections of one attempt; the first one carries everything but pages too."""
+    """The connections of one attempt; the first one carries everything but pages too.
+
+    sparse -- the capability was agreed on for this attempt
+    """
 
     link: Link
     others: dict[int, Link] = field(default_factory=dict)
+    sparse: bool = False
 
     @property
     def links(self) -> list[Link]:
@@ -127,9 +131,10 @@ class Pages(Reception):
         loop = asyncio.get_running_loop()
         decoder, digest = await loop.run_in_executor(self._worker, self._take_stock, info)
         self._decoder, self._digest = decoder, digest
+        digest.by_sum = lanes.sparse
         if held:
             assert self._hashes is not None
-            await self._say_what_is_held(lanes.link, self._hashes.table)
+            await self._say_what_is_held(lanes.link, self._hashes, sparse=lanes.sparse)
         self._round = info.round
         return await self._rounds(lanes, decoder, digest)
 
@@ -152,9 +157,15 @@ class Pages(Reception):
         self._hashes, self._seed = hashes, info.hash_seed
         return decoder, digest
 
-    async def _say_what_is_held(self, link: Link, table: bytearray) -> None:
-        for at in range(0, len(table), 8 * HELD_PAGES):
-            await link.send(Held(at // 8, bytes(table[at : at + 8 * HELD_PAGES])))
+    async def _say_what_is_held(self, link: Link, hashes: PageHashes, *, sparse: bool) -> None:
+        pages, page = hashes.pages, 0
+        while page < pages:
+            first, part = hashes.filled_part(page, HELD_PAGES) if sparse else (page, b"")
+            if not part:  # everything is said; or the last page, which ends it, is of zeros
+                first = pages - 1 if sparse else page
+                part = bytes(hashes.part(first, min(HELD_PAGES, pages - first)))
+            await link.send(Held(first, part))
+            page = first + len(part) // 8
 
     # -- rounds
 

@@ -2,8 +2,9 @@
 
                  predicted downtime <= downtime-limit, and no longer falling
     CONTINUE ------------------------------------------> STOP_AND_COPY
-        |   max-rounds, timeout, or no progress for a while
-        +----------------------------------------------> ABORT, saying why and which knob to turn
+        |   max-rounds, timeout, no progress for a while, or what the guest's size costs in the
+        |   pause is over the limit in each of several rounds
+        +----------------------------------------------> ABORT, and why
 
 A pause that would be short enough is not taken at once while another round, which is then as short
 as the pause would be, can make it shorter still.
@@ -12,9 +13,11 @@ The prediction counts deltas. QEMU takes every pending page for 4096 bytes, and 
 bandwidth falls as deltas get better, so it can predict a minute where the truth is 0.2 s. Here it
 is the work that the pause will hold, in the units that recent rounds have measured: seconds of
 encoding and of applying per page (CPU seconds: in the pause the guest leaves its core to us),
-bytes on the wire per page, seconds per page that is hashed, the scan, and round trips.
+bytes on the wire per page, seconds per page that is hashed, and round trips. Two parts grow with
+the guest and not with what it writes: the scan for changes, and a look at the whole guest for the
+digest. Each round does and times both, as the pause will.
 
-Nothing here knows clocks, sockets or guests: numbers in, a verdict out.
+Nothing here knows clocks, sockets or guests: numbers in, a verdict out. The words are advice's.
 """
 
 from __future__ import annotations
@@ -22,16 +25,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from migrate.advice import obstacle
+from migrate.advice import obstacle, why
 
 STALL_MARGIN = 0.04
 STALL_ROUNDS = 8
+# A guest is too large for the limit where its size alone costs more in this many rounds in a row,
+# for this many seconds (other programs may have had the processors); below LARGE_COST is noise.
+LARGE_ROUNDS = 2
+LARGE_SECONDS = 3.0
+LARGE_COST = 0.05
 # Of each new measurement, this much goes into the running mean.
 WEIGHT = 0.5
 # Rounds of fewer pages say little about the cost of a page.
 TELLING_PAGES = 64
 # The pause itself: stopping the guest, and the messages of the hand-over, beside round trips.
 FIXED_SECONDS = 0.004
+# When the source has looked at its whole guest, the destination looks at its own.
+SIDES = 2
 # The last round's end and READY, GO and RUNNING.
 ROUND_TRIPS = 2
 DIGEST_SECONDS = 1e-6
@@ -47,6 +57,15 @@ class Verdict(Enum):
     ABORT = auto()
 
 
+class Cause(Enum):
+    """Of an ABORT."""
+
+    ROUNDS = auto()
+    TIMEOUT = auto()
+    STALL = auto()
+    SIZE = auto()
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one round cost."""
@@ -60,8 +79,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pending:
-    """What is left to move, if the guest were stopped now; `dirty_rate` in pages per second.
+    """What is left to do, if the guest were stopped now; `dirty_rate` in pages per second.
 
+    scan_seconds  -- finding what changed
+    whole_seconds -- looking at the whole guest for the digest, on both sides
     check_seconds -- what is looked at beside all that, and must be done before the hand-over
     """
 
@@ -69,7 +90,13 @@ class Pending:
     stale_pages: int
     scan_seconds: float = 0.0
     dirty_rate: float = 0.0
+    whole_seconds: float = 0.0
     check_seconds: float = 0.0
+
+    @property
+    def size_seconds(self) -> float:
+        """What the size of the guest costs in the pause, whatever it writes."""
+        return self.scan_seconds + self.whole_seconds
 
 
 @dataclass(frozen=True)
@@ -127,7 +154,7 @@ class DowntimeModel:
 
     def overhead(self, pending: Pending) -> float:
         """Seconds of the pause that do not depend on how much is dirty."""
-        return FIXED_SECONDS + self.trips + pending.scan_seconds
+        return FIXED_SECONDS + self.trips + pending.size_seconds
 
     @property
     def trips(self) -> float:
@@ -159,10 +186,13 @@ class DowntimeModel:
 
 @dataclass(frozen=True)
 class Decision:
+    """slower_helps -- the pause would be short enough if the guest wrote nothing"""
+
     verdict: Verdict
     expected_downtime: float
     reason: str = ""
     obstacle: str = ""
+    slower_helps: bool = False
 
 
 class Policy:
@@ -175,6 +205,8 @@ class Policy:
         self._best_at = 0.0
         self._best_round = 0
         self._last = float("inf")
+        self._large_rounds = 0
+        self._large_since = 0.0
 
     def begin_again(self, round_number: int, elapsed: float) -> None:
         """The guest is another one now (it was slowed): what was seen before is no measure."""
@@ -184,30 +216,45 @@ class Policy:
         """`round_number` rounds are done, `elapsed` seconds after the start."""
         expected = self.model.predict(pending, self.limits)
         limits = self.limits
+        large = self._too_large(elapsed, pending)
+        slower_helps = self.model.overhead(pending) <= limits.downtime_limit
         if expected <= limits.downtime_limit:
             if self._can_fall(round_number, elapsed, pending, expected):
                 return Decision(Verdict.CONTINUE, expected)
             return Decision(Verdict.STOP_AND_COPY, expected)
         if expected < self._best * (1 - STALL_MARGIN):
             self._best, self._best_at, self._best_round = expected, elapsed, round_number
-        reason = ""
+        cause = None
         if limits.max_rounds and round_number >= limits.max_rounds:
-            reason = f"it did not converge in {round_number} rounds (--max-rounds)"
+            cause = Cause.ROUNDS
         elif limits.timeout and elapsed >= limits.timeout:
-            reason = f"it did not converge in {elapsed:.0f} s (--timeout)"
+            cause = Cause.TIMEOUT
+        elif limits.stall_timeout and large:
+            cause = Cause.SIZE
         elif (
             limits.stall_timeout
             and elapsed - self._best_at >= limits.stall_timeout
             and round_number - self._best_round >= STALL_ROUNDS
         ):
-            reason = (
-                f"no progress for {elapsed - self._best_at:.0f} s and "
-                f"{round_number - self._best_round} rounds"
-            )
-        if reason:
-            why = obstacle(self.model, limits, pending, expected)
-            return Decision(Verdict.ABORT, expected, f"{reason}: {why}", why)
-        return Decision(Verdict.CONTINUE, expected)
+            cause = Cause.STALL
+        if cause is None:
+            return Decision(Verdict.CONTINUE, expected, slower_helps=slower_helps)
+        found = obstacle(self.model, limits, pending, expected)
+        reason = why(
+            cause, round_number, elapsed, round_number - self._best_round,
+            elapsed - self._best_at,
+        )  # fmt: skip
+        return Decision(Verdict.ABORT, expected, f"{reason}: {found}", found, slower_helps)
+
+    def _too_large(self, elapsed: float, pending: Pending) -> bool:
+        """Whether the guest's size alone has cost too much for so long that waiting is no use."""
+        if pending.size_seconds <= max(self.limits.downtime_limit, LARGE_COST):
+            self._large_rounds = 0
+            return False
+        if not self._large_rounds:
+            self._large_since = elapsed
+        self._large_rounds += 1
+        return self._large_rounds >= LARGE_ROUNDS and elapsed - self._large_since >= LARGE_SECONDS
 
     def _can_fall(
         self, round_number: int, elapsed: float, pending: Pending, expected: float

@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from migrate.digest import Digest
 from migrate.feeder import TURN_PAGES
 from migrate.guests.guest import MemoryGuest
-from migrate.memory import private_buffer
-from migrate.tracking import DirtyTracker
+from migrate.rounds import SIDES
+from migrate.tracking import DirtyTracker, Scanner
 from proto.frames import HEADER_BYTES
 from proto.kernel import PageCache, PageEncoder, PageHashes
 from proto.messages import SEED_BYTES, batch_bytes
@@ -58,7 +59,8 @@ class Interval:
 @dataclass(frozen=True)
 class Sample:
     """A guest as it was seen. Counts in pages, of the whole guest; scan_seconds is what looking
-    for changes takes where the guest does not mark them."""
+    for changes takes where the guest does not mark them, whole_seconds what a look at the whole
+    guest for the digest takes, on both sides."""
 
     pages: int
     page_size: int
@@ -73,6 +75,7 @@ class Sample:
     overflows: float = 0.0
     share: float = 1.0
     """Of the guest, so much was looked at."""
+    whole_seconds: float = 0.0
 
     def dirty(self, seconds: float) -> float:
         """Pages that are written in so long: straight lines between what was seen, and on from the
@@ -157,7 +160,8 @@ class Sampler:
             hashes, cache, merge=merge, headroom=HEADER_BYTES, room=batch_bytes(1)
         )
         self._marks: DirtyTracker | None = guest.track(self._encoder) if guest.marks else None
-        self._buffer = private_buffer(STRETCH * page_size)
+        self._scanner = Scanner(self._memory, self._encoder)
+        self._digest = Digest(self._memory, hashes, by_sum=True)
         self._seen = PageSet(self.pages)
         self._round = 0
         self._looked_at = 0.0
@@ -180,11 +184,12 @@ class Sampler:
         deltas, delta_bytes, hits, misses, overflows = (
             (after - then) * self._scale for then, after in zip(before, self._counts(), strict=True)
         )
+        self._digest.rehearse(self._seen.bits)
         scan = 0.0 if self._marks is not None else sum(self._scans) / len(self._scans)
         return Sample(
             self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
             zero, scan * self._scale, deltas, delta_bytes, hits, misses, overflows,
-            1 / self._scale,
+            1 / self._scale, SIDES * self._digest.whole_seconds,
         )  # fmt: skip
 
     def _all_of_them(self, began: float, last: Interval) -> Interval:
@@ -261,13 +266,13 @@ class Sampler:
             self._scans.append(time.perf_counter() - began)
         else:
             dirty = self._marks.take()
-        both = int.from_bytes(dirty.bits, "little") & int.from_bytes(self._mask.bits, "little")
-        dirty.bits[:] = both.to_bytes(len(dirty.bits), "little")
+        dirty &= self._mask
         return dirty
 
     def _scan(self) -> PageSet:
         """As ScanTracker does, but of the sample alone."""
         dirty, mask = PageSet(self.pages), memoryview(self._mask.bits).cast("Q")
+        parts = []
         for page, count, data in self._memory.extents(self._page_size):
             if not data:
                 self._encoder.scan_zeros(page, count, dirty.bits)
@@ -276,15 +281,9 @@ class Sampler:
             for index in range(page // STRETCH, -(-end // STRETCH)):
                 if mask[index]:
                     first = max(page, index * STRETCH)
-                    self._scan_stretch(first, min(end, (index + 1) * STRETCH) - first, dirty)
+                    parts.append((first, min(end, (index + 1) * STRETCH) - first))
+        self._scanner.scan(parts, dirty)
         return dirty
-
-    def _scan_stretch(self, first: int, count: int, dirty: PageSet) -> None:
-        buffer = self._buffer[: count * self._page_size]
-        got = self._memory.read(first * self._page_size, buffer)
-        if got < len(buffer):
-            buffer[got:] = bytes(len(buffer) - got)
-        self._encoder.scan(first, count, buffer, dirty.bits)
 
     def _feed(self, dirty: PageSet) -> Cost:
         """Through the encoder, to nowhere; what it costs, for the whole guest."""

@@ -35,7 +35,7 @@ from migrate.link import Link
 from migrate.migration import MAX_PAUSES, RESOLVE_SECONDS, Migration, Observer
 from migrate.parameters import Parameters
 from migrate.quantities import format_size, option_size
-from migrate.rounds import DowntimeModel, Measured, Pending, Policy, Verdict
+from migrate.rounds import SIDES, DowntimeModel, Measured, Pending, Policy, Verdict
 from migrate.throttle import CAPABILITY as AUTO_CONVERGE
 from migrate.throttle import Look
 from migrate.tracking import DirtyTracker, ScanTracker
@@ -67,6 +67,7 @@ class Source(Migration):
     """Sends the pages of a guest, round after round. See Migration for the parameters."""
 
     guest: MemoryGuest
+    silent = frozenset({caps.SPARSE})
 
     def __init__(
         self, guest: MemoryGuest, link: Link, parameters: Parameters | None = None,
@@ -86,6 +87,7 @@ class Source(Migration):
         self._sizing: CacheSizing | None = None
         self._lookups = Lookups()
         self._delta_news = self._obstacle = ""
+        self._slower_helps = False
         self._brake = Brake(guest, self._notice)
         self._encoder: PageEncoder | None = None
         self._digest: Digest | None = None
@@ -126,13 +128,14 @@ class Source(Migration):
             self._make_encoder(agreement)
         assert self._encoder is not None
         assert self._digest is not None
+        self._digest.by_sum = agreement.sparse
         if accept.held and not resumes:
             raise PeerError("the destination holds pages of a guest that nobody told it to keep")
         # First the marks are taken, then memory is looked at: what is written meanwhile is marked.
         assert self._tracker is not None
         await asyncio.get_running_loop().run_in_executor(self._worker, self._tracker.start)
         if resumes:
-            dirty = await self._take_stock(self._encoder, held=accept.held)
+            dirty = await self._take_stock(self._encoder, held=accept.held, sparse=agreement.sparse)
         else:
             dirty = PageSet.full(self._pages)
         await link.send(CacheSize(self._cache.size))
@@ -162,7 +165,7 @@ class Source(Migration):
         self._feeder = Feeder(self.guest.memory, encoder)
         self._tracker = self.guest.track(encoder)
 
-    async def _take_stock(self, encoder: PageEncoder, *, held: bool) -> PageSet:
+    async def _take_stock(self, encoder: PageEncoder, *, held: bool, sparse: bool) -> PageSet:
         """What the destination lacks after an attempt that broke off.
 
         What it holds it says itself, by the hash of each page; that is compared with the guest, and
@@ -181,12 +184,15 @@ class Source(Migration):
         page = 0
         while page < self._pages:
             said = await self.channels.expect(Held)
-            if said.first != page:
+            if said.first < page or (said.first > page and not sparse):
                 raise PeerError(f"HELD began at page {said.first} while {page} was due")
-            if page + len(said.hashes) // 8 > self._pages:
+            if said.first + len(said.hashes) // 8 > self._pages:
                 raise PeerError(f"HELD goes beyond the {self._pages} pages of the guest")
-            await loop.run_in_executor(self._worker, encoder.adopt, page, said.hashes)
-            page += len(said.hashes) // 8
+            if said.first > page:  # what is left out is zeros
+                zeros = encoder.adopt_zeros
+                await loop.run_in_executor(self._worker, zeros, page, said.first - page)
+            await loop.run_in_executor(self._worker, encoder.adopt, said.first, said.hashes)
+            page = said.first + len(said.hashes) // 8
         scan = ScanTracker(self.guest.memory, encoder).take
         dirty = await loop.run_in_executor(self._worker, scan)
         self._took_stock(len(dirty))
@@ -216,27 +222,30 @@ class Source(Migration):
             await loop.run_in_executor(self._worker, self.guest.check)
             self._working.learn(*await loop.run_in_executor(self._worker, encoder.survey))
             self._model.learn_digest(digest.hashed, digest.seconds, peer=False)
-            elapsed = time.monotonic() - began
-            rate = len(dirty) / elapsed if elapsed else 0.0
+            elapsed, pages = time.monotonic() - began, len(dirty)
+            rate = pages / elapsed if elapsed else 0.0
             self.statistics = self.statistics.with_(
                 dirty_pages_rate=rate,
-                remaining=self._remaining(len(dirty)),
+                remaining=self._remaining(pages),
             )
-            # Where nothing stops the guest, looking for what changed keeps nobody waiting.
             guest = self.guest
-            scan = self._tracker.take_seconds + guest.stop_seconds
-            check = guest.check_seconds
-            if guest.marks or not guest.stoppable:
-                scan = check = 0.0
-            stale = max(digest.stale(dirty.bits), self._peer_stale)
-            pending = Pending(len(dirty), stale, scan, rate, check)
+            # The scan adds no downtime when the guest cannot be stopped.
+            scan = self._tracker.take_seconds + guest.stop_seconds if guest.stoppable else 0.0
+            check = guest.check_seconds if guest.stoppable else 0.0
+            stale = await loop.run_in_executor(self._worker, digest.rehearse, dirty.bits)
+            pending = Pending(
+                pages, max(stale, self._peer_stale), scan, rate, SIDES * digest.whole_seconds, check
+            )
             await self._slow_down(pending, measured, elapsed)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)
             self._update()
             self._observer("round", self.statistics)
             if decision.verdict is Verdict.ABORT:
-                raise self._given_up(decision.reason, decision.obstacle)
+                raise self._given_up(
+                    decision.reason, decision.obstacle, slower=decision.slower_helps
+                )
+            self._slower_helps = decision.slower_helps
             if decision.verdict is Verdict.STOP_AND_COPY:
                 return
             await loop.run_in_executor(self._worker, self._adapt, encoder, measured)
@@ -249,7 +258,7 @@ class Source(Migration):
         look = Look(
             expected=model.predict(pending, limits), seconds=seconds,
             sent_bytes=measured.wire_bytes, dirtied_bytes=pending.pages * model.bytes_per_page,
-            dirtied_seconds=model.work(pending.pages, limits),
+            dirtied_seconds=model.work(pending.pages, limits), still=model.overhead(pending),
         )  # fmt: skip
         slower = await self._brake.apply(
             parameters.auto_converge, parameters.throttle, limits, look
@@ -426,16 +435,22 @@ class Source(Migration):
         elapsed = time.monotonic() - self._began
         if timeout and elapsed > timeout:
             raise self._given_up(
-                f"round {self._round} was not through after {elapsed:.0f} s (--timeout)"
+                f"round {self._round} was not through after {elapsed:.0f} s (--timeout)",
+                slower=self._slower_helps,
             )
 
-    def _given_up(self, reason: str, obstacle: str = "") -> NotConvergedError:
-        """`obstacle` is a part of `reason`; what else could be set otherwise is said behind it."""
+    def _given_up(
+        self, reason: str, obstacle: str = "", *, slower: bool = False
+    ) -> NotConvergedError:
+        """`obstacle` is a part of `reason`; what else could be set otherwise is said behind it.
+
+        slower -- what the guest writes is the obstacle: it would help to slow it
+        """
         self._obstacle = obstacle
         self._update()
         if self._brake.percentage:
             reason = f"{reason} (the guest was slowed by {self._brake.percentage} %)"
-        elif self.guest.can_throttle and not self.parameters.auto_converge:
+        elif slower and self.guest.can_throttle and not self.parameters.auto_converge:
             reason = f"{reason}; or slow the guest with --auto-converge"
         return NotConvergedError(
             "; ".join([f"the migration was given up: {reason}", *self._found()])

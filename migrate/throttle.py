@@ -2,6 +2,7 @@
 
     of each period (a second, or a round where that is longer):
         the pause would be within downtime-limit, or gets shorter        -> as it is
+        it would be over downtime-limit if the guest wrote nothing       -> as it is
         what was dirtied costs less than throttle-trigger-threshold
         percent of what the period could carry                           -> as it is
         else, twice in a row            -> cpu-throttle-initial, then cpu-throttle-increment more,
@@ -57,6 +58,7 @@ class Look:
     expected -- downtime if the guest were stopped now
     seconds  -- that the round took, up to where its dirty pages were taken
     dirtied_bytes, dirtied_seconds -- what the pages written meanwhile will cost
+    still    -- downtime if the guest wrote nothing
     """
 
     expected: float
@@ -64,6 +66,7 @@ class Look:
     sent_bytes: float
     dirtied_bytes: float
     dirtied_seconds: float
+    still: float = 0.0
 
 
 class ThrottlePolicy:
@@ -77,7 +80,7 @@ class ThrottlePolicy:
 
     def _begin_period(self) -> None:
         self._seconds = self._sent = self._bytes = self._work = 0.0
-        self._falling = False
+        self._falling = self._pointless = False
 
     def decide(self, throttle: Throttle, limits: Limits, look: Look) -> int:
         """Takes in a round; the percentage from here on."""
@@ -90,6 +93,8 @@ class ThrottlePolicy:
         self._work += look.dirtied_seconds
         if look.expected <= limits.downtime_limit:
             self._falling = True
+        if look.still > limits.downtime_limit:
+            self._pointless = True
         period = PERIOD_SECONDS
         if limits.stall_timeout:
             period = min(period, limits.stall_timeout / PERIODS_IN_STALL)
@@ -103,7 +108,7 @@ class ThrottlePolicy:
         share = 100 * max(
             self._work / self._seconds, self._bytes / self._sent if self._sent else 0.0
         )
-        if self._falling or share <= throttle.throttle_trigger_threshold:
+        if self._falling or self._pointless or share <= throttle.throttle_trigger_threshold:
             self._strikes = 0
             return
         self._strikes += 1

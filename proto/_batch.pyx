@@ -11,19 +11,32 @@ batch, and all else is done with that copy. A delta is made from guest memory it
 its runs are read once, into the delta, and from there they go to the cache; what was missed is
 dirty again. The decoder reads hostile bytes: every length is compared with what is left before it
 is used.
+
+Tables and bitmaps that grow with the guest lie in memory that the kernel gives page by page as it
+is written (Zeros), and a page that was never anything but zeros has a 0 there. So a sparse guest
+costs what it holds, not what it spans; no walk over hashes or heats visits what was never touched.
 """
 
 import hashlib
 import os
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from proto._bits cimport clear_bit, get_bit, next_set, set_bit
+from proto._bits cimport (
+    clear_bit,
+    clear_bit_shared,
+    get_bit,
+    next_set,
+    set_bit,
+    set_bit_shared,
+    set_range,
+)
 from proto._cache cimport NO_SLOT, PageCache
 from proto._codec cimport (
     BAD_CHECK,
@@ -54,11 +67,14 @@ cdef extern from "endian.h" nogil:
     uint64_t le64toh(uint64_t)
 
 cdef extern from "unistd.h" nogil:
+    ssize_t pread(int, void*, size_t, long)
     ssize_t pwrite(int, const void*, size_t, long)
 
 cdef extern from "sys/mman.h" nogil:
     enum:
         PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+        MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE
+    int madvise(void*, size_t, int)
     void* mmap(void*, size_t, int, int, int, long)
     int munmap(void*, size_t)
 
@@ -92,9 +108,42 @@ cdef extern from *:
         fold = r0 * (uint64_t)a + r1 * (uint64_t)(a >> 64);
         return (uint64_t)(fold >> 64);
     }
+
+    static inline uint64_t xb_avalanche(uint64_t value)
+    {
+        value ^= value >> 37;
+        value *= 0x165667919E3779F9u;
+        return value ^ value >> 32;
+    }
+
+    /* XXH3-128 of two words, 16 bytes little-endian, seed 0: for one that is called page by page
+       without the GIL there is no library. The two constants are words of XXH3's own secret. */
+    static inline unsigned __int128 xb_pair(uint64_t page, uint64_t hash)
+    {
+        const uint64_t prime = 0xC2B2AE3D27D4EB4Fu;
+        uint64_t word = hash ^ 0xC202797692D63D58u;
+        unsigned __int128 m = (unsigned __int128)(page ^ hash ^ 0x59973F0033362349u)
+                              * 0x9E3779B185EBCA87u;
+        uint64_t low = (uint64_t)m + ((uint64_t)15 << 54), high = (uint64_t)(m >> 64);
+        high += word + (uint64_t)(uint32_t)word * 0x85EBCA76u;
+        low ^= __builtin_bswap64(high);
+        m = (unsigned __int128)low * prime;
+        high = (uint64_t)(m >> 64) + high * prime;
+        return (unsigned __int128)xb_avalanche(high) << 64 | xb_avalanche((uint64_t)m);
+    }
+
+    #define xb_plus(sum, page, hash) ((sum)->value += xb_pair(page, hash))
+    #define xb_minus(sum, page, hash) ((sum)->value -= xb_pair(page, hash))
+    #define xb_join(sum, more) ((sum)->value += (more)->value)
+    #define xb_half(sum, high) ((uint64_t)((sum)->value >> ((high) ? 64 : 0)))
     """
+    void xb_plus(xb_sum*, uint64_t, uint64_t) nogil
+    void xb_minus(xb_sum*, uint64_t, uint64_t) nogil
+    void xb_join(xb_sum*, xb_sum*) nogil
+    uint64_t xb_half(xb_sum*, bint) nogil
     bint xb_map_failed(void*) nogil
     int xb_popcount(uint64_t) nogil
+    uint64_t xb_word(const uint8_t*) nogil
     uint64_t xb_hash(const uint8_t*, const uint64_t*, size_t) nogil
 
 cdef packed struct StreamRecord:    # of a RamReader: see proto/_ram.pyx
@@ -122,6 +171,9 @@ cdef enum:
     WAIT_MASK = 0x1F            # sendings that a page is still left out for; above it, how many
     OVERFLOW = 0x20             # of its deltas overflowed in a row, up to
     MOST_OVERFLOWS = 6          # (then it is left out for 16 sendings)
+    BLOCK = 512                 # hashes of one page of memory, which are touched or not
+    WARM_BLOCK = 4096           # heats of one page of memory
+    HUGE_BYTES = 4 << 20        # a bitmap from this size on has huge pages
 
 # The check of a batch's raw pages: check = check * STEP + hash, page after page.
 STEP = 0x9E3779B97F4A7C15u
@@ -129,8 +181,152 @@ STEP = 0x9E3779B97F4A7C15u
 
 # ---------------------------------------------------------------- guests and their bitmaps
 
-cdef bytearray bitmap(uint64_t pages):
-    return bytearray((pages + 63) // 64 * 8)
+@cython.final
+cdef class Zeros:
+    """Zeros, which take memory where they are written.
+
+    scattered -- single bytes will be written here and there: no huge pages are given for them. A
+                 large bitmap has those: a walk over 32 MiB that were never written takes 1 ms
+                 then, and 7 ms in pages of 4 KiB
+    """
+
+    def __cinit__(self, size_t size, bint scattered=False):
+        self.size = size if size else 1
+        self.at = <uint8_t*>mmap(
+            NULL, self.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+            -1, 0,
+        )
+        if xb_map_failed(self.at):
+            self.at = NULL
+            raise MemoryError(f"no memory to track the guest's pages ({size} bytes)")
+        if scattered:
+            madvise(self.at, self.size, MADV_NOHUGEPAGE)
+        elif self.size >= HUGE_BYTES:
+            madvise(self.at, self.size, MADV_HUGEPAGE)
+
+    def __dealloc__(self):
+        if self.at != NULL:
+            munmap(self.at, self.size)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.at, self.size, False, flags)
+
+    cdef void clear(self) noexcept nogil:
+        """All zeros again; the memory goes back."""
+        madvise(self.at, self.size, MADV_DONTNEED)
+
+
+cdef Zeros bitmap(uint64_t pages):
+    return Zeros((pages + 63) // 64 * 8)
+
+
+def zeros(size_t size):
+    """Writable memory of so many zeros, which takes room where it is written."""
+    return memoryview(Zeros(size))
+
+
+cdef Py_ssize_t words_of(const uint8_t[::1] bits, const uint8_t[::1] others) except -1:
+    if bits.shape[0] % 8 or bits.shape[0] != others.shape[0]:
+        raise ValueError(f"bitmaps of {bits.shape[0]} and {others.shape[0]} bytes")
+    return bits.shape[0] // 8
+
+
+def count_bits(const uint8_t[::1] bits not None, const uint8_t[::1] others not None=b""):
+    """How many bits are set in a bitmap, or in either of two."""
+    cdef bint both = others.shape[0] > 0
+    cdef Py_ssize_t i, words = words_of(bits, others if both else bits)
+    cdef uint64_t count = 0, word
+    with nogil:
+        for i in range(words):
+            word = xb_word(&bits[8 * i])
+            if both:
+                word |= xb_word(&others[8 * i])
+            if word:  # most are 0, and counting is slow on processors that this may be built for
+                count += xb_popcount(word)
+    return count
+
+
+def unite_bits(uint8_t[::1] bits not None, const uint8_t[::1] others not None):
+    """Sets the bits of another bitmap too."""
+    cdef Py_ssize_t i, words = words_of(bits, others)
+    cdef uint64_t word
+    with nogil:
+        for i in range(words):
+            word = xb_word(&others[8 * i])
+            if word:
+                word = htole64(word | xb_word(&bits[8 * i]))
+                memcpy(&bits[8 * i], &word, 8)
+
+
+def keep_bits(uint8_t[::1] bits not None, const uint8_t[::1] others not None):
+    """Clears the bits that are not set in another bitmap."""
+    cdef Py_ssize_t i, words = words_of(bits, others)
+    cdef uint64_t word, kept
+    with nogil:
+        for i in range(words):
+            word = xb_word(&bits[8 * i])
+            kept = word & xb_word(&others[8 * i])
+            if kept != word:
+                kept = htole64(kept)
+                memcpy(&bits[8 * i], &kept, 8)
+
+
+cdef void clear_range(uint8_t* bits, uint64_t page, uint64_t end) noexcept nogil:
+    """Clears some bits of a bitmap; what is clear already is not written."""
+    while True:
+        page = next_set(bits, page, end)
+        if page >= end:
+            break
+        clear_bit(bits, page)
+        page += 1
+
+
+@cython.final
+cdef class Rising:
+    """A set of pages that are mostly added from page 0 upwards: those below `below`, and some bits
+    beyond it. So a set that is filled in order takes no memory, and a range no time."""
+
+    def __cinit__(self, uint64_t pages):
+        self.pages = pages
+        self.keep = bitmap(pages)
+        self.bits = self.keep.at
+
+    cdef inline bint has(self, uint64_t page) noexcept nogil:
+        return page < self.below or get_bit(self.bits, page)
+
+    cdef inline void add(self, uint64_t page) noexcept nogil:
+        if page == self.below:
+            self.below += 1
+            if self.strays:
+                self.close_up()
+        elif page > self.below and not get_bit(self.bits, page):
+            set_bit(self.bits, page)
+            self.strays += 1
+
+    cdef void close_up(self) noexcept nogil:
+        while self.strays and self.below < self.pages and get_bit(self.bits, self.below):
+            self.below += 1
+            self.strays -= 1
+
+    cdef void add_range(self, uint64_t first, uint64_t end) noexcept nogil:
+        cdef uint64_t page
+        if end <= self.below:
+            return
+        if first > self.below:
+            self.strays += set_range(self.bits, first, end)
+            return
+        if self.strays:
+            page = next_set(self.bits, self.below, end)
+            while page < end:
+                self.strays -= 1
+                page = next_set(self.bits, page + 1, end)
+        self.below = end
+        if self.strays:
+            self.close_up()
+
+    cdef void clear(self) noexcept nogil:
+        self.below = self.strays = 0
+        self.keep.clear()
 
 
 cdef int check_guest(uint64_t pages, Py_ssize_t page_size) except -1:
@@ -144,9 +340,8 @@ cdef int check_guest(uint64_t pages, Py_ssize_t page_size) except -1:
 # ---------------------------------------------------------------- hashes
 
 cdef class PageHashes:
-    """A keyed 64-bit hash of every page, as the destination holds it.
+    """A keyed 64-bit hash of every page, as the destination holds it; at first those of zeros.
 
-    table -- the hashes, 8 bytes each, little-endian; at first those of pages of zeros
     stale -- a bit per page: it was changed by a delta, and its hash is of an older content
     """
 
@@ -163,20 +358,124 @@ cdef class PageHashes:
             words[i] = le64toh(words[i])
         self.key_at = words
         self.zero = xb_hash(zero_page(), words, page_size >> 3)
-        self.table = bytearray(int(self.zero).to_bytes(8, "little")) * pages
-        self.stale = bitmap(pages)
-        self.table_at = <uint64_t*>PyByteArray_AS_STRING(self.table)
-        self.stale_at = <uint8_t*>PyByteArray_AS_STRING(self.stale)
+        self.entries_keep = Zeros(8 * pages, True)
+        self.touched_keep = Zeros((pages + BLOCK - 1) // BLOCK)
+        self.stale_keep = bitmap(pages)
+        self.stale = memoryview(self.stale_keep)
+        self.entries = <uint64_t*>self.entries_keep.at
+        self.touched = self.touched_keep.at
+        self.stale_at = self.stale_keep.at
+        self.begin_sum()
+
+    cdef void begin_sum(self) noexcept nogil:
+        memset(&self.total, 0, sizeof(self.total))
+        xb_plus(&self.total, self.pages, self.zero)
 
     cdef uint64_t hash_of(self, const uint8_t* page) noexcept nogil:
         return xb_hash(page, self.key_at, self.page_size >> 3)
 
+    cdef void set_entry(self, uint64_t page, uint64_t value, xb_sum* total) noexcept nogil:
+        """The hash of a page; an entry is that XOR the hash of zeros."""
+        cdef uint64_t old = self.entries[page], new = value ^ self.zero
+        if old == new:
+            return
+        if old:
+            xb_minus(total, page, old ^ self.zero)
+        if new:
+            xb_plus(total, page, value)
+        self.entries[page] = new
+        self.touched[page // BLOCK] = 1
+
     cdef void note(self, uint64_t page, uint64_t value) noexcept nogil:
-        self.table_at[page] = htole64(value)
-        clear_bit(self.stale_at, page)
+        self.set_entry(page, value, &self.total)
+        if get_bit(self.stale_at, page):
+            clear_bit(self.stale_at, page)
+
+    cdef void note_shared(self, uint64_t page, uint64_t value, xb_sum* total) noexcept nogil:
+        """As `note`, while other threads note other pages; `total` is to be joined later."""
+        self.set_entry(page, value, total)
+        clear_bit_shared(self.stale_at, page)
+
+    cdef void note_zeros(self, uint64_t first, uint64_t end) noexcept nogil:
+        """Pages of zeros, from `first` up to `end`."""
+        cdef uint64_t page = first, stop
+        while page < end:
+            stop = (page // BLOCK + 1) * BLOCK
+            if stop > end:
+                stop = end
+            if self.touched[page // BLOCK]:
+                while page < stop:
+                    self.set_entry(page, self.zero, &self.total)
+                    page += 1
+            page = stop
+        clear_range(self.stale_at, first, end)
 
     cdef bint matches(self, uint64_t page, const uint8_t* content) noexcept nogil:
-        return self.table_at[page] == htole64(self.hash_of(content))
+        return (self.entries[page] ^ self.zero) == self.hash_of(content)
+
+    def clear(self):
+        """All pages are zeros again."""
+        with nogil:
+            self.entries_keep.clear()
+            self.touched_keep.clear()
+            self.stale_keep.clear()
+            self.begin_sum()
+
+    @property
+    def sum(self):
+        """The digest that leaves out zeros, 16 bytes: see proto/README.md."""
+        return (
+            int(xb_half(&self.total, True)).to_bytes(8, "big")
+            + int(xb_half(&self.total, False)).to_bytes(8, "big")
+        )
+
+    @property
+    def table(self):
+        """The hashes of all pages, 8 bytes each, little-endian."""
+        return self.part(0, self.pages)
+
+    def part(self, uint64_t first, uint64_t count):
+        """The hashes of `count` pages, 8 bytes each, little-endian."""
+        cdef uint64_t i, zero = htole64(self.zero), stop
+        if first > self.pages or count > self.pages - first:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        result = bytearray(8 * count)
+        cdef uint64_t* at = <uint64_t*>PyByteArray_AS_STRING(result)
+        with nogil:
+            i = 0
+            while i < count:
+                stop = ((first + i) // BLOCK + 1) * BLOCK - first
+                if stop > count:
+                    stop = count
+                if self.touched[(first + i) // BLOCK]:
+                    while i < stop:
+                        at[i] = htole64(self.entries[first + i] ^ self.zero)
+                        i += 1
+                else:
+                    while i < stop:
+                        at[i] = zero
+                        i += 1
+        return result
+
+    def filled_part(self, uint64_t first, uint64_t most):
+        """(the first page from `first` on whose hash is not that of zeros, the hashes from there
+        on to the last such one of `most` pages); at the end (pages, b"")."""
+        cdef uint64_t page = first, end
+        with nogil:
+            while page < self.pages:
+                if not self.touched[page // BLOCK]:
+                    page = (page // BLOCK + 1) * BLOCK
+                elif self.entries[page] == 0:
+                    page += 1
+                else:
+                    break
+        if page >= self.pages or most == 0:
+            return self.pages, b""
+        end = self.pages if most > self.pages - page else page + most
+        with nogil:
+            while self.entries[end - 1] == 0:
+                end -= 1
+        return page, bytes(self.part(page, end - page))
 
     def note_pages(
         self, const uint64_t[::1] numbers not None, Py_ssize_t count,
@@ -232,8 +531,8 @@ cdef class PageEncoder:
     """What the source knows about the peer's copy, and the batches that bring it up to date.
 
     See proto/README.md ("PAGES") for the layout. A page is sent zero, unchanged (not at all), as
-    a delta or raw. `sent` pages are known to the peer; of those, `zeros` are known to be zero
-    there (which is a delta base that needs no cache), and the cache holds some others in full.
+    a delta or raw. `sent` pages are known to the peer; those that are not `filled` are known to be
+    zero there (which is a delta base that needs no cache), and the cache holds some of the others.
 
     hashes   -- keeps the hash of every page that is sent
     merge    -- deltas are those of xbzrle.encode(merge=True)
@@ -249,10 +548,15 @@ cdef class PageEncoder:
     cdef PageCache cache
     cdef PageHashes hashes
     cdef bint merge
-    cdef uint8_t* sent
-    cdef uint8_t* zeros
+    cdef Rising sent
+    cdef uint8_t* filled
     cdef uint8_t* heats         # how often and lately a page was sent again, a byte a page
+    cdef uint8_t* heated        # a byte per WARM_BLOCK: whether any page of it has heat
     cdef uint8_t* overflowed    # OVERFLOW times those in a row, and the sendings to wait
+    cdef Zeros filled_keep
+    cdef Zeros heats_keep
+    cdef Zeros heated_keep
+    cdef Zeros overflowed_keep
     cdef uint64_t warm_pages    # pages with any heat
     cdef uint64_t resent        # sendings since heat was halved
     cdef uint32_t surveys       # since then
@@ -309,22 +613,19 @@ cdef class PageEncoder:
         self.data_at = (headroom + room + 4095) // 4096 * 4096
         self.most = SNAPSHOT_BYTES // self.page_size
         self.slabs = []
-        self.sent = <uint8_t*>calloc((self.pages + 63) // 64, 8)
-        self.zeros = <uint8_t*>calloc((self.pages + 63) // 64, 8)
-        self.heats = <uint8_t*>calloc((self.pages + 7) // 8, 8)
-        self.overflowed = <uint8_t*>calloc(self.pages, 1)
+        self.sent = Rising(self.pages)
+        self.filled_keep = bitmap(self.pages)
+        self.heats_keep = Zeros((self.pages + WARM_BLOCK - 1) // WARM_BLOCK * WARM_BLOCK, True)
+        self.heated_keep = Zeros((self.pages + WARM_BLOCK - 1) // WARM_BLOCK)
+        self.overflowed_keep = Zeros(self.pages, True)
+        self.filled = self.filled_keep.at
+        self.heats = self.heats_keep.at
+        self.heated = self.heated_keep.at
+        self.overflowed = self.overflowed_keep.at
         self.on = cache is not None
         numbers = bytearray(8 * self.most)
         self.numbers = <uint64_t*>PyByteArray_AS_STRING(numbers)
         self.number_view = memoryview(numbers).cast("Q")
-        if not (self.sent and self.zeros and self.heats and self.overflowed):
-            raise MemoryError(f"no memory to track {self.pages} pages")
-
-    def __dealloc__(self):
-        free(self.sent)
-        free(self.zeros)
-        free(self.heats)
-        free(self.overflowed)
 
     @property
     def active(self):
@@ -344,7 +645,7 @@ cdef class PageEncoder:
         survey by the heat of their pages before, pages by their heat), each from 0 to 255.
         """
         cdef uint64_t[256] counts
-        cdef uint64_t page
+        cdef uint64_t page = 0, stop, cold = 0
         sendings = [self.sendings[heat] for heat in range(256)]
         self.surveys += 1
         memset(counts, 0, sizeof(counts))
@@ -352,30 +653,43 @@ cdef class PageEncoder:
         with nogil:
             if self.surveys >= COOL_SURVEYS and 2 * self.resent >= self.warm_pages:
                 self.cool()
-            for page in range(self.pages):
-                counts[self.heats[page]] += 1
+            while page < self.pages:
+                stop = page + WARM_BLOCK if self.pages - page > WARM_BLOCK else self.pages
+                if not self.heated[page // WARM_BLOCK]:
+                    cold += stop - page
+                    page = stop
+                while page < stop:
+                    counts[self.heats[page]] += 1
+                    page += 1
+            counts[0] += cold
         return sendings, [counts[heat] for heat in range(256)]
 
     cdef void cool(self) noexcept nogil:
         """Halves the heat of all pages."""
         cdef uint64_t* words = <uint64_t*>self.heats
-        cdef uint64_t i, word
+        cdef uint64_t block, i, word, before
         self.warm_pages = 0
         self.resent = self.surveys = 0
-        for i in range((self.pages + 7) // 8):
-            word = words[i]
-            if word == 0:
+        for block in range((self.pages + WARM_BLOCK - 1) // WARM_BLOCK):
+            if not self.heated[block]:
                 continue
-            word = word >> 1 & 0x7F7F7F7F7F7F7F7Fu
-            words[i] = word
-            # Bytes have seven bits here: a carry into the eighth says that one is not 0.
-            self.warm_pages += xb_popcount(word + 0x7F7F7F7F7F7F7F7Fu & 0x8080808080808080u)
+            before = self.warm_pages
+            for i in range(block * (WARM_BLOCK // 8), (block + 1) * (WARM_BLOCK // 8)):
+                word = words[i]
+                if word == 0:
+                    continue
+                word = word >> 1 & 0x7F7F7F7F7F7F7F7Fu
+                words[i] = word
+                # Bytes have seven bits here: a carry into the eighth says that one is not 0.
+                self.warm_pages += xb_popcount(word + 0x7F7F7F7F7F7F7F7Fu & 0x8080808080808080u)
+            self.heated[block] = self.warm_pages > before
 
     cdef inline void warm(self, uint64_t page) noexcept nogil:
         cdef uint8_t heat = self.heats[page]
         self.sendings[heat] += 1
         self.warm_pages += heat == 0
         self.heats[page] = heat + SENDING if heat <= HOTTEST - SENDING else HOTTEST
+        self.heated[page // WARM_BLOCK] = 1
         self.resent += 1
 
     cdef inline void note_overflow(self, uint64_t page) noexcept nogil:
@@ -415,36 +729,52 @@ cdef class PageEncoder:
                 page = first + i
                 memcpy(&value, &table[8 * i], 8)
                 value = le64toh(value)
-                self.hashes.note(page, value)
-                set_bit(self.sent, page)
                 if value == self.hashes.zero:
-                    set_bit(self.zeros, page)
-                else:
-                    clear_bit(self.zeros, page)
+                    self.make_zeros(page, page + 1)
+                    continue
+                self.hashes.note(page, value)
+                self.sent.add(page)
+                set_bit(self.filled, page)
                 if self.cache is None:
                     continue
                 slot = self.cache.find(page)
-                if slot != NO_SLOT and (
-                    value == self.hashes.zero
-                    or self.hashes.hash_of(self.cache.at(slot)) != value
-                ):
+                if slot != NO_SLOT and self.hashes.hash_of(self.cache.at(slot)) != value:
                     self.cache.remove(slot)
+
+    def adopt_zeros(self, uint64_t first, uint64_t count):
+        """As `adopt`, for pages that the peer holds as zeros."""
+        if first > self.pages or count > self.pages - first:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        self.drop_batch()
+        with nogil:
+            self.make_zeros(first, first + count)
+
+    cdef void make_zeros(self, uint64_t first, uint64_t end) noexcept nogil:
+        """The peer holds these pages, and they are zeros there."""
+        cdef uint64_t page = first
+        cdef uint32_t slot
+        while True:
+            page = next_set(self.filled, page, end)
+            if page >= end:
+                break
+            clear_bit(self.filled, page)
+            if self.cache is not None:
+                slot = self.cache.find(page)
+                if slot != NO_SLOT:
+                    self.cache.remove(slot)
+            page += 1
+        self.sent.add_range(first, end)
+        self.hashes.note_zeros(first, end)
 
     def forget(self):
         """The peer holds nothing that is known of: every page is to be sent as in round 1."""
-        cdef uint64_t page
-        cdef uint32_t slot
         self.drop_batch()
-        memset(self.sent, 0, (self.pages + 63) // 64 * 8)
-        memset(self.zeros, 0, (self.pages + 63) // 64 * 8)
-        memset(self.overflowed, 0, self.pages)
         with nogil:
-            for page in range(self.pages):
-                self.hashes.note(page, self.hashes.zero)
-                if self.cache is not None:
-                    slot = self.cache.find(page)
-                    if slot != NO_SLOT:
-                        self.cache.remove(slot)
+            self.make_zeros(0, self.pages)
+            self.sent.clear()
+            self.filled_keep.clear()
+            self.overflowed_keep.clear()
+        self.hashes.clear()
 
     @property
     def pending(self):
@@ -524,14 +854,7 @@ cdef class PageEncoder:
             self.zero_first = page
         self.zero_count += 1
         self.zero += 1
-        cdef uint32_t slot
-        if self.cache is not None and get_bit(self.sent, page):
-            slot = self.cache.find(page)
-            if slot != NO_SLOT:
-                self.cache.remove(slot)
-        set_bit(self.sent, page)
-        set_bit(self.zeros, page)
-        self.hashes.note(page, self.hashes.zero)
+        self.make_zeros(page, page + 1)
 
     cdef inline void put_raw(self, uint64_t page, const uint8_t* content) noexcept nogil:
         cdef uint8_t* place = self.data + self.raw_pages * self.page_size
@@ -565,10 +888,13 @@ cdef class PageEncoder:
         set_bit(self.hashes.stale_at, page)
 
     cdef inline void find_zero(self, uint64_t page) noexcept nogil:
-        if get_bit(self.sent, page) and get_bit(self.zeros, page):
+        if self.is_zero_there(page):
             self.unchanged += 1
         else:
             self.put_zero(page)
+
+    cdef inline bint is_zero_there(self, uint64_t page) noexcept nogil:
+        return self.sent.has(page) and not get_bit(self.filled, page)
 
     cdef const uint8_t* copied(self, const uint8_t* live, Py_ssize_t size) noexcept nogil:
         """A snapshot of a page in guest memory, where it would be sent raw from."""
@@ -586,8 +912,8 @@ cdef class PageEncoder:
         live -- `content` is guest memory, and may be written meanwhile: nothing but a delta from
                 the cache, whose runs are read once, is made of it; for all else it is copied
         """
-        cdef bint known = get_bit(self.sent, page)
-        cdef bint zero = get_bit(self.zeros, page)
+        cdef bint known = self.sent.has(page)
+        cdef bint zero = known and not get_bit(self.filled, page)
         cdef uint32_t slot = NO_SLOT
         cdef const uint8_t* base = NULL
         cdef uint8_t* keep = NULL
@@ -637,8 +963,8 @@ cdef class PageEncoder:
             if live:
                 content = self.copied(content, size)
             self.put_raw(page, content)
-        set_bit(self.sent, page)
-        clear_bit(self.zeros, page)
+        self.sent.add(page)
+        set_bit(self.filled, page)
         if self.on:
             if self.overflowed[page] & WAIT_MASK:
                 if slot != NO_SLOT:     # what it holds is no longer what the peer holds
@@ -791,8 +1117,8 @@ cdef class PageEncoder:
         """A delta that somebody else has made; 0 or a Fault."""
         cdef Py_ssize_t fault
         cdef uint32_t slot = NO_SLOT
-        cdef bint zero = get_bit(self.zeros, page)
-        if not get_bit(self.sent, page):
+        cdef bint zero = not get_bit(self.filled, page)
+        if not self.sent.has(page):
             return NO_BASE
         if length == 0:
             self.unchanged += 1
@@ -817,7 +1143,7 @@ cdef class PageEncoder:
             self.cache.insert(page, scratch, self.now, NULL, 0)
         self.flush_zeros()
         self.put_delta(page, delta, length)
-        clear_bit(self.zeros, page)
+        set_bit(self.filled, page)
         return 0
 
     def feed_zeros(self, uint64_t first, uint64_t count):
@@ -825,24 +1151,50 @@ cdef class PageEncoder:
 
         Returns how many fitted the batch.
         """
-        cdef uint64_t page, floor = self.next_page if self.used else 0
+        cdef uint64_t page, stop, end = first + count, floor = self.next_page if self.used else 0
         if self.zero_count:
             floor = self.zero_first + self.zero_count
-        if self.now == 0 or first < floor or first + count > self.pages or first + count < first:
+        if self.now == 0 or first < floor or end > self.pages or end < first:
             raise ValueError(f"pages {first} to {first + count} are out of order or outside")
         self.open_slab()
         self.offered = 0
         with nogil:
-            for page in range(first, first + count):
-                if get_bit(self.sent, page) and get_bit(self.zeros, page):
-                    self.unchanged += 1
-                    continue
-                if self.is_full():
+            page = first
+            while page < end:
+                stop = self.zeros_end(page, end)
+                self.unchanged += stop - page
+                page = stop
+                if page == end or self.is_full():
                     break
                 self.put_zero(page)
-            else:
-                page = first + count
+                page += 1
+                stop = self.lacking_end(page, end)
+                if stop > page and not self.is_full():  # the rest of the run takes no room
+                    self.zero_count += stop - page
+                    self.zero += stop - page
+                    self.make_zeros(page, stop)
+                    page = stop
         return page - first
+
+    cdef uint64_t zeros_end(self, uint64_t page, uint64_t end) noexcept nogil:
+        """The first page from `page` on that is not known to be zero there, or `end`."""
+        cdef uint64_t stop
+        if page < self.sent.below:
+            stop = end if end < self.sent.below else self.sent.below
+            page = next_set(self.filled, page, stop)
+            if page < stop:
+                return page
+        while page < end and self.is_zero_there(page):
+            page += 1
+        return page
+
+    cdef uint64_t lacking_end(self, uint64_t page, uint64_t end) noexcept nogil:
+        """The first page from `page` on that is known to be zero there, or `end`."""
+        if page >= self.sent.below and not self.sent.strays:
+            return end
+        while page < end and not self.is_zero_there(page):
+            page += 1
+        return page
 
     def take(self):
         """The batch as (head, pages), and opens the next one.
@@ -875,49 +1227,125 @@ cdef class PageEncoder:
         change with a probability below 2^-62. A page that equals the cached one gets its hash
         where that was stale. Returns how many pages differ.
         """
-        cdef uint64_t page, i, found = 0
-        cdef const uint8_t* content
-        if first + count > self.pages or first + count < first:
-            raise ValueError(f"pages {first} to {first + count} are outside the guest")
-        if <uint64_t>data.shape[0] < count * self.page_size or \
-                <uint64_t>changed.shape[0] * 8 < self.pages:
-            raise ValueError("the data or the bitmap is too short")
+        cdef uint64_t found = 0
+        cdef xb_sum total
+        self.check_scan(first, count, changed)
+        if <uint64_t>data.shape[0] < count * self.page_size:
+            raise ValueError("the data is too short")
+        if count == 0:
+            return 0
+        memset(&total, 0, sizeof(total))
         with nogil:
-            for i in range(count):
-                page = first + i
-                content = &data[i * self.page_size]
-                if not get_bit(self.sent, page) or self.differs(page, content):
-                    set_bit(&changed[0], page)
-                    found += 1
+            found = self.scan_pages(first, count, &data[0], &changed[0], &total)
+        xb_join(&self.hashes.total, &total)
         return found
 
-    cdef bint differs(self, uint64_t page, const uint8_t* content) noexcept nogil:
+    def scan_file(
+        self, int fd, uint64_t size, uint64_t first, uint64_t count, uint8_t[::1] changed not None,
+        uint8_t[::1] buffer not None,
+    ):
+        """As `scan`, for pages of a file of `size` bytes, read with pread(2) into `buffer`, some at
+        a time. What the file lacks are zeros. Raises OSError where reading fails.
+
+        Several threads may scan at once, each its own pages with a buffer of its own, while nobody
+        else uses the encoder.
+        """
+        cdef uint64_t found = 0, page = first, end = first + count, some
+        cdef uint64_t step = <uint64_t>buffer.shape[0] // <uint64_t>self.page_size
+        cdef xb_sum total
+        cdef int error = 0
+        self.check_scan(first, count, changed)
+        if step == 0:
+            raise ValueError("the buffer is shorter than a page")
+        memset(&total, 0, sizeof(total))
+        with nogil:
+            while page < end:
+                some = end - page if end - page < step else step
+                error = read_pages(
+                    fd, &buffer[0], page * self.page_size, some * self.page_size, size
+                )
+                if error:
+                    break
+                found += self.scan_pages(page, some, &buffer[0], &changed[0], &total)
+                page += some
+        xb_join(&self.hashes.total, &total)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return found
+
+    cdef int check_scan(self, uint64_t first, uint64_t count, uint8_t[::1] changed) except -1:
+        if first > self.pages or count > self.pages - first:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        if <uint64_t>changed.shape[0] * 8 < self.pages:
+            raise ValueError("the data or the bitmap is too short")
+        return 0
+
+    cdef uint64_t scan_pages(
+        self, uint64_t first, uint64_t count, const uint8_t* data, uint8_t* changed, xb_sum* total
+    ) noexcept nogil:
+        """Other threads may scan other pages: bits are set in one step, and the sum is apart."""
+        cdef uint64_t i, page, found = 0
+        cdef const uint8_t* content
+        cdef Py_ssize_t hint = 0
+        for i in range(count):
+            page = first + i
+            content = data + i * self.page_size
+            if not self.sent.has(page) or self.differs(page, content, &hint, total):
+                set_bit_shared(changed, page)
+                found += 1
+        return found
+
+    cdef bint differs(
+        self, uint64_t page, const uint8_t* content, Py_ssize_t* hint, xb_sum* total
+    ) noexcept nogil:
         cdef uint32_t slot = NO_SLOT
-        if get_bit(self.zeros, page):
+        if not get_bit(self.filled, page):
             return not is_zero(content, self.page_size)
         if self.cache is not None:
-            slot = self.cache.find(page)
+            slot = self.cache.find_near(page, hint)
         if slot == NO_SLOT:
             return get_bit(self.hashes.stale_at, page) or not self.hashes.matches(page, content)
         if memcmp(content, self.cache.at(slot), self.page_size) != 0:
             return True
         if get_bit(self.hashes.stale_at, page):
-            self.hashes.note(page, self.hashes.hash_of(content))
+            self.hashes.note_shared(page, self.hashes.hash_of(content), total)
         return False
 
     def scan_zeros(self, uint64_t first, uint64_t count, uint8_t[::1] changed not None):
         """As `scan`, for pages that are known to be zero without reading them."""
-        cdef uint64_t page, found = 0
-        if first + count > self.pages or first + count < first:
-            raise ValueError(f"pages {first} to {first + count} are outside the guest")
-        if <uint64_t>changed.shape[0] * 8 < self.pages:
-            raise ValueError("the bitmap is too short")
+        cdef uint64_t page = first, stop, end = first + count, found = 0
+        self.check_scan(first, count, changed)
         with nogil:
-            for page in range(first, first + count):
-                if not (get_bit(self.sent, page) and get_bit(self.zeros, page)):
-                    set_bit(&changed[0], page)
-                    found += 1
+            while True:
+                page = self.zeros_end(page, end)
+                if page == end:
+                    break
+                stop = self.lacking_end(page + 1, end)
+                set_range(&changed[0], page, stop)
+                found += stop - page
+                page = stop
         return found
+
+
+cdef int read_pages(
+    int fd, uint8_t* into, uint64_t offset, uint64_t length, uint64_t size
+) noexcept nogil:
+    """pread(2) of all of it, with zeros behind the end of the file; 0 or an errno."""
+    cdef uint64_t got = 0
+    cdef ssize_t n
+    while got < length and offset + got < size:
+        n = pread(fd, into + got, length - got, <long>(offset + got))
+        if n > 0:
+            got += n
+        elif n == 0:
+            break
+        elif errno != EINTR:
+            return errno
+    if offset + got > size:
+        got = size - offset
+    if got < length:
+        memset(into + got, 0, length - got)
+    return 0
 
 
 # ---------------------------------------------------------------- decoder
@@ -987,12 +1415,13 @@ cdef class PageDecoder:
     cdef readonly uint64_t pages
     cdef readonly Py_ssize_t page_size
     cdef readonly uint64_t size
-    cdef readonly bytearray recent
+    cdef readonly object recent
     cdef PageHashes hashes
+    cdef Zeros recent_keep
+    cdef Zeros written_keep
     cdef uint8_t* recent_at
-    cdef uint8_t* received
     cdef uint8_t* written
-    cdef readonly uint64_t received_pages
+    cdef Rising received
     cdef readonly uint64_t zero
     cdef readonly uint64_t raw
     cdef readonly uint64_t delta
@@ -1004,36 +1433,37 @@ cdef class PageDecoder:
             raise ValueError(f"{size} bytes are not {self.pages} pages of {self.page_size}")
         self.size = size
         self.hashes = hashes
-        self.recent = bitmap(self.pages)
-        self.recent_at = <uint8_t*>PyByteArray_AS_STRING(self.recent)
-        self.received = <uint8_t*>calloc((self.pages + 63) // 64, 8)
-        self.written = <uint8_t*>calloc((self.pages + 63) // 64, 8)
-        if not self.received or not self.written:
-            raise MemoryError(f"no memory to track {self.pages} pages")
+        self.recent_keep = bitmap(self.pages)
+        self.written_keep = bitmap(self.pages)
+        self.received = Rising(self.pages)
+        self.recent = memoryview(self.recent_keep)
+        self.recent_at = self.recent_keep.at
+        self.written = self.written_keep.at
         if not zeroed:
             memset(self.written, 0xFF, (self.pages + 63) // 64 * 8)
 
-    def __dealloc__(self):
-        free(self.received)
-        free(self.written)
+    @property
+    def received_pages(self):
+        """How many pages have come, or were here before."""
+        return self.received.below + self.received.strays
 
     def hold(self, uint64_t first, uint64_t count, bint written):
         """These pages are here from before: a delta may change them.
 
         written -- whether anything but zeros may be there: their hashes are stale then
         """
-        cdef uint64_t page
         if first > self.pages or count > self.pages - first:
             raise ValueError(f"pages {first} to {first + count} are outside the guest")
-        for page in range(first, first + count):
-            self.note_received(page)
+        with nogil:
+            self.received.add_range(first, first + count)
             if written:
-                set_bit(self.written, page)
-                set_bit(self.hashes.stale_at, page)
+                set_range(self.written, first, first + count)
+                set_range(self.hashes.stale_at, first, first + count)
 
     def end_round(self):
         """Forgets which pages are `recent`."""
-        memset(self.recent_at, 0, len(self.recent))
+        with nogil:
+            clear_range(self.recent_at, 0, self.pages)
 
     cdef Py_ssize_t check_records(
         self, const uint8_t* at, Py_ssize_t size, Py_ssize_t data_bytes, Py_ssize_t* where,
@@ -1058,7 +1488,7 @@ cdef class PageDecoder:
             if record.op == OP_RAW:
                 raw += record.count
             elif record.op == OP_DELTA:
-                if not get_bit(self.received, record.first):
+                if not self.received.has(record.first):
                     return NO_BASE
                 if not get_bit(self.written, record.first):
                     fresh.append(record.first)
@@ -1131,7 +1561,7 @@ cdef class PageDecoder:
                 if step < 0:
                     break
                 if record.op == OP_DELTA:
-                    if not get_bit(self.received, record.first):
+                    if not self.received.has(record.first):
                         step = NO_BASE
                         break
                     k = decode_page(
@@ -1162,17 +1592,13 @@ cdef class PageDecoder:
                         if error:
                             break
                     for page in range(record.first, record.first + record.count):
-                        self.note_received(page)
+                        self.received.add(page)
                         set_bit(self.written, page)
                         self.hashes.note(page, values[used])
                         used += 1
                     self.raw += record.count
                 else:
-                    for page in range(record.first, record.first + record.count):
-                        if get_bit(self.written, page):
-                            memset(&memory[page * self.page_size], 0, self.page_size)
-                        self.note_received(page)
-                        self.hashes.note(page, self.hashes.zero)
+                    self.write_zeros(&memory[0], record.first, record.first + record.count)
                     self.zero += record.count
                 done += record.count
                 next_page = record.first + record.count
@@ -1203,7 +1629,11 @@ cdef class PageDecoder:
             length -= <uint64_t>n
         return 0
 
-    cdef inline void note_received(self, uint64_t page) noexcept nogil:
-        if not get_bit(self.received, page):
-            set_bit(self.received, page)
-            self.received_pages += 1
+    cdef void write_zeros(self, uint8_t* memory, uint64_t first, uint64_t end) noexcept nogil:
+        """Pages of zeros; what was never written is zeros already."""
+        cdef uint64_t page = next_set(self.written, first, end)
+        while page < end:
+            memset(memory + page * self.page_size, 0, self.page_size)
+            page = next_set(self.written, page + 1, end)
+        self.received.add_range(first, end)
+        self.hashes.note_zeros(first, end)

@@ -22,6 +22,7 @@ cdef class PageCache:
     cdef int allocate(self, size_t n) except -1
     cdef size_t home(self, uint64_t page) noexcept nogil
     cdef uint32_t find(self, uint64_t page) noexcept nogil
+    cdef uint32_t find_near(self, uint64_t page, Py_ssize_t* next) noexcept nogil
     cdef uint8_t* at(self, uint32_t slot) noexcept nogil
     cdef void link(self, uint64_t page, uint32_t slot) noexcept nogil
     cdef void unlink(self, uint32_t slot) noexcept nogil

@@ -128,19 +128,23 @@ cdef class PageCache:
         return <size_t>((page * 0x9E3779B97F4A7C15u) >> 20) & self.index_mask
 
     cdef uint32_t find(self, uint64_t page) noexcept nogil:
+        return self.find_near(page, &self.next)
+
+    cdef uint32_t find_near(self, uint64_t page, Py_ssize_t* next) noexcept nogil:
+        """As `find`, from any thread while nothing changes: `next` is the caller's own."""
         cdef size_t i
         cdef uint32_t entry
         # What came in one after the other is asked for in that order, and lies in it.
-        if self.next < self.capacity and self.tags[self.next] == page:
-            self.next += 1
-            return <uint32_t>(self.next - 1)
+        if next[0] < self.capacity and self.tags[next[0]] == page:
+            next[0] += 1
+            return <uint32_t>(next[0] - 1)
         i = self.home(page)
         while True:
             entry = self.index[i]
             if entry == 0:
                 return NO_SLOT
             if self.tags[entry - 1] == page:
-                self.next = entry
+                next[0] = entry
                 return entry - 1
             i = (i + 1) & self.index_mask
 

@@ -14,6 +14,8 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from proto.errors import CacheSizeError, DecodeError
 
 if TYPE_CHECKING:
@@ -242,11 +244,44 @@ def decode_pages(deltas: Buffer, lengths: Buffer, pages: Buffer, page_size: int)
         at += length
 
 
-# ---------------------------------------------------------------- page cache
+# ---------------------------------------------------------------- bitmaps
 
 
 def bitmap(pages: int) -> bytearray:
     return bytearray((pages + 63) // 64 * 8)
+
+
+def zeros(size: int) -> memoryview:
+    """Writable memory of so many zeros."""
+    return memoryview(bytearray(max(size, 1)))
+
+
+def _number(bits: Buffer, others: Buffer, *, both: bool = True) -> tuple[int, int]:
+    one, other = bytes(bits), bytes(others)
+    if len(one) % 8 or ((both or other) and len(one) != len(other)):
+        raise ValueError(f"bitmaps of {len(one)} and {len(other)} bytes")
+    return int.from_bytes(one, "little"), int.from_bytes(other, "little")
+
+
+def count_bits(bits: Buffer, others: Buffer = b"") -> int:
+    """How many bits are set in a bitmap, or in either of two."""
+    one, other = _number(bits, others, both=False)
+    return (one | other).bit_count()
+
+
+def unite_bits(bits: Buffer, others: Buffer) -> None:
+    """Sets the bits of another bitmap too."""
+    one, other = _number(bits, others)
+    memoryview(bits)[:] = (one | other).to_bytes(len(memoryview(bits)), "little")
+
+
+def keep_bits(bits: Buffer, others: Buffer) -> None:
+    """Clears the bits that are not set in another bitmap."""
+    one, other = _number(bits, others)
+    memoryview(bits)[:] = (one & other).to_bytes(len(memoryview(bits)), "little")
+
+
+# ---------------------------------------------------------------- page cache
 
 
 def is_page_size(size: int) -> bool:
@@ -407,9 +442,9 @@ class PageCache:
 
 
 class PageHashes:
-    """A keyed 64-bit hash of every page, as the destination holds it.
+    """A keyed 64-bit hash of every page, as the destination holds it; at first those of zeros.
 
-    table -- the hashes, 8 bytes each, little-endian; at first those of pages of zeros
+    table -- the hashes, 8 bytes each, little-endian
     stale -- a bit per page: it was changed by a delta, and its hash is of an older content
     """
 
@@ -452,6 +487,40 @@ class PageHashes:
     def matches(self, page: int, content: bytes) -> bool:
         value = self.hash_of(content).to_bytes(8, "little")
         return self.table[8 * page : 8 * page + 8] == value
+
+    def clear(self) -> None:
+        """All pages are zeros again."""
+        self.table[:] = self.zero.to_bytes(8, "little") * self.pages
+        self.stale[:] = bytes(len(self.stale))
+
+    @property
+    def sum(self) -> bytes:
+        """The digest that leaves out zeros, 16 bytes: see proto/README.md."""
+        total = xxhash.xxh3_128_intdigest(struct.pack("<QQ", self.pages, self.zero))
+        for page, (value,) in enumerate(struct.iter_unpack("<Q", self.table)):
+            if value != self.zero:
+                total += xxhash.xxh3_128_intdigest(struct.pack("<QQ", page, value))
+        return (total % 2**128).to_bytes(16, "big")
+
+    def part(self, first: int, count: int) -> bytearray:
+        """The hashes of `count` pages, 8 bytes each, little-endian."""
+        if first + count > self.pages:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        return self.table[8 * first : 8 * (first + count)]
+
+    def filled_part(self, first: int, most: int) -> tuple[int, bytes]:
+        """(the first page from `first` on whose hash is not that of zeros, the hashes from there
+        on to the last such one of `most` pages); at the end (pages, b"")."""
+        zero = self.zero.to_bytes(8, "little")
+        filled = [
+            page for page in range(first, self.pages)
+            if self.table[8 * page : 8 * page + 8] != zero
+        ]  # fmt: skip
+        if not filled or not most:
+            return self.pages, b""
+        start = filled[0]
+        end = max(page for page in filled if page < start + most) + 1
+        return start, bytes(self.part(start, end - start))
 
     def note_pages(self, numbers: Buffer, count: int, content: Buffer) -> None:
         """Hashes `count` pages whose numbers and content are given; they are stale no more."""
@@ -612,6 +681,12 @@ class PageEncoder:
             ):
                 self._cache.drop(page)
 
+    def adopt_zeros(self, first: int, count: int) -> None:
+        """As `adopt`, for pages that the peer holds as zeros."""
+        if first + count > self.pages:
+            raise ValueError(f"pages {first} to {first + count} are outside the guest")
+        self.adopt(first, self._hashes.zero.to_bytes(8, "little") * count)
+
     def forget(self) -> None:
         """The peer holds nothing that is known of: every page is to be sent as in round 1."""
         self._drop_batch()
@@ -619,8 +694,8 @@ class PageEncoder:
         self._zeros.clear()
         self._overflowed.clear()
         self._wait.clear()
+        self._hashes.clear()
         for page in range(self.pages):
-            self._hashes.note(page, self._hashes.zero)
             if self._cache is not None:
                 self._cache.drop(page)
 
@@ -951,14 +1026,43 @@ class PageEncoder:
         content, bits = memoryview(data), memoryview(changed)
         if first + count > self.pages:
             raise ValueError(f"pages {first} to {first + count} are outside the guest")
-        if len(content) < count * self.page_size or len(bits) * 8 < self.pages:
+        if len(bits) * 8 < self.pages:
             raise ValueError("the data or the bitmap is too short")
+        if len(content) < count * self.page_size:
+            raise ValueError("the data is too short")
         found = 0
         for i in range(count):
             page = first + i
             if self._differs(page, bytes(content[i * self.page_size : (i + 1) * self.page_size])):
                 bits[page >> 3] |= 1 << (page & 7)
                 found += 1
+        return found
+
+    def scan_file(
+        self, fd: int, size: int, first: int, count: int, changed: Buffer, buffer: Buffer
+    ) -> int:
+        """As `scan`, for pages of a file of `size` bytes, read with pread(2) into `buffer`, some at
+        a time. What the file lacks are zeros. Raises OSError where reading fails.
+
+        Several threads may scan at once, each its own pages with a buffer of its own, while nobody
+        else uses the encoder.
+        """
+        page_size = self.page_size
+        step, found, end = len(memoryview(buffer)) // page_size, 0, first + count
+        if end > self.pages:
+            raise ValueError(f"pages {first} to {end} are outside the guest")
+        if step == 0:
+            raise ValueError("the buffer is shorter than a page")
+        for page in range(first, end, step):
+            some = min(step, end - page)
+            want = min(some * page_size, max(size - page * page_size, 0))
+            content = bytearray()
+            while len(content) < want:
+                read = os.pread(fd, want - len(content), page * page_size + len(content))
+                if not read:
+                    break
+                content += read
+            found += self.scan(page, some, content.ljust(some * page_size, b"\0"), changed)
         return found
 
     def scan_zeros(self, first: int, count: int, changed: Buffer) -> int:

@@ -22,6 +22,8 @@ OPTIONAL = frozenset({"xbzrle", "xbzrle-merge"})
 PROBE = "probe"
 # Required by a source whose guest comes as a stream; every destination here can take it.
 STREAM = "stream"
+# Used wherever both sides know it: pages of zeros cost neither the digest nor HELD anything.
+SPARSE = "sparse"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Agreement:
     def stream(self) -> bool:
         """The guest is QEMU's stream: its pages, and what stands between them, in order."""
         return STREAM in self.used
+
+    @property
+    def sparse(self) -> bool:
+        """The digest is the sum that leaves out zeros, and HELD may leave them out."""
+        return SPARSE in self.used
 
     @property
     def merge(self) -> bool:

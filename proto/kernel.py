@@ -19,7 +19,15 @@ if NAME not in ("cython", "python"):
 
 if TYPE_CHECKING or NAME == "cython":
     try:
-        from proto._batch import PageDecoder, PageEncoder, PageHashes
+        from proto._batch import (
+            PageDecoder,
+            PageEncoder,
+            PageHashes,
+            count_bits,
+            keep_bits,
+            unite_bits,
+            zeros,
+        )
         from proto._cache import PageCache
         from proto._codec import SIMD, decode, decode_pages, encode, encode_pages
         from proto._ram import SCAN_END, SCAN_MORE, SCAN_RECORDS, RamReader, RamWriter
@@ -37,10 +45,14 @@ else:
         PageDecoder,
         PageEncoder,
         PageHashes,
+        count_bits,
         decode,
         decode_pages,
         encode,
         encode_pages,
+        keep_bits,
+        unite_bits,
+        zeros,
     )
     from proto._twin_ram import SCAN_END, SCAN_MORE, SCAN_RECORDS, RamReader, RamWriter
     from proto._twin_ram_apply import RamApplier, RamRecorder
@@ -63,9 +75,13 @@ __all__ = [
     "RamRecorder",
     "RamSurvey",
     "RamWriter",
+    "count_bits",
     "decode",
     "decode_pages",
     "encode",
     "encode_pages",
+    "keep_bits",
     "select_records",
+    "unite_bits",
+    "zeros",
 ]

@@ -17,6 +17,7 @@ from proto.ownership import ANSWERS, Claim
 PROTOCOL_VERSION = 1
 MAX_PAGES = 1 << 32
 MIN_PAGE_SIZE = 1 << 10
+MAX_SIZE = MAX_PAGES * MIN_PAGE_SIZE
 MAX_PAGE_SIZE = 1 << 14
 MAX_STATE = 1 << 20
 MAX_CAPABILITIES = 64
@@ -104,7 +105,7 @@ class GuestInfo(_Message, frozen=True):
     """
 
     kind: Name
-    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES * MIN_PAGE_SIZE)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
     page_size: Annotated[int, msgspec.Meta(ge=MIN_PAGE_SIZE, le=MAX_PAGE_SIZE)]
     hash_seed: Annotated[bytes, msgspec.Meta(min_length=SEED_BYTES, max_length=SEED_BYTES)]
     channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)] = 1

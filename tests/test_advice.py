@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from migrate.advice import LARGE_CACHE, advice, obstacle, option_size
 from migrate.deltas import DeltaSwitch
-from migrate.quantities import parse_size
+from migrate.quantities import parse_milliseconds, parse_size
 from migrate.rounds import DowntimeModel, Limits, Measured, Pending
 from migrate.statistics import Statistics
 from migrate.workingset import WorkingSet
@@ -228,3 +228,19 @@ def test_whatever_was_measured_an_obstacle_reads_well(learnt, pending):
     assert "--" in text
     assert "nan" not in text
     assert "inf" not in text
+
+
+def test_a_check_of_the_whole_that_eats_the_limit_is_named():
+    text = said(model_of(RAW), Pending(10, 0, whole_seconds=0.4))
+    assert "checking the whole takes 400 ms" in text
+    assert "finding what changed" not in text
+    both = said(model_of(RAW), Pending(10, 0, scan_seconds=0.3, whole_seconds=0.2))
+    assert "finding what changed takes 300 ms of that and checking the whole takes 200 ms" in both
+
+
+@pytest.mark.parametrize("seconds", [0.0004, 0.2, 0.31, 0.525, 3.9, 47.0])
+def test_the_limit_that_is_proposed_would_do(seconds):
+    text = said(model_of(RAW), Pending(0, 0, scan_seconds=seconds), downtime_limit=seconds / 2)
+    limit = parse_milliseconds(text.rpartition("raise --downtime-limit to ")[2], "limit") / 1e3
+    expected = model_of(RAW).predict(Pending(0, 0, scan_seconds=seconds), Limits())
+    assert 1.4 * expected <= limit <= 2 * expected

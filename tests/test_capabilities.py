@@ -144,3 +144,15 @@ def test_a_destination_that_takes_no_whole_batch_is_refused():
     caps.agree(offer, hello(max_body=BATCH_BYTES))
     with pytest.raises(CapabilityError, match=f"takes batches of {BATCH_BYTES - 1} bytes"):
         caps.agree(offer, hello(max_body=BATCH_BYTES - 1))
+
+
+def test_zeros_are_left_out_where_both_sides_know_how():
+    """Nobody switches it; a peer that does not know the word is spoken to as before."""
+    assert caps.SPARSE not in caps.OPTIONAL
+    sparse = frozenset({caps.SPARSE})
+    for source, destination in itertools.product([XBZRLE, XBZRLE | sparse], repeat=2):
+        offer = caps.offer(source)
+        answer, there = caps.answer(offer, destination)
+        here = caps.agree(offer, answer)
+        assert here.sparse is there.sparse is bool(source & destination & sparse)
+        assert here.xbzrle

@@ -474,13 +474,13 @@ class HandDestination:
         self.memory = bytearray(PAGES * PAGE)
         self.info: GuestInfo | None = None
         self.seen: list[tuple[int, str, int]] = []
+        self.capable = capabilities.OPTIONAL
 
-    async def accept(self, capable: frozenset[str] = capabilities.OPTIONAL) -> None:
+    async def accept(self, capable: frozenset[str] | None = None) -> None:
         await self.accept_as(Accept(bytes(16)), capable)
 
-    async def accept_as(
-        self, answer: Accept, capable: frozenset[str] = capabilities.OPTIONAL
-    ) -> None:
+    async def accept_as(self, answer: Accept, capable: frozenset[str] | None = None) -> None:
+        capable = self.capable if capable is None else capable
         main = await self.listener.accept()
         self.links.append(main)
         hello = await main.receive_message()
@@ -532,15 +532,17 @@ class HandDestination:
     async def acknowledge(self, number: int) -> None:
         await self.links[0].send(RoundAck(number, 0.0, 0.0, 0, 0))
 
-    async def finish(self) -> None:
+    async def finish(self) -> Complete:
         while True:
             ended = await self.take_rounds()
             await self.acknowledge(ended.number)
             if ended.last:
                 break
-        assert isinstance(await self.links[0].receive_message(), Complete)
+        complete = await self.links[0].receive_message()
+        assert isinstance(complete, Complete)
         await self.links[0].send(Ready(0.0))
         assert await self.links[0].receive_message() == Go()
+        return complete
 
 
 @contextlib.asynccontextmanager

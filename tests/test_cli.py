@@ -134,6 +134,12 @@ def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
         (["--guest", "file:{file}", "--pid", "self", NOWHERE], "--pid: 'self' is not a number"),
         (["--guest", "file:{file}", "--pause-cmd", "true", NOWHERE], "go together"),
         (["--guest", "file:{empty}", NOWHERE], "it is empty"),
+        (["--guest", "file:/proc/self/status", NOWHERE], "it is on proc"),
+        (["--guest", "file:/sys/kernel/uevent_seqnum", NOWHERE], "it is on sysfs"),
+        (["--guest", "file:{file}", "--pause-cmd", "(", "--resume-cmd", ":", NOWHERE],
+         "--pause-cmd '(': the shell does not understand it"),
+        (["--guest", "file:{file}", "--command-timeout", "x", NOWHERE], "'x' is not a time"),
+        (["--journal", "{file}", NOWHERE], "Not a directory"),
     ],
 )  # fmt: skip
 def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
@@ -157,6 +163,18 @@ def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
         (["--listen", "0", "--output", "{file}/x"], "there is no directory {file}"),
         (["--listen", "0", "--output", "/no/where/x"], "there is no directory /no/where"),
         (["--listen", "0", "--output", "{dir}", "--overwrite"], "it is no plain file"),
+        (["--listen", "0", "--output", "{dir}/x/"], "it ends in a slash: name the file"),
+        (["--listen", "0", "--output", "{dir}/" + "n" * 256], "the name has 256 bytes"),
+        (["--listen", "0", "--output", "/dev/null"], "but a character device"),
+        (["--listen", "0", "--output", "/proc/x"], "name a directory on another file system"),
+        (["--listen", "0", "--output", "{dir}/x", "--mode", "rw"], "octal digits"),
+        (["--listen", "0", "--output", "{dir}/x", "--owner", "no-one"], "there is no user"),
+        (["--listen", "0", "--mode", "600"], "are for the file of a guest: give --output"),
+        (["--listen", "0", "--on-complete", "if"], "the shell does not understand it"),
+        (["--listen", "0", "--on-complete", "/no/such x"], "/no/such: No such file or directory"),
+        (["--listen", "0", "--on-complete-timeout", "soon"], "'soon' is not a time"),
+        (["--listen", "0", "--journal", "{file}"], "Not a directory"),
+        (["--listen", "0", "--guest", "qemu", "--output", "/dev/null"], "a character device"),
     ],
 )  # fmt: skip
 def test_what_the_destination_cannot_do(call, guest_file, tmp_path, arguments, says):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from migrate.digest import SETTLE_BYTES, Digest
 from migrate.memory import Memory
 from proto.pageset import PageSet
-from tests.kernels import COMPILED, kernel  # noqa: F401
+from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
 PAGE = 4096
 SEED = b"a seed of one migration"
@@ -165,3 +165,79 @@ def test_more_stale_pages_than_are_read_at_a_time(page):
     truth = COMPILED.PageHashes(pages, page, SEED)
     truth.note_pages(array("Q", range(pages)), pages, guest.content)
     assert guest.hashes.table == truth.table
+
+
+# ---------------------------------------------------------------- the sum
+
+
+def sum_by_definition(content: bytes, page: int, seed: bytes) -> bytes:
+    """X(pages, zero) and X(page, hash) of each page that is not zeros, mod 2^128."""
+    zero = page_hash(bytes(page), seed)
+    count = -(-len(content) // page)
+    total = xxhash.xxh3_128_intdigest(struct.pack("<Q", count) + zero)
+    for number in range(count):
+        whole = bytes(content[number * page : (number + 1) * page]).ljust(page, b"\0")
+        if any(whole):
+            own = page_hash(whole, seed)
+            total += xxhash.xxh3_128_intdigest(struct.pack("<Q", number) + own)
+    return (total % 2**128).to_bytes(16, "big")
+
+
+@pytest.mark.parametrize("size", [1, PAGE, 3 * (1 << 16) + 777])
+@pytest.mark.parametrize("page", [1024, 4096, 16384])
+def test_the_sum_is_what_the_definition_says(kernel, size, page):
+    content = bytearray(os.urandom(size))
+    content[: size // 2] = bytes(size // 2)
+    guest = Guest(kernel, content, page)
+    guest.digest.by_sum = True
+    assert guest.digest.digest() == sum_by_definition(content, page, SEED)
+    content[:] = bytes(size)
+    guest.touch(*range(guest.pages))
+    assert guest.digest.digest() == sum_by_definition(bytes(size), page, SEED)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 90 * PAGE), st.data())
+def test_after_any_writes_the_sum_is_of_the_content(size, data):
+    guests = [Guest(kernel, bytearray(size)) for kernel in BOTH]
+    for _ in range(3):
+        for at in data.draw(st.lists(st.integers(0, size - 1), max_size=5)):
+            value = data.draw(st.integers(0, 255))
+            for guest in guests:
+                guest.content[at] = value
+                guest.touch(at // PAGE)
+        wanted = sum_by_definition(guests[0].content, PAGE, SEED)
+        for guest in guests:
+            guest.digest.by_sum = True
+            assert guest.digest.digest() == wanted
+            guest.digest.by_sum = False
+            assert guest.digest.digest() == guest.expected()
+
+
+def test_the_sum_tells_pages_that_changed_places(kernel):
+    """A sum does not know order by itself: the number of the page is in each term."""
+    one, other = os.urandom(PAGE), os.urandom(PAGE)
+    sums = set()
+    for content in (one + other, other + one, one + one, one + other + bytes(PAGE)):
+        guest = Guest(kernel, bytearray(content))
+        guest.digest.settle()
+        sums.add(guest.hashes.sum)
+    assert len(sums) == 4
+
+
+@pytest.mark.parametrize("by_sum", [False, True])
+def test_a_rehearsal_is_timed_and_changes_nothing(kernel, by_sum):
+    guest = Guest(kernel, bytearray(os.urandom(70 * PAGE)))
+    guest.digest.by_sum = by_sum
+    guest.digest.settle()
+    guest.touch(3, 69)
+    dirty = PageSet(70, [3, 5])
+    assert guest.digest.rehearse(dirty.bits) == 3
+    assert guest.digest.whole_seconds > 0
+    assert (guest.stale(), guest.digest.hashed) == ({3, 69}, 70)
+
+
+def test_a_digest_without_the_sum_is_made_of_parts(monkeypatch):
+    monkeypatch.setattr("migrate.digest.PART", 16)
+    guest = Guest(COMPILED, bytearray(os.urandom(70 * PAGE)))
+    assert guest.digest.digest() == guest.expected()

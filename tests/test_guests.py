@@ -5,8 +5,10 @@ Programs are killed with SIGKILL here: that is the case in which nobody gets to 
 
 import asyncio
 import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from migrate._memory import set_marks
-from migrate.errors import MigrationError, UsageError
+from migrate.errors import MigrationError, PeerError, UsageError
 from migrate.guests import buffer as buffer_module
 from migrate.guests.buffer import BufferGuest, BufferPlace, GuestMoved
 from migrate.guests.demo import (
@@ -36,10 +38,12 @@ from migrate.guests.demo import (
 )
 from migrate.guests.file import FileGuest
 from migrate.guests.output_file import FilePlace
+from migrate.guests.rights import Rights
 from migrate.tracking import MarkTracker, ScanTracker
 from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
 from tests.programs import end_guest
+from tests.requirements import need
 
 PATIENCE = 60.0
 ROOT = Path(__file__).parent.parent
@@ -547,8 +551,25 @@ def test_what_is_no_guest_file_is_refused(tmp_path):
     for path in (fifo, tmp_path, Path("/dev/zero")):
         with pytest.raises(UsageError, match=r"guest file .*: "):
             FileGuest(str(path))
+    for path, kind in ((fifo, "a FIFO"), (tmp_path, "a directory")):
+        with pytest.raises(UsageError, match=f"neither a file nor a block device, but {kind}"):
+            FileGuest(str(path))
     with pytest.raises(UsageError, match="that is migrate-src itself"):
         FileGuest(sys.executable, [os.getpid()])
+    with pytest.raises(UsageError, match="it is on proc: such a file is made as it is read"):
+        FileGuest("/proc/self/status")
+
+
+@pytest.mark.parametrize("size", [0, 4095, 4097, 8192])
+def test_a_guest_that_changes_its_size_is_noticed_at_the_end_of_a_round(tmp_path, size):
+    path = tmp_path / "guest"
+    path.write_bytes(bytes(4096))
+    guest = FileGuest(str(path))
+    guest.check()
+    os.truncate(path, size)
+    with pytest.raises(MigrationError, match=f"it had 4096 bytes at the start and has {size} now"):
+        guest.check()
+    asyncio.run(guest.close())
 
 
 # ---------------------------------------------------------------- where a file lands
@@ -696,6 +717,192 @@ async def test_a_full_disk_is_an_error_not_a_crash(place_of, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left on device"):
         place.make_room(0)
     await place.discard()
+
+
+async def arrive(place: FilePlace, state: bytes = b"") -> str:
+    place.persist()
+    await place.prepare(state)
+    place.secure()
+    said = await place.start(state)
+    place.close()
+    return said
+
+
+def rights(path: Path) -> Rights:
+    here = path.stat()
+    return Rights(stat.S_IMODE(here.st_mode), here.st_uid, here.st_gid)
+
+
+def test_a_file_guest_says_mode_and_owner_of_its_file(tmp_path):
+    path = tmp_path / "guest"
+    path.write_bytes(b"x")
+    path.chmod(0o4751)
+    guest = FileGuest(str(path))
+    assert Rights.unpack(guest.state()) == Rights(0o751, os.getuid(), os.getgid())
+    asyncio.run(guest.close())
+
+
+@pytest.mark.asyncio
+async def test_what_arrives_has_the_rights_of_the_guests_file(place_of, tmp_path):
+    need(os.geteuid() == 0, "root, to give files away")
+    path = tmp_path / "out"
+    said = await arrive(place_of(3, path), Rights(0o664, 65534, 65533).pack())
+    assert said == f"{path} is complete, 3 B"
+    assert rights(path) == Rights(0o664, 65534, 65533)
+
+
+@pytest.mark.asyncio
+async def test_what_arrives_has_the_rights_of_the_file_it_replaces(place_of, tmp_path):
+    need(os.geteuid() == 0, "root, to give files away")
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    os.chown(path, 65533, 65532)
+    path.chmod(0o2604)
+    await arrive(place_of(3, path, overwrite=True), Rights(0o664, 65534, 65534).pack())
+    assert rights(path) == Rights(0o604, 65533, 65532), "and no setgid for what a source sent"
+
+
+@pytest.mark.asyncio
+async def test_the_user_has_the_last_word_on_rights(tmp_path):
+    need(os.geteuid() == 0, "root, to give files away")
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    asked = Rights(mode=0o400, gid=65531)
+    place = FilePlace(
+        GuestInfo("file", 3, PAGE, bytes(16)), str(path), True, rights=asked,
+    )  # fmt: skip
+    await arrive(place, Rights(0o664, 65534, 65534).pack())
+    assert rights(path) == Rights(0o400, 0, 65531)
+
+
+@pytest.mark.asyncio
+async def test_a_later_program_gives_the_rights_that_were_prepared(place_of, tmp_path):
+    need(os.geteuid() == 0, "root, to give files away")
+    path = tmp_path / "out"
+    place = place_of(3, path)
+    place.persist()
+    await place.prepare(Rights(0o640, 65534, 65533).pack())
+    assert stat.S_IMODE(os.fstat(place.fd).st_mode) == 0o600, "nobody reads it before it is ours"
+    facts = json.loads(json.dumps(place.facts()))
+    place.close()
+    again = FilePlace.reopen(facts)
+    await again.start(b"")
+    again.close()
+    assert rights(path) == Rights(0o640, 65534, 65533)
+
+
+@pytest.mark.asyncio
+async def test_a_later_program_finds_what_has_its_name_though_it_may_not_open_it(
+    place_of, tmp_path, monkeypatch
+):
+    """As where a user's file has come with mode 0400, or with none at all."""
+    path = tmp_path / "out"
+    place = place_of(3, path)
+    await arrive(place, Rights(0).pack())
+    facts = json.loads(json.dumps({**place_facts(path), "temporary": str(tmp_path / ".gone")}))
+    real = os.open
+
+    def denied(name, flags, *mode, **more):
+        if str(name) == str(path) and not flags & os.O_PATH:
+            raise PermissionError(13, "Permission denied")
+        return real(name, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    again = FilePlace.reopen(facts)
+    assert "is complete" in await again.start(b"")
+    again.close()
+    assert rights(path).mode == 0
+
+
+def place_facts(path: Path) -> dict:
+    here = path.stat()
+    return {
+        "path": str(path), "overwrite": False, "size": 3, "inode": [here.st_dev, here.st_ino],
+    }  # fmt: skip
+
+
+@pytest.mark.asyncio
+async def test_rights_that_make_no_sense_are_refused_before_the_guest_is_ours(place_of, tmp_path):
+    place = place_of(3, tmp_path / "out")
+    place.persist()
+    with pytest.raises(PeerError, match="mode and owner"):
+        await place.prepare(b"nonsense")
+    await place.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("moment", ["round", "end"])
+async def test_what_came_and_was_removed_is_missed_before_the_guest_is_ours(
+    place_of, tmp_path, moment
+):
+    directory = tmp_path / "there"
+    directory.mkdir()
+    place = place_of(3, directory / "out")
+    place.persist()
+    place.sync()
+    shutil.rmtree(directory)
+    directory.mkdir()
+    with pytest.raises(MigrationError, match=r"what had come .* was removed or replaced meanwhile"):
+        place.sync() if moment == "round" else await place.prepare(b"")
+    await place.discard()
+
+
+@pytest.mark.asyncio
+async def test_an_output_that_appears_meanwhile_is_noticed_before_the_guest_is_ours(
+    place_of, tmp_path
+):
+    path = tmp_path / "out"
+    place = place_of(3, path)
+    place.persist()
+    path.write_bytes(b"came meanwhile")
+    with pytest.raises(MigrationError, match="it exists"):
+        await place.prepare(b"")
+    await place.discard()
+    assert path.read_bytes() == b"came meanwhile"
+
+
+def test_a_guest_that_is_larger_than_files_may_be_is_refused(tmp_path):
+    code = """
+import resource
+from migrate.errors import UsageError
+from migrate.guests.output_file import FilePlace
+from proto.messages import GuestInfo
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+FilePlace(GuestInfo("file", 1 << 20, 4096, bytes(16)), sys.argv[1], False)
+try:
+    FilePlace(GuestInfo("file", (1 << 20) + 1, 4096, bytes(16)), sys.argv[1], False)
+except UsageError as error:
+    assert "ulimit -f" in str(error), error
+"""
+    with Mover(code, tmp_path / "out"):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_guest_for_which_there_may_be_no_room_is_said(place_of, tmp_path):
+    """A sparse one may fit all the same."""
+    room = os.statvfs(tmp_path)
+    place = place_of(2 * room.f_bavail * room.f_frsize, tmp_path / "out")
+    [said] = place.notices()
+    assert "it fits only if all else is zeros" in said
+    asyncio.run(place.discard())
+    place = place_of(3, tmp_path / "out")
+    assert place.notices() == []
+    asyncio.run(place.discard())
+
+
+def test_who_has_the_old_file_open_is_said(place_of, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    with Mover("file = open(sys.argv[1])", path) as mover:
+        place = place_of(3, path, overwrite=True)
+        [said] = place.notices()
+        assert f"process {mover.process.pid} " in said
+        assert "will go on with the old file" in said
+        asyncio.run(place.discard())
+    place = place_of(3, path, overwrite=True)
+    assert place.notices() == []
+    asyncio.run(place.discard())
 
 
 def test_what_a_killed_receiver_leaves_can_be_gone_on_with(place_of, tmp_path):

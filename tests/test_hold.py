@@ -369,6 +369,22 @@ def test_file_system_without_record_locks_is_held_by_flock(guest, monkeypatch):
     hold.close()
 
 
+def test_where_the_two_kinds_of_lock_are_one_only_the_byte_is_touched(guest, monkeypatch):
+    """A flock there would drop the byte at the server, or meet it."""
+    fd = os.open(guest, os.O_RDONLY)
+    assert hold_module.file_system(fd) == subprocess.run(
+        ["findmnt", "-n", "-o", "FSTYPE", "-T", guest], capture_output=True, text=True, check=True
+    ).stdout.strip()  # fmt: skip
+    os.close(fd)
+    monkeypatch.setattr(hold_module, "file_system", lambda _fd: "nfs4")
+    monkeypatch.setattr(hold_module.fcntl, "flock", lambda *_: pytest.fail("a flock was tried"))
+    hold = held(guest)
+    hold.confirm()
+    with Mover(guest) as second:
+        assert "is moving it" in second.take()
+    hold.close()
+
+
 # ---------------------------------------------------------------- who holds when
 
 

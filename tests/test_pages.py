@@ -1448,3 +1448,82 @@ CONTENT_FAULTS = [
     "an empty non-zero run",
     "a non-zero run goes past the end of the delta",
 ]
+
+
+# ---------------------------------------------------------------- guests that are mostly zeros
+
+
+def test_the_filled_parts_of_a_table_are_what_is_not_zeros(kernel):
+    pages = 3000
+    hashes = kernel.PageHashes(pages, PAGE, SEED)
+    assert hashes.filled_part(0, 8000) == (pages, b"")
+    filled = [0, 1, 5, 1000, 1001, 2999]
+    hashes.note_pages(array("Q", filled), len(filled), b"".join(fill(n + 1) for n in range(6)))
+    table = bytes(hashes.table)
+    assert hashes.part(4, 3) == table[32:56]
+    for first, most, start, end in (
+        (0, 8000, 0, 3000), (0, 3, 0, 2), (0, 6, 0, 6), (2, 1, 5, 6), (6, 8, 1000, 1002),
+        (1001, 1, 1001, 1002), (1002, 5, 2999, 3000),
+    ):  # fmt: skip
+        assert hashes.filled_part(first, most) == (start, table[8 * start : 8 * end])
+    assert hashes.filled_part(3000, 1) == hashes.filled_part(0, 0) == (pages, b"")
+    for first, count in ((0, 3001), (3001, 0), (2999, 2)):
+        with pytest.raises(ValueError, match="outside the guest"):
+            hashes.part(first, count)
+    hashes.clear()
+    assert (hashes.table, hashes.sum) == (
+        kernel.PageHashes(pages, PAGE, SEED).table, kernel.PageHashes(pages, PAGE, SEED).sum,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_zeros_that_the_peer_holds_are_adopted_as_their_hashes_would_be(kernel, cached):
+    """By the range, or page by page: what is known of the peer, and sent then, is the same."""
+    told = []
+    for by_range in (True, False):
+        pair = Pair(kernel, pages=200, cache=cached)
+        pair.encoder.begin_round(1)
+        pair.send({page: fill(page % 5 // 4) for page in range(190)})
+        zero = kernel.PageHashes(1, PAGE, SEED).table
+        if by_range:
+            pair.encoder.adopt_zeros(2, 150)
+        else:
+            pair.encoder.adopt(2, bytes(zero) * 150)
+        changed = bytearray(bitmap(200, []))
+        pair.encoder.scan(0, 200, bytes(pair.memory), changed)
+        told.append((listed(changed), pair.hashes.table, pair.hashes.sum, len(pair.cache or ())))
+    assert told[0] == told[1]
+    assert told[0][0] == [*range(4, 152, 5), *range(190, 200)]
+    for first, count in ((0, 201), (201, 0)):
+        with pytest.raises(ValueError, match="outside the guest"):
+            pair.encoder.adopt_zeros(first, count)
+
+
+@pytest.mark.parametrize("size", [PAGE, 100 * PAGE, 100 * PAGE - 5])
+def test_a_file_is_scanned_as_its_content_is(kernel, tmp_path, size):
+    pages = -(-size // PAGE)
+    pair = Pair(kernel, pages=pages, bytes_=size)
+    content = bytearray(random.Random(3).randbytes(size))
+    padded = bytes(content).ljust(pages * PAGE, b"\0")
+    pair.encoder.begin_round(1)
+    pair.send({page: padded[page * PAGE : (page + 1) * PAGE] for page in range(pages)})
+    path = tmp_path / "guest"
+    for at in (0, size - 1):
+        content[at] ^= 1
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        for room in (1, 3, 64):
+            changed = bytearray(bitmap(pages, []))
+            found = pair.encoder.scan_file(
+                file.fileno(), size, 0, pages, changed, bytearray(room * PAGE)
+            )
+            assert listed(changed) == sorted({0, pages - 1})
+            assert found == len({0, pages - 1})
+        with pytest.raises(ValueError, match="shorter than a page"):
+            pair.encoder.scan_file(file.fileno(), size, 0, pages, changed, bytearray(PAGE - 1))
+        with pytest.raises(ValueError, match="outside the guest"):
+            pair.encoder.scan_file(file.fileno(), size, 1, pages, changed, bytearray(PAGE))
+        with pytest.raises(ValueError, match="too short"):
+            pair.encoder.scan_file(file.fileno(), size, 0, pages, bytearray(), bytearray(PAGE))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        pair.encoder.scan_file(-1, size, 0, pages, changed, bytearray(PAGE))

@@ -1,10 +1,13 @@
 """The dirty bitmap against Python's own set."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.pageset import PageSet
+from tests.kernels import kernel  # noqa: F401
 
 
 @st.composite
@@ -72,3 +75,46 @@ def test_sets_of_two_guests_do_not_mix():
 def test_a_set_that_changes_has_no_hash():
     with pytest.raises(TypeError):
         hash(PageSet(1))
+
+
+@given(sized_sets(2))
+def test_intersection_in_place(given_sets):
+    pages, one, other = given_sets
+    left, right = PageSet(pages, one), PageSet(pages, other)
+    bits = left.bits
+    left &= right
+    assert set(left) == one & other
+    assert set(right) == other
+    assert left.bits is bits
+    with pytest.raises(ValueError, match=f"sets of {pages} and {pages + 1} pages"):
+        left &= PageSet(pages + 1)
+
+
+@pytest.mark.parametrize("words", [0, 1, 9, 100])
+def test_bitmaps_are_counted_united_and_kept_as_sets_are(kernel, words):
+    for seed in range(5):
+        chance = random.Random(seed)
+        one, other = (chance.randbytes(8 * words) if seed else bytes(8 * words) for _ in range(2))
+        ours, theirs = (int.from_bytes(bits, "little") for bits in (one, other))
+        assert kernel.count_bits(one) == ours.bit_count()
+        assert kernel.count_bits(one, other) == (ours | theirs).bit_count()
+        for change, wanted in (
+            (kernel.unite_bits, ours | theirs),
+            (kernel.keep_bits, ours & theirs),
+        ):
+            bits = bytearray(one)
+            change(bits, other)
+            assert int.from_bytes(bits, "little") == wanted
+
+
+def test_bitmaps_that_do_not_fit_are_refused(kernel):
+    bits = bytearray(16)
+    for call in (
+        lambda: kernel.count_bits(bytes(7)),
+        lambda: kernel.count_bits(bits, bytes(8)),
+        lambda: kernel.unite_bits(bits, bytes(8)),
+        lambda: kernel.keep_bits(bits, b""),
+    ):
+        with pytest.raises(ValueError, match="bitmaps of"):
+            call()
+    assert bytes(kernel.zeros(5)) == bytes(5)

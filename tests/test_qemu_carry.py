@@ -123,6 +123,26 @@ async def test_a_qemu_that_dies_takes_its_guest_with_it_and_nobody_says_it_runs_
         assert await asyncio.to_thread(move.far.wait) == 1
 
 
+async def test_a_guest_that_was_paused_is_not_said_to_run_nor_made_to() -> None:
+    """At either end, whether it moves or not."""
+
+    async def pause(source: Machine) -> None:
+        await source.stop()
+
+    async with carried("--max-bandwidth", "1m", out="qmp=", incoming="defer", first=pause) as move:
+        await asyncio.to_thread(move.here.read_line, "moving QEMU guest")
+        move.here.kill(signal.SIGTERM)
+        assert await asyncio.to_thread(move.here.wait) == 143
+        assert "the guest is still here, and does not run, as before (paused)" in move.here.err
+        assert "runs on here" not in move.here.err
+        await move.source.wait_run_state("paused")
+    async with carried(out="qmp=", incoming="defer", first=pause) as move:
+        assert await asyncio.to_thread(move.here.wait) == 0, move.here.err
+        assert await asyncio.to_thread(move.far.wait) == 0, move.far.err
+        assert "the guest is in the QEMU" in move.far.out
+        assert "does not run yet (paused)" in move.far.out
+
+
 async def test_whoever_asks_is_told_of_the_cache_that_there_is(tmp_path) -> None:
     """With `auto` it is as large as it may be from the first page on."""
     path = tmp_path / "here"

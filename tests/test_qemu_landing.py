@@ -25,7 +25,7 @@ import xxhash
 from migrate.errors import MigrationError, UsageError
 from migrate.journal import Journal
 from migrate.qemu.description import check_sections
-from migrate.qemu.landing import LandedPlace, Landing, check_landing
+from migrate.qemu.landing import BEFORE, Files, LandedPlace, Landing, check_landing
 from migrate.qemu.lifting import Lifter
 from migrate.qemu.snapshot import Snapshot, StoredSection, block_file
 from proto import _ram_apply, _twin_ram_apply
@@ -229,6 +229,16 @@ async def test_a_damaged_snapshot_never_runs(qemu: None, way: Way, tmp_path: Pat
             assert "is not what had landed there" in receiver.err  # it does not wait for another
             assert await other.ended() == 1
         assert len(other.counted()) == len(source.counted())
+
+
+@pytest.mark.parametrize("letter", ["v", "é"])
+def test_a_machine_lands_under_the_longest_name_there_is(tmp_path: Path, letter: str) -> None:
+    """Also where it takes the place of another, which has a hidden name of its own then."""
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    files = Files(str(path))
+    os.close(files.make("x"))
+    Path(files.temporary).mkdir(exist_ok=True)
+    Path(f"{files.temporary}{BEFORE}").mkdir()
 
 
 def test_what_cannot_be_is_refused_early(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from migrate.errors import MigrationError, QemuError
 from migrate.guests import isolated
 from migrate.qemu import guest as qemu_guest
+from migrate.qemu import left
 from migrate.qemu.guest import QemuGuest
 from migrate.qemu.left import LeftGuest
 from migrate.qemu.machine import MachineStatus
@@ -197,6 +198,36 @@ def hang_up_on_a_holder(tmp_path: Path, family: socket.AddressFamily) -> None:
                     assert holder.wait(10) == 0
                 finally:
                     holder.kill()
+
+
+@pytest.mark.parametrize("before", ["running", "paused", None])
+async def test_a_guest_that_was_paused_is_not_let_go_on(monkeypatch, before) -> None:
+    """It stands still in a QEMU that takes it for moved; None: a journal of an earlier release."""
+    said = []
+
+    class Standing:
+        @classmethod
+        async def connect(cls, _path: str) -> Standing:
+            return cls()
+
+        async def __aenter__(self) -> Standing:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+        async def status(self) -> MachineStatus:
+            return MachineStatus(runstate="postmigrate", status="completed")
+
+        async def cont(self) -> None:
+            said.append("cont")
+
+    monkeypatch.setattr(left, "Machine", Standing)
+    facts = {"pid": 0, "started": "", "qmp": "/x"} | ({"runstate": before} if before else {})
+    guest = LeftGuest(facts)
+    await guest.resume()
+    assert said == ([] if before == "paused" else ["cont"])
+    assert ("does not run, as before (paused)" in guest.ours) == (before == "paused")
 
 
 async def test_a_qemu_that_nothing_leads_to_has_to_be_asked() -> None:

@@ -18,7 +18,7 @@ import threading
 import time
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import xxhash
@@ -194,10 +194,11 @@ def truth(seed: bytes, memory: bytes) -> PageHashes:
 
 
 @contextlib.asynccontextmanager
-async def broken_off(**options: Any):
+async def broken_off(capable: frozenset[str] = capabilities.OPTIONAL, **options: Any):
     """A source whose connection has broken once, and that has come back."""
     async with hand_destination(1, **options) as (hand, source, running):
         source._retry = 20.0
+        hand.capable = capable
         await begin(hand)
         info = await again(hand)
         assert info.resume == bytes(16)
@@ -221,6 +222,49 @@ async def test_only_what_differs_is_sent_again(wrong):
         assert hand.links[0].received_bytes < len(wrong) * PAGE + 2000
         assert source.statistics.reconnects == 1
         assert info.round in (1, 2), "the first may have been begun"
+
+
+SPARSE = capabilities.OPTIONAL | {capabilities.SPARSE}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("filled", [[], [0], [3, 4, 900], [PAGES - 1]])
+async def test_what_held_leaves_out_is_zeros(filled):
+    """The destination has only some pages; it says so, and that the last one is there or zeros."""
+    async with broken_off(capable=SPARSE) as (hand, source, running, info):
+        memory = bytearray(len(CONTENT))
+        for page in filled:
+            memory[page * PAGE : (page + 1) * PAGE] = CONTENT[page * PAGE : (page + 1) * PAGE]
+        hand.memory[:] = memory
+        hashes = truth(info.hash_seed, memory)
+        for page in sorted({*filled, PAGES - 1}):
+            await hand.links[0].send(Held(page, bytes(hashes.part(page, 1))))
+        complete = await hand.finish()
+        assert complete.digest == truth(info.hash_seed, CONTENT).sum
+        await hand.links[0].send(Running())
+        await running
+        assert hand.memory == CONTENT
+        resent = hand.links[0].received_bytes
+        assert resent < (PAGES - len(filled)) * PAGE + 20_000
+        assert source.statistics.reconnects == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ([Held(5, bytes(16)), Held(6, bytes(8))], "HELD began at page 6 while 7 was due"),
+        ([Held(PAGES, bytes(8))], f"HELD goes beyond the {PAGES} pages"),
+        ([Held((1 << 32) - 1, bytes(8))], f"HELD goes beyond the {PAGES} pages"),
+        ([Held(3, bytes(8)), Held(PAGES - 1, bytes(16))], "HELD goes beyond"),
+    ],
+)
+async def test_what_is_left_out_in_disorder_is_refused(said, why):
+    async with broken_off(capable=SPARSE) as (hand, _, running, _info):
+        for one in said:
+            await hand.links[0].send(one)
+        with pytest.raises(PeerError, match=why):
+            await running
 
 
 @pytest.mark.asyncio
@@ -447,7 +491,7 @@ async def test_a_machine_that_is_gone_is_looked_for_elsewhere_in_the_end():
 
 
 @contextlib.asynccontextmanager
-async def hand_source(**options: Any):
+async def hand_source(offered: frozenset[str] = capabilities.OPTIONAL, **options: Any):
     async with asyncio.timeout(60):
         ready: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
         received = asyncio.create_task(
@@ -458,7 +502,7 @@ async def hand_source(**options: Any):
         async def come(resume: bytes = b"", size: int = SIZE, seed: bytes = SEED) -> Any:
             peer = await connect(await asyncio.shield(ready))
             made.append(peer)
-            await peer.send(capabilities.offer(capabilities.OPTIONAL))
+            await peer.send(capabilities.offer(offered))
             await peer.receive_message()
             await peer.send(GuestInfo("buffer", size, PAGE, seed, resume=resume))
             return peer, await peer.receive_message()
@@ -497,6 +541,43 @@ async def test_a_source_that_comes_back_is_believed_before_the_old_connection(sa
         assert await held_by(new) == PageHashes(PAGES, PAGE, seed).table, "zeros"
         with pytest.raises(PeerLost):
             await old.receive_message()
+
+
+@pytest.mark.asyncio
+async def test_a_guest_of_zeros_is_said_in_one_word_where_zeros_are_left_out():
+    """Its last page, which ends it."""
+    async with hand_source(SPARSE) as (come, _):
+        _, accept = await come()
+        new, answer = await come(accept.token, seed=bytes(16))
+        assert answer.held
+        said = await new.receive_message()
+        assert said == Held(PAGES - 1, bytes(PageHashes(1, PAGE, bytes(16)).table))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("sparse", [False, True])
+async def test_what_is_held_is_told_with_zeros_and_without(sparse):
+    pages, filled = 20_000, [*range(3, 9), 9000, 17_001, *range(18_000, 19_990)]
+    hashes = PageHashes(pages, PAGE, SEED)
+    content = bytes(range(256)) * (PAGE // 256)
+    hashes.note_pages(array("Q", filled), len(filled), content * len(filled))
+    said: list[Held] = []
+
+    class Wire:
+        async def send(self, message: Held) -> None:
+            said.append(message)
+
+    await Pages._say_what_is_held(cast("Any", None), cast("Any", Wire()), hashes, sparse=sparse)
+    table, page = b"", 0
+    zero = bytes(PageHashes(1, PAGE, SEED).table)
+    for one in said:
+        assert one.first >= page
+        assert len(one.hashes) <= 8 * HELD_PAGES
+        table += zero * (one.first - page) + one.hashes
+        page = one.first + len(one.hashes) // 8
+    assert table == hashes.table
+    told = sum(len(one.hashes) for one in said) // 8
+    assert (told < 12_000) is sparse
 
 
 @pytest.mark.asyncio

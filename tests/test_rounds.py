@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from migrate.rounds import (
     FIXED_SECONDS,
+    LARGE_SECONDS,
     STALL_ROUNDS,
     DowntimeModel,
     Limits,
@@ -230,3 +231,61 @@ def test_whatever_was_measured_a_decision_reads_well(learnt, pending, number, el
     assert decision.verdict is not Verdict.CONTINUE
     assert "nan" not in decision.reason
     assert (decision.verdict is Verdict.ABORT) == ("--" in decision.reason)
+
+
+# ---------------------------------------------------------------- what grows with the guest
+
+LARGE = Pending(0, 0, scan_seconds=0.4, whole_seconds=0.2)
+
+
+def test_the_size_of_the_guest_is_in_the_prediction():
+    model = model_of(RAW)
+    base = model.predict(NOTHING, Limits())
+    assert LARGE.size_seconds == pytest.approx(0.6)
+    assert model.predict(LARGE, Limits()) == pytest.approx(base + 0.6)
+    assert model.overhead(LARGE) == pytest.approx(model.overhead(NOTHING) + 0.6)
+
+
+def test_a_guest_that_is_too_large_for_the_limit_is_given_up_soon():
+    policy = Policy(Limits(), model_of(RAW))
+    assert policy.decide(1, 1.0, LARGE).verdict is Verdict.CONTINUE, "others may have been busy"
+    assert policy.decide(2, 1.7, LARGE).verdict is Verdict.CONTINUE
+    decision = policy.decide(3, 1.0 + LARGE_SECONDS, LARGE)
+    assert decision.verdict is Verdict.ABORT
+    assert not decision.slower_helps
+    assert "too large for --downtime-limit, whatever it writes" in decision.reason
+    assert "finding what changed takes 400 ms" in decision.reason
+    assert "checking the whole takes 200 ms" in decision.reason
+
+
+def test_a_size_that_fitted_in_between_is_not_given_up():
+    policy = Policy(Limits(), model_of(RAW))
+    for number in range(1, 20):
+        pending = LARGE if number % 2 else MUCH
+        assert policy.decide(number, number * LARGE_SECONDS / 2, pending).verdict is not (
+            Verdict.ABORT
+        )
+
+
+@pytest.mark.parametrize(
+    ("limits", "pending"),
+    [
+        pytest.param(Limits(stall_timeout=0), LARGE, id="nothing is to end it"),
+        pytest.param(Limits(downtime_limit=0), Pending(100, 0, 0.01, 0.0, 0.01), id="noise"),
+        pytest.param(Limits(), MUCH, id="it writes too much"),
+    ],
+)
+def test_size_is_no_reason_where(limits, pending):
+    policy = stuck(limits)
+    for number in range(1, 20):
+        assert policy.decide(number, float(number), pending).verdict is Verdict.CONTINUE
+
+
+def test_slowing_helps_where_the_guest_would_fit_if_it_wrote_nothing():
+    limits = Limits(max_rounds=1)
+    for pending, helps in (
+        (MUCH, True), (LARGE, False), (Pending(100_000, 0, 0.2), True),
+        (Pending(100_000, 0, 0.3), False), (Pending(100_000, 0, 0.2, 0.0, 0.1), False),
+    ):  # fmt: skip
+        decision = stuck(limits).decide(1, 1.0, pending)
+        assert (decision.verdict, decision.slower_helps) == (Verdict.ABORT, helps)

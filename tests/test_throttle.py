@@ -1,6 +1,7 @@
 """When auto-converge slows a guest, how far, and that it never comes after the stall timeout."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -145,3 +146,11 @@ def test_the_duty_cycle_takes_its_share():
     for percentage in range(100):
         stopped = stopped_seconds(percentage)
         assert math.isclose(stopped / (stopped + RUN_SECONDS), percentage / 100, abs_tol=1e-9)
+
+
+def test_a_guest_that_would_not_fit_if_it_wrote_nothing_is_not_slowed():
+    """Its size is the obstacle: slowing it would only cost it time."""
+    large, fits = replace(STUCK, still=0.4), replace(STUCK, still=0.2)
+    assert steps([large] * 30) == [0] * 30
+    assert steps([fits] * 3) == steps([STUCK] * 3) == [0, 0, 20]
+    assert steps([large] * 10 + [fits] * 2)[-1] == 20, "from when it does fit"

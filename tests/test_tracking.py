@@ -1,5 +1,6 @@
 """No dirty page is ever lost: by marks under a running writer, and by scanning."""
 
+import os
 import random
 import threading
 from array import array
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from migrate._memory import run_load, set_marks
 from migrate.digest import Digest
 from migrate.memory import Memory
-from migrate.tracking import MarkTracker, ScanTracker
+from migrate.tracking import MarkTracker, Scanner, ScanTracker
 from proto.pageset import PageSet
 from tests.kernels import COMPILED, kernel  # noqa: F401
 from tests.test_digest import by_definition
@@ -316,3 +317,52 @@ def test_a_digest_is_never_of_bytes_that_were_there_for_a_moment_only(cache):
     peer.send(last)
     whole = by_definition(peer.content, PAGE, SEED)
     assert peer.digest.digest() == whole == by_definition(peer.there, PAGE, SEED)
+
+
+# ---------------------------------------------------------------- several threads
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_find_together_what_one_finds(monkeypatch, tmp_path, threads):
+    """They share words of the bitmaps, and bring stale hashes up to date as they go."""
+    monkeypatch.setattr("migrate.tracking.PIECE_BYTES", 5 * PAGE)
+    chance, size = random.Random(4), 300 * PAGE + 9
+    path = tmp_path / "guest"
+    with path.open("wb+") as file:
+        content = bytearray(chance.randbytes(size))
+        content[100 * PAGE : 140 * PAGE] = bytes(40 * PAGE)
+        os.pwrite(file.fileno(), content, 0)
+        peer = Peer(COMPILED, Memory(size, fd=file.fileno()), content, cache=1 << 21)
+        peer.send(PageSet.full(peer.pages))
+        scanner = Scanner(peer.memory, peer.encoder, threads)
+        for _ in range(10):
+            for _ in range(40):
+                at = chance.randrange(size)
+                content[at] ^= 0x55
+            os.pwrite(file.fileno(), content, 0)
+            dirty = PageSet(peer.pages)
+            scanner.scan([(0, 100), (100, 1), (101, peer.pages - 101)], dirty)
+            assert set(dirty) == peer.differing()
+            peer.send(dirty)
+            clean = PageSet(peer.pages)
+            scanner.scan([(0, peer.pages)], clean)
+            assert set(clean) == set()
+            assert peer.digest.stale() == 0, "the scan has hashed what deltas had changed"
+        truth = COMPILED.PageHashes(peer.pages, PAGE, SEED)
+        whole = bytes(content).ljust(peer.pages * PAGE, b"\0")
+        truth.note_pages(array("Q", range(peer.pages)), peer.pages, whole)
+        assert (peer.hashes.table, peer.hashes.sum) == (truth.table, truth.sum)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_whatever_thread_finds_it(monkeypatch):
+    monkeypatch.setattr("migrate.tracking.PIECE_BYTES", PAGE)
+    read_end, write_end = os.pipe()
+    try:
+        encoder = COMPILED.PageEncoder(COMPILED.PageHashes(9, PAGE, SEED))
+        for threads in (1, 3):
+            scanner = Scanner(Memory(9 * PAGE, fd=read_end), encoder, threads)
+            with pytest.raises(OSError, match="Illegal seek"):
+                scanner.scan([(0, 9)], PageSet(9))
+    finally:
+        os.close(read_end)
+        os.close(write_end)

@@ -213,6 +213,30 @@ def test_the_digest_is_what_the_specification_says():
     assert complete["fields"]["digest"] == EXCHANGE["digest"]
 
 
+def test_the_sum_is_what_the_specification_says(kernel):
+    """Written from proto/README.md ("The digest") alone, then asked of the kernel."""
+    size, seed = EXCHANGE["page_size"], bytes.fromhex(EXCHANGE["hash_seed"])
+    memory = bytes(memory_of(EXCHANGE["memory_after_round"]["2"], EXCHANGE["pages"], size))
+    contents = [memory[at : at + size] for at in range(0, len(memory), size)]
+    zero = hash_as_specified(bytes(size), seed)
+    terms = {len(contents): zero} | {
+        page: hash_as_specified(content, seed)
+        for page, content in enumerate(contents)
+        if any(content)
+    }
+    total = 0
+    for page, value in terms.items():
+        term = xxhash.xxh3_128_intdigest(page.to_bytes(8, "little") + value.to_bytes(8, "little"))
+        assert f"| {page} | `{value:016x}` | `{term:032x}` |" in README
+        total += term
+    digest = (total % 2**128).to_bytes(16, "big")
+    assert digest.hex() == EXCHANGE["sum"]
+    assert EXCHANGE["sum"] in README
+    hashes = hashes_of(kernel, EXCHANGE)
+    hashes.note_pages(memoryview(array("Q", range(len(contents)))), len(contents), memory)
+    assert hashes.sum == digest
+
+
 @pytest.mark.parametrize("vector", WIRE["batches"], ids=lambda vector: vector["name"])
 def test_batches_give_the_stated_memory(kernel, vector):
     pages, page_size = vector["pages"], vector["page_size"]
@@ -336,7 +360,7 @@ def test_the_example_of_the_specification_is_the_exchange():
 
 def test_the_limits_of_the_specification_are_those_of_the_code():
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d+) \|", README, re.MULTILINE))
-    assert len(rows) == 22
+    assert len(rows) == 23
     assert {name: getattr(messages, name) for name in rows} == {
         name: int(value) for name, value in rows.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,23 @@ def test_the_sdist_has_them_and_no_more_than_is_needed(built, expected):
     assert {f"share/{name}" for name in expected} <= names
     assert "migrate/manual/bash.py" in names
     assert not {name for name in names if name.endswith((".so", ".c"))}
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"CC": "no-such-compiler -x"}, "a C compiler is needed .* there is no no-such-compiler"),
+        ({"CPPFLAGS": "-nostdinc"}, r"headers of the C library are needed to build it \(stdio.h\)"),
+    ],
+)
+def test_a_build_says_in_a_sentence_what_it_lacks(source, environment, says):
+    found = subprocess.run(
+        [sys.executable, "setup.py", "bdist_wheel"], cwd=source, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert re.fullmatch(f"xbmigrate: .*{says}.*apt-get install gcc .*make wheel.*\n", found.stderr)
 
 
 def test_pip_puts_them_where_shells_and_man_look(built, expected, tmp_path):

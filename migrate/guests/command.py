@@ -93,7 +93,10 @@ async def start_service(
 
     Raises MigrationError where it fails, or is not waited for any more; then it goes on.
     """
-    process, ended = _in_the_background(command, environment)
+    try:
+        process, ended = _in_the_background(command, environment)
+    except OSError as error:
+        raise MigrationError(f"{what} {command!r} cannot be run: {error.strerror}") from None
     ends, stops = asyncio.ensure_future(ended.wait()), asyncio.ensure_future(told.wait())
     try:
         await asyncio.wait(

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
 from migrate.guests import companions, isolated
-from migrate.guests.command import COMMAND_PATIENCE, check_command, run_command
+from migrate.guests.command import COMMAND_PATIENCE, run_command
 from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
-from migrate.guests.guest import MemoryGuest
+from migrate.guests.guest import MemoryGuest, check_size
 from migrate.guests.hold import FileHold, Hold
 from migrate.guests.lookout import Lookout
 from migrate.guests.process import (
@@ -78,8 +78,6 @@ class FileGuest(MemoryGuest):
                 "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
                 "to go on where the migration fails"
             )
-        check_command(pause_cmd, "--pause-cmd")
-        check_command(resume_cmd, "--resume-cmd")
         self._fd, size = _open(path)
         self.path = path
         self.description = printable(os.path.basename(path), MAX_DESCRIPTION)
@@ -634,6 +632,7 @@ def _open(path: str) -> tuple[int, int]:
         size = os.lseek(fd, 0, os.SEEK_END)
         if size == 0:
             raise UsageError(f"guest file {path}: it is empty, there is nothing to move")
+        check_size(size, f"guest file {path}")
     except OSError as error:
         os.close(fd)
         raise UsageError(f"guest file {path}: {error.strerror}") from None

@@ -17,12 +17,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from migrate.errors import UsageError
 from migrate.memory import Memory
+from migrate.quantities import format_size
 from migrate.tracking import DirtyTracker, ScanTracker
 from proto.kernel import PageEncoder
+from proto.messages import MAX_SIZE
 
 if TYPE_CHECKING:
     from migrate.reception import Reception
+
+
+def check_size(size: int, what: str) -> None:
+    """Raise UsageError for a guest of more bytes than any page size can carry."""
+    if size > MAX_SIZE:
+        raise UsageError(
+            f"{what}: it has {format_size(size)}; the most that can be moved, whatever "
+            f"--page-size, is {format_size(MAX_SIZE)}: make it smaller, or copy it by other means"
+        )
 
 
 class Guest(ABC):

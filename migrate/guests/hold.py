@@ -25,7 +25,7 @@ lock, the guest's program goes on, and the migration fails before its commit.
 What remains: a program that tries to lock the whole file *without waiting* (LOCK_NB) is told that
 it is locked, and leaves no trace that we could see. A file on an overlay and the same file in the
 overlay's upper directory are two inodes to the kernel. Locks on network file systems hold as far as
-their servers keep them.
+their servers keep them; there the two kinds are one, so we do not change between them.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ WATCH_SECONDS = 0.1
 # A lock that a program takes for each transaction is free again within this time.
 PATIENCE_SECONDS = 1.0
 POLL_SECONDS = 0.02
+PROBES, TRIES = 20, 5
 
 # struct flock: type, whence, start, length, process
 _FLOCK = struct.Struct("hhqqi")
 _BUSY = (errno.EAGAIN, errno.EACCES)
+ONE_KIND = ("nfs", "nfs4", "cifs", "smb3")
 # File systems without this kind of lock, and kernels without F_OFD_SETLK.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -146,10 +148,17 @@ def _locks_of(pid: str, fd: str) -> list[tuple[KernelLock, int]]:
     return found
 
 
-def lock_owners(key: str, kind: str) -> list[tuple[int, int]]:
-    """(PID, file position) of each descriptor we can see that has such a lock on the file."""
+def lock_owners(
+    key: str, kind: str, processes: Iterable[object] | None = None
+) -> list[tuple[int, int]]:
+    """(PID, file position) of each descriptor we can see that has such a lock on the file.
+
+    processes -- to look at; None: all, which takes a while
+    """
     found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
+    if processes is None:
+        processes = [name for name in os.listdir("/proc") if name.isdecimal()]
+    for pid in map(str, processes):
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fdinfo"):
                 found += [
@@ -157,6 +166,18 @@ def lock_owners(key: str, kind: str) -> list[tuple[int, int]]:
                     if lock.file == key and lock.kind == kind
                 ]  # fmt: skip
     return found
+
+
+def file_system(fd: int) -> str:
+    """The type of the file system that a file was opened on; "" where it is not known."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            [mount] = [line.split()[1] for line in file if line.startswith("mnt_id:")]
+        with open("/proc/self/mountinfo") as file:
+            for line in file:
+                if line.split()[0] == mount:
+                    return line.partition(" - ")[2].split()[0]
+    return ""
 
 
 class Hold(ABC):
@@ -234,6 +255,8 @@ class FileHold(Hold):
                 self._fd = reopened(fd, os.O_RDONLY)
         except OSError as error:
             raise UsageError(f"{what}: it cannot be locked: {error.strerror}") from None
+        # There a flock is a lock on the whole file to the server, and excludes the byte by itself.
+        self._one_kind = file_system(self._fd) in ONE_KIND
         self._turn = threading.Lock()
         self._over = threading.Event()
 
@@ -241,11 +264,13 @@ class FileHold(Hold):
         try:
             with contextlib.suppress(OSError):  # a file system may have no such position
                 os.lseek(self._fd, MARK, os.SEEK_SET)
-            end = time.monotonic() + PATIENCE_SECONDS
+            end, tries = time.monotonic() + PATIENCE_SECONDS, 0
             while (found := self._try()) is not Found.NOTHING:
+                tries += 1
+                late = tries > TRIES and time.monotonic() > end
                 if found is Found.MOVER:
                     raise self._taken()
-                if found is Found.UNSUPPORTED or time.monotonic() > end:
+                if found is Found.UNSUPPORTED or late:
                     raise UsageError(self._unlockable(found))
                 await asyncio.sleep(POLL_SECONDS)
         except BaseException:
@@ -307,7 +332,7 @@ class FileHold(Hold):
         found = self._try_byte()
         if found is Found.NOTHING:
             self._byte = True
-            owner = self._flock_owner()
+            owner = Found.NOTHING if self._one_kind else self._flock_owner()
             if owner in (Found.NOTHING, Found.PROGRAM):
                 return Found.NOTHING
             self._unlock()
@@ -319,7 +344,7 @@ class FileHold(Hold):
         try:
             if not try_flock(self._fd):
                 owner = self._flock_owner()
-                return found if owner is Found.NOTHING else owner
+                return Found.UNKNOWN if owner is Found.NOTHING else owner  # it has just gone
         except OSError:
             return Found.UNSUPPORTED
         self._flock = True
@@ -361,13 +386,20 @@ class FileHold(Hold):
 
     def _flock_owner(self) -> Found:
         """Whether a mover has the flock. Asking takes it for an instant, shared."""
-        try:
-            if try_flock(self._fd, fcntl.LOCK_SH):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-                return Found.NOTHING
-        except OSError:
-            return Found.NOTHING  # there is no flock here, so nobody has one
-        owners = lock_owners(file_key(self._fd), "FLOCK")
+        key = file_key(self._fd)
+        owners: list[tuple[int, int]] = []
+        for _ in range(PROBES):  # a program may take and drop it faster than we find it
+            try:
+                if try_flock(self._fd, fcntl.LOCK_SH):
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+                    return Found.NOTHING
+            except OSError:
+                return Found.NOTHING  # there is no flock here, so nobody has one
+            named = {one.pid for one in kernel_locks() if one.file == key and one.kind == "FLOCK"}
+            if owners := lock_owners(key, "FLOCK", named):
+                break
+        else:
+            owners = lock_owners(key, "FLOCK")  # who took it has ended, and a child has it
         if any(position == MARK for _, position in owners):
             return Found.MOVER
         return Found.PROGRAM if owners else Found.UNKNOWN
@@ -391,10 +423,10 @@ class FileHold(Hold):
                 return
             byte, flock = self._waited_for()
             with contextlib.suppress(OSError):
-                if byte and try_flock(self._fd):
+                if byte and not self._one_kind and try_flock(self._fd):
                     self._ofd(fcntl.F_OFD_SETLK, fcntl.F_UNLCK)
                     self._byte, self._flock, byte = False, True, False
-                if flock and self._writable and self._try_byte() is Found.NOTHING:
+                if flock and not self._one_kind and self._try_byte() is Found.NOTHING:
                     fcntl.flock(self._fd, fcntl.LOCK_UN)
                     self._byte, self._flock, flock = True, False, False
             if not (byte or flock):

@@ -123,13 +123,14 @@ class FilePlace(Place):
     def notices(self) -> list[str]:
         """What the user should know before the guest comes."""
         found = []
-        room = os.statvfs(self._directory)
-        free = room.f_bavail * room.f_frsize + os.fstat(self.fd).st_blocks * 512
-        if room.f_blocks and free < self._size:
-            found.append(
-                f"the guest has up to {format_size(self._size)}, and {self._directory} has room "
-                f"for {format_size(free)}: it fits only if all else is zeros"
-            )
+        with contextlib.suppress(OSError):
+            room = os.statvfs(self._directory)
+            free = room.f_bavail * room.f_frsize + os.fstat(self.fd).st_blocks * 512
+            if room.f_blocks and free < self._size:
+                found.append(
+                    f"the guest has up to {format_size(self._size)}, and {self._directory} has "
+                    f"room for {format_size(free)}: it fits only if all else is zeros"
+                )
         found += [
             f"process {pid} ({name}) has {self.path} open: it will go on with the old file"
             for pid, name in self._users
@@ -205,13 +206,14 @@ class FilePlace(Place):
         place._overwrite, place._size = facts["overwrite"], facts["size"]
         place._directory = os.path.dirname(place.path)
         place._nameless = False
-        place._rights = Rights(*facts.get("rights", ()))
+        place._rights = Rights.read(facts.get("rights"))
         place._reservation = None
         with contextlib.suppress(NameTaken):  # `start` asks again
             place._reserve()
         for name in (place._temporary, place.path):
             with contextlib.suppress(OSError):
-                place.fd = os.open(name, os.O_RDWR)
+                # What has its name already may have a mode that lets us do nothing with it.
+                place.fd = os.open(name, os.O_PATH if name == place.path else os.O_RDWR)
                 here = os.fstat(place.fd)
                 if [here.st_dev, here.st_ino] == facts["inode"]:
                     break
@@ -220,7 +222,7 @@ class FilePlace(Place):
             raise MigrationError(f"what was prepared for {place.path} is gone")
         if name == place.path:
             place._temporary = ""  # it has its name already
-        place._map = mmap.mmap(place.fd, max(place._size, 1))
+        place._map = mmap.mmap(place.fd if place._temporary else -1, max(place._size, 1))
         place.memory = memoryview(place._map)
         return place
 
@@ -249,6 +251,8 @@ class FilePlace(Place):
         """As the file will have them, just before it has its name; what could not be set."""
         left = []
         if self._overwrite and os.path.isfile(self.path):
+            # Its access list names people: not before the owner is right, and before the mode is.
+            Rights(uid=self._rights.uid, gid=self._rights.gid).give(self.fd)
             left = keep_attributes(self.path, self.fd)
         said = [f"not kept of the file before: {', '.join(left)}"] if left else []
         if why := self._rights.give(self.fd):

@@ -77,6 +77,16 @@ class Rights:
             raise PeerError("the mode and owner of the guest's file make no sense") from None
         return rights
 
+    @classmethod
+    def read(cls, found: object) -> Rights:
+        """From a journal, as a list; nothing is said by what makes no sense."""
+        if not isinstance(found, list) or len(found) != 3:
+            return cls()
+        try:
+            return cls(_bounded(found[0], ALL_BITS), *(_bounded(one, MAX_ID) for one in found[1:]))
+        except ValueError:
+            return cls()
+
     # -- as they are set
 
     def give(self, fd: int) -> str:

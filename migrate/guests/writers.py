@@ -116,10 +116,29 @@ class Target:
 
     def is_at(self, link: str) -> bool:
         """Whether a link in /proc leads here. Raises OSError."""
-        there = os.stat(link)
+        return self.matches(os.stat(link))
+
+    def matches(self, there: os.stat_result) -> bool:
         if self.block:
             return stat.S_ISBLK(there.st_mode) and there.st_rdev == self.device
-        return (there.st_dev, there.st_ino) == self.key
+        return there.st_ino == self.key[1] and there.st_dev == self.key[0]
+
+    def open_in(self, folder: str) -> bool:
+        """Whether it is open for writing in a folder of /proc like /proc/PID/fd."""
+        table = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name in os.listdir(table):
+                try:
+                    there = os.stat(name, dir_fd=table)
+                    if self.matches(there):
+                        link = os.stat(name, dir_fd=table, follow_symlinks=False)
+                        if link.st_mode & WRITABLE:
+                            return True
+                except (FileNotFoundError, ProcessLookupError):
+                    continue  # it was closed meanwhile
+            return False
+        finally:
+            os.close(table)
 
     def mapped_in(self, base: str) -> bool:
         """Whether a process can write here through a mapping; `base` is its folder in /proc."""
@@ -136,7 +155,8 @@ class Target:
     def _writes(self, base: str, first: bytes, end: bytes, write: bytes) -> bool:
         link = f"{base.partition('/task/')[0]}/map_files/{int(first, 16):x}-{int(end, 16):x}"
         here = not self.block
-        with contextlib.suppress(PermissionError, FileNotFoundError):
+        # Only for the main thread, and for who may: else the name in the maps is all there is.
+        with contextlib.suppress(OSError):
             here = self.is_at(link)
         if not here:
             return False
@@ -179,7 +199,7 @@ class Census:
     blind  -- why no process can be seen at all, or ""
     unseen -- how many processes the last look was not allowed to look into, or saw the open files
               of alone; process 1 is not counted here but in `init_unseen`
-    seconds, new_seconds -- what a further look takes, and a look at what is new
+    seconds, new_seconds -- of the processor, for a further look, and for one at what is new
     """
 
     def __init__(self, fd: int, but: int = 0) -> None:
@@ -198,7 +218,7 @@ class Census:
         over -- asked between two processes whether the answer is of any use still; where it is
                 not, nothing of this look is remembered
         """
-        began = time.perf_counter()
+        began = time.process_time()
         known: dict[int, _Seen] = {}
         before = self._known
         for pid in self._pids():
@@ -208,8 +228,7 @@ class Census:
                 known[pid] = seen
         self._known = known
         if before:
-            # The shortest: what else runs here has a part in the others.
-            self._recent.append(time.perf_counter() - began)
+            self._recent.append(time.process_time() - began)
             self.seconds = min(self._recent)
         self.init_unseen = 1 in known and known[1].hidden
         self.unseen = sum(seen.hidden for seen in known.values()) - self.init_unseen
@@ -221,7 +240,7 @@ class Census:
 
         stopped -- need not be looked at again: they can neither open nor close anything
         """
-        began = time.perf_counter()
+        began = time.process_time()
         known, found = self._known, []
         for pid in self._pids():
             seen = known.get(pid)
@@ -232,7 +251,7 @@ class Census:
                     seen = self._examine(pid, seen)
                 if seen and seen.writer:
                     found.append(seen.writer)
-        self.new_seconds = time.perf_counter() - began
+        self.new_seconds = time.process_time() - began
         return found
 
     def _pids(self) -> Iterator[int]:
@@ -250,10 +269,10 @@ class Census:
             if before is not None and before.inode != inode:
                 before = None
             size = _first_word(f"/proc/{pid}/statm")
-            opened = any(self._opened(folder) for folder in _file_tables(pid))
+            opened = any(map(self.target.open_in, _file_tables(pid)))
             maps = False
             if before is None or before.maps or before.size != size:
-                maps = any(self.target.mapped_in(base) for base in _memories(pid))
+                maps = any(self._mapped(base) for base in _memories(pid))
             writer = None
             if opened or maps:
                 writer = Writer(pid, process.start_time(pid), command_name(pid))
@@ -263,14 +282,10 @@ class Census:
         except OSError:
             return None
 
-    def _opened(self, folder: str) -> bool:
-        """Whether the guest is open for writing in a table of open files."""
-        for name in os.listdir(folder):
-            link = f"{folder}/{name}"
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if self.target.is_at(link) and os.lstat(link).st_mode & WRITABLE:
-                    return True
-        return False
+    def _mapped(self, base: str) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return self.target.mapped_in(base)
+        return False  # a thread that has ended
 
 
 def _first_word(path: str) -> str:
@@ -286,19 +301,17 @@ def _file_tables(pid: int) -> Iterator[str]:
     """The folders in /proc that show each table of open files of a process."""
     yield f"/proc/{pid}/fd"
     for task in _tasks(pid):
-        if int(task) != pid and not _same_files(pid, int(task)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                yield f"/proc/{pid}/task/{task}/fd"
+        folder = f"/proc/{pid}/task/{task}/fd"
+        if int(task) != pid and not _same_files(pid, int(task)) and os.path.isdir(folder):
+            yield folder
 
 
 def _memories(pid: int) -> Iterator[str]:
     """Folders in /proc with the maps of a process: of any thread, its main one may have ended."""
     yield f"/proc/{pid}"
-    tasks = _tasks(pid)
-    if len(tasks) > 1 and process.state(pid) in process.ENDED:
-        for task in tasks:
-            if int(task) != pid:
-                yield f"/proc/{pid}/task/{task}"
+    if process.state(pid) in process.ENDED:
+        for task in _tasks(pid):
+            yield f"/proc/{pid}/task/{task}"
 
 
 def _same_files(pid: int, task: int) -> bool:
@@ -360,12 +373,7 @@ def open_for_writing(fd: int) -> bool | None:
 def opened_here(target: Target) -> bool:
     """Whether this program has it open for writing itself."""
     with contextlib.suppress(OSError):
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                link = f"/proc/self/fd/{name}"
-                if target.is_at(link) and os.lstat(link).st_mode & WRITABLE:
-                    return True
-        return target.mapped_in("/proc/self")
+        return target.open_in("/proc/self/fd") or target.mapped_in("/proc/self")
     return False
 
 

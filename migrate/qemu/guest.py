@@ -115,7 +115,7 @@ class QemuGuest(Guest):
     # -- QEMU's connection
 
     async def listen(self) -> Address:
-        """QEMU can connect now: where. Raises UsageError where that cannot be."""
+        """QEMU can connect now: where. Raises UsageError, ConnectError where that cannot be."""
         where = self._wanted
         assert where is not None
         try:
@@ -125,16 +125,20 @@ class QemuGuest(Guest):
             else:
                 listener = await self._one_listening(where)
                 where = Address(where.host, listener.getsockname()[1])
-        except (OSError, ConnectError) as error:
-            why = system_reason(error) if isinstance(error, OSError) else error
-            raise UsageError(f"QEMU cannot be waited for at {where}: {why}") from None
+        except OSError as error:
+            raise UsageError(
+                f"QEMU cannot be waited for at {where}: {system_reason(error)}"
+            ) from None
         listener.setblocking(False)
         self._listener, self._wanted = listener, where
         return where
 
     async def _one_listening(self, where: Address) -> socket.socket:
         """QEMU makes one connection, to any address of a name: IPv4 where there is a choice."""
-        sockets = await listening_sockets(where, BACKLOG)
+        try:
+            sockets = await listening_sockets(where, BACKLOG)
+        except ConnectError as error:
+            raise ConnectError(f"QEMU cannot be waited for at {where}: {error}") from None
         sockets.sort(key=lambda one: one.family != socket.AF_INET)
         for one in sockets[1:]:
             one.close()

@@ -69,6 +69,7 @@ class Guest:
         return {
             "table": bytes(self.hashes.table),
             "stale": bytes(self.hashes.stale),
+            "sum": self.hashes.sum,
             **{name: getattr(self.decoder, name) for name in told},
         }
 

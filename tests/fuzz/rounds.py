@@ -108,7 +108,7 @@ class Pair:
         cache = None if self.cache is None else (len(self.cache), self.cache.evictions)
         counters: list[object] = [getattr(self.encoder, name) for name in COUNTERS]
         counters += [*self.encoder.survey()]
-        tables = [bytes(h.table) + bytes(h.stale) for h in (self.hashes, self.there)]
+        tables = [bytes(h.table) + bytes(h.stale) + h.sum for h in (self.hashes, self.there)]
         return cache, counters, tables, bytes(self.memory)
 
 

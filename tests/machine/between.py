@@ -36,6 +36,8 @@ class Carried:
         self.source, self.destination = source, there
         self.here, self.far = here, far
         self.uri, self.qmp = uri, qmp
+        self.asked = False
+        """Whether the destination can ask its QEMU whether the guest runs."""
 
     async def begin(self, *capabilities: str, passes: int = 3, return_path: bool = True) -> None:
         """It moves, slowly, and does not end before `finish`."""
@@ -49,7 +51,11 @@ class Carried:
         assert status == 0, self.here.err
         assert await asyncio.to_thread(self.far.wait) == 0, self.far.err
         assert "Migration status: completed" in self.here.out
-        assert "completed and verified: the guest runs in the QEMU" in self.far.out
+        if self.asked:  # it was started with -S, and its QMP says so
+            assert "completed and verified: the guest is in the QEMU" in self.far.out
+            assert "does not run yet (paused)" in self.far.out
+        else:
+            assert "completed and verified: the guest runs in the QEMU" in self.far.out
         await compare(self.source, self.destination)
         before = await self.source.check_sweep(), self.source.counted()
         assert before == (await self.destination.check_sweep(), self.destination.counted())
@@ -109,7 +115,9 @@ async def carried(
                 uri = ""
                 if not out.startswith("qmp="):
                     uri = (await asyncio.to_thread(near.read_line, r"waiting for QEMU at (\S+)"))[1]
-                yield Carried(source, target, near, far, uri, qmp)
+                move = Carried(source, target, near, far, uri, qmp)
+                move.asked = incoming == "defer"
+                yield move
 
 
 def end(program: Program) -> None:

@@ -1,0 +1,225 @@
+"""Files that get their name last, on file systems that lack this or that."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from migrate import filesystem
+from migrate.errors import UsageError
+from migrate.filesystem import (
+    NAME_MAX,
+    PATH_MAX,
+    SUFFIX,
+    check_file,
+    check_replaceable,
+    check_writable,
+    hidden_name,
+    is_mount_point,
+    rename_new,
+    try_directory,
+)
+from tests.requirements import need
+
+WAYS = ["_rename_noreplace", "_link_and_unlink", "_take_and_rename"]
+
+
+@pytest.fixture(params=range(len(WAYS)), ids=WAYS)
+def way(request, monkeypatch):
+    """The first way of rename_new that the file system has."""
+
+    def lacking(_old, _new):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    for name in WAYS[: request.param]:
+        monkeypatch.setattr(filesystem, name, lacking)
+    return WAYS[request.param]
+
+
+@pytest.mark.parametrize("count", [1, 234, 235, 236, 254, 255])
+@pytest.mark.parametrize("letter", ["n", "é", "\U0001f600", "\udcff"])
+def test_every_name_has_a_hidden_one_beside_it(tmp_path, count, letter):
+    name = (letter * count).encode("utf-8", "surrogateescape")[:NAME_MAX]
+    while letter != "\udcff" and name.decode(errors="ignore").encode() != name:
+        name = name[:-1]
+    path = os.path.join(tmp_path, os.fsdecode(name))
+    hidden = hidden_name(path)
+    assert hidden != hidden_name(path), "no other one is called so"
+    assert os.path.dirname(hidden) == str(tmp_path)
+    bare = os.fsencode(os.path.basename(hidden))
+    assert len(bare) <= NAME_MAX
+    assert bare.endswith(SUFFIX.encode())
+    assert name.startswith(bare[1:].partition(b".")[0]), "one can see whose it is"
+    if letter != "\udcff":
+        bare.decode()  # no character is cut in two
+    Path(hidden).touch()
+    rename_new(hidden, path)
+    assert [os.fsencode(one.name) for one in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_or_a_path_that_cannot_be_is_said(tmp_path):
+    with pytest.raises(UsageError, match="the name has 256 bytes, and no more than 255"):
+        hidden_name(str(tmp_path / ("n" * 256)))
+    room = PATH_MAX - len(str(tmp_path)) - 2
+    deep = str(tmp_path) + "/d" * (room // 2)
+    with pytest.raises(UsageError, match="the path is too long: .* shorter path"):
+        hidden_name(deep)
+    assert len(hidden_name(deep[: -2 * 20])) <= PATH_MAX
+
+
+def test_what_is_renamed_has_its_new_name_and_no_other(way, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"content")
+    rename_new(str(old), str(new))
+    assert [item.name for item in tmp_path.iterdir()] == ["new"]
+    assert new.read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "directory", "link"])
+def test_nothing_that_is_there_is_replaced(way, tmp_path, kind):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"content")
+    if kind == "directory":
+        new.mkdir()
+    elif kind == "link":
+        new.symlink_to("nowhere")
+    else:
+        new.write_bytes(b"precious" if kind == "file" else b"")
+    with pytest.raises(FileExistsError):
+        rename_new(str(old), str(new))
+    assert old.read_bytes() == b"content"
+    assert kind != "file" or new.read_bytes() == b"precious"
+
+
+def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(tmp_path, monkeypatch):
+    old, new = tmp_path / ".new.12345678.xbmigrate", tmp_path / "new"
+    old.write_bytes(b"content")
+
+    def crash(_old, _new):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            filesystem._take_and_rename(str(old), str(new))
+    assert new.exists()
+    filesystem._take_and_rename(str(old), str(new))
+    assert new.read_bytes() == b"content"
+    assert not old.exists()
+
+
+def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        filesystem._take_and_rename(str(tmp_path / "gone"), str(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the try
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "says"),
+    [
+        (os, "pwrite", "write"), (os, "ftruncate", "set the size of"),
+        (os, "posix_fallocate", "give a file its room"), (mmap, "mmap", "map a file"),
+        (os, "fdatasync", "fsync"), (os, "fsync", "fsync"), (filesystem, "rename_new", "rename"),
+    ],
+)  # fmt: skip
+def test_what_the_file_system_cannot_do_is_named(tmp_path, monkeypatch, where, name, says):
+    def lacking(*_arguments):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(where, name, lacking)
+    with pytest.raises(UsageError, match=rf"^--output x: .*{says}.*Operation not supported: name"):
+        try_directory(str(tmp_path / "x"), "--output x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_try_leaves_nothing_and_may_have_a_part_of_its_own(tmp_path):
+    try_directory(str(tmp_path / "x"), "--output x")
+    with pytest.raises(UsageError, match="^--output x: not like that$"):
+        try_directory(str(tmp_path / "x"), "--output x", lambda _fd: "not like that")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a file system: give its type and options."""
+    need(os.geteuid() == 0, "root, to mount file systems")
+    places: list[Path] = []
+
+    def mount(kind: str, *options: str) -> Path:
+        place = tmp_path / f"mounted-{len(places)}"
+        place.mkdir()
+        words = ["mount", "-t", kind, *options, "none", str(place)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        need(done.returncode == 0, f"to mount {kind}: {done.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_read_only_mount_is_named(mounted):
+    with pytest.raises(UsageError, match=r"^x: .* mounted read-only$"):
+        check_writable(str(mounted("tmpfs", "-o", "ro")), "x")
+
+
+def test_a_full_file_system_is_named(mounted):
+    place = mounted("tmpfs", "-o", "size=4k")
+    (place / "all").write_bytes(bytes(4096))
+    with pytest.raises(UsageError, match="No space left on device: make room"):
+        try_directory(str(place / "x"), "--output x")
+
+
+def test_hugetlbfs_is_named(mounted):
+    with pytest.raises(UsageError, match=r"write\(2\) to a file .* another .* \(hugetlbfs\)"):
+        try_directory(str(mounted("hugetlbfs") / "x"), "--output x")
+
+
+def test_a_file_that_is_mounted_cannot_be_replaced(tmp_path):
+    need(os.geteuid() == 0, "root, to mount a file")
+    file = tmp_path / "a file"
+    file.touch()
+    assert not is_mount_point(str(file))
+    check_replaceable(str(file), "x")
+    subprocess.run(["mount", "--bind", str(file), str(file)], check=True)
+    try:
+        with pytest.raises(UsageError, match="something is mounted at that name"):
+            check_replaceable(str(file), "x")
+    finally:
+        subprocess.run(["umount", str(file)], check=True)
+
+
+@pytest.mark.parametrize(("flag", "says"), [("i", "immutable"), ("a", "append-only")])
+def test_what_cannot_be_changed_is_named(tmp_path, flag, says):
+    need(os.geteuid() == 0, "root, to set attributes")
+    need(shutil.which("chattr"), "chattr (e2fsprogs)")
+    file = tmp_path / "file"
+    file.touch()
+    done = subprocess.run(["chattr", f"+{flag}", file], capture_output=True, check=False)
+    need(done.returncode == 0, f"a file system with the attribute {flag}")
+    try:
+        with pytest.raises(UsageError, match=f"the file there is {says}"):
+            check_replaceable(str(file), "x")
+    finally:
+        subprocess.run(["chattr", f"-{flag}", file], check=True)
+
+
+def test_a_file_that_cannot_be_written_later_is_refused_and_stays_as_it_is(tmp_path):
+    file = tmp_path / "file"
+    check_file(str(file), "--report")
+    assert list(tmp_path.iterdir()) == []
+    file.write_bytes(b"before")
+    check_file(str(file), "--report")
+    assert file.read_bytes() == b"before"
+    with pytest.raises(UsageError, match="^--report .*: it cannot be written: Not a directory$"):
+        check_file(str(file / "x"), "--report")
