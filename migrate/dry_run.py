@@ -103,7 +103,9 @@ def simulate(
         seconds = measured.wall_seconds + sample.scan_seconds
         writes = seconds * (1 - run.brake.percentage / 100)  # a slowed guest writes for less
         pages = sample.dirty(writes)
-        pending = Pending(round(pages), round(pages), sample.scan_seconds)
+        pending = Pending(
+            round(pages), round(pages), sample.scan_seconds, check_seconds=sample.check_seconds
+        )
         if throttle is not None:
             run.slow(throttle, pending, measured, seconds, number)
         decision = run.policy.decide(number, run.elapsed, pending)

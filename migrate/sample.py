@@ -73,6 +73,8 @@ class Sample:
     overflows: float = 0.0
     share: float = 1.0
     """Of the guest, so much was looked at."""
+    check_seconds: float = 0.0
+    """What it takes in the pause to look who writes it, beside the last round."""
 
     def dirty(self, seconds: float) -> float:
         """Pages that are written in so long: straight lines between what was seen, and on from the
@@ -136,6 +138,7 @@ class Sampler:
         most: int = SAMPLE_BYTES,
     ) -> None:  # fmt: skip
         self._memory = guest.memory
+        self._check_seconds = guest.check_seconds if guest.stoppable else 0.0
         self._sleep, self._clock = sleep, clock
         self.pages = -(-guest.memory.size // page_size)
         self._page_size = page_size
@@ -184,7 +187,7 @@ class Sampler:
         return Sample(
             self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
             zero, scan * self._scale, deltas, delta_bytes, hits, misses, overflows,
-            1 / self._scale,
+            1 / self._scale, self._check_seconds,
         )  # fmt: skip
 
     def _all_of_them(self, began: float, last: Interval) -> Interval:

@@ -47,13 +47,17 @@ ATTEMPTS = 12
 GUESTS = ("demo", "file", "file", "buffer", "qemu")
 
 WRITER = """
-import mmap, os, random, sys
+import mmap, os, random, sys, time
 file = os.open(sys.argv[1], os.O_RDWR)
 memory = mmap.mmap(file, 0)
 noise, size = random.Random(int(sys.argv[2])), len(memory)
 hot = max(size // 4, 64)
 print("writing", flush=True)
+fork_at = time.monotonic() + float(sys.argv[3])
 while True:
+    if time.monotonic() > fork_at:
+        os.fork()
+        fork_at = float("inf")
     for _ in range(200):
         at = noise.randrange(hot - 32)
         memory[at:at + 32] = noise.randbytes(32)
@@ -301,9 +305,13 @@ class FileMove(Move):
         if chance.random() < 0.7:
             content[: self.size // 2] = random.Random(1).randbytes(self.size // 2)
         self.memory.write_bytes(content)
+        # One more writer, that nobody has named, appears at some time.
+        self.auto = chance.random() < 0.5
+        late = str(chance.uniform(0, 4) if self.auto else 1e9)
         self.writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(self.memory), "5"], stdout=subprocess.PIPE
-        )
+            [sys.executable, "-c", WRITER, str(self.memory), "5", late], stdout=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
         assert self.writer.stdout is not None
         self.writer.stdout.readline()
 
@@ -320,7 +328,7 @@ class FileMove(Move):
         return self.output.exists()
 
     def guest(self) -> list[str]:
-        return [f"file:{self.memory}", "--pid", str(self.writer.pid)]
+        return [f"file:{self.memory}", "--pid", "auto" if self.auto else str(self.writer.pid)]
 
     def runs_here(self) -> bool:
         line = Path(f"/proc/{self.writer.pid}/stat").read_text()
@@ -337,7 +345,7 @@ class FileMove(Move):
 
     def end(self) -> None:
         super().end()
-        self.writer.kill()
+        os.killpg(self.writer.pid, signal.SIGKILL)
         self.writer.wait()
         assert self.writer.stdout is not None
         self.writer.stdout.close()
