@@ -150,6 +150,11 @@ def obstacle(
         )
     if pending.size_seconds > limits.downtime_limit / 2:
         return f"{text}; {_size(pending)}: raise --downtime-limit to {_enough(expected)}"
+    if pending.check_seconds > limits.downtime_limit / 2:
+        return (
+            f"{text}; looking whether any other process writes the guest takes "
+            f"{pending.check_seconds * 1e3:.0f} ms of that: raise --downtime-limit"
+        )
     if wire <= expected / 2:
         return f"{text}; it is bound by this machine's speed: raise --downtime-limit"
     knobs = "--max-bandwidth or --downtime-limit"

@@ -105,7 +105,11 @@ def simulate(
         writes = seconds * (1 - run.brake.percentage / 100)  # a slowed guest writes for less
         pages = sample.dirty(writes)
         pending = Pending(
-            round(pages), round(pages), sample.scan_seconds, whole_seconds=sample.whole_seconds
+            round(pages),
+            round(pages),
+            sample.scan_seconds,
+            whole_seconds=sample.whole_seconds,
+            check_seconds=sample.check_seconds,
         )
         if throttle is not None:
             run.slow(throttle, pending, measured, seconds, number)

@@ -76,6 +76,8 @@ class Sample:
     share: float = 1.0
     """Of the guest, so much was looked at."""
     whole_seconds: float = 0.0
+    check_seconds: float = 0.0
+    """What it takes in the pause to look who writes it, beside the last round."""
 
     def dirty(self, seconds: float) -> float:
         """Pages that are written in so long: straight lines between what was seen, and on from the
@@ -139,6 +141,7 @@ class Sampler:
         most: int = SAMPLE_BYTES,
     ) -> None:  # fmt: skip
         self._memory = guest.memory
+        self._check_seconds = guest.check_seconds if guest.stoppable else 0.0
         self._sleep, self._clock = sleep, clock
         self.pages = -(-guest.memory.size // page_size)
         self._page_size = page_size
@@ -189,7 +192,7 @@ class Sampler:
         return Sample(
             self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
             zero, scan * self._scale, deltas, delta_bytes, hits, misses, overflows,
-            1 / self._scale, SIDES * self._digest.whole_seconds,
+            1 / self._scale, SIDES * self._digest.whole_seconds, self._check_seconds,
         )  # fmt: skip
 
     def _all_of_them(self, began: float, last: Interval) -> Interval:

@@ -48,13 +48,17 @@ ATTEMPTS = 12
 GUESTS = ("demo", "file", "file", "buffer", "qemu")
 
 WRITER = """
-import mmap, os, random, sys
+import mmap, os, random, sys, time
 file = os.open(sys.argv[1], os.O_RDWR)
 memory = mmap.mmap(file, 0)
 noise, size = random.Random(int(sys.argv[2])), len(memory)
 hot = max(size // 4, 64)
 print("writing", flush=True)
+fork_at = time.monotonic() + float(sys.argv[3])
 while True:
+    if time.monotonic() > fork_at:
+        os.fork()
+        fork_at = float("inf")
     for _ in range(200):
         at = noise.randrange(hot - 32)
         memory[at:at + 32] = noise.randbytes(32)
@@ -331,7 +335,10 @@ class FileMove(Move):
         if chance.random() < 0.7:
             content[: self.size // 2] = random.Random(1).randbytes(self.size // 2)
         self.memory.write_bytes(content)
-        self.writer = started(WRITER, str(self.memory), "5")
+        # One more writer, that nobody has named, appears at some time.
+        self.auto = chance.random() < 0.5
+        late = str(chance.uniform(0, 4) if self.auto else 1e9)
+        self.writer = started(WRITER, str(self.memory), "5", late)
 
     def listen(self) -> Program:
         # One that is only to answer needs another output.
@@ -346,7 +353,7 @@ class FileMove(Move):
         return self.runs_there()
 
     def guest(self) -> list[str]:
-        return [f"file:{self.memory}", "--pid", str(self.writer.pid)]
+        return [f"file:{self.memory}", "--pid", "auto" if self.auto else str(self.writer.pid)]
 
     def runs_here(self) -> bool:
         line = Path(f"/proc/{self.writer.pid}/stat").read_text()
@@ -366,6 +373,7 @@ class FileMove(Move):
 
     def end(self) -> None:
         super().end()
+        os.killpg(self.writer.pid, signal.SIGKILL)
         ended(self.writer)
         os.close(self.full_disk)
         os.close(self.broken_pipe)
@@ -417,7 +425,9 @@ class FileMove(Move):
 
 def started(script: str, *arguments: str) -> subprocess.Popen[bytes]:
     """A program that writes, once it has said so."""
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, start_new_session=True
+    )
     assert process.stdout is not None
     process.stdout.readline()
     return process

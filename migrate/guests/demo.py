@@ -154,7 +154,12 @@ class DemoProcess:
     def create(cls, shape: DemoShape, *, paused: bool) -> DemoProcess:
         """Starts a demo guest: running, or waiting for its memory (`paused`)."""
         shape.check_fits()
-        fd = os.memfd_create("xbmigrate-demo")
+        try:
+            fd = os.memfd_create("xbmigrate-demo")
+        except OSError as error:
+            raise UsageError(
+                f"a demo guest needs memfd_create(2), which cannot be had here: {error.strerror}"
+            ) from None
         try:
             os.ftruncate(fd, shape.total)
             with mmap.mmap(fd, CONTROL_BYTES) as control, memoryview(control).cast("Q") as words:

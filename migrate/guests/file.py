@@ -7,9 +7,8 @@ import contextlib
 import os
 import signal
 import stat
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
@@ -20,43 +19,21 @@ from migrate.guests.guard import ADDED, Found
 from migrate.guests.guest import MemoryGuest, check_size
 from migrate.guests.hold import FileHold, Hold
 from migrate.guests.lookout import Lookout
-from migrate.guests.process import (
-    STOPPED,
-    Process,
-    ancestors,
-    exists,
-    is_kernel_thread,
-    stands_still,
-    start_time,
-    state,
-    status,
-    task_states,
-)
+from migrate.guests.process import STOPPED, Process, ancestors, exists, stands_still, start_time
+from migrate.guests.process import state as process_state
 from migrate.guests.rights import Rights
-from migrate.guests.writers import (
-    Census,
-    Writer,
-    kernel_writers,
-    named,
-    narrow_view,
-    open_for_writing,
-    opened_here,
-)
+from migrate.guests.survey import runs, stoppable, survey, unnamed
+from migrate.guests.writers import Writer, named
 from migrate.memory import Memory
 from migrate.output import printable
 
 STOP_PATIENCE = 5.0
 MAX_DESCRIPTION = 200
-# A look at all processes takes a fraction of a second; the kernel may let us wait for one of them.
-LOOK_PATIENCE = 30.0
 # Between two looks while the guest runs: at least so long, and so much longer than a look takes.
 LOOK_SECONDS = 1.0
 LOOK_FACTOR = 10
 # Writers that appear while the others are being stopped: so often they are looked for again.
 TURNS = 20
-_IN_TIME = f"in {LOOK_PATIENCE:g} s: one of them hangs in the kernel"
-
-T = TypeVar("T")
 
 
 class FileGuest(MemoryGuest):
@@ -108,48 +85,12 @@ class FileGuest(MemoryGuest):
         self._check: asyncio.Future[list[Writer]] | None = None
         self._told: set[int] = set()
         for pid in pids:
-            self._writers[pid] = self._stoppable(pid, f"--pid {pid}")
+            self._writers[pid] = stoppable(pid, f"--pid {pid}")
 
     @property
     def pids(self) -> tuple[int, ...]:
         """The processes that are stopped in the pause, as far as they are known."""
         return tuple(self._writers)
-
-    @staticmethod
-    def _stoppable(pid: int, what: str, born: str = "") -> Process:
-        """A handle on a process that we may stop. Raises UsageError."""
-        if pid == os.getpid():
-            raise UsageError(f"{what}: that is migrate-src itself")
-        try:
-            handle = Process(pid, born)
-        except ProcessLookupError:
-            raise UsageError(f"{what}: there is no such process") from None
-        if pid == 1:
-            raise UsageError(
-                f"{what}: the kernel lets nobody here stop process 1: run migrate-src outside of "
-                "its container, or give --pause-cmd"
-            )
-        if not task_states(pid):
-            raise UsageError(
-                f"{what}: /proc does not show it (hidepid?), so whether it has stopped could not "
-                "be seen: run migrate-src as root"
-            )
-        if is_kernel_thread(pid):
-            raise UsageError(f"{what}: that is a thread of the kernel, which no signal stops")
-        facts = status(pid)
-        if facts.get("Tgid", str(pid)) != str(pid):
-            raise UsageError(f"{what}: that is a thread of process {facts['Tgid']}: give that")
-        try:
-            handle.signal(0)
-        except ProcessLookupError:
-            raise UsageError(f"{what}: there is no such process") from None
-        except OSError as error:
-            owner = facts.get("Uid", "?").split()[0]
-            raise UsageError(
-                f"{what}: it cannot be stopped: {error.strerror}: it belongs to user {owner}: run "
-                "migrate-src as that user, or as root"
-            ) from None
-        return handle
 
     # -- who writes it
 
@@ -159,86 +100,17 @@ class FileGuest(MemoryGuest):
         With `auto` all writers are to be stopped from here on. Raises UsageError where something
         would go on writing.
         """
-        census = Census(self._fd)
-        if census.blind and self.can_throttle:
-            raise UsageError(f"--pid: {census.blind}: whether a process has stopped cannot be seen")
-        for _ in range(3):  # the later ones are as short as the one in the pause: see its seconds
-            found = _bounded(census.look)
-        census.look_at_new()
-        self._lookout = Lookout(self._fd, census.seconds, census.new_seconds)
-        kernel = kernel_writers(census.target)
-        others = [writer for writer in found if writer.pid not in self._writers]
-        running = [writer for writer in others if _runs(writer)]
-        if self._auto:
-            for writer in others:
-                self._take(writer)
-        elif running and self.pause_cmd:
-            self.notices.append(
-                f"{named(running)} can write the guest: --pause-cmd must stop that, too"
-                if self._writers
-                else f"{named(running)} can write the guest: --pause-cmd must stop that"
-            )
-        elif running:
-            raise UsageError(f"guest file {self.path}: {self._unnamed(running)}")
-        if kernel and self.pause_cmd:
-            self.notices.append(f"{kernel[0]} can write the guest: --pause-cmd must stop that")
-        elif kernel:
-            raise UsageError(
-                f"guest file {self.path}: {kernel[0]} writes it, which no signal stops: take that "
-                "away (umount, losetup -d), or give --pause-cmd (fsfreeze -f) and --resume-cmd"
-            )
-        self._say_what_is_unseen(census, found)
-        if not self.pause_cmd:
-            self.warnings += companions.warnings(self._fd, self.path, found)
-
-    def _unnamed(self, running: list[Writer]) -> str:
-        if self._writers:
-            return (
-                f"{named(running)} can write it too, and what is written after the pause would be "
-                "lost: name each with --pid, or all of them with --pid auto"
-            )
-        return (
-            f"{named(running)} can write it, and would go on writing a copy that is no longer the "
-            "guest: end that first, or give --pid auto, --pid PID or --pause-cmd"
-        )
-
-    def _take(self, writer: Writer) -> None:
-        """Adds to those that are to be stopped, before there is a guard."""
-        if writer.pid in ancestors():
-            raise UsageError(
-                f"--pid auto: process {writer}, which has started migrate-src, can write the guest "
-                f"itself: start migrate-src elsewhere, or say --pid {writer.pid}"
-            )
-        self._writers[writer.pid] = self._stoppable(
-            writer.pid, f"--pid auto: process {writer}", writer.born
-        )
-
-    def _say_what_is_unseen(self, census: Census, found: list[Writer]) -> None:
-        """Processes that may not be looked into; not where the kernel says that nothing writes."""
-        anything = None
-        if not found and not opened_here(census.target):
-            anything = open_for_writing(self._fd)
-        if anything is False:
-            return
-        hidden = [census.blind] if census.blind else []
-        if census.unseen:
-            processes = "process" if census.unseen == 1 else "processes"
-            hidden.append(f"{census.unseen} {processes} of other users may not be looked into")
-        if census.init_unseen:
-            # It starts the others, and a guest is none of its business; not worth an alarm.
-            self.notices.append("process 1 may not be looked into")
-        if outside := narrow_view():
-            hidden.append(f"{outside} cannot be seen")
-        if anything and not (self._writers or self.pause_cmd):
-            raise UsageError(
-                f"guest file {self.path}: something has it open for writing that is not to be seen "
-                f"from here{' (' + '; '.join(hidden) + ')' if hidden else ''}: run migrate-src as "
-                "root, or outside of a container, or give --pause-cmd"
-            )
-        if hidden:
-            self.warnings.append(
-                f"{'; '.join(hidden)}: what one of them writes to the guest after the pause is lost"
-            )
+        try:
+            found = survey(
+                self._fd, self.path, self._writers, stops=self.can_throttle, auto=self._auto,
+                commanded=bool(self.pause_cmd),
+            )  # fmt: skip
+        except UsageError:
+            self._free()
+            raise
+        self._writers |= found.taken
+        self.warnings, self.notices = found.warnings, found.notices
+        self._lookout = Lookout(self._fd, found.seconds, found.new_seconds)
 
     def _open_device(self) -> int:
         """Read the device past all caches; returns the alignment this needs."""
@@ -288,7 +160,7 @@ class FileGuest(MemoryGuest):
     async def started(self) -> None:
         """Starts the guard: it must be there before anything is stopped."""
         if self.stoppable:
-            self._asleep = {pid for pid in self.pids if state(pid) in STOPPED}
+            self._asleep = {pid for pid in self.pids if process_state(pid) in STOPPED}
             command = ["--resume-cmd", self.resume_cmd] if self.resume_cmd else []
             writers = [f"{pid}:{handle.born}" for pid, handle in self._writers.items()]
             self._guard = await asyncio.create_subprocess_exec(
@@ -332,7 +204,7 @@ class FileGuest(MemoryGuest):
     async def _take_on(self, writer: Writer) -> None:
         """Adds to those that are to be stopped, and tells the guard before that is done."""
         try:
-            handle = self._stoppable(writer.pid, f"process {writer}", writer.born)
+            handle = stoppable(writer.pid, f"process {writer}", writer.born)
         except UsageError:
             if not exists(writer.pid):
                 return
@@ -359,7 +231,7 @@ class FileGuest(MemoryGuest):
         lock in the program, a frozen file system. A process that merely has the guest open then
         cannot be told from one that writes, so that is no error but a warning.
         """
-        new = [writer for writer in found if self._is_new(writer) and _runs(writer)]
+        new = [writer for writer in found if self._is_new(writer) and runs(writer)]
         if not new:
             return False
         if self._auto:
@@ -372,11 +244,12 @@ class FileGuest(MemoryGuest):
             self._told |= {writer.pid for writer in untold}
             if untold:
                 self.warn(
-                    f"{named(untold)} can write the guest and runs on after --pause-cmd: what is "
-                    "written now is lost"
+                    "still running after --pause-cmd, and able to write the guest, so that what is "
+                    f"written now is lost: {named(untold)}"
                 )
             return False
-        raise MigrationError(f"guest file {self.path}: {self._unnamed(new)}")
+        words = unnamed(new, others_named=bool(self._writers))
+        raise MigrationError(f"guest file {self.path}: {words}")
 
     async def check_writers(self) -> bool:
         if self._check is None or self._lookout is None:
@@ -586,28 +459,13 @@ class FileGuest(MemoryGuest):
                     await self._guard.wait()
         if self._lookout is not None:
             await self._lookout.close()
+        self._free()
+
+    def _free(self) -> None:
         for handle in self._writers.values():
             handle.close()
         self.unhold()
         os.close(self._fd)
-
-
-def _runs(writer: Writer) -> bool:
-    try:
-        return not stands_still(writer.pid)
-    except MigrationError:
-        return True  # as far as can be seen
-
-
-def _bounded(look: Callable[[], T]) -> T:
-    """The result of a look; the kernel may let it wait for a process that hangs."""
-    results: list[T] = []
-    thread = threading.Thread(target=lambda: results.append(look()), daemon=True)
-    thread.start()
-    thread.join(LOOK_PATIENCE)
-    if not results:
-        raise UsageError(f"the processes of this machine could not be looked at {_IN_TIME}")
-    return results[0]
 
 
 def _open(path: str) -> tuple[int, int]:
