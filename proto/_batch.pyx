@@ -29,6 +29,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from proto._bits cimport (
+    all_clear,
     clear_bit,
     clear_bit_shared,
     get_bit,
@@ -234,41 +235,52 @@ cdef Py_ssize_t words_of(const uint8_t[::1] bits, const uint8_t[::1] others) exc
 def count_bits(const uint8_t[::1] bits not None, const uint8_t[::1] others not None=b""):
     """How many bits are set in a bitmap, or in either of two."""
     cdef bint both = others.shape[0] > 0
-    cdef Py_ssize_t i, words = words_of(bits, others if both else bits)
-    cdef uint64_t count = 0, word
+    cdef Py_ssize_t i = 0, words = words_of(bits, others if both else bits)
+    cdef uint64_t count = 0
+    if words == 0:
+        return 0
+    cdef const uint64_t* at = <const uint64_t*>&bits[0]
+    cdef const uint64_t* beside = <const uint64_t*>&others[0] if both else at
     with nogil:
-        for i in range(words):
-            word = xb_word(&bits[8 * i])
-            if both:
-                word |= xb_word(&others[8 * i])
-            if word:  # most are 0, and counting is slow on processors that this may be built for
-                count += xb_popcount(word)
+        while i < words:
+            if i + 8 <= words and all_clear(at + i) and all_clear(beside + i):
+                i += 8
+                continue
+            count += xb_popcount(at[i] | beside[i])
+            i += 1
     return count
 
 
 def unite_bits(uint8_t[::1] bits not None, const uint8_t[::1] others not None):
     """Sets the bits of another bitmap too."""
-    cdef Py_ssize_t i, words = words_of(bits, others)
-    cdef uint64_t word
+    cdef Py_ssize_t i = 0, words = words_of(bits, others)
+    if words == 0:
+        return
+    cdef uint64_t* at = <uint64_t*>&bits[0]
+    cdef const uint64_t* beside = <const uint64_t*>&others[0]
     with nogil:
-        for i in range(words):
-            word = xb_word(&others[8 * i])
-            if word:
-                word = htole64(word | xb_word(&bits[8 * i]))
-                memcpy(&bits[8 * i], &word, 8)
+        while i < words:
+            if i + 8 <= words and all_clear(beside + i):
+                i += 8
+                continue
+            at[i] |= beside[i]
+            i += 1
 
 
 def keep_bits(uint8_t[::1] bits not None, const uint8_t[::1] others not None):
     """Clears the bits that are not set in another bitmap."""
-    cdef Py_ssize_t i, words = words_of(bits, others)
-    cdef uint64_t word, kept
+    cdef Py_ssize_t i = 0, words = words_of(bits, others)
+    if words == 0:
+        return
+    cdef uint64_t* at = <uint64_t*>&bits[0]
+    cdef const uint64_t* beside = <const uint64_t*>&others[0]
     with nogil:
-        for i in range(words):
-            word = xb_word(&bits[8 * i])
-            kept = word & xb_word(&others[8 * i])
-            if kept != word:
-                kept = htole64(kept)
-                memcpy(&bits[8 * i], &kept, 8)
+        while i < words:
+            if i + 8 <= words and all_clear(at + i):
+                i += 8
+                continue
+            at[i] &= beside[i]
+            i += 1
 
 
 cdef void clear_range(uint8_t* bits, uint64_t page, uint64_t end) noexcept nogil:
