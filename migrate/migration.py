@@ -293,6 +293,7 @@ class Migration(ABC):
                 )
             self.guest.moving = self._holds = True
         await self.guest.hold()
+        self.guest.refuse_if_moved()
         for caution in self.guest.cautions:
             self._notice(f"warning: {caution}")
 

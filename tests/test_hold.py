@@ -395,7 +395,7 @@ def journals(path: Path) -> list[str]:
 @pytest.mark.parametrize("same_journal", [True, False])
 def test_of_two_sources_one_moves_the_guest(shm, same_journal):
     guest = shm / "guest"
-    for _ in range(2):
+    for turn in range(2):
         guest.write_bytes(os.urandom(1_000_000))
         ends = [
             Program("migrate-dst", "-q", "--output", str(shm / f"out{n}"), "--journal",
@@ -405,7 +405,8 @@ def test_of_two_sources_one_moves_the_guest(shm, same_journal):
         wait_until(lambda: (shm / "s1").exists() and (shm / "s2").exists())
         sources = [
             Program("migrate-src", "-q", "--guest", f"file:{guest}", "--max-bandwidth", "1m",
-                    "--journal", str(shm / ("j" if same_journal else f"j{n}")), f"unix:{shm}/s{n}")
+                    "--journal", str(shm / ("j" if same_journal else f"j{turn}{n}")),
+                    f"unix:{shm}/s{n}")
             for n in (1, 2)
         ]  # fmt: skip
         codes = [source.wait() for source in sources]
@@ -415,12 +416,45 @@ def test_of_two_sources_one_moves_the_guest(shm, same_journal):
         assert "is moving it" in refused.err
         assert len(list(shm.glob("out?"))) == 1
         if not same_journal:
-            assert journals(shm / f"j{codes.index(2) + 1}") == [], "nothing was written down"
+            assert journals(shm / f"j{turn}{codes.index(2) + 1}") == [], "nothing was written down"
         for end in ends:
             end.kill(signal.SIGTERM)
             end.wait()
         for name in shm.glob("out?"):
             name.unlink()
+
+
+def test_a_guest_that_has_moved_does_not_move_again_with_another_journal(shm):
+    """The lock ends with its program; the mark on the file does not."""
+    guest = shm / "guest"
+    guest.write_bytes(os.urandom(100_000))
+    try:
+        os.setxattr(guest, "user.test", b"")
+    except OSError:
+        pytest.skip("this file system has no user attributes")
+    writer = subprocess.Popen(["sleep", "100"], stdin=subprocess.DEVNULL)
+    try:
+        ended = []
+        for turn in ("first", "second", "woken"):
+            if turn == "woken":
+                writer.send_signal(signal.SIGCONT)
+                wait_until(lambda: state(writer.pid) == "S")
+            receiver, address = destination("--output", str(shm / turn))
+            source = Program(
+                "migrate-src", "-q", "--guest", f"file:{guest}", "--pid", str(writer.pid),
+                "--journal", str(shm / f"j-{turn}"), address,
+            )  # fmt: skip
+            ended.append(source.wait())
+            if turn == "second":
+                assert "was handed over to another machine" in source.err
+                receiver.kill(signal.SIGTERM)
+            receiver.wait()
+        assert ended == [0, 2, 0]
+        assert not (shm / "second").exists()
+        assert "user.xbmigrate.moved" not in os.listxattr(shm / "first")
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_dry_run_and_idle_program_do_not_hold(shm):

@@ -150,7 +150,6 @@ class DestinationProgram(Node):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        from migrate.guests.command import check_command
         from migrate.guests.output_file import try_output
         from migrate.guests.reopen import reopen_place
         from migrate.handover import Records
@@ -185,7 +184,6 @@ class DestinationProgram(Node):
         self.rights = rights_of(args)
         if args.output and not self.landing:
             try_output(args.output, args.overwrite, self.rights)
-        check_command(args.on_complete, "--on-complete")
         self.on_complete_timeout = seconds(args.on_complete_timeout, "--on-complete-timeout")
         self.peer_timeout = peer_timeout(args)
         self.allow = networks(args.allow)
@@ -637,6 +635,9 @@ class DestinationProgram(Node):
 
 
 async def _run(args: argparse.Namespace) -> int:
+    from migrate.guests.command import check_command
+
+    await asyncio.to_thread(check_command, args.on_complete, "--on-complete")
     return await DestinationProgram(args).run()
 
 

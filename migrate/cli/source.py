@@ -539,6 +539,10 @@ def _take_note() -> None:
 
 
 async def _run(args: argparse.Namespace) -> int:
+    from migrate.guests.command import check_command
+
+    for command, what in ((args.pause_cmd, "--pause-cmd"), (args.resume_cmd, "--resume-cmd")):
+        await asyncio.to_thread(check_command, command, what)
     return await SourceProgram(args).run()
 
 

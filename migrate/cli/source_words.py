@@ -219,14 +219,11 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryG
     """
     kind, _, rest = args.guest.partition(":")
     if kind == "file":
-        from migrate.guests.command import check_command
         from migrate.guests.file import FileGuest
 
         if not rest:
             raise UsageError("guest file: name the file: --guest file:PATH")
         pids = [number(pid, "--pid") for pid in args.pid if pid != "auto"]
-        check_command(args.pause_cmd, "--pause-cmd")
-        check_command(args.resume_cmd, "--resume-cmd")
         guest = FileGuest(
             rest, pids, args.pause_cmd, args.resume_cmd,
             seconds(args.command_timeout, "--command-timeout"), auto="auto" in args.pid,

@@ -12,7 +12,7 @@ from typing import Any
 
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
-from migrate.guests import companions, isolated
+from migrate.guests import companions, isolated, moved
 from migrate.guests.command import COMMAND_PATIENCE, run_command
 from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
@@ -76,6 +76,8 @@ class FileGuest(MemoryGuest):
         self._auto = auto
         self._writers: dict[int, Process] = {}
         self._lookout: Lookout | None = None
+        self._ran: list[int] = []
+        """The writers that ran when we first looked."""
         self._guard: asyncio.subprocess.Process | None = None
         self._asking = asyncio.Lock()
         self._asleep: set[int] = set()
@@ -109,6 +111,7 @@ class FileGuest(MemoryGuest):
             self._free()
             raise
         self._writers |= found.taken
+        self._ran = [pid for pid in self._writers if process_state(pid) not in STOPPED]
         self.warnings, self.notices = found.warnings, found.notices
         self._lookout = Lookout(self._fd, found.seconds, found.new_seconds)
 
@@ -147,6 +150,17 @@ class FileGuest(MemoryGuest):
             hold = FileHold(self._fd, f"guest file {self.path}")
             await hold.take()
         self._hold, self.cautions = hold, hold.cautions
+
+    def refuse_if_moved(self) -> None:
+        what = f"guest file {self.path}"
+        moved.refuse_if_moved(self._fd, what)
+        still = [pid for pid in self._ran if process_state(pid) in STOPPED]
+        if still:
+            raise UsageError(
+                f"{what}: its writer, process {still[0]}, ran at the start and was stopped since, "
+                "not by us: another program may have moved the guest: wake the writer (kill -CONT) "
+                "if that is not so"
+            )
 
     def confirm_hold(self) -> None:
         if self._hold is not None:
@@ -417,10 +431,13 @@ class FileGuest(MemoryGuest):
 
     async def give_up(self) -> None:
         await self._tell_guard(b"g")
+        writers = [(pid, handle.born) for pid, handle in self._writers.items()]
+        moved.mark(self._fd, writers)
         self._given_up = True
 
     async def take_back(self) -> None:
         self._given_up = False
+        moved.unmark(self._fd)
         await self._tell_guard(b"p")
 
     async def release(self) -> None:

@@ -85,6 +85,10 @@ class Guest(ABC):
         UsageError where another program moves it.
         """
 
+    def refuse_if_moved(self) -> None:
+        """Raise UsageError if the guest has moved away, as far as can be told from the guest
+        itself: an earlier program may have had a journal of its own."""
+
     def confirm_hold(self) -> None:
         """Make sure that it is still held, just before it is given up. Raises MigrationError."""
 

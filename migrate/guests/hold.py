@@ -253,6 +253,8 @@ class FileHold(Hold):
             except OSError:
                 self._writable = False
                 self._fd = reopened(fd, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system may have no such position
+                os.lseek(self._fd, MARK, os.SEEK_SET)
         except OSError as error:
             raise UsageError(f"{what}: it cannot be locked: {error.strerror}") from None
         # There a flock is a lock on the whole file to the server, and excludes the byte by itself.
@@ -262,8 +264,6 @@ class FileHold(Hold):
 
     async def take(self) -> None:
         try:
-            with contextlib.suppress(OSError):  # a file system may have no such position
-                os.lseek(self._fd, MARK, os.SEEK_SET)
             end, tries = time.monotonic() + PATIENCE_SECONDS, 0
             while (found := self._try()) is not Found.NOTHING:
                 tries += 1

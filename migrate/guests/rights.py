@@ -15,6 +15,7 @@ import stat
 from dataclasses import dataclass
 
 from migrate.errors import PeerError, UsageError
+from migrate.guests import moved
 
 VERSION = 1
 MAX_STATE_BYTES = 4096
@@ -142,6 +143,8 @@ def keep_attributes(path: str, fd: int) -> list[str]:
     except OSError:
         return []
     for name in names:
+        if name == moved.ATTRIBUTE:
+            continue  # it tells of the file that is replaced
         if not name.startswith(KEPT_ATTRIBUTES):
             left.append(name)
             continue

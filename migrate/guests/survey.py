@@ -185,7 +185,9 @@ def _say_what_is_unseen(
     """
     anything = None
     if not found and not opened_here(census.target):
-        anything = open_for_writing(census.target.fd)
+        anything = not census.target.held and open_for_writing(census.target.fd)
+        if anything and not census.look() and census.target.held:
+            anything = False  # a mover has come meanwhile
     if anything is False:
         return
     hidden = [census.blind] if census.blind else []

@@ -40,6 +40,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 from migrate.guests import process
+from migrate.guests.hold import MARK
 
 WRITABLE = 0o200  # of the links in /proc/PID/fd and map_files: how the file was opened
 KCMP_FILES = 2
@@ -111,6 +112,8 @@ class Target:
         self.block = stat.S_ISBLK(here.st_mode)
         self.key = (here.st_dev, here.st_ino)
         self.device = here.st_rdev
+        self.held = False
+        """Whether another program was seen to hold it for a migration."""
         # A block device has many nodes, so no one name in /proc/PID/maps.
         self._name = b"" if self.block else _name_in_maps(fd, self.key)
 
@@ -132,13 +135,21 @@ class Target:
                     there = os.stat(name, dir_fd=table)
                     if self.matches(there):
                         link = os.stat(name, dir_fd=table, follow_symlinks=False)
-                        if link.st_mode & WRITABLE:
+                        if link.st_mode & WRITABLE and not self._is_hold(f"{folder}info/{name}"):
                             return True
                 except (FileNotFoundError, ProcessLookupError):
                     continue  # it was closed meanwhile
             return False
         finally:
             os.close(table)
+
+    def _is_hold(self, info: str) -> bool:
+        """Whether a descriptor is a mover's lock, which writes nothing: see hold.py."""
+        with contextlib.suppress(OSError, ValueError), open(info) as file:
+            if int(file.readline().split()[1]) == MARK:
+                self.held = True
+                return True
+        return False
 
     def mapped_in(self, base: str) -> bool:
         """Whether a process can write here through a mapping; `base` is its folder in /proc."""
