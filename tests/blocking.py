@@ -39,9 +39,13 @@ def forbid() -> None:
     """Make blocking calls raise wherever an event loop runs in the same thread."""
     for name in SOCKET_CALLS:
         _guard(socket.socket, name, lambda sock, *_, **__: sock.gettimeout() != 0)
-    _guard(time, "sleep")
-    for name in ("wait", "communicate"):
-        _guard(subprocess.Popen, name)
+    # subprocess sleeps while it waits within a limit.
+    _guard(time, "sleep", lambda _: sys._getframe(2).f_code.co_filename != subprocess.__file__)
+    _guard(subprocess.Popen, "wait", lambda process, timeout=None: _endless(process, timeout))
+    _guard(
+        subprocess.Popen, "communicate",
+        lambda process, _given=None, timeout=None, **_: _endless(process, timeout),
+    )  # fmt: skip
     _guard(os, "waitpid", lambda _pid, options: not options & os.WNOHANG)
     _guard(Program, "read_line")
     # The standard library needs these in passing: a thread that starts says so to who started it.
@@ -59,6 +63,11 @@ def not_in_a_loop(what: str) -> None:
     # asyncio.get_running_loop raises where there is none.
     if asyncio._get_running_loop() is not None:
         pytest.fail(f"{what} blocks the event loop of its own thread: await it, or use a thread")
+
+
+def _endless(process: subprocess.Popen[Any], timeout: float | None) -> bool:
+    """Return whether a wait for a process has no limit; one that was waited for is over."""
+    return timeout is None and process.returncode is None
 
 
 def _guard(
