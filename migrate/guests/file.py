@@ -158,10 +158,10 @@ class FileGuest(MemoryGuest):
         """Adds to those that are to be stopped, and tells the guard before that is done."""
         try:
             handle = stoppable(writer.pid, f"process {writer}", writer.born)
-        except UsageError:
+        except UsageError as error:
             if not exists(writer.pid):
                 return
-            raise
+            raise MigrationError(str(error)) from None
         if writer.pid in ancestors():
             raise MigrationError(f"process {writer}, which has started migrate-src, is not stopped")
         await asyncio.shield(self._ask_guard(b"a", handle))
