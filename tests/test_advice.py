@@ -197,6 +197,11 @@ def test_a_slow_machine_is_not_blamed_on_the_link():
     assert "bandwidth" not in text
 
 
+def test_a_look_at_all_processes_that_eats_the_limit_is_named():
+    text = said(model_of(RAW), Pending(10, 0, check_seconds=0.4))
+    assert "looking whether any other process writes the guest takes 400 ms of that" in text
+
+
 def test_a_scan_that_eats_the_limit_is_named():
     text = said(model_of(RAW), Pending(10, 0, scan_seconds=0.4))
     assert "finding what changed takes 400 ms" in text

@@ -45,6 +45,7 @@ def run(command: list[str], **more: str) -> subprocess.CompletedProcess:
     [
         ("migrate.guests.guard", [], b"k"),
         ("migrate.qemu.holder", ["0"], b"k"),
+        ("migrate.guests.lookout", ["0", "0"], b""),
         ("migrate.guests.demo_process", ["no-number"], b""),
         ("migrate.guests.demo_check", ["me"], b""),
     ],

@@ -53,6 +53,7 @@ def test_it_stops_the_guest_when_the_rest_fits_the_limit_and_falls_no_more():
     [
         pytest.param(Limits(), Pending(100, 0), id="short already"),
         pytest.param(Limits(), Pending(2000, 0, 0.15), id="it is mostly the scan"),
+        pytest.param(Limits(), Pending(10, 0, check_seconds=0.15), id="it is the look"),
         pytest.param(Limits(max_rounds=1), Pending(5000, 0), id="the last round allowed"),
         pytest.param(Limits(timeout=1.2), Pending(5000, 0), id="no time left for a round"),
     ],
@@ -66,6 +67,14 @@ def test_a_pause_that_fitted_and_no_longer_does_is_waited_for_again():
     assert policy.decide(1, 1.0, Pending(5000, 0)).verdict is Verdict.CONTINUE
     assert policy.decide(2, 1.2, MUCH).verdict is Verdict.CONTINUE
     assert policy.decide(3, 5.0, Pending(5000, 0)).verdict is Verdict.STOP_AND_COPY
+
+
+def test_what_is_looked_at_beside_the_last_round_counts_where_it_takes_longer():
+    model = model_of(RAW)
+    rest = model.predict(Pending(5000, 0), Limits())
+    assert model.predict(Pending(5000, 0, check_seconds=0.1), Limits()) == rest
+    longer = model.predict(Pending(5000, 0, check_seconds=1.0), Limits())
+    assert longer == pytest.approx(1.0 + FIXED_SECONDS)
 
 
 def test_it_goes_on_while_the_rest_is_too_much():

@@ -62,7 +62,7 @@ class Child:
         return self.process.pid
 
     def close(self) -> None:
-        for pid in (*self.said, self.pid):
+        for pid in filter(None, (*self.said, self.pid)):  # 0 would be our own group
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -590,6 +590,39 @@ async def test_one_that_somebody_else_has_stopped_stays_so(path, child):
     assert process.state(other.pid) == "T"
     await guest.close()
     assert process.state(other.pid) == "T"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("auto", [True, False])
+async def test_one_that_is_woken_in_the_pause_is_stopped_again(path, child, auto):
+    """And what it wrote is looked for: a supervisor may send SIGCONT at any time."""
+    one = child("os.open(path, os.O_RDWR)", path)
+    guest = await surveyed(path, () if auto else [one.pid], auto=auto)
+    await guest.pause()
+    assert not await guest.check_writers()
+    guest._check = asyncio.ensure_future(guest._lookout.look())
+    os.kill(one.pid, signal.SIGCONT)
+    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) != "T")
+    assert await guest.check_writers()
+    assert process.state(one.pid) == "T"
+    await guest.resume()
+    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_one_that_its_owner_has_woken_in_the_pause_runs_on_afterwards(path, child):
+    one = child("os.open(path, os.O_RDWR)", path)
+    os.kill(one.pid, signal.SIGSTOP)
+    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "T")
+    guest = await surveyed(path, [one.pid])
+    await guest.pause()
+    os.kill(one.pid, signal.SIGCONT)
+    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) != "T")
+    assert await guest.check_writers()
+    await guest.resume()
+    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
+    await guest.close()
 
 
 AUTO_MOVER = """

@@ -219,11 +219,12 @@ class FileGuest(MemoryGuest):
         """Adds to those that are to be stopped, and tells the guard before that is done."""
         try:
             handle = stoppable(writer.pid, f"process {writer}", writer.born)
-        except UsageError:
+        except UsageError as error:
             if not exists(writer.pid):
                 return
-            raise
-        if writer.pid in ancestors():
+            raise MigrationError(str(error)) from None
+        if self._is_new(writer) and writer.pid in ancestors():
+            handle.close()
             raise MigrationError(f"process {writer}, which has started migrate-src, is not stopped")
         await asyncio.shield(self._ask_guard(b"a", handle))
         self.can_throttle = True
@@ -239,20 +240,20 @@ class FileGuest(MemoryGuest):
         )
 
     async def _stop_new(self, found: list[Writer]) -> bool:
-        """Stops those that run and were not stopped; whether there were any.
+        """Stops those that run: new ones, and who was woken in the pause; whether there were any.
 
         Raises MigrationError where they are not ours to stop. A --pause-cmd may have other ways: a
         lock in the program, a frozen file system. A process that merely has the guest open then
         cannot be told from one that writes, so that is no error but a warning.
         """
-        new = [writer for writer in found if self._is_new(writer) and runs(writer)]
-        if not new:
-            return False
-        if self._auto:
-            for writer in new:
+        running = [writer for writer in found if runs(writer)]
+        new = [writer for writer in running if self._is_new(writer)]
+        if self._auto or not new:
+            for writer in running:
+                # One that was woken is told to the guard again: it is not asleep any more.
                 await self._take_on(writer)
-            await self._stop([writer.pid for writer in new if writer.pid in self._writers])
-            return True
+            await self._stop([writer.pid for writer in running if writer.pid in self._writers])
+            return bool(running)
         if self.pause_cmd:
             untold = [writer for writer in new if writer.pid not in self._told]
             self._told |= {writer.pid for writer in untold}
@@ -297,6 +298,8 @@ class FileGuest(MemoryGuest):
         async with self._asking:
             pids = list(self._writers) if words[:1] in (b"p", b"t") else []
             if new is not None:
+                if (old := self._writers.get(new.pid)) is not None:
+                    old.close()
                 self._writers[new.pid] = new
                 pids, words = [new.pid], words + ADDED.pack(new.pid, int(new.born or 0))
             if self._guard is None or self._guard.stdin is None:
