@@ -103,8 +103,11 @@ class Feeder:
                 stop, data = memory.extent(cursor, encoder.page_size)
                 end = min(end, stop)
                 if not data:
+                    before = encoder.unchanged
                     zeros = encoder.feed_zeros(cursor, end - cursor)
-                    cursor, done = cursor + zeros, done + zeros
+                    cursor += zeros
+                    # What the peer holds already was not to be sent (after a resume).
+                    done += zeros - (encoder.unchanged - before)
                     continue
             if memory.view is not None:
                 count, cursor = encoder.feed_memory(

@@ -4,8 +4,9 @@
     then      intervals of growing length; after each, what was written in it goes the same way
 
 So pages, bytes and seconds of work are known as functions of time, by the codec and the cache that
-would do it. Of a guest over SAMPLE_BYTES, each 2nd, 4th, 8th ... stretch of pages is looked at,
-with a cache that is smaller by as much. The guest runs on all the while, and nothing of it is kept.
+would do it. Of a guest that holds over SAMPLE_BYTES, holes apart, each 2nd, 4th, 8th ... stretch of
+pages is looked at, with a cache that is smaller by as much. The guest runs on all the while, and
+nothing of it is kept.
 
 What it cannot know: what the guest does later; what is written more seldom than in a second or two;
 and the hits of a cache that is too small for the guest, which settle later than that.
@@ -145,8 +146,10 @@ class Sampler:
         self._sleep, self._clock = sleep, clock
         self.pages = -(-guest.memory.size // page_size)
         self._page_size = page_size
+        extents = guest.memory.extents(page_size)
+        filled = sum(count for _, count, data in extents if data)
         factor = 1
-        while self.pages * page_size > most * factor:
+        while filled * page_size > most * factor:
             factor *= 2
         self._mask = PageSet.full(self.pages)
         if factor > 1:
@@ -191,7 +194,7 @@ class Sampler:
         scan = 0.0 if self._marks is not None else sum(self._scans) / len(self._scans)
         return Sample(
             self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
-            zero, scan * self._scale, deltas, delta_bytes, hits, misses, overflows,
+            zero, scan, deltas, delta_bytes, hits, misses, overflows,
             1 / self._scale, SIDES * self._digest.whole_seconds, self._check_seconds,
         )  # fmt: skip
 
@@ -263,17 +266,13 @@ class Sampler:
     def _dirty(self) -> PageSet:
         """Pages of the sample that were written since they were looked at last."""
         self._looked_at = self._clock()
-        if self._marks is None:
-            began = time.perf_counter()
-            dirty = self._scan()
-            self._scans.append(time.perf_counter() - began)
-        else:
-            dirty = self._marks.take()
+        dirty = self._scan() if self._marks is None else self._marks.take()
         dirty &= self._mask
         return dirty
 
     def _scan(self) -> PageSet:
-        """As ScanTracker does, but of the sample alone."""
+        """As ScanTracker does, but of the sample alone; holes are all walked over."""
+        began = time.perf_counter()
         dirty, mask = PageSet(self.pages), memoryview(self._mask.bits).cast("Q")
         parts = []
         for page, count, data in self._memory.extents(self._page_size):
@@ -285,7 +284,9 @@ class Sampler:
                 if mask[index]:
                     first = max(page, index * STRETCH)
                     parts.append((first, min(end, (index + 1) * STRETCH) - first))
+        walked = time.perf_counter()
         self._scanner.scan(parts, dirty)
+        self._scans.append(walked - began + (time.perf_counter() - walked) * self._scale)
         return dirty
 
     def _feed(self, dirty: PageSet) -> Cost:

@@ -6,7 +6,8 @@ write, through whatever mapping: it compares with the page cache byte for byte w
 cached, else by its keyed hash (a change is missed with a probability below 2^-62), at memory speed.
 
 A file is scanned by several threads, where there are processors for them: in the pause the guest
-leaves its own to us. One thread reads and compares 4.7 GB/s on an EPYC, two 8.5.
+leaves its own to us. One thread reads and compares 4.7 GB/s on an EPYC; reading alone, which is
+more than half of that, goes at 7.5 GB/s in one thread and at 12 in two.
 """
 
 from __future__ import annotations

@@ -196,3 +196,19 @@ def test_more_time_never_means_fewer_pages(points, times):
 
 def test_it_takes_a_second_or_two():
     assert WARM_SECONDS + sum(INTERVALS) < 2
+
+
+@pytest.mark.parametrize(("filled", "share"), [(100, 1.0), (2000, 0.5)])
+def test_how_much_is_looked_at_depends_on_what_a_guest_holds_not_on_what_it_spans(
+    tmp_path, filled, share
+):
+    """A hole of 64 GiB is walked over in no time; what was measured is not taken times 4096."""
+    path, size = tmp_path / "guest", 64 << 30
+    with path.open("wb") as file:
+        file.truncate(size)
+        os.pwrite(file.fileno(), bytes([1]) * (filled * PAGE), 32 << 30)
+    guest = FileGuest(str(path))
+    sample = sampled(guest, lambda _seconds: None, most=1000 * PAGE)
+    assert sample.pages == size // PAGE
+    assert sample.share == pytest.approx(share, rel=0.01)
+    os.close(guest._fd)

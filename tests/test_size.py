@@ -16,13 +16,16 @@ from migrate.address import Address
 from migrate.destination import Destination
 from migrate.dialing import connect
 from migrate.errors import NotConvergedError, UsageError
+from migrate.feeder import Feeder
 from migrate.guests.buffer import BufferPlace
 from migrate.guests.file import FileGuest
 from migrate.guests.guest import check_size
 from migrate.listening import listen
+from migrate.memory import Memory
 from migrate.source import Source
-from migrate.tracking import DirtyTracker
-from proto.kernel import PageEncoder
+from migrate.tracking import DirtyTracker, ScanTracker
+from proto.frames import HEADER_BYTES
+from proto.kernel import PageEncoder, PageHashes
 from proto.messages import MAX_SIZE
 from tests.programs import BIN
 
@@ -83,6 +86,24 @@ def test_a_sparse_guest_takes_no_more_memory_than_a_small_one(tmp_path):
     small, large = moved(tmp_path / "small", 64 * MIB), moved(tmp_path / "large", 256 * GIB)
     for side, few, many in zip(("source", "destination"), small, large, strict=True):
         assert many < few + 40 * MIB, f"the {side} had {few >> 20} and {many >> 20} MiB"
+
+
+def test_holes_that_the_peer_holds_already_are_not_counted_as_sent(tmp_path):
+    """After a resume, what is left of the round would be less than nothing."""
+    pages = 1000
+    with (tmp_path / "guest").open("wb+") as file:
+        file.truncate(pages * PAGE)
+        os.pwrite(file.fileno(), bytes([1]) * PAGE, 500 * PAGE)
+        encoder = PageEncoder(PageHashes(pages, PAGE, bytes(16)), headroom=HEADER_BYTES)
+        encoder.adopt_zeros(0, pages - 10)
+        memory = Memory(pages * PAGE, fd=file.fileno())
+        dirty = ScanTracker(memory, encoder).take()
+        assert set(dirty) == {500, *range(pages - 10, pages)}
+        feeder = Feeder(memory, encoder)
+        feeder.begin_round(1)
+        turn = feeder.turn(dirty, 0, holes=True)
+        assert turn.over
+        assert turn.pages == len(dirty)
 
 
 # ---------------------------------------------------------------- the limit
