@@ -514,7 +514,7 @@ async def test_one_that_opens_it_where_nothing_is_stopped_is_refused(path, child
     one = child("os.open(path, os.O_RDWR)", path)
     with pytest.raises(MigrationError, match=rf"process {one.pid} .*would go on writing"):
         await guest.pause()
-    one.close()
+    await asyncio.to_thread(one.close)
     await guest.resume()
     await guest.pause()
     assert not await guest.check_writers()
