@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from migrate.guests.guard import Found
 from migrate.journal import Journal, journals
 from proto.ownership import Role
 from tests.programs import BIN, Program
@@ -415,7 +416,7 @@ def test_a_guard_whose_words_are_lost_resumes_all_its_writers() -> None:
             assert guard.stdout.read(1) == b"k"
             guard.stdin.write(b"p")
             guard.stdin.flush()
-            assert guard.stdout.read(3) == b"k\0\0"
+            assert guard.stdout.read(3) == bytes([ord("k"), Found.ENDED, Found.RUNS])
             writer.send_signal(signal.SIGSTOP)
             guard.stdin.close()
             assert guard.wait(60) == 0
