@@ -877,7 +877,7 @@ def test_a_slowed_writer_runs_at_its_own_speed_when_its_mover_is_stopped(
         receiver, address = destination("--output", str(shm / "output"))
         source = Program(
             "migrate-src", "--guest", f"file:{memory}", "--pid", str(writer.pid), *SLOWED,
-            "--cpu-throttle-initial", "99", "--downtime-limit", "1", address,
+            "--cpu-throttle-initial", "99", "--downtime-limit", "100", address,
         )  # fmt: skip
         source.read_line("slowed by 99 %")
         while process_state(writer.pid) != "T":

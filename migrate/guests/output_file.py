@@ -61,13 +61,13 @@ class FilePlace(Place):
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
         check_output(path, overwrite)
-        self._reservation: Reservation | None = None
-        if temporary:
-            self._reserve()  # what came before stays as it was, if another program has the name
         self._check_size()
         self._users = _opened_by(path) if overwrite else []
         self._check_not_the_guest()
         self._nameless = False
+        self._reservation: Reservation | None = None
+        if temporary:
+            self._reserve()  # what came before stays as it was, if another program has the name
         try:
             self.fd = os.open(temporary, os.O_RDWR | os.O_CLOEXEC) if temporary else self._make()
             try:
@@ -79,6 +79,7 @@ class FilePlace(Place):
                     os.unlink(self._temporary)
                 raise
         except OSError as error:
+            self._free_name()
             why = str(error.strerror)
             if error.errno == errno.EFBIG:
                 why += f": the file system takes no file of {format_size(info.size)}"
@@ -98,6 +99,11 @@ class FilePlace(Place):
         """Raises NameTaken."""
         if self._reservation is None:
             self._reservation = Reservation(self.path)
+
+    def _free_name(self) -> None:
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
 
     async def ready(self) -> None:
         self._reserve()
@@ -219,6 +225,7 @@ class FilePlace(Place):
                     break
                 os.close(place.fd)
         else:
+            place._free_name()
             raise MigrationError(f"what was prepared for {place.path} is gone")
         if name == place.path:
             place._temporary = ""  # it has its name already
@@ -264,9 +271,7 @@ class FilePlace(Place):
             self.memory.release()
             self._map.close()
         os.close(self.fd)
-        if self._reservation is not None:
-            self._reservation.close()
-            self._reservation = None
+        self._free_name()
 
     async def discard(self) -> None:
         if self._temporary:

@@ -494,10 +494,11 @@ class LandedPlace(Place):
     def _put_in_place(self) -> int:
         try:
             if os.path.lexists(self.temporary):
-                if self._reservation is None:
-                    self._reservation = Reservation(self.path)
-                check_landing(self.path, self._overwrite)
-                self._rename()
+                with contextlib.ExitStack() as until_named:
+                    if self._reservation is None:  # an earlier program had it
+                        until_named.callback(Reservation(self.path).close)
+                    check_landing(self.path, self._overwrite)
+                    self._rename()
             snapshot = Snapshot.read(self.path)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
