@@ -27,6 +27,8 @@ from proto.messages import Done, Error, Go, Ownership, Query, Running
 from proto.ownership import ANSWERS, FINAL, Claim, Event, Role
 
 ANSWER_SECONDS = 15.0
+# Over one connection; who has more to ask connects again.
+MAX_QUESTIONS = 64
 # Between two attempts to ask: the first pause, and the longest.
 ASK_AGAIN_SECONDS = (0.1, 3.0)
 
@@ -374,7 +376,7 @@ async def answer(link: Link, records: Records) -> None:
     code, reason = ErrorCode.PROTOCOL, ""
     try:
         custody: Custody | None = None
-        while True:
+        for _ in range(MAX_QUESTIONS):
             async with asyncio.timeout(ANSWER_SECONDS):
                 message = await link.receive_message()
             if isinstance(message, Query):
@@ -390,6 +392,7 @@ async def answer(link: Link, records: Records) -> None:
                 if isinstance(message, Done) and custody is not None:
                     custody.told.set()
                 return
+        reason = f"it was asked {MAX_QUESTIONS} times"
     except NotStartedError as error:
         code, reason = ErrorCode.NOT_STARTED, str(error)
     except MigrationError as error:

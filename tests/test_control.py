@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -312,6 +315,32 @@ def test_a_socket_that_is_no_control_socket_is_told_from_one(tmp_path: Path, cap
     assert "does not answer" in capsys.readouterr().err
     receiver.kill(signal.SIGTERM)
     assert receiver.wait() == 143
+
+
+@pytest.mark.parametrize("chatter", [b'{"event": "MIGRATION"}\n', b"{"])
+def test_who_talks_on_and_never_answers_is_not_listened_to_for_ever(
+    tmp_path: Path, capsys, chatter: bytes
+) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "qmp"))
+    listener.listen()
+
+    def talk() -> None:
+        peer = listener.accept()[0]
+        with peer, contextlib.suppress(OSError):
+            peer.sendall(b'{"QMP": {}}\n')
+            peer.recv(1000)
+            peer.sendall(b'{"return": {}}\n')
+            while True:
+                peer.sendall(chatter)
+                time.sleep(0.05)
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    assert control.run([str(tmp_path / "qmp"), "query-status", "--timeout", "0.5s"]) == 3
+    assert "not answer" in capsys.readouterr().err
+    talking.join()
+    listener.close()
 
 
 # ---------------------------------------------------------------- the demo guest's check

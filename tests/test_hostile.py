@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.handover import MAX_QUESTIONS
 from proto.errors import ErrorCode
 from proto.frames import HEADER_BYTES, FrameReader, seal
 from proto.messages import (
@@ -282,6 +283,17 @@ def test_who_asks_for_what_is_not_there_is_told_so(there) -> None:
     assert answer.claim is Claim.NONE
     peer.send(Go())
     assert "there is no record of that migration here" in peer.reason()
+    peer.close()
+    assert_serves(program, address)
+
+
+def test_who_asks_for_ever_is_hung_up_on(there) -> None:
+    program, address = there
+    peer = Peer(address)
+    for _ in range(MAX_QUESTIONS):
+        peer.send(Query(bytes(16)))
+        assert isinstance(peer.receive(), Ownership)
+    assert "it was asked 64 times" in peer.reason()
     peer.close()
     assert_serves(program, address)
 

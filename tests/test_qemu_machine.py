@@ -254,9 +254,14 @@ async def test_one_that_is_stuck_can_be_seen_and_cancelled(start, tmp_path: Path
             (fault,) = await machine.restore()
             assert fault.startswith("migrate-set-capabilities: QEMU says: There's a migration")
             status = await machine.cancel()
-            assert (status.status, status.runstate) == ("cancelled", "running")
-            ends = [(await anext(events)).data["status"] for _ in range(2)]
-            assert ends == ["cancelling", "cancelled"]
+            # 7.2 shuts the return path down first; its stream, which is the same socket, may
+            # break before it says that it is cancelling
+            assert status.status in ("cancelled", "failed")
+            assert status.runstate == "running"
+            ends = [(await anext(events)).data["status"]]
+            if ends == ["cancelling"]:
+                ends.append((await anext(events)).data["status"])
+            assert ends in (["cancelling", "cancelled"], ["failed"])
         assert await machine.restore() == ()
         assert await everything(machine) == before
 
@@ -735,7 +740,7 @@ async def test_a_cancellation_is_not_waited_for_without_end(tmp_path: Path) -> N
         return [answer(request, {"status": "cancelling"})]
 
     async with fake(tmp_path / "q", answers), await Machine.connect(str(tmp_path / "q")) as machine:
-        with pytest.raises(QemuError, match="has not cancelled its migration within 0.3 s"):
+        with pytest.raises(QemuError, match="still migrates after 0.3 s"):
             await machine.cancel(timeout=SOON)
 
 

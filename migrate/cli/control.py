@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from migrate import output, quantities
 from migrate.cli.program import VERSION, Parser
@@ -31,6 +31,7 @@ from migrate.output import say
 ENDED = ("completed", "failed", "cancelled")
 WAIT_INTERVAL = 0.1
 MAX_ANSWER_BYTES = 1 << 20
+READ_BYTES = 64 << 10
 HISTORY_LINES = 1000
 
 EPILOG = """exit codes:
@@ -75,9 +76,10 @@ class Control:
 
     def __init__(self, path: str, timeout: float = 5.0) -> None:
         self._path = path.removeprefix("unix:")
-        self._lines: BinaryIO | None = None
+        self._received = bytearray()
         self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.settimeout(max(timeout, 0.001))
+        self._timeout = max(timeout, 0.001)
+        self._sock.settimeout(self._timeout)
         end = time.monotonic() + timeout
         while True:
             try:
@@ -91,9 +93,8 @@ class Control:
                         "program with --qmp unix:PATH run there?"
                     ) from None
                 time.sleep(0.05)
-        self._lines = self._sock.makefile("rb")
         try:
-            if "QMP" not in self._read():
+            if "QMP" not in self._read(time.monotonic() + self._timeout):
                 raise PeerError(f"what listens on {self._path} does not speak QMP")
             self.execute("qmp_capabilities")
         except BaseException:
@@ -104,11 +105,13 @@ class Control:
         """The answer of a command. Raises PeerError where it is refused."""
         request = {"execute": command, "arguments": arguments or {}}
         try:
+            self._sock.settimeout(self._timeout)
             self._sock.sendall(json.dumps(request).encode())
         except OSError as error:
             raise PeerLost(f"{self._path} has hung up: {error.strerror or error}") from None
+        end = time.monotonic() + self._timeout
         while True:
-            answer = self._read()
+            answer = self._read(end)
             if "error" in answer:
                 raise PeerError(f"{command}: {answer['error'].get('desc')}")
             if "return" in answer:
@@ -119,16 +122,25 @@ class Control:
         said = self.execute("human-monitor-command", {"command-line": line})
         return str(said).replace("\r\n", "\n")
 
-    def _read(self) -> dict[str, Any]:
-        assert self._lines is not None
-        try:
-            line = self._lines.readline(MAX_ANSWER_BYTES)
-        except TimeoutError:
-            raise ConnectError(f"{self._path} does not answer") from None
-        except OSError as error:
-            raise PeerLost(f"{self._path} has hung up: {error.strerror or error}") from None
-        if not line.endswith(b"\n"):
-            raise PeerLost(f"{self._path} has hung up")
+    def _read(self, end: float) -> dict[str, Any]:
+        """One line, which is whole at `end` (time.monotonic)."""
+        while (size := self._received.find(b"\n") + 1) == 0:
+            if len(self._received) > MAX_ANSWER_BYTES:
+                raise PeerError(f"what listens on {self._path} does not speak QMP")
+            try:
+                self._sock.settimeout(max(end - time.monotonic(), 0.001))
+                more = self._sock.recv(READ_BYTES)
+            except TimeoutError:
+                raise ConnectError(f"{self._path} does not answer") from None
+            except OSError as error:
+                raise PeerLost(f"{self._path} has hung up: {error.strerror or error}") from None
+            if not more:
+                raise PeerLost(f"{self._path} has hung up")
+            self._received += more
+        line = bytes(self._received[:size])
+        del self._received[:size]
+        if time.monotonic() > end:
+            raise ConnectError(f"{self._path} tells of events, and does not answer")
         try:
             answer = json.loads(line)
         except ValueError:
@@ -138,8 +150,6 @@ class Control:
         return answer
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
         self._sock.close()
 
     def __enter__(self) -> Control:

@@ -368,12 +368,9 @@ class QemuGuest(Guest):
         if not self._began:
             self.trouble = "; ".join(await machine.restore())
             return
-        status = await machine.status()
-        if status.going_on and not moved:
+        status = await (machine.settled() if moved else machine.status())
+        if status.going_on:
             status = await machine.cancel()
-        while moved and status.going_on and machine.ended is None:
-            await asyncio.sleep(POLL_SECONDS)
-            status = await machine.status()
         if not moved and status.status == "completed" and self.runs:
             await machine.cont()  # it had no return path, and believed that all was well
         self.trouble = "; ".join(await machine.restore())

@@ -18,7 +18,6 @@ from migrate.guests.process import Process, start_time
 from migrate.qemu.machine import RUNNING, Machine, still_here
 
 HOLDER_SECONDS = 5.0
-END_SECONDS = 30.0
 POLL_SECONDS = 0.05
 
 
@@ -58,7 +57,7 @@ class LeftGuest(Guest):
             return
         with contextlib.suppress(ConnectError):  # QEMU has ended, as it may
             async with await Machine.connect(self._qmp) as machine:
-                await self._settled(machine)
+                await machine.settled()
                 if await machine.running():
                     raise MigrationError(
                         "the guest runs at the destination, and the QEMU on "
@@ -70,22 +69,10 @@ class LeftGuest(Guest):
         if not self._qmp:
             return
         async with await Machine.connect(self._qmp) as machine:
-            await self._settled(machine)
-            status = await machine.status()
+            status = await machine.settled()
             left = status.status == "completed" and status.runstate != RUNNING
             if left and self._runstate == RUNNING:
                 await machine.cont()
-
-    async def _settled(self, machine: Machine) -> None:
-        """QEMU knows how its migration has ended."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_SECONDS):
-                while (await machine.status()).going_on:
-                    await asyncio.sleep(POLL_SECONDS)
-                return
-        raise MigrationError(
-            f"the QEMU on {self._qmp} still migrates its guest after {END_SECONDS:g} s"
-        )
 
     async def _tell_holder(self, number: signal.Signals) -> None:
         for _ in range(int(HOLDER_SECONDS / POLL_SECONDS)):

@@ -23,6 +23,8 @@ from migrate.errors import QemuError
 from migrate.qemu.client import Client, Events
 
 POLL_SECONDS = 0.05
+# What a migration that ends by itself may still take, and one that is told to.
+SETTLED_SECONDS = 30.0
 CANCEL_SECONDS = 10.0
 SETTLE_SECONDS = 10.0
 AT_REST = ("none", "completed", "failed", "cancelled")
@@ -297,10 +299,9 @@ class Machine:
         await self._set_parameters({SWITCHOVER_BANDWIDTH: bytes_per_second}, known)
         return SWITCHOVER_BANDWIDTH in known
 
-    async def cancel(self, timeout: float = CANCEL_SECONDS) -> MachineStatus:
-        """Cancels, waits until that is over, and says how it ended: `completed` where it was
-        too late. Raises QemuError where it is not over in time."""
-        await self.execute("migrate_cancel")
+    async def settled(self, timeout: float = SETTLED_SECONDS) -> MachineStatus:
+        """Waits until its migration is over, and says how it ended. Raises QemuError where that
+        takes too long."""
         try:
             async with asyncio.timeout(timeout):
                 while (status := await self.status()).going_on:
@@ -308,9 +309,15 @@ class Machine:
                 return status
         except TimeoutError:
             raise QemuError(
-                f"QEMU has not cancelled its migration within {timeout:g} s: its guest may still "
-                "run here; look at it with query-migrate before anything else"
+                f"QEMU still migrates after {timeout:g} s: look at it with query-migrate before "
+                "anything else, its guest may run"
             ) from None
+
+    async def cancel(self, timeout: float = CANCEL_SECONDS) -> MachineStatus:
+        """Cancels, waits until that is over, and says how it ended: `completed` where it was
+        too late. Raises QemuError where it is not over in time."""
+        await self.execute("migrate_cancel")
+        return await self.settled(timeout)
 
     async def cont(self) -> None:
         """Lets the guest run. After a migration that completed: only where it is sure that it
