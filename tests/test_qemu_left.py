@@ -216,7 +216,7 @@ async def test_a_guest_that_was_paused_is_not_let_go_on(monkeypatch, before) -> 
         async def __aexit__(self, *_: object) -> None:
             pass
 
-        async def status(self) -> MachineStatus:
+        async def settled(self) -> MachineStatus:
             return MachineStatus(runstate="postmigrate", status="completed")
 
         async def cont(self) -> None:
