@@ -1,9 +1,8 @@
 """Files that get their name when they are whole, and what that needs of the file system.
 
     hidden_name    the name of a file until then, beside its own
-    open_nameless  a file without any name, where the file system has such files
-    rename_new     gives a file its own name, and never takes that of another
-    try_directory  does all of it once, with a file of a few bytes, before a guest comes
+    write_whole    a small file, put in place of what was there
+    try_directory  does once, with a file of a few bytes, what a guest's file needs later
 
 Not every file system has hard links, files without a name, RENAME_NOREPLACE or shared mappings
 (exFAT, FUSE, CIFS, hugetlbfs): what it says it is tells less than one try.
@@ -12,28 +11,22 @@ Not every file system has hard links, files without a name, RENAME_NOREPLACE or 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from migrate.directory import SUFFIX, Directory, identity_of
 from migrate.errors import UsageError
 
-SUFFIX = ".xbmigrate"
 NAME_MAX = 255
 PATH_MAX = 4095
 TRY_BYTES = 4096
-_RENAME_NOREPLACE = 1
-_AT_FDCWD = -100
 _GET_FLAGS = 0x80086601  # FS_IOC_GETFLAGS, on 64 bits
 _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
-# The file system has no such operation, or not with this flag.
-_LACKING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
-_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 # File systems whose files are questions to the kernel.
 KERNELS_OWN = (
     "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl", "mqueue",
@@ -78,85 +71,21 @@ def _longest_name(directory: str) -> int:
     return NAME_MAX
 
 
-def open_nameless(directory: str) -> int:
-    """A file of our own without a name, or -1 where there is no such thing. Raises OSError."""
-    try:
-        fd = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
-    except OSError as error:
-        if error.errno not in _NO_NAMELESS:
-            raise
-        return -1
-    if not os.path.exists(f"/proc/self/fd/{fd}"):  # what `name` needs
-        os.close(fd)
-        return -1
-    return fd
-
-
-def name_file(fd: int, path: str) -> None:
-    """Gives a file of `open_nameless` a name. Raises OSError."""
-    # A directory must be given for linkat(2) to be used, which follows the link.
-    own = os.open("/proc/self/fd", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.link(str(fd), path, src_dir_fd=own, follow_symlinks=True)
-    finally:
-        os.close(own)
-
-
-def rename_new(old: str, new: str) -> None:
-    """Renames a file. Raises FileExistsError where something has the name, and other OSErrors.
-
-    Where the file system can do neither RENAME_NOREPLACE nor hard links, a file with the old name
-    in it takes the new one first, for an instant. One that a crash has left is known by that.
-    """
-    for way in (_rename_noreplace, _link_and_unlink, _take_and_rename):
+def write_whole(path: str, data: bytes, what: str) -> None:
+    """Puts a file in place, whole, over what was there: nobody ever reads a part of it. Raises
+    OSError, UsageError."""
+    where, name = os.path.split(os.path.abspath(path))
+    beside = os.path.basename(hidden_name(path, what))
+    with Directory(where) as directory:
+        fd = directory.make(beside, 0o644)
         try:
-            way(old, new)
-            return
-        except OSError as error:
-            if error.errno not in _LACKING or way is _take_and_rename:
-                raise
-
-
-def _rename_noreplace(old: str, new: str) -> None:
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    names = os.fsencode(old), os.fsencode(new)
-    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), new)
-
-
-def _link_and_unlink(old: str, new: str) -> None:
-    os.link(old, new, follow_symlinks=False)
-    with contextlib.suppress(OSError):
-        os.unlink(old)
-
-
-def _take_and_rename(old: str, new: str) -> None:
-    ours = os.fsencode(os.path.basename(old))
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(new, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        if not _says(new, flags, ours):
-            raise
-        fd = -1
-    try:
-        if fd >= 0:
             with open(fd, "wb") as file:
-                file.write(ours)
-        os.rename(old, new)
-    except OSError:
-        os.unlink(new)
-        raise
-
-
-def _says(path: str, flags: int, text: bytes) -> bool:
-    """Whether a file has this text in it, and no more."""
-    with contextlib.suppress(OSError), open(os.open(path, flags), "rb") as file:
-        return file.read(len(text) + 1) == text
-    return False
+                file.write(data)
+                file.flush()
+                directory.give_name(identity_of(os.fstat(fd)), beside, name, overwrite=True)
+        except OSError:
+            directory.drop(beside)
+            raise
 
 
 # ---------------------------------------------------------------- what is there
@@ -249,9 +178,10 @@ def check_file(path: str, what: str) -> None:
         if os.path.exists(path):
             os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
             return
-        beside = hidden_name(path, what)
-        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        os.unlink(beside)
+        where, beside = os.path.split(hidden_name(path, what))
+        with Directory(where) as directory:
+            os.close(directory.make(beside))
+            directory.unlink(beside)
     except OSError as error:
         raise UsageError(f"{what} {path}: it cannot be written: {error.strerror}") from None
 
@@ -269,42 +199,48 @@ def try_directory(
 
     Raises UsageError that says what cannot be done there.
     """
-    directory = os.path.dirname(os.path.abspath(path))
-    name, renamed = hidden_name(path), hidden_name(path)
-    doing = "make a file"
+    where, name = os.path.split(hidden_name(path))
+    renamed = os.path.basename(hidden_name(path))
+    doing = "open a directory"
     try:
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            doing = "write(2) to a file"
-            os.pwrite(fd, bytes(TRY_BYTES), 0)
-            doing = "set the size of a file"
-            os.ftruncate(fd, TRY_BYTES + 1)
-            os.ftruncate(fd, TRY_BYTES)
-            doing = "give a file its room"
-            os.posix_fallocate(fd, 0, TRY_BYTES)
-            if mapped:
-                doing = "map a file for writing"
-                with mmap.mmap(fd, TRY_BYTES) as view:
-                    view[0] = 1
-            doing = "bring a file to the disk (fsync)"
-            os.fdatasync(fd)
-            os.fsync(fd)
-            doing = "rename a file"
-            rename_new(name, renamed)
-            name = renamed
-            why = more(fd)
-        finally:
-            os.close(fd)
-            for one in (name, renamed):
-                with contextlib.suppress(OSError):
-                    os.unlink(one)
+        with Directory(where) as directory:
+            doing = "make a file"
+            fd = directory.make(name)
+            try:
+                for doing, attempt in _attempts(directory, fd, (name, renamed), mapped):  # noqa: B007
+                    attempt()
+                why = more(fd)
+            finally:
+                os.close(fd)
+                for one in (name, renamed):
+                    directory.drop(one)
     except OSError as error:
         raise UsageError(
-            f"{what}: it is not possible to {doing} in {directory}: {error.strerror}: "
-            f"{_advice(error.errno, directory)}"
+            f"{what}: it is not possible to {doing} in {where}: {error.strerror}: "
+            f"{_advice(error.errno, where)}"
         ) from None
     if why:
         raise UsageError(f"{what}: {why}")
+
+
+def _attempts(
+    directory: Directory, fd: int, names: tuple[str, str], mapped: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What is tried with a new file, in words and in deed."""
+    yield "write(2) to a file", lambda: os.pwrite(fd, bytes(TRY_BYTES), 0)
+    yield "set the size of a file", lambda: os.ftruncate(fd, TRY_BYTES + 1)
+    yield "set the size of a file", lambda: os.ftruncate(fd, TRY_BYTES)
+    yield "give a file its room", lambda: os.posix_fallocate(fd, 0, TRY_BYTES)
+    if mapped:
+        yield "map a file for writing", lambda: _write_mapped(fd)
+    yield "bring a file to the disk (fsync)", lambda: os.fdatasync(fd)
+    yield "bring a file to the disk (fsync)", lambda: os.fsync(fd)
+    yield "rename a file", lambda: directory.rename_new(*names)
+
+
+def _write_mapped(fd: int) -> None:
+    with mmap.mmap(fd, TRY_BYTES) as view:
+        view[0] = 1
 
 
 def _advice(number: int | None, directory: str) -> str:

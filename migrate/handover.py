@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from migrate.directory import Left
 from migrate.errors import MigrationError, NotStartedError, PeerError, PeerLost, peer_error
 from migrate.guests.guest import Place
 from migrate.journal import Journal, JournalError, journals, settled
@@ -259,14 +260,7 @@ class Records:
     def attempts(self) -> list[Journal]:
         """Journals of attempts that broke off, whose pages are still here."""
         every = journals(Role.DESTINATION, self.directory) if self.directory else ()
-        wanted = {"path": str, "temporary": str, "size": int}
-        return [
-            one for one in every
-            if one.claim is Claim.NONE and all(
-                isinstance(one.facts.get("place", {}).get(name), kind)
-                for name, kind in wanted.items()
-            )
-        ]  # fmt: skip
+        return [one for one in every if one.claim is Claim.NONE and _left(one) is not None]
 
     def attempt(self, token: bytes) -> Journal | None:
         """That of one attempt, locked; None where there is none. Raises JournalError."""
@@ -343,6 +337,12 @@ class Records:
             task.cancel()
         for custody in self._known.values():
             custody.journal.close()
+
+
+def _left(journal: Journal) -> Left | None:
+    with contextlib.suppress(ValueError):
+        return Left.read(journal.facts.get("place", {}))
+    return None
 
 
 def _doubt(journal: Journal) -> str:

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from migrate.directory import Left
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import state
 from proto.ownership import FINAL, Claim, Event, Role, after
@@ -266,10 +267,8 @@ class Journal:
 
     def drop_temporary(self) -> None:
         """Removes the file of a guest that was given up."""
-        temporary = str(self.facts.get("place", {}).get("temporary", ""))
-        if temporary.endswith(".xbmigrate"):
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(ValueError):
+            Left.read(self.facts.get("place", {})).drop()
 
     def written_at(self) -> float:
         """When something was last written to it, in seconds since 1970."""

@@ -11,35 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from migrate import filesystem
+from migrate.directory import SUFFIX, Directory
 from migrate.errors import UsageError
 from migrate.filesystem import (
     NAME_MAX,
     PATH_MAX,
-    SUFFIX,
     check_file,
     check_replaceable,
     check_writable,
     hidden_name,
     is_mount_point,
-    rename_new,
     try_directory,
 )
 from tests.requirements import need
-
-WAYS = ["_rename_noreplace", "_link_and_unlink", "_take_and_rename"]
-
-
-@pytest.fixture(params=range(len(WAYS)), ids=WAYS)
-def way(request, monkeypatch):
-    """The first way of rename_new that the file system has."""
-
-    def lacking(_old, _new):
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    for name in WAYS[: request.param]:
-        monkeypatch.setattr(filesystem, name, lacking)
-    return WAYS[request.param]
 
 
 @pytest.mark.parametrize("count", [1, 234, 235, 236, 254, 255])
@@ -59,7 +43,8 @@ def test_every_name_has_a_hidden_one_beside_it(tmp_path, count, letter):
     if letter != "\udcff":
         bare.decode()  # no character is cut in two
     Path(hidden).touch()
-    rename_new(hidden, path)
+    with Directory(str(tmp_path)) as directory:
+        directory.rename_new(os.path.basename(hidden), os.path.basename(path))
     assert [os.fsencode(one.name) for one in tmp_path.iterdir()] == [name]
 
 
@@ -73,53 +58,6 @@ def test_a_name_or_a_path_that_cannot_be_is_said(tmp_path):
     assert len(hidden_name(deep[: -2 * 20])) <= PATH_MAX
 
 
-def test_what_is_renamed_has_its_new_name_and_no_other(way, tmp_path):
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.write_bytes(b"content")
-    rename_new(str(old), str(new))
-    assert [item.name for item in tmp_path.iterdir()] == ["new"]
-    assert new.read_bytes() == b"content"
-
-
-@pytest.mark.parametrize("kind", ["file", "empty", "directory", "link"])
-def test_nothing_that_is_there_is_replaced(way, tmp_path, kind):
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.write_bytes(b"content")
-    if kind == "directory":
-        new.mkdir()
-    elif kind == "link":
-        new.symlink_to("nowhere")
-    else:
-        new.write_bytes(b"precious" if kind == "file" else b"")
-    with pytest.raises(FileExistsError):
-        rename_new(str(old), str(new))
-    assert old.read_bytes() == b"content"
-    assert kind != "file" or new.read_bytes() == b"precious"
-
-
-def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(tmp_path, monkeypatch):
-    old, new = tmp_path / ".new.12345678.xbmigrate", tmp_path / "new"
-    old.write_bytes(b"content")
-
-    def crash(_old, _new):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", crash)
-        with pytest.raises(KeyboardInterrupt):
-            filesystem._take_and_rename(str(old), str(new))
-    assert new.exists()
-    filesystem._take_and_rename(str(old), str(new))
-    assert new.read_bytes() == b"content"
-    assert not old.exists()
-
-
-def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        filesystem._take_and_rename(str(tmp_path / "gone"), str(tmp_path / "new"))
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------- the try
 
 
@@ -128,7 +66,7 @@ def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(tmp_path):
     [
         (os, "pwrite", "write"), (os, "ftruncate", "set the size of"),
         (os, "posix_fallocate", "give a file its room"), (mmap, "mmap", "map a file"),
-        (os, "fdatasync", "fsync"), (os, "fsync", "fsync"), (filesystem, "rename_new", "rename"),
+        (os, "fdatasync", "fsync"), (os, "fsync", "fsync"), (Directory, "rename_new", "rename"),
     ],
 )  # fmt: skip
 def test_what_the_file_system_cannot_do_is_named(tmp_path, monkeypatch, where, name, says):

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from migrate._memory import set_marks
+from migrate.directory import Left, identity_of
 from migrate.errors import MigrationError, PeerError, UsageError
 from migrate.guests import buffer as buffer_module
 from migrate.guests.buffer import BufferGuest, BufferPlace, GuestMoved
@@ -590,9 +591,13 @@ def place_of(request, monkeypatch):
     if request.param == "hidden-name":
         monkeypatch.setattr(os, "open", without_tmpfile)
 
-    def make(size: int, path: Path, *, overwrite: bool = False, temporary: str = "") -> FilePlace:
+    def make(size: int, path: Path, *, overwrite: bool = False, left: str = "") -> FilePlace:
         info = GuestInfo("file", size, PAGE, bytes(16))
-        return FilePlace(info, str(path), overwrite, temporary)
+        found = None
+        if left:
+            inode = list(identity_of(os.stat(left)))
+            found = Left.read({"path": str(path), "temporary": left, "inode": inode})
+        return FilePlace(info, str(path), overwrite, found)
 
     return make
 
@@ -799,11 +804,13 @@ async def test_a_later_program_finds_what_has_its_name_though_it_may_not_open_it
     path = tmp_path / "out"
     place = place_of(3, path)
     await arrive(place, Rights(0).pack())
-    facts = json.loads(json.dumps({**place_facts(path), "temporary": str(tmp_path / ".gone")}))
+    facts = json.loads(
+        json.dumps({**place_facts(path), "temporary": str(tmp_path / ".gone.xbmigrate")})
+    )
     real = os.open
 
     def denied(name, flags, *mode, **more):
-        if str(name) == str(path) and not flags & os.O_PATH:
+        if name in (str(path), path.name) and not flags & os.O_PATH:
             raise PermissionError(13, "Permission denied")
         return real(name, flags, *mode, **more)
 
@@ -922,7 +929,7 @@ place.memory[:] = b"x" * (1 << 20)
         mover.kill()
         [left] = tmp_path.iterdir()
         assert visible(tmp_path) == []
-    place = place_of(1 << 20, tmp_path / "out", temporary=str(left))
+    place = place_of(1 << 20, tmp_path / "out", left=str(left))
     assert place.held
     assert bytes(place.memory) == b"x" * (1 << 20)
     assert list(place.reads.extents(PAGE)) == [(0, 256, True)]

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from migrate.directory import identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.journal import Journal
 from migrate.qemu.description import check_sections
@@ -495,10 +496,11 @@ async def test_a_later_program_gives_it_its_name(landed: Path, tmp_path: Path) -
     """What was prepared outlives the program, also between the steps of overwriting."""
     old, _ = await asyncio.to_thread(land, tmp_path / "old", stream())
     assert old.snapshot is not None
-    place = LandedPlace(str(landed), old.files.temporary, old.snapshot.id, overwrite=True)
+    place = LandedPlace(replace(old.files.left, path=str(landed)), old.snapshot.id, overwrite=True)
     with pytest.raises(MigrationError, match="not empty"):
-        await LandedPlace(str(landed), old.files.temporary, "", overwrite=False).start()
-    os.rename(landed, place._before)
+        await LandedPlace(place._left, "", overwrite=False).start()
+    place._before = identity_of(os.stat(landed))
+    os.rename(landed, tmp_path / place._aside)
     later = LandedPlace.reopen(place.facts())
     assert Snapshot.read(later.temporary).memory == 303 * PAGE
     await later.start()
@@ -517,7 +519,7 @@ async def test_one_landing_replaces_another(landed: Path, tmp_path: Path) -> Non
         check_landing(str(landed), False)
     newer, _ = await asyncio.to_thread(land, landed, stream())
     assert newer.snapshot is not None
-    place = LandedPlace(str(landed), newer.files.temporary, newer.snapshot.id, overwrite=True)
+    place = LandedPlace(newer.files.left, newer.snapshot.id, overwrite=True)
     assert f"the machine is in {landed}" in await place.start()
     assert Snapshot.read(str(landed)).id == newer.snapshot.id
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.directory import Left, identity_of
 from migrate.errors import MigrationError
 from migrate.guests.output_file import FilePlace
 from migrate.guests.reservation import NameTaken, Reservation
@@ -214,7 +215,9 @@ async def test_second_landing_is_refused_before_any_page(tmp_path):
 @pytest.mark.asyncio
 async def test_landed_machine_is_not_put_in_place_where_another_program_has_the_name(tmp_path):
     (tmp_path / "hidden").mkdir()
-    landed = LandedPlace(str(tmp_path / "vm"), str(tmp_path / "hidden"), "id", overwrite=False)
+    known = identity_of(os.stat(tmp_path / "hidden"))
+    left = Left(str(tmp_path / "vm"), str(tmp_path), "hidden", known)
+    landed = LandedPlace(left, "id", overwrite=False)
     other = Reservation(str(tmp_path / "vm"))
     with pytest.raises(NameTaken):
         await landed.start()

@@ -26,6 +26,7 @@ from migrate.cli.program import (
     switches,
     tls_of,
 )
+from migrate.directory import Left
 from migrate.errors import (
     ConnectError,
     MigrationError,
@@ -481,18 +482,18 @@ class DestinationProgram(Node):
         every = self.records.attempts() if self.args.output else []
         return [one for one in every if one.facts["place"].get("path") == output]
 
-    def _left_of(self, info: GuestInfo) -> str:
-        """The file in which this guest came half-way, or ""; those of others are removed."""
-        attempt, left = self.records.attempt(info.resume), ""
+    def _left_of(self, info: GuestInfo) -> Left | None:
+        """The file in which this guest came half-way; those of others are removed."""
+        attempt, left = self.records.attempt(info.resume), None
         if attempt is not None:
-            facts = attempt.facts["place"]
-            ours = facts["path"] == os.path.abspath(self.args.output)
-            if ours and facts["size"] == info.size and os.path.exists(facts["temporary"]):
-                left = facts["temporary"]
+            found = Left.read(attempt.facts["place"])
+            ours = found.path == os.path.abspath(self.args.output)
+            if ours and attempt.facts["place"].get("size") == info.size and found.there:
+                left = found
             elif attempt.claim is not Claim.NONE:
                 attempt.drop_temporary()
         for journal in self._attempts():
-            same = journal.facts["place"]["temporary"] == left
+            same = left is not None and Left.read(journal.facts["place"]).name == left.name
             if not same or journal.identity != info.resume:
                 journal.forget(alone=same)
         return left

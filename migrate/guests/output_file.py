@@ -11,15 +11,13 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from migrate.directory import Directory, Identity, Left, identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import (
     check_replaceable,
     check_writable,
     hidden_name,
     kind_of,
-    name_file,
-    open_nameless,
-    rename_new,
     try_directory,
 )
 from migrate.guests.guest import Place
@@ -40,23 +38,21 @@ class FilePlace(Place):
     lasting = True
 
     def __init__(
-        self, info: GuestInfo, path: str, overwrite: bool, temporary: str = "",
+        self, info: GuestInfo, path: str, overwrite: bool, left: Left | None = None,
         rights: Rights | None = None,
     ) -> None:  # fmt: skip
-        """temporary -- what an earlier program has left of this guest: it is gone on with.
-        rights    -- mode and owner that the user asks for; see migrate.guests.rights for the rest
+        """left   -- of this guest by an earlier program: it is gone on with.
+        rights -- mode and owner that the user asks for; see migrate.guests.rights for the rest
 
         Raises UsageError.
         """
         self.path = path
         self._asked = rights or Rights()
         self._rights = self._asked
-        self.held = bool(temporary)
+        self.held = left is not None
         self._size = info.size
         self._page_size = info.page_size
         self._padded = info.pages * info.page_size
-        self._directory = os.path.dirname(os.path.abspath(path))
-        self._temporary = temporary or hidden_name(path)
         self._overwrite = overwrite
         if info.pages > MAX_PAGES:
             raise UsageError(f"a guest of {format_size(info.size)} is larger than any output")
@@ -64,19 +60,25 @@ class FilePlace(Place):
         self._check_size()
         self._users = _opened_by(path) if overwrite else []
         self._check_not_the_guest()
+        where, self._name = os.path.split(os.path.abspath(path))
+        self._hidden = left.name if left else os.path.basename(hidden_name(path))
         self._nameless = False
         self._reservation: Reservation | None = None
-        if temporary:
+        if left:
             self._reserve()  # what came before stays as it was, if another program has the name
         try:
-            self.fd = os.open(temporary, os.O_RDWR | os.O_CLOEXEC) if temporary else self._make()
+            self._directory = Directory(where)
             try:
-                os.ftruncate(self.fd, self._padded)
-                self._map = mmap.mmap(self.fd, self._padded)
+                self.fd = self._directory.take(left.name, left.known) if left else self._make()
+                try:
+                    os.ftruncate(self.fd, self._padded)
+                    self._map = mmap.mmap(self.fd, self._padded)
+                except OSError:
+                    self._drop()
+                    os.close(self.fd)
+                    raise
             except OSError:
-                os.close(self.fd)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._temporary)
+                self._directory.close()
                 raise
         except OSError as error:
             self._free_name()
@@ -88,12 +90,13 @@ class FilePlace(Place):
         self.reads = Memory(info.size, fd=self.fd)
 
     def _make(self) -> int:
-        fd = open_nameless(self._directory)
+        fd = self._directory.make_nameless()
         self._nameless = fd >= 0
-        if fd < 0:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(self._temporary, flags, 0o600)
-        return fd
+        return fd if self._nameless else self._directory.make(self._hidden)
+
+    @property
+    def _known(self) -> Identity:
+        return identity_of(os.fstat(self.fd))
 
     def _reserve(self) -> None:
         """Raises NameTaken."""
@@ -130,12 +133,12 @@ class FilePlace(Place):
         """What the user should know before the guest comes."""
         found = []
         with contextlib.suppress(OSError):
-            room = os.statvfs(self._directory)
+            room = os.fstatvfs(self.fd)
             free = room.f_bavail * room.f_frsize + os.fstat(self.fd).st_blocks * 512
             if room.f_blocks and free < self._size:
                 found.append(
-                    f"the guest has up to {format_size(self._size)}, and {self._directory} has "
-                    f"room for {format_size(free)}: it fits only if all else is zeros"
+                    f"the guest has up to {format_size(self._size)}, and {self._directory.path} "
+                    f"has room for {format_size(free)}: it fits only if all else is zeros"
                 )
         found += [
             f"process {pid} ({name}) has {self.path} open: it will go on with the old file"
@@ -147,7 +150,7 @@ class FilePlace(Place):
         if not self._nameless:
             return
         try:
-            name_file(self.fd, self._temporary)
+            self._directory.link(self.fd, self._hidden)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
         self._nameless = False
@@ -161,15 +164,11 @@ class FilePlace(Place):
 
     def _check_there(self) -> None:
         """Raises MigrationError where the file has lost its hidden name."""
-        if self._nameless or not self._temporary:
+        if self._nameless or not self._hidden or self._directory.has(self._hidden, self._known):
             return
-        ours = os.fstat(self.fd)
-        with contextlib.suppress(OSError):
-            there = os.lstat(self._temporary)
-            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
-                return
+        hidden = os.path.join(self._directory.path, self._hidden)
         raise MigrationError(
-            f"--output {self.path}: what had come of the guest, {self._temporary}, was removed or "
+            f"--output {self.path}: what had come of the guest, {hidden}, was removed or "
             "replaced meanwhile: leave the directory alone until the guest is there"
         )
 
@@ -190,17 +189,19 @@ class FilePlace(Place):
         """Of the file that is replaced, else of the guest's own."""
         if self._overwrite:
             with contextlib.suppress(OSError):
-                return Rights.of(os.stat(self.path))
+                there = self._directory.look(self._name)
+                if stat.S_ISREG(there.st_mode):
+                    return Rights.of(there)
         return guests
 
     def unprepare(self) -> None:
         os.ftruncate(self.fd, self._padded)
 
     def facts(self) -> dict[str, Any]:
-        here = os.fstat(self.fd)
         return {
-            "kind": "file", "path": os.path.abspath(self.path), "temporary": self._temporary,
-            "overwrite": self._overwrite, "size": self._size, "inode": [here.st_dev, here.st_ino],
+            "kind": "file", "path": os.path.join(self._directory.path, self._name),
+            "temporary": os.path.join(self._directory.path, self._hidden),
+            "overwrite": self._overwrite, "size": self._size, "inode": list(self._known),
             "rights": [self._rights.mode, self._rights.uid, self._rights.gid],
         }  # fmt: skip
 
@@ -208,76 +209,101 @@ class FilePlace(Place):
     def reopen(cls, facts: dict[str, Any]) -> FilePlace:
         """A file that an earlier program had prepared: complete, under its hidden name."""
         place = cls.__new__(cls)
-        place.path, place._temporary = facts["path"], facts["temporary"]
-        place._overwrite, place._size = facts["overwrite"], facts["size"]
-        place._directory = os.path.dirname(place.path)
+        try:
+            left = Left.read(facts)
+            place._overwrite, place._size = bool(facts["overwrite"]), int(facts["size"])
+        except (ValueError, KeyError, TypeError):
+            raise MigrationError("its journal does not say where it is") from None
+        place.path, place._name = left.path, os.path.basename(left.path)
         place._nameless = False
         place._rights = Rights.read(facts.get("rights"))
         place._reservation = None
-        with contextlib.suppress(NameTaken):  # `start` asks again
-            place._reserve()
-        for name in (place._temporary, place.path):
-            with contextlib.suppress(OSError):
-                # What has its name already may have a mode that lets us do nothing with it.
-                place.fd = os.open(name, os.O_PATH if name == place.path else os.O_RDWR)
-                here = os.fstat(place.fd)
-                if [here.st_dev, here.st_ino] == facts["inode"]:
-                    break
-                os.close(place.fd)
-        else:
-            place._free_name()
-            raise MigrationError(f"what was prepared for {place.path} is gone")
-        if name == place.path:
-            place._temporary = ""  # it has its name already
-        place._map = mmap.mmap(place.fd if place._temporary else -1, max(place._size, 1))
+        try:
+            place._directory = Directory(left.directory)
+            try:
+                place._reopen(left)
+            except OSError:
+                place._directory.close()
+                raise
+        except OSError:
+            raise MigrationError(f"what was prepared for {place.path} is gone") from None
         place.memory = memoryview(place._map)
         return place
 
+    def _reopen(self, left: Left) -> None:
+        """Raises OSError where it is gone."""
+        if self._directory.has(self._name, left.known):
+            # It has its name already, and maybe a mode that lets us do nothing with it.
+            self._hidden = ""
+            self.fd = os.open(self._name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._directory.fd)
+            self._map = mmap.mmap(-1, max(self._size, 1))
+            return
+        self._hidden = left.name
+        self.fd = self._directory.take(left.name, left.known, self._rights.uid)
+        try:
+            self._map = mmap.mmap(self.fd, max(self._size, 1))
+        except OSError:
+            os.close(self.fd)
+            raise
+        with contextlib.suppress(NameTaken):  # `start` asks again
+            self._reserve()
+
     async def start(self, state: bytes) -> str:
         trouble = []
-        if self._temporary:
+        if self._hidden:
             self._reserve()
-        try:
-            if self._temporary:
+            try:
                 trouble = self._give_rights()
-                if self._overwrite:
-                    os.rename(self._temporary, self.path)
-                else:
-                    rename_new(self._temporary, self.path)
-            self._temporary = ""
-        except OSError as error:
-            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+                self._directory.give_name(
+                    self._known, self._hidden, self._name, overwrite=self._overwrite
+                )
+            except OSError as error:
+                raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+            self._hidden = ""
         # It stands under its name now: nothing below may say that it was not started.
         with contextlib.suppress(OSError):
-            directory = os.open(self._directory, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+            self._directory.sync()
         return "; ".join([f"{self.path} is complete, {format_size(self._size)}", *trouble])
 
     def _give_rights(self) -> list[str]:
         """As the file will have them, just before it has its name; what could not be set."""
         left = []
-        if self._overwrite and os.path.isfile(self.path):
+        if self._overwrite:
             # Its access list names people: not before the owner is right, and before the mode is.
             Rights(uid=self._rights.uid, gid=self._rights.gid).give(self.fd)
-            left = keep_attributes(self.path, self.fd)
+            left = self._keep_attributes()
         said = [f"not kept of the file before: {', '.join(left)}"] if left else []
         if why := self._rights.give(self.fd):
             said.append(why)
         return said
+
+    def _keep_attributes(self) -> list[str]:
+        """Those of the file that is replaced, where it is one, and no link; those not kept."""
+        with contextlib.suppress(OSError):
+            fd = os.open(self._name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._directory.fd)
+            try:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    return keep_attributes(f"/proc/self/fd/{fd}", self.fd)
+            finally:
+                os.close(fd)
+        return []
 
     def close(self) -> None:
         with contextlib.suppress(BufferError):
             self.memory.release()
             self._map.close()
         os.close(self.fd)
+        self._directory.close()
         self._free_name()
 
     async def discard(self) -> None:
-        if self._temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
+        self._drop()
         self.close()
+
+    def _drop(self) -> None:
+        """Removes the file, where it has its hidden name."""
+        if self._hidden:
+            self._directory.drop(self._hidden, self._known)
 
 
 def check_output(path: str, overwrite: bool) -> None:

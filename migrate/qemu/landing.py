@@ -17,7 +17,6 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import socket
 import struct
 import threading
@@ -26,15 +25,9 @@ from typing import Any
 import xxhash
 
 from migrate.address import Address
+from migrate.directory import Directory, Identity, Left, identity_of, read_identity
 from migrate.errors import MigrationError, UsageError
-from migrate.filesystem import (
-    check_writable,
-    hidden_name,
-    kind_of,
-    name_file,
-    open_nameless,
-    try_directory,
-)
+from migrate.filesystem import check_writable, hidden_name, kind_of, try_directory
 from migrate.guests.guest import Place
 from migrate.guests.hold import DirectoryHold
 from migrate.guests.reservation import Reservation
@@ -100,38 +93,66 @@ class Files:
     """
 
     def __init__(self, path: str) -> None:
-        self.directory = os.path.dirname(os.path.abspath(path))
-        self.temporary = hidden_name(path, spare=len(BEFORE))
+        self.path = os.path.abspath(path)
+        where, self.name = os.path.split(hidden_name(path, spare=len(BEFORE)))
+        self.above = Directory(where)
+        self._made: Directory | None = None
+        self._blocks: Directory | None = None
         self._open: dict[str, int] = {}
-        self._named = False
+
+    @property
+    def temporary(self) -> str:
+        return os.path.join(self.above.path, self.name)
+
+    @property
+    def left(self) -> Left:
+        """The directory, when it has its hidden name."""
+        assert self._made is not None
+        return Left(self.path, self.above.path, self.name, self._made.identity)
+
+    @property
+    def before(self) -> Identity | None:
+        """Of what has the name now."""
+        with contextlib.suppress(OSError):
+            return identity_of(self.above.look(os.path.basename(self.path)))
+        return None
 
     def make(self, name: str) -> int:
         """A new file, to read and write; its descriptor is closed by `close`."""
         fd = -1
-        if not self._named:
-            fd = open_nameless(self.directory)
+        if self._made is None:
+            fd = self.above.make_nameless()
             if fd < 0:
-                self._name()
-        if self._named:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(os.path.join(self.temporary, name), flags, 0o600)
+                self._give_names()
+        if self._made is not None:
+            directory, own = self._place_of(name)
+            fd = directory.make(own)
         self._open[name] = fd
         return fd
 
-    def _name(self) -> None:
-        os.makedirs(os.path.join(self.temporary, BLOCKS), 0o700)
-        nameless, self._named = dict(self._open), True
-        for name, fd in nameless.items():
-            name_file(fd, os.path.join(self.temporary, name))
+    def _place_of(self, name: str) -> tuple[Directory, str]:
+        assert self._made is not None
+        assert self._blocks is not None
+        within, _, own = name.rpartition("/")
+        return self._blocks if within else self._made, own
+
+    def _give_names(self) -> None:
+        self._made = self.above.make_directory(self.name)
+        self._blocks = self._made.make_directory(BLOCKS)
+        for name, fd in self._open.items():
+            directory, own = self._place_of(name)
+            directory.link(fd, own)
 
     def finish(self) -> None:
         """All of them are on the disk, under their names."""
         for fd in self._open.values():
             os.fsync(fd)
-        if not self._named:
-            self._name()
-        for directory in (os.path.join(self.temporary, BLOCKS), self.temporary):
-            sync_directory(directory)
+        if self._made is None:
+            self._give_names()
+        assert self._made is not None
+        assert self._blocks is not None
+        for directory in (self._blocks, self._made):
+            directory.sync()
 
     def close(self) -> None:
         while self._open:
@@ -139,7 +160,15 @@ class Files:
 
     def remove(self) -> None:
         self.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        if self._made is not None:
+            self.above.drop(self.name, self._made.identity)
+        self.free()
+
+    def free(self) -> None:
+        """Lets go of the directories. May be called again."""
+        for directory in (self._blocks, self._made, self.above):
+            if directory is not None:
+                directory.close()
 
 
 class Landing:
@@ -405,14 +434,6 @@ def write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-def sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 # ---------------------------------------------------------------- places
 
 
@@ -449,42 +470,69 @@ def try_landing(path: str, overwrite: bool) -> None:
 
 
 class LandedPlace(Place):
-    """A machine that is whole, in `temporary`."""
+    """A machine that is whole, under a hidden name: `left`.
+
+    identity -- of its snapshot
+    before   -- device and inode of what it takes the place of, if there is something
+
+    Raises OSError.
+    """
 
     runs = False
 
     def __init__(
-        self, path: str, temporary: str, identity: str, *, overwrite: bool,
-        reservation: Reservation | None = None,
+        self, left: Left, identity: str, *, overwrite: bool, directory: Directory | None = None,
+        before: Identity | None = None, reservation: Reservation | None = None,
     ) -> None:  # fmt: skip
         self._reservation = reservation
-        self.path = path
-        self.temporary = temporary
+        self.path = left.path
         self.identity = identity
+        self._left = left
+        self._name = os.path.basename(left.path)
         self._overwrite = overwrite
+        self._directory = directory or Directory(left.directory)
+        self._before = before
 
     @property
-    def _before(self) -> str:
-        """Where one goes that is overwritten."""
-        return f"{self.temporary}{BEFORE}"
+    def temporary(self) -> str:
+        return os.path.join(self._left.directory, self._left.name)
+
+    @property
+    def _aside(self) -> str:
+        """The name of one that is overwritten."""
+        return f"{self._left.name}{BEFORE}"
 
     def facts(self) -> dict[str, Any]:
         return {
-            "kind": "snapshot", "path": os.path.abspath(self.path), "temporary": self.temporary,
+            "kind": "snapshot", "path": self.path, "temporary": self.temporary,
             "identity": self.identity, "overwrite": self._overwrite,
+            "inode": list(self._left.known), "before": list(self._before or ()),
         }  # fmt: skip
 
     @classmethod
     def reopen(cls, facts: dict[str, Any]) -> LandedPlace:
         """What an earlier program had prepared. Raises MigrationError where it is gone."""
-        place = cls(
-            facts["path"], facts["temporary"], facts["identity"], overwrite=facts["overwrite"]
-        )
-        for where in (place.temporary, place.path):
-            with contextlib.suppress(UsageError):
-                if Snapshot.read(where).id == place.identity:
-                    return place
-        raise MigrationError(f"what was prepared for {place.path} is gone")
+        try:
+            left = Left.read(facts)
+            before = read_identity(facts["before"]) if facts.get("before") else None
+            place = cls(
+                left, str(facts["identity"]), overwrite=bool(facts["overwrite"]), before=before
+            )
+        except (ValueError, KeyError, OSError):
+            raise MigrationError("what was prepared is gone, or never was") from None
+        if not place._is_there():
+            place.close()
+            raise MigrationError(f"what was prepared for {place.path} is gone")
+        return place
+
+    def _is_there(self) -> bool:
+        known = self._left.known
+        for name in (self._left.name, self._name):
+            if self._directory.has(name, known):
+                with contextlib.suppress(UsageError):
+                    where = os.path.join(self._directory.path, name)
+                    return Snapshot.read(where).id == self.identity
+        return False
 
     async def start(self, state: bytes = b"") -> str:
         """Gives it its name."""
@@ -492,40 +540,47 @@ class LandedPlace(Place):
         return f"the machine is in {self.path}, {format_size(size)} of memory"
 
     def _put_in_place(self) -> int:
+        directory, left = self._directory, self._left
         try:
-            if os.path.lexists(self.temporary):
+            if directory.has(self._name, left.known):
+                size = Snapshot.read(self.path).memory  # it has its name already
+            else:
                 with contextlib.ExitStack() as until_named:
                     if self._reservation is None:  # an earlier program had it
                         until_named.callback(Reservation(self.path).close)
+                    size = Snapshot.read(self.temporary).memory
                     check_landing(self.path, self._overwrite)
                     self._rename()
-            snapshot = Snapshot.read(self.path)
         except OSError as error:
             raise MigrationError(f"--output {self.path}: {error.strerror}") from None
         with contextlib.suppress(OSError):  # it stands under its name now
-            sync_directory(os.path.dirname(os.path.abspath(self.path)))
-        shutil.rmtree(self._before, ignore_errors=True)
-        return snapshot.memory
+            directory.sync()
+        if self._before is not None:
+            directory.drop(self._aside, self._before)
+        return size
 
     def _rename(self) -> None:
         """One that was there goes when this one has its place."""
+        directory, left, name = self._directory, self._left, self._name
         if not os.path.lexists(os.path.join(self.path, FACTS)):
-            os.rename(self.temporary, self.path)  # which an empty directory may be at
+            # which an empty directory may be at
+            directory.give_name(left.known, left.name, name, overwrite=True)
             return
-        before = self._before
-        os.rename(self.path, before)
+        self._before = identity_of(directory.look(name))
+        directory.give_name(self._before, name, self._aside, overwrite=False)
         try:
-            os.rename(self.temporary, self.path)
+            directory.give_name(left.known, left.name, name, overwrite=False)
         except OSError:
-            os.rename(before, self.path)
+            directory.give_name(self._before, self._aside, name, overwrite=False)
             raise
 
     def close(self) -> None:
+        self._directory.close()
         if self._reservation is not None:
             self._reservation.close()
 
     async def discard(self) -> None:
-        await asyncio.to_thread(shutil.rmtree, self.temporary, ignore_errors=True)
+        await asyncio.to_thread(self._directory.drop, self._left.name, self._left.known)
         self.close()
 
 
@@ -585,10 +640,10 @@ class LandingPlace(QemuPlace):
         snapshot = self._landing.snapshot
         if snapshot is None:
             raise self._gone("has failed")
-        temporary = self._landing.files.temporary
+        files = self._landing.files
         self._landed = LandedPlace(
-            self.path, temporary, snapshot.id, overwrite=self._overwrite,
-            reservation=self._reservation,
+            files.left, snapshot.id, overwrite=self._overwrite, directory=files.above,
+            before=files.before, reservation=self._reservation,
         )  # fmt: skip
 
     async def start(self, state: bytes) -> str:
@@ -606,6 +661,8 @@ class LandingPlace(QemuPlace):
         self._free()
 
     def _free(self) -> None:
+        if self._landing is not None:
+            self._landing.files.free()
         for one in (self._reservation, self._replaced):
             if one is not None:
                 one.close()

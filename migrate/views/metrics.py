@@ -6,7 +6,6 @@ prometheus_client answers in a thread of its own: a snapshot is immutable, so it
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from migrate.address import parse_address
 from migrate.errors import ConnectError, UsageError
+from migrate.filesystem import write_whole
 from migrate.lookup import host_text, look_up_now, name_of
 from migrate.sockets import listen_on
 from migrate.statistics import Statistics
@@ -211,21 +211,13 @@ class Metrics:
             self.write()
 
     def write(self) -> None:
-        """Replaces the textfile, whole. Raises OSError."""
+        """Replaces the textfile, whole; the collector does not read hidden ones. Raises OSError."""
         if not self._textfile:
             return
         from prometheus_client import generate_latest
 
         self._written_at = self._clock()
-        beside = f"{self._textfile}.{os.getpid()}"  # the collector reads *.prom only
-        try:
-            with open(beside, "wb") as file:
-                file.write(generate_latest(self.registry))
-            os.replace(beside, self._textfile)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
+        write_whole(self._textfile, generate_latest(self.registry), "--metrics-textfile")
 
     def close(self) -> None:
         """Ends the server; a scrape that has begun is answered."""

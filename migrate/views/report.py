@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from migrate.errors import UsageError
-from migrate.filesystem import check_file, hidden_name
+from migrate.filesystem import check_file, write_whole
 from migrate.quantities import format_size, parse_milliseconds
 from migrate.statistics import Statistics
 from migrate.views.history import OVER, History, RoundRecord
@@ -257,11 +257,4 @@ class Report:
         if number > 1:
             stem, suffix = os.path.splitext(path)
             path = f"{stem}-{number}{suffix}"
-        beside = hidden_name(path, "--report")
-        try:
-            Path(beside).write_text(text, encoding="utf-8", errors="backslashreplace")
-            os.replace(beside, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
+        write_whole(path, text.encode("utf-8", "backslashreplace"), "--report")

@@ -1,0 +1,333 @@
+"""A directory that is held: whoever owns it, what we do in it is done in it, and to our own files.
+
+Another user who owns a directory may rename and replace what is in it, and at its own name put
+a link to somewhere else, between any two looks of ours. So it is opened once, and names in it are
+looked up by its descriptor; files are made new (O_EXCL), links are never followed (O_NOFOLLOW),
+and what an earlier program has left is taken over only where it is the very file (device, inode,
+owner, one name). Who gives a file its name looks afterwards whether that file has it.
+
+In a directory of another user nothing keeps him from replacing a file later: what is said of it
+was so when it was said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import stat
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+SUFFIX = ".xbmigrate"  # of all hidden names
+MAX_LINKS = 40  # in a row, as the kernel has it
+_RENAME_NOREPLACE = 1
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_THERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# The file system has no such operation, or not with this flag.
+_LACKING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
+_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+
+Identity = tuple[int, int]
+"""Device and inode."""
+
+
+class Directory:
+    """`path`, opened; `fd` is good for looking names up alone (O_PATH).
+
+    All names are of entries of it. All methods raise OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        self.fd = _opened(self.path)
+        self._owner = -1
+
+    def close(self) -> None:
+        """May be called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    @property
+    def identity(self) -> Identity:
+        return identity_of(os.fstat(self.fd))
+
+    @property
+    def owner(self) -> int:
+        """The user that files of ours belong to here: some file systems know but one."""
+        if self._owner < 0:
+            fd, name = self.make_nameless(), f".{secrets.token_hex(8)}.try"
+            if fd < 0:
+                fd = self.make(name)
+                self.unlink(name)
+            self._owner = os.fstat(fd).st_uid
+            os.close(fd)
+        return self._owner
+
+    def sync(self) -> None:
+        """What names there are is on the disk."""
+        fd = self._readable()
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def names(self) -> list[str]:
+        fd = self._readable()
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
+
+    def _readable(self) -> int:
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+
+    # -- files
+
+    def make(self, name: str, mode: int = 0o600) -> int:
+        """A new file, to read and write."""
+        return os.open(name, _NEW, mode, dir_fd=self.fd)
+
+    def make_nameless(self) -> int:
+        """A new file without a name, for `link`; -1 where there is no such thing."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
+        try:
+            fd = os.open(".", flags, 0o600, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno not in _NO_NAMELESS:
+                raise
+            return -1
+        if not os.path.exists(f"/proc/self/fd/{fd}"):  # what `link` needs
+            os.close(fd)
+            return -1
+        return fd
+
+    def take(self, name: str, known: Identity, owner: int | None = None) -> int:
+        """A file that an earlier program of ours has left, to read and write.
+
+        owner -- that program may have given it to this user
+        """
+        fd = os.open(name, os.O_RDWR | _THERE, dir_fd=self.fd)
+        there = os.fstat(fd)
+        mine = stat.S_ISREG(there.st_mode) and there.st_nlink == 1
+        if not mine or identity_of(there) != known or there.st_uid not in (owner, self.owner):
+            os.close(fd)
+            raise _replaced(name)
+        return fd
+
+    def look(self, name: str) -> os.stat_result:
+        """Of the entry itself, where it is a link too."""
+        return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def has(self, name: str, known: Identity) -> bool:
+        """Whether a name is that of one certain file."""
+        with contextlib.suppress(OSError):
+            return identity_of(self.look(name)) == known
+        return False
+
+    # -- names
+
+    def link(self, fd: int, name: str) -> None:
+        """Gives an open file another name, or its first one."""
+        # A directory must be given for linkat(2) to be used, which follows the link.
+        own = os.open("/proc/self/fd", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.link(str(fd), name, src_dir_fd=own, dst_dir_fd=self.fd, follow_symlinks=True)
+        finally:
+            os.close(own)
+
+    def give_name(self, known: Identity, old: str, new: str, *, overwrite: bool) -> None:
+        """Renames one certain file. Raises FileExistsError where something has the name, unless it
+        is to be overwritten; where another file was put in its place, an OSError that says so."""
+        if not self.has(old, known):
+            raise _replaced(old)
+        if overwrite:
+            os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        else:
+            self.rename_new(old, new)
+        if not self.has(new, known):
+            raise _replaced(new)
+
+    def rename_new(self, old: str, new: str) -> None:
+        """Renames a file. Raises FileExistsError where something has the name.
+
+        Where the file system can do neither RENAME_NOREPLACE nor hard links, a file with the old
+        name in it takes the new one first, for an instant. One that a crash has left is known by
+        that.
+        """
+        ways = (self._rename_noreplace, self._link_and_unlink, self._take_and_rename)
+        for number, way in enumerate(ways, 1):
+            try:
+                way(old, new)
+                return
+            except OSError as error:
+                if error.errno not in _LACKING or number == len(ways):
+                    raise
+
+    def _rename_noreplace(self, old: str, new: str) -> None:
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if rename is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        names = os.fsencode(old), os.fsencode(new)
+        if rename(self.fd, names[0], self.fd, names[1], _RENAME_NOREPLACE):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), new)
+
+    def _link_and_unlink(self, old: str, new: str) -> None:
+        os.link(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+        with contextlib.suppress(OSError):
+            self.unlink(old)
+
+    def _take_and_rename(self, old: str, new: str) -> None:
+        ours = os.fsencode(old)
+        try:
+            fd = self.make(new)
+        except FileExistsError:
+            if not self._says(new, ours):
+                raise
+            fd = -1
+        try:
+            if fd >= 0:
+                with open(fd, "wb") as file:
+                    file.write(ours)
+            os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError:
+            self.unlink(new)
+            raise
+
+    def _says(self, name: str, text: bytes) -> bool:
+        """Whether a file has this text in it, and no more."""
+        with contextlib.suppress(OSError):
+            fd = os.open(name, os.O_RDONLY | _THERE, dir_fd=self.fd)
+            with open(fd, "rb") as file:
+                return file.read(len(text) + 1) == text
+        return False
+
+    def unlink(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.fd)
+
+    def drop(self, name: str, known: Identity | None = None) -> None:
+        """Removes a file, or a directory with all that is in it, where it can be: one certain
+        one, or whatever has the name. No link in it is followed."""
+        with contextlib.suppress(OSError):
+            there = self.look(name)
+            if known is not None and identity_of(there) != known:
+                return
+            if stat.S_ISDIR(there.st_mode):
+                shutil.rmtree(name, ignore_errors=True, dir_fd=self.fd)
+            else:
+                self.unlink(name)
+
+    # -- directories
+
+    def make_directory(self, name: str) -> Directory:
+        """A new one, of ours alone."""
+        os.mkdir(name, 0o700, dir_fd=self.fd)
+        made = self.inner(name)
+        try:
+            if os.fstat(made.fd).st_uid != self.owner or made.names():
+                raise _replaced(name)  # by another one that is there
+            return made
+        except OSError:
+            made.close()
+            raise
+
+    def inner(self, name: str) -> Directory:
+        """One in it, and no link."""
+        inner = Directory.__new__(Directory)
+        inner.path, inner._owner = os.path.join(self.path, name), -1
+        inner.fd = os.open(name, os.O_PATH | os.O_DIRECTORY | _THERE, dir_fd=self.fd)
+        return inner
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an earlier program of ours has left under a hidden name, as its journal has it.
+
+    name  -- in `directory`, where the output `path` is too
+    known -- device and inode
+    """
+
+    path: str
+    directory: str
+    name: str
+    known: Identity
+
+    @classmethod
+    def read(cls, facts: dict[str, Any]) -> Left:
+        """From the facts of a place. Raises ValueError where they are none that we write."""
+        path, hidden, known = facts.get("path"), facts.get("temporary"), facts.get("inode")
+        if not isinstance(path, str) or not isinstance(hidden, str) or not os.path.isabs(path):
+            raise ValueError("no paths")
+        directory, name = os.path.split(hidden)
+        beside = directory == os.path.dirname(path) and path == os.path.normpath(path)
+        if not (beside and name.startswith(".") and name.endswith(SUFFIX)):
+            raise ValueError("no hidden name beside the output")
+        return cls(path, directory, name, read_identity(known))
+
+    @property
+    def there(self) -> bool:
+        with contextlib.suppress(OSError), Directory(self.directory) as directory:
+            return directory.has(self.name, self.known)
+        return False
+
+    def drop(self) -> None:
+        """Removes it, where it is there and can be removed."""
+        with contextlib.suppress(OSError), Directory(self.directory) as directory:
+            directory.drop(self.name, self.known)
+
+
+def identity_of(there: os.stat_result) -> Identity:
+    return there.st_dev, there.st_ino
+
+
+def read_identity(found: object) -> Identity:
+    """From a journal. Raises ValueError."""
+    if isinstance(found, list) and [type(one) for one in found] == [int, int]:
+        return found[0], found[1]
+    raise ValueError("no device and inode")
+
+
+def _replaced(name: str) -> OSError:
+    return OSError(
+        errno.ESTALE,
+        f"{name} was removed or replaced meanwhile: leave the directory alone until the guest is "
+        "there",
+    )
+
+
+def _opened(path: str) -> int:
+    """A directory; where its name is a link, only that of somebody who is trusted with it."""
+    for _ in range(MAX_LINKS):
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        there = os.fstat(fd)
+        if stat.S_ISDIR(there.st_mode):
+            return fd
+        try:
+            if not stat.S_ISLNK(there.st_mode):
+                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            if there.st_uid not in (0, os.geteuid()):
+                raise OSError(
+                    errno.ELOOP,
+                    f"{path} is a symbolic link of user {there.st_uid}, who could have it lead "
+                    "anywhere: name the directory itself",
+                )
+            target = os.readlink("", dir_fd=fd)
+        finally:
+            os.close(fd)
+        path = os.path.join(os.path.dirname(path), target)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)

@@ -1,0 +1,300 @@
+"""A directory that another user may own: what is done in it is done in it, and to our own files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate.directory import SUFFIX, Directory, Left, identity_of
+from migrate.filesystem import check_file, write_whole
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Directory]:
+    with Directory(str(tmp_path)) as directory:
+        yield directory
+
+
+WAYS = ["_rename_noreplace", "_link_and_unlink", "_take_and_rename"]
+
+
+@pytest.fixture(params=range(len(WAYS)), ids=WAYS)
+def way(request, monkeypatch):
+    """The first way of rename_new that the file system has."""
+
+    def lacking(_self, _old, _new):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    for name in WAYS[: request.param]:
+        monkeypatch.setattr(Directory, name, lacking)
+    return WAYS[request.param]
+
+
+def test_what_is_renamed_has_its_new_name_and_no_other(way, here, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"content")
+    here.rename_new("old", "new")
+    assert [item.name for item in tmp_path.iterdir()] == ["new"]
+    assert new.read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "directory", "link"])
+def test_nothing_that_is_there_is_replaced(way, here, tmp_path, kind):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"content")
+    if kind == "directory":
+        new.mkdir()
+    elif kind == "link":
+        new.symlink_to("nowhere")
+    else:
+        new.write_bytes(b"precious" if kind == "file" else b"")
+    with pytest.raises(FileExistsError):
+        here.rename_new("old", "new")
+    assert old.read_bytes() == b"content"
+    assert kind != "file" or new.read_bytes() == b"precious"
+
+
+def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(here, tmp_path, monkeypatch):
+    old, new = tmp_path / ".new.12345678.xbmigrate", tmp_path / "new"
+    old.write_bytes(b"content")
+
+    def crash(_old, _new, **_directories):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            here._take_and_rename(old.name, "new")
+    assert new.exists()
+    here._take_and_rename(old.name, "new")
+    assert new.read_bytes() == b"content"
+    assert not old.exists()
+
+
+def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(here, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        here._take_and_rename("gone", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- another user in the directory
+
+
+def stranger(path: Path) -> None:
+    """Gives it to another user."""
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+
+
+need_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def test_the_directory_is_held_whatever_its_name_leads_to_later(here, tmp_path) -> None:
+    moved, elsewhere = tmp_path.with_name("moved"), tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    tmp_path.rename(moved)
+    tmp_path.symlink_to(elsewhere)
+    os.close(here.make("new"))
+    here.make_directory("inner").close()
+    assert sorted(os.listdir(moved)) == ["inner", "new"]
+    assert os.listdir(elsewhere) == []
+    tmp_path.unlink()
+    moved.rename(tmp_path)
+
+
+@need_root
+def test_a_directory_behind_a_link_is_used_where_the_link_can_be_trusted(tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "one").symlink_to("real")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    with Directory(str(tmp_path / "two")) as directory:
+        os.close(directory.make("x"))
+    assert (tmp_path / "real/x").exists()
+    stranger(tmp_path / "one")
+    for name in ("one", "two"):
+        with pytest.raises(OSError, match="is a symbolic link of user 65534"):
+            Directory(str(tmp_path / name))
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(OSError, match="Too many levels"):
+        Directory(str(tmp_path / "round"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        Directory(str(tmp_path / "file"))
+
+
+def test_a_new_file_is_new(here, tmp_path) -> None:
+    (tmp_path / "there").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("there", "link"):
+        with pytest.raises(FileExistsError):
+            here.make(name)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("swap", ["link", "copy", "second name", "fifo", "directory", "gone"])
+def test_only_the_very_file_is_taken_over(here, tmp_path, swap) -> None:
+    left, victim = tmp_path / "left", tmp_path / "victim"
+    left.write_bytes(b"ours")
+    victim.write_bytes(b"root's own")
+    known = identity_of(os.stat(left))
+    os.close(here.take("left", known))
+    kept = tmp_path / "kept"
+    if swap == "second name":
+        os.link(left, kept)
+    else:
+        left.rename(kept)  # so that its inode is no other file's
+    if swap == "link":
+        left.symlink_to(victim)
+    elif swap == "copy":
+        left.write_bytes(b"ours")
+    elif swap == "fifo":
+        os.mkfifo(left)
+    elif swap == "directory":
+        left.mkdir()
+    with pytest.raises(OSError):  # noqa: PT011 - of many kinds
+        here.take("left", known)
+    assert victim.read_bytes() == b"root's own"
+
+
+@need_root
+def test_a_file_of_another_user_is_not_taken_over_though_it_has_the_inode(here, tmp_path) -> None:
+    (tmp_path / "left").write_bytes(b"")
+    known = identity_of(os.stat(tmp_path / "left"))
+    stranger(tmp_path / "left")
+    with pytest.raises(OSError, match="removed or replaced"):
+        here.take("left", known)
+    os.close(here.take("left", known, 65534))  # we had given it to him
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_who_has_the_name_in_the_end_is_looked_at(here, tmp_path, monkeypatch, overwrite) -> None:
+    """The hidden file is swapped just before it is renamed."""
+    (tmp_path / "hidden").write_bytes(b"verified")
+    known = identity_of(os.stat(tmp_path / "hidden"))
+    real, way = os.rename, Directory.rename_new
+
+    def swap() -> None:
+        real(tmp_path / "hidden", tmp_path / "away")
+        (tmp_path / "hidden").write_bytes(b"not so")
+
+    def rename(old: str, new: str, **directories: int) -> None:
+        swap()
+        real(old, new, **directories)
+
+    def rename_new(self: Directory, old: str, new: str) -> None:
+        swap()
+        way(self, old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(Directory, "rename_new", rename_new)
+    with pytest.raises(OSError, match="out was removed or replaced"):
+        here.give_name(known, "hidden", "out", overwrite=overwrite)
+    with pytest.raises(OSError, match="hidden was removed or replaced"):
+        here.give_name(known, "hidden", "out", overwrite=overwrite)
+
+
+def test_what_is_removed_is_the_very_one_and_no_link_is_followed(here, tmp_path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").touch()
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/link").symlink_to(victim)
+    known = identity_of(os.stat(tmp_path / "tree"))
+    here.drop("victim", known)
+    assert (victim / "file").exists()
+    (tmp_path / "link").symlink_to(victim)
+    here.drop("link")
+    here.drop("tree", known)
+    here.drop("tree", known)
+    assert sorted(os.listdir(tmp_path)) == ["victim"]
+    assert (victim / "file").exists()
+
+
+@need_root
+@pytest.mark.parametrize("kind", ["stranger's", "full", "link"])
+def test_a_new_directory_is_ours_and_empty(here, tmp_path, monkeypatch, kind) -> None:
+    """Another one is put in its place between the two calls that make and open it."""
+    his = tmp_path / "his"
+    if kind == "link":
+        his.symlink_to("/")
+    else:
+        his.mkdir()
+    if kind == "full":
+        (his / "file").touch()
+    elif kind == "stranger's":
+        stranger(his)
+    real = os.mkdir
+
+    def make(name: str, mode: int, *, dir_fd: int) -> None:
+        real(name, mode, dir_fd=dir_fd)
+        os.rmdir(name, dir_fd=dir_fd)
+        his.rename(tmp_path / name)
+
+    monkeypatch.setattr(os, "mkdir", make)
+    with pytest.raises(OSError):  # noqa: PT011 - of two kinds
+        here.make_directory("new")
+
+
+# ---------------------------------------------------------------- what a journal says
+
+
+HIDDEN = f".out.12345678{SUFFIX}"
+
+
+@pytest.mark.parametrize(
+    ("path", "temporary", "inode"),
+    [
+        ("/d/out", f"/e/{HIDDEN}", [1, 2]), ("/d/out", "/d/passwd", [1, 2]),
+        ("/d/out", f"/d/../e/{HIDDEN}", [1, 2]), ("/d/../e/out", f"/d/../e/{HIDDEN}", [1, 2]),
+        ("out", HIDDEN, [1, 2]), ("/d/out", f"/d/{HIDDEN}", [1]), ("/d/out", f"/d/{HIDDEN}", None),
+        ("/d/out", f"/d/{HIDDEN}", [True, 2]), (None, f"/d/{HIDDEN}", [1, 2]),
+        ("/d/out", 7, [1, 2]), ("/d/out", f"/d/x{SUFFIX}", [1, 2]),
+    ],
+)  # fmt: skip
+def test_what_a_program_of_ours_would_not_have_written_is_not_read(path, temporary, inode) -> None:
+    with pytest.raises(ValueError, match="no "):
+        Left.read({"path": path, "temporary": temporary, "inode": inode})
+
+
+def test_what_is_left_is_there_while_it_is_the_same(tmp_path) -> None:
+    hidden = tmp_path / HIDDEN
+    hidden.touch()
+    facts = {
+        "path": f"{tmp_path}/out",
+        "temporary": str(hidden),
+        "inode": [*identity_of(hidden.stat())],
+    }
+    left = Left.read(facts)
+    assert left.there
+    hidden.rename(tmp_path / "away")
+    hidden.touch()
+    assert not left.there
+    left.drop()
+    assert hidden.exists()
+
+
+# ---------------------------------------------------------------- small files, whole
+
+
+def test_a_file_is_put_in_place_whole_and_through_no_link(tmp_path) -> None:
+    victim, file = tmp_path / "victim", tmp_path / "report"
+    victim.write_bytes(b"root's own")
+    file.symlink_to(victim)
+    write_whole(str(file), b"a report", "--report")
+    assert file.read_bytes() == b"a report"
+    assert not file.is_symlink()
+    assert victim.read_bytes() == b"root's own"
+    assert stat.S_IMODE(file.stat().st_mode) & 0o600 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["report", "victim"]
+    check_file(str(file), "--report")
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path) -> None:
+    (tmp_path / "report").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(str(tmp_path / "report"), b"a report", "--report")
+    assert os.listdir(tmp_path) == ["report"]
