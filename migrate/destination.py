@@ -240,7 +240,7 @@ class Destination:
             or self._visitor is None
             or (self._journal and self._journal.claim not in (Claim.NONE, Claim.PREPARED))
             or not any(
-                hmac.compare_digest(described.resume, journal.identity)
+                journal.is_of(described.resume)
                 for journal in filter(None, (self._journal, self._resumed))
             )
             or (described.kind, described.size, described.page_size)
@@ -424,12 +424,12 @@ class Destination:
             place.persist()
         earlier, self._resumed = (self._journal, self._resumed), None
         for one in filter(None, earlier):
-            if one.identity == resume:
+            if one.is_of(resume):
                 self._resumed = one
             else:
                 one.close()
         self._journal = journal
-        return journal.identity
+        return journal.token
 
     async def _expect(self, kind: type[T]) -> T:
         while self._stream and await self.link.first_type() is MessageType.TAKEN:

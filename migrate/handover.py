@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from migrate.directory import Left
 from migrate.errors import MigrationError, NotStartedError, PeerError, PeerLost, peer_error
 from migrate.guests.guest import Place
-from migrate.journal import Journal, JournalError, journals, settled
+from migrate.journal import Journal, JournalError, journals, name_of, settled, stored
 from migrate.link import Link
 from proto import ErrorCode, ProtoError
 from proto.messages import Done, Error, Go, Ownership, Query, Running
@@ -60,7 +60,7 @@ async def ask(link: Link, journal: Journal) -> Claim:
     Raises PeerError, PeerLost, TimeoutError, ProtoError, JournalError: nothing is known then.
     """
     async with asyncio.timeout(ANSWER_SECONDS):
-        await link.send(Query(journal.identity))
+        await link.send(Query(journal.token))
         answer = await link.receive_message()
         if isinstance(answer, Error):
             raise peer_error(answer)
@@ -234,8 +234,8 @@ class Records:
         self.on_taken: Callable[[Custody], None] = lambda _custody: None
         """Told of a guest that an earlier program had prepared, when it is started."""
         self._reopen = reopen
-        self._known: dict[bytes, Custody] = {}
-        self._attempts: dict[bytes, Journal] = {}
+        self._known: dict[str, Custody] = {}
+        self._attempts: dict[str, Journal] = {}
         self._expiring: list[asyncio.Task[None]] = []
 
     def journal(self, token: bytes) -> Journal:
@@ -243,19 +243,17 @@ class Records:
         return Journal(Role.DESTINATION, token, self.directory)
 
     def keep(self, custody: Custody) -> None:
-        self._known[custody.journal.identity] = custody
+        self._known[custody.journal.name] = custody
 
-    async def find(self, token: bytes) -> Custody | None:
-        """None where there is no record. Raises JournalError."""
-        if token not in self._known and self.directory:
-            journal = Journal(Role.DESTINATION, token, self.directory)
-            found = [one for one in journals(Role.DESTINATION, self.directory)
-                     if one.identity == token]  # fmt: skip
-            if not found or found[0].claim is Claim.NONE:
+    async def find(self, name: str) -> Custody | None:
+        """By the name of the migration; None where there is no record. Raises JournalError."""
+        if name not in self._known:
+            journal = stored(Role.DESTINATION, name, self.directory)
+            if journal is None or journal.claim is Claim.NONE:
                 return None
             journal.open(create=False)
             self.keep(await self._reopened(journal))
-        return self._known.get(token)
+        return self._known.get(name)
 
     def attempts(self) -> list[Journal]:
         """Journals of attempts that broke off, whose pages are still here."""
@@ -264,18 +262,20 @@ class Records:
 
     def attempt(self, token: bytes) -> Journal | None:
         """That of one attempt, locked; None where there is none. Raises JournalError."""
-        for journal in self.attempts() if token not in self._attempts else ():
-            if journal.identity == token:
+        name = name_of(token)
+        if name not in self._attempts:
+            journal = stored(Role.DESTINATION, name, self.directory)
+            if journal is not None and journal.claim is Claim.NONE and _left(journal) is not None:
                 journal.open(create=False)
-                self._attempts[token] = journal
-        return self._attempts.get(token)
+                self._attempts[name] = journal
+        return self._attempts.get(name)
 
     async def resume(self, token: bytes) -> Journal | None:
         """As `attempt`, where the source says that it goes on: also for a guest that was whole.
 
         That source has never said GO, so it is given up, under this name.
         """
-        custody = self._known.get(token)
+        custody = self._known.get(name_of(token))
         if (
             custody is not None
             and custody.journal.claim is Claim.PREPARED
@@ -283,7 +283,7 @@ class Records:
             and await custody.give_up(keep_place=True)
         ):
             custody.place.close()
-            self._attempts[token] = custody.journal
+            self._attempts[custody.journal.name] = custody.journal
         return self.attempt(token)
 
     async def _reopened(self, journal: Journal) -> Custody:
@@ -318,7 +318,7 @@ class Records:
             if settled(journal):
                 continue
             try:
-                custody = await self.find(journal.identity)
+                custody = await self.find(journal.name)
                 assert custody is not None
                 if custody.journal.claim is Claim.OWNER:
                     said.append(f"migration {journal.name}: {await custody.take_over()}")
@@ -380,7 +380,7 @@ async def answer(link: Link, records: Records) -> None:
             async with asyncio.timeout(ANSWER_SECONDS):
                 message = await link.receive_message()
             if isinstance(message, Query):
-                custody = await records.find(message.token)
+                custody = await records.find(name_of(message.token))
                 claim = await custody.standing() if custody else Claim.NONE
                 await link.send(Ownership(claim))
             elif isinstance(message, Go):

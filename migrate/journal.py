@@ -1,10 +1,14 @@
 """The journal: what one side has written of one migration, on disk before it acts on it.
 
-    DIRECTORY/ID.source    DIRECTORY/ID.destination
+    DIRECTORY/NAME.source    DIRECTORY/NAME.destination
 
 A file has a line for each claim (see proto.ownership), with a check; the last whole line holds.
 What a later program needs to go on with the guest, the facts, stands in the first. Whoever writes
 a journal holds a lock on it, so that no two programs decide about the same guest.
+
+The name is a hash of the migration's token: who has the token may take the guest over, and names
+are seen by others. What stands in a journal is done, by root too: so it is read only where nobody
+but root and us can have written it.
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
+import hmac
 import json
 import os
 import pwd
 import secrets
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,7 +39,8 @@ KEPT_SECONDS = 30 * 86400
 MAX_BYTES = 1 << 20
 # What a whole migration writes to one journal, and some.
 TRY_BYTES = 8192
-_FACTS: dict[str, type] = {"guest": dict, "place": dict, "address": str}
+_FACTS: dict[str, type] = {"guest": dict, "place": dict, "address": str, "token": str}
+_NAME_BYTES = 16
 
 
 class JournalError(MigrationError):
@@ -84,6 +92,7 @@ def check_directory(path: str) -> str:
         os.makedirs(path, mode=0o700, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        check_trusted(path)
         _try(os.path.join(path, f".{secrets.token_hex(8)}.try"))
     except OSError as error:
         raise UsageError(
@@ -91,6 +100,30 @@ def check_directory(path: str) -> str:
             "outlasts a crash (--journal DIR)"
         ) from None
     return path
+
+
+def check_trusted(path: str) -> None:
+    """Raises UsageError where others can write what is done by a journal in that directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if why := _distrust(os.stat(path)):
+            raise UsageError(
+                f"journals in {path}: {why}, and what stands in a journal is done: "
+                f"`chown {os.geteuid()} {path}; chmod go-w {path}`, or name another directory "
+                "(--journal DIR)"
+            )
+
+
+def _distrust(there: os.stat_result) -> str:
+    """Why others could have written it; or ""."""
+    if there.st_uid not in (0, os.geteuid()):
+        return f"it belongs to user {there.st_uid}"
+    mode = stat.S_IMODE(there.st_mode)
+    return f"others may write there (mode {mode:o})" if mode & 0o022 else ""
+
+
+def name_of(token: bytes) -> str:
+    """The name of a migration, which tells nobody its token."""
+    return hashlib.blake2b(token, digest_size=_NAME_BYTES, person=b"xbmigrate").hexdigest()
 
 
 def _try(path: str) -> None:
@@ -112,26 +145,27 @@ class Journal:
     """The claim of one side of one migration.
 
     directory -- "" keeps it in memory: for a guest that dies with this program anyway
+    token -- b"" where it is not known: a destination is asked with it, and does not keep it
     """
 
-    def __init__(self, role: Role, identity: bytes, directory: str = "") -> None:
+    def __init__(self, role: Role, token: bytes, directory: str = "", name: str = "") -> None:
         self.role = role
-        self.identity = identity
+        self.token = token
+        self.name = name or name_of(token)
         self.claim = Claim.NONE
         self.facts: dict[str, Any] = {}
         self.begun = False
         """The guest may have been started, where that is no one moment (Place.irrevocable)."""
         self.started = False
         self._fd = -1
-        self._path = os.path.join(directory, f"{identity.hex()}.{role.value}") if directory else ""
+        self._path = os.path.join(directory, f"{self.name}.{role.value}") if directory else ""
 
     @property
     def directory(self) -> str:
         return os.path.dirname(self._path)
 
-    @property
-    def name(self) -> str:
-        return self.identity.hex()
+    def is_of(self, token: bytes) -> bool:
+        return hmac.compare_digest(self.name, name_of(token))
 
     def open(self, *, create: bool = True) -> None:
         """Takes the lock, and reads what is there. Raises JournalError."""
@@ -141,7 +175,7 @@ class Journal:
             if create:
                 os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
             flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            self._fd = os.open(self._path, flags, 0o600)
+            self._fd = os.open(self._path, flags | os.O_NOFOLLOW, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sync_directory(self._path)
         except BlockingIOError:
@@ -171,6 +205,10 @@ class Journal:
             self.begun |= line.get("begun", False)
             self.started |= line.get("started", False)
             self.facts |= line.get("facts", {})
+        with contextlib.suppress(ValueError):
+            token = bytes.fromhex(self.facts.get("token", ""))
+            if self.is_of(token):
+                self.token = token
 
     def begin(self, **facts: Any) -> None:
         """Writes facts while nothing is claimed yet, for whoever comes after a crash.
@@ -178,6 +216,8 @@ class Journal:
         Raises JournalError, also where there is such a migration already: the other side made its
         name up.
         """
+        if self.role is Role.SOURCE:
+            facts["token"] = self.token.hex()
         self.open()
         if self.facts or self.claim is not Claim.NONE:
             self.close()
@@ -295,14 +335,21 @@ class Journal:
         return f"{self.role.value} of migration {self.name}: {self.claim.name}"
 
 
-def read(path: str) -> tuple[list[dict[str, Any]], int]:
+def read(path: str, *, trusted: bool = False) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of a journal, and their bytes: what a crash cut off is left out.
+
+    trusted -- a person brought it, and answers for it: whoever wrote it
 
     Raises JournalError, also where a bad line has a good one behind it: no crash does that, and
     what the good one claims must not be forgotten.
     """
     try:
-        with open(path, "rb") as file:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if trusted else os.O_NOFOLLOW)
+        with open(os.open(path, flags), "rb") as file:
+            there = os.fstat(file.fileno())
+            why = "" if trusted else _distrust(there)
+            if why or not stat.S_ISREG(there.st_mode):
+                raise JournalError(f"journal {path}: {why or 'it is no plain file'}")
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise JournalError(f"journal {path}: {error.strerror}") from None
@@ -362,24 +409,34 @@ def _entry(path: str, text: bytes) -> dict[str, Any]:
     raise JournalError(f"journal {path} has a line that is not understood: another release's?")
 
 
-def _stored(path: str) -> Journal:
+def _stored(path: str, *, trusted: bool = False) -> Journal:
     """A journal as it is on disk, not locked. Raises UsageError where it is none, JournalError."""
-    identity, _, role = os.path.basename(path).partition(".")
+    name, _, role = os.path.basename(path).partition(".")
+    if len(name) != 2 * _NAME_BYTES or set(name) - set("0123456789abcdef"):
+        role = ""
     try:
-        journal = Journal(Role(role), bytes.fromhex(identity), os.path.dirname(path))
+        journal = Journal(Role(role), b"", os.path.dirname(path), name)
     except ValueError:
-        raise UsageError(f"{path} is no journal: its name is ID.source or ID.destination") from None
-    journal._take(read(path)[0])
+        raise UsageError(
+            f"{path} is no journal: its name is NAME.source or NAME.destination"
+        ) from None
+    journal._take(read(path, trusted=trusted)[0])
     return journal
 
 
-def claim_in(path: str) -> tuple[Role, bytes, Claim]:
-    """Whose journal a file is, and what it claims: a person brings it as proof.
+def stored(role: Role, name: str, directory: str) -> Journal | None:
+    """That of one migration, as it is on disk, not locked. Raises JournalError."""
+    path = os.path.join(directory, f"{name}.{role.value}")
+    return _stored(path) if directory and os.path.lexists(path) else None
+
+
+def claim_in(path: str) -> tuple[Role, str, Claim]:
+    """Whose journal a file is, its name, and what it claims: a person brings it as proof.
 
     Raises UsageError where it is no journal, JournalError where it cannot be read.
     """
-    journal = _stored(path)
-    return journal.role, journal.identity, journal.claim
+    journal = _stored(path, trusted=True)
+    return journal.role, journal.name, journal.claim
 
 
 def _all_stored(role: Role, directory: str) -> Iterator[Journal | JournalError]:

@@ -478,7 +478,7 @@ class Migration(ABC):
                 self._seed,
                 parameters.channels,
                 printable(self.guest.description, MAX_TEXT),
-                self._journal.identity if self._resumes else b"",
+                self._journal.token if self._resumes else b"",
                 self._round + 1,
             )
         )

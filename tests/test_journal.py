@@ -18,10 +18,11 @@ from migrate.journal import (
     damaged,
     default_directory,
     journals,
+    name_of,
 )
 from proto.ownership import Claim, Event, Role
 
-IDENTITY = bytes(16)
+TOKEN = bytes(16)
 
 
 def line(text: str) -> bytes:
@@ -32,14 +33,14 @@ PREPARED, OWNER = line('{"claim": "PREPARED"}'), line('{"claim": "OWNER"}')
 
 
 def stored(directory, content: bytes) -> str:
-    path = directory / f"{IDENTITY.hex()}.destination"
+    path = directory / f"{name_of(TOKEN)}.destination"
     path.write_bytes(content)
     return str(path)
 
 
 @pytest.fixture
 def journal(tmp_path):
-    found = Journal(Role.DESTINATION, IDENTITY, str(tmp_path))
+    found = Journal(Role.DESTINATION, TOKEN, str(tmp_path))
     yield found
     found.close()
 
@@ -108,7 +109,7 @@ def test_the_journal_of_another_program_is_not_removed(tmp_path, journal):
     """It would be the only record of whose the guest is."""
     journal.begin(place={})
     journal.move(Event.VERIFIED)
-    other = Journal(Role.DESTINATION, IDENTITY, str(tmp_path))
+    other = Journal(Role.DESTINATION, TOKEN, str(tmp_path))
     with pytest.raises(JournalError, match="in the hands of another program"):
         other.open(create=False)
     other.close()
@@ -194,3 +195,69 @@ def test_nothing_is_claimed_in_a_journal_that_was_removed(tmp_path, journal):
     with pytest.raises(JournalError, match="removed or replaced meanwhile"):
         journal.move(Event.VERIFIED)
     assert journal.claim is Claim.NONE
+
+
+# ---------------------------------------------------------------- who may have written them
+
+
+need_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def test_the_token_stands_in_no_name_and_in_no_journal_of_a_destination(tmp_path, journal):
+    """Whoever has it may take the guest over."""
+    token = os.urandom(16)
+    for role in Role:
+        written = Journal(role, token, str(tmp_path))
+        written.begin(place={})
+        written.close(keep=True)
+    names = sorted(os.listdir(tmp_path))
+    assert len(names) == 2
+    assert not [name for name in names if token.hex() in name]
+    mine = {name: (tmp_path / name).read_text() for name in names}
+    [source] = [name for name, text in mine.items() if token.hex() in text]
+    assert source.endswith(".source")
+    assert (tmp_path / source).stat().st_mode & 0o077 == 0
+    [found] = journals(Role.SOURCE, str(tmp_path))
+    assert found.token == token
+    [found] = journals(Role.DESTINATION, str(tmp_path))
+    assert found.token == b""
+    assert found.is_of(token)
+    assert not found.is_of(b"")
+
+
+@need_root
+@pytest.mark.parametrize("how", ["mode", "owner", "group"])
+def test_a_directory_that_others_may_write_holds_no_journals(tmp_path, how):
+    here = tmp_path / "journals"
+    here.mkdir(0o700)
+    if how == "owner":
+        os.chown(here, 65534, 65534)
+    else:
+        here.chmod(0o777 if how == "mode" else 0o770)
+    with pytest.raises(UsageError, match=f"`chown 0 {here}; chmod go-w {here}`"):
+        check_directory(str(here))
+    os.chown(here, 0, 0)
+    here.chmod(0o755)
+    check_directory(str(here))
+
+
+@need_root
+@pytest.mark.parametrize("how", ["owner", "mode", "link", "fifo"])
+def test_a_journal_that_another_may_have_written_is_not_obeyed(tmp_path, how):
+    path = tmp_path / f"{name_of(TOKEN)}.destination"
+    path.write_bytes(PREPARED)
+    [found] = journals(Role.DESTINATION, str(tmp_path))
+    assert found.claim is Claim.PREPARED
+    if how == "owner":
+        os.chown(path, 65534, 65534)
+    elif how == "mode":
+        path.chmod(0o664)
+    else:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to("elsewhere") if how == "link" else os.mkfifo(path)
+    assert list(journals(Role.DESTINATION, str(tmp_path))) == []
+    assert len(damaged(Role.DESTINATION, str(tmp_path))) == 1
+    with pytest.raises(JournalError):
+        Journal(Role.DESTINATION, TOKEN, str(tmp_path)).open(create=False)
+    if how in ("owner", "mode"):
+        assert claim_in(str(path)) == (Role.DESTINATION, name_of(TOKEN), Claim.PREPARED)

@@ -963,7 +963,7 @@ def test_the_journal_of_an_attempt_is_found_by_its_guest(tmp_path: Path) -> None
     assert last_peer("tcp:elsewhere:4444", here) == last_peer("tcp:there:4444", "") == ""
     found = attempt({**facts, "pids": []}, "tcp:there:4444", here)
     assert found is not None
-    assert found.identity == journal.identity
+    assert found.token == journal.token
     assert settled(found)
     found.close(keep=True)
     assert attempt(facts, "tcp:elsewhere:4444", here) is None

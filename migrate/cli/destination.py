@@ -494,7 +494,7 @@ class DestinationProgram(Node):
                 attempt.drop_temporary()
         for journal in self._attempts():
             same = left is not None and Left.read(journal.facts["place"]).name == left.name
-            if not same or journal.identity != info.resume:
+            if not same or not journal.is_of(info.resume):
                 journal.forget(alone=same)
         return left
 

@@ -33,6 +33,7 @@ from migrate.errors import (
 )
 from migrate.journal import (
     Journal,
+    check_trusted,
     claim_in,
     damaged,
     default_directory,
@@ -92,6 +93,7 @@ def resolve_parser(prog: str) -> Parser:
 def find(args: argparse.Namespace, role: Role) -> Journal | None:
     """The journal that is meant; None where there is nothing to settle, which is said."""
     directory = args.journal or default_directory()
+    check_trusted(directory)
     known = list(journals(role, directory))
     for wrong in damaged(role, directory):
         say(f"not looked at: {wrong}")
@@ -123,8 +125,8 @@ def check_proof(args: argparse.Namespace, journal: Journal) -> None:
             f"--keep {args.keep} wants proof: the other side's journal, --proof "
             f"{journal.name}.{journal.role.peer.value}; or --force: {RISK[args.keep]}"
         )
-    role, identity, claim = claim_in(args.proof)
-    if (role, identity) != (journal.role.peer, journal.identity):
+    role, name, claim = claim_in(args.proof)
+    if (role, name) != (journal.role.peer, journal.name):
         raise UsageError(f"{args.proof} is no journal of the other side of {journal.name}")
     if claim not in accepted:
         raise UsageError(f"{args.proof} says {claim.name}: that does not prove it")
@@ -267,7 +269,7 @@ async def resolve_destination(args: argparse.Namespace) -> int:
         return 0
     records = Records(args.journal or default_directory(), reopen_place)
     try:
-        custody = await records.find(journal.identity)
+        custody = await records.find(journal.name)
         assert custody is not None
         if custody.doubt and args.keep:
             if args.keep == "source" and not args.force:

@@ -24,7 +24,7 @@ from tests.fuzz.pieces import Piece, split
 from tests.node import NotingNode
 
 PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else None
-IDENTITY = bytes(range(16))
+TOKEN = bytes(range(16))
 QUIT = Refused("not now")
 SIZE_TEXT = 200
 
@@ -134,12 +134,12 @@ def _journal(control: bytes, pieces: list[Piece]) -> None:
     role = Role.SOURCE if control[1] & 1 else Role.DESTINATION
     lines = [_line(piece) for piece in pieces]
     with tempfile.TemporaryDirectory(dir=PLACE) as directory:
-        path = os.path.join(directory, f"{IDENTITY.hex()}.{role.value}")
+        path = os.path.join(directory, f"{journal.name_of(TOKEN)}.{role.value}")
         content = b"".join(lines)
         with open(path, "wb") as file:
             file.write(content)
         with contextlib.suppress(MigrationError):
-            assert journal.claim_in(path)[:2] == (role, IDENTITY)
+            assert journal.claim_in(path)[:2] == (role, journal.name_of(TOKEN))
         for found in journal.journals(role, directory):
             assert isinstance(journal.settled(found), bool)
         with contextlib.suppress(journal.JournalError):
@@ -147,7 +147,7 @@ def _journal(control: bytes, pieces: list[Piece]) -> None:
                 found._release()
         event = list(Event)[control[2] % len(Event)]
         with contextlib.suppress(journal.JournalError):
-            _write_on(journal.Journal(role, IDENTITY, directory), path, event)
+            _write_on(journal.Journal(role, TOKEN, directory), path, event)
         if os.path.exists(path):
             with open(path, "rb") as file:
                 _assert_kept(content, lines, file.read())
@@ -171,7 +171,7 @@ def _write_on(found: journal.Journal, path: str, event: Event) -> None:
             found.move(event, must=True, place={"path": "x"})
             assert found.claim is TABLE[found.role][before[0], event]
             assert found.facts == before[1] | {"place": {"path": "x"}}
-        assert journal.claim_in(path) == (found.role, found.identity, found.claim)
+        assert journal.claim_in(path) == (found.role, found.name, found.claim)
     finally:
         found.close()
 
