@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Callable, Sequence
 
 from migrate import tls
 from migrate.address import Address
-from migrate.errors import ConnectError, MigrationError, system_reason
+from migrate.errors import ConnectError, MigrationError, UsageError, system_reason
 from migrate.link import SOCKET_TIMEOUT, Link
 from migrate.lookup import host_text, name_of
 from migrate.secure import Secured
+from migrate.socket_file import SocketFile
 from migrate.sockets import listening_sockets, takes_both
 from proto import ErrorCode
 from proto.session import Role
@@ -43,10 +43,10 @@ class Listener:
     ) -> None:  # fmt: skip
         self.servers: list[asyncio.Server] = []
         self.sockets: list[socket.socket] = []
+        self.file: SocketFile | None = None
         self.addresses = [Address(path=path)]
         """A name may have several."""
         self._text = str(self.address)
-        self._path = path
         self._peer_timeout = peer_timeout
         self._credentials = credentials
         self._allow = allow
@@ -89,9 +89,8 @@ class Listener:
         await asyncio.gather(*self._leaving, return_exceptions=True)
         while not self._links.empty():
             self._links.get_nowait().abort()
-        if self._path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+        if self.file is not None:
+            self.file.close()
 
     def protocol(self) -> asyncio.BufferedProtocol:
         """For the next connection."""
@@ -195,15 +194,6 @@ class _Shaking(Secured):
         super().connection_lost(exc)
 
 
-def _check_unused(address: Address) -> None:
-    """Raises ConnectError where somebody listens on this unix socket already."""
-    # Streams refuse datagrams at once: a stream's connect would wait for room in the queue.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        if probe.connect_ex(address.path) not in (0, errno.EPROTOTYPE):
-            return
-    raise ConnectError(f"cannot listen on {address}: another program does")
-
-
 async def listen(
     address: Address, *, peer_timeout: float = SOCKET_TIMEOUT,
     credentials: tls.Credentials | None = None, allow: Sequence[tls.Network] = (),
@@ -223,9 +213,11 @@ async def listen(
     listener = Listener(address.path, peer_timeout, credentials, allow, refused)
     try:
         if address.path:
-            _check_unused(address)
+            listener.file = SocketFile(address.path, "cannot listen on", BACKLOG)
             listener.servers = [
-                await loop.create_unix_server(listener.protocol, address.path, backlog=BACKLOG)
+                await loop.create_unix_server(
+                    listener.protocol, sock=listener.file.socket, backlog=BACKLOG
+                )
             ]
         else:
             listener.listens_on(await _sockets(address))
@@ -236,10 +228,11 @@ async def listen(
                     await loop.create_server(listener.protocol, sock=one, backlog=BACKLOG)
                 )
     except BaseException as error:
-        if not address.path:  # the file of a unix socket may be another program's
-            await listener.close()
+        await listener.close()
         if isinstance(error, OSError):
             raise ConnectError(f"cannot listen on {address}: {_why_not(error)}") from None
+        if isinstance(error, UsageError):
+            raise ConnectError(str(error)) from None
         raise
     return listener
 

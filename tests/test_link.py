@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -660,8 +662,23 @@ async def test_a_unix_socket_of_a_busy_program_is_not_taken_from_it(tmp_path, ki
                     waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
                     waiting.setblocking(False)
                     waiting.connect(path)
-        with pytest.raises(ConnectError, match="cannot listen on unix:.*: another program does"):
+        with pytest.raises(ConnectError, match="cannot listen on unix:.*: another program listens"):
             await listen(Address(path=path))
+
+
+@pytest.mark.asyncio
+async def test_a_unix_socket_is_for_its_owner_whatever_the_umask(tmp_path):
+    path = tmp_path / "socket"
+    umask = os.umask(0)
+    try:
+        listener = await listen(Address(path=str(path)))
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.unlink()
+    path.write_text("another's")
+    await listener.close()
+    assert path.exists()
 
 
 @pytest.mark.asyncio

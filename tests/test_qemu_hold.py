@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from migrate import socket_file
 from migrate.errors import ConnectError, MigrationError, QemuError, UsageError
 from migrate.guests.hold import DirectoryHold, ProcessHold
-from migrate.monitor import server
 from migrate.qemu.client import Client
 from migrate.qemu.guest import QemuGuest
 from migrate.qemu.machine import Machine
@@ -157,18 +157,18 @@ async def test_dead_socket_is_taken_over_by_one_program(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
     seen: list[socket.socket] = []
-    room = server._make_room_for
+    room = socket_file._make_room_for
 
     def meanwhile(path: str, option: str) -> None:
         """Another thread begins as soon as we have looked, and cannot go on before us."""
-        monkeypatch.setattr(server, "_make_room_for", room)
-        other = asyncio.get_running_loop().run_in_executor(None, server.bind, path, option)
+        monkeypatch.setattr(socket_file, "_make_room_for", room)
+        other = asyncio.get_running_loop().run_in_executor(None, socket_file.bind, path, option)
         others.append(other)
         room(path, option)
 
     others: list[asyncio.Future[socket.socket]] = []
-    monkeypatch.setattr(server, "_make_room_for", meanwhile)
-    seen.append(server.bind(path, "--guest"))
+    monkeypatch.setattr(socket_file, "_make_room_for", meanwhile)
+    seen.append(socket_file.bind(path, "--guest"))
     with pytest.raises(ConnectError, match="another program listens there"):
         seen.append(await others[0])
 

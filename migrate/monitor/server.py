@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import itertools
-import os
-import socket
-import stat
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
-from migrate.errors import ConnectError, MigrationError, UsageError
-from migrate.guests.reservation import turn
+from migrate.errors import UsageError
 from migrate.monitor.node import Refused
+from migrate.socket_file import SocketFile
 
 MAX_CLIENTS = 32
-BACKLOG = 255
 SEND_PATIENCE = 10.0
 # What may wait for a client that does not read its events: more, and it is dropped.
 MAX_WAITING = 1 << 20
 # Requests are served no faster than this: one client that asked without pause took the loop from
 # the migration, and made a pause of 8 ms one of 5 s.
 TURN_SECONDS = 0.002
-OTHER = "what stands there is no socket, and is left as it is: remove it, or name another path"
 
 
 class Conversation(Protocol):
@@ -58,13 +52,12 @@ class Server:
         """When each has asked last, counted in requests of all; 0: never."""
         self._count = itertools.count(1)
         self._server: asyncio.Server | None = None
-        self._ours: tuple[int, int] | None = None
+        self._file: SocketFile | None = None
 
     async def open(self) -> None:
         """Raises ConnectError where another program has the path, UsageError where it cannot be."""
-        sock = bind(self._path, self._option)
-        self._ours = identity(self._path)
-        self._server = await asyncio.start_unix_server(self._serve, sock=sock)
+        self._file = SocketFile(self._path, self._option)
+        self._server = await asyncio.start_unix_server(self._serve, sock=self._file.socket)
 
     def tell(self, message: dict[str, Any]) -> None:
         """Sends an event to all clients; one that does not read is dropped."""
@@ -81,9 +74,8 @@ class Server:
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
-            if self._ours is not None and identity(self._path) == self._ours:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path)
+        if self._file is not None:
+            self._file.close()
         for writer in self._clients:
             _hang_up(writer)
 
@@ -126,14 +118,6 @@ class Server:
         _hang_up(writer)
 
 
-def identity(path: str) -> tuple[int, int] | None:
-    """Which file a path names: somebody may have put another one there."""
-    with contextlib.suppress(OSError):
-        named = os.stat(path)
-        return named.st_dev, named.st_ino
-    return None
-
-
 def _hang_up(writer: asyncio.StreamWriter) -> None:
     """What its client has not made room for by now is not sent any more."""
     if writer.transport.get_write_buffer_size():
@@ -154,41 +138,3 @@ def parse_path(text: str, option: str = "--qmp") -> str:
     if not text.startswith("unix:") or not path:
         raise UsageError(f"{option} {text!r} is not understood: write unix:PATH")
     return path
-
-
-def _make_room_for(path: str, option: str) -> None:
-    """Removes a socket whose program has died."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise UsageError(f"{option} unix:{path}: {OTHER}")
-        # A stream takes no datagrams: its owner does not notice that somebody has asked.
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            if probe.connect_ex(path) != errno.ECONNREFUSED:
-                raise ConnectError(f"{option} unix:{path}: another program listens there")
-        os.unlink(path)
-
-
-def bind(path: str, option: str) -> socket.socket:
-    """A listening socket that nobody but its owner can connect to, from the first moment on.
-
-    Raises ConnectError where another program has it, UsageError for a path that cannot be.
-    """
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        # One program at a time: another one would take our new socket for one whose program died.
-        with turn(os.path.dirname(path) or "."):
-            _make_room_for(path, option)
-            os.fchmod(sock.fileno(), 0o600)
-            sock.bind(path)
-            sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        directory = os.path.dirname(path) or "."
-        why = f"no socket can be made in {directory}: {error.strerror or error}"
-        raise UsageError(
-            f"{option} unix:{path}: {OTHER if error.errno == errno.EADDRINUSE else why}"
-        ) from None
-    except MigrationError:
-        sock.close()
-        raise
-    return sock

@@ -24,11 +24,11 @@ from migrate.guests import isolated
 from migrate.guests.guest import Guest
 from migrate.guests.hold import ProcessHold
 from migrate.guests.process import start_time
-from migrate.monitor.server import BACKLOG, bind, identity
 from migrate.qemu.client import control_path
 from migrate.qemu.holder import MOVED
 from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import RUNNING, STREAM_BYTES, Machine, our_end, still_here
+from migrate.socket_file import BACKLOG, SocketFile
 from migrate.sockets import listening_sockets
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
@@ -60,7 +60,7 @@ class QemuGuest(Guest):
         self._return_path = return_path
         self._settings = settings or {}
         self._listener: socket.socket | None = None
-        self._ours: tuple[int, int] | None = None
+        self._file: SocketFile | None = None
         """The socket's file, where it has one: another one at its path is left alone."""
         self._socket: socket.socket | None = None
         self._intake: Intake | None = None
@@ -120,8 +120,8 @@ class QemuGuest(Guest):
         assert where is not None
         try:
             if where.path:
-                listener = bind(where.path, "--guest")
-                self._ours = identity(where.path)
+                self._file = SocketFile(where.path, "--guest")
+                listener = self._file.socket
             else:
                 listener = await self._one_listening(where)
                 where = Address(where.host, listener.getsockname()[1])
@@ -148,10 +148,8 @@ class QemuGuest(Guest):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-            path = self._wanted.path if self._wanted is not None else ""
-            if path and identity(path) == self._ours:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            if self._file is not None:
+                self._file.close()
 
     async def started(self) -> None:
         """Waits until QEMU has begun to migrate, or has it begin.
