@@ -18,6 +18,7 @@ from proto import kernel
 from tests import blocking
 from tests.machine.between import later
 from tests.machine.qemu import PROGRAM
+from tests.programs import ended
 
 pytest_plugins = ["tests.workers"]
 blocking.forbid()
@@ -29,6 +30,13 @@ atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True
 # The machine decides how long an example takes, not the code under test.
 settings.register_profile("machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("machine")
+
+
+@pytest.fixture(autouse=True)
+def programs() -> Iterator[None]:
+    """Those of a test end with it."""
+    with ended():
+        yield
 
 
 @pytest.fixture

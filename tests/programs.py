@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from migrate.errors import UsageError
@@ -26,6 +26,19 @@ def breaks_are_final(name: str, arguments: Sequence[str]) -> list[str]:
     """A connection that breaks is the end of a migration in tests, unless they say otherwise."""
     final = name != "migrate-ctl" and not {"--retry", "resolve"} & set(arguments)
     return [*arguments, *(["--retry", "0"] if final else [])]
+
+
+_begun: list[Program] = []
+
+
+@contextlib.contextmanager
+def ended() -> Iterator[None]:
+    """In the end, what was begun meanwhile is ended: a test that fails leaves nothing to others."""
+    before = len(_begun)
+    yield
+    for program in _begun[before:]:
+        program.end()
+    del _begun[before:]
 
 
 class Program:
@@ -55,6 +68,15 @@ class Program:
                 stdout=stdout, stderr=None if show else subprocess.PIPE, text=True,
             )  # fmt: skip
         self.out = self.err = ""
+        _begun.append(self)
+
+    def end(self) -> None:
+        """Nothing of it is left then. May be called again."""
+        self.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def wait(self, timeout: float = 100) -> int:
         out, err = self.process.communicate(timeout=timeout)
@@ -84,6 +106,7 @@ def crashing(name: str, words: Sequence[str], moment: str, number: str) -> Progr
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     program.out = program.err = ""
+    _begun.append(program)
     return program
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,11 +144,13 @@ def test_of_two_half_guests_for_one_output_one_goes_on_and_the_other_is_kept(shm
     words = ("--retry", "30s")
     movers, addresses = [], []
     for number in (1, 2):
+        (shm / f"guest{number}").write_bytes(random.Random(number).randbytes(16 << 20))
         receiver, address = receiver_of(shm, number, shm / "out", *words)
-        movers.append(source_of(shm, number, address, *words, "--max-bandwidth", "200k"))
+        movers.append(source_of(shm, number, address, *words, "--max-bandwidth", "1m"))
         receiver.read_line("receiving a file guest")
-        while not (left := list(shm.glob(".out.*.xbmigrate"))) or len(left) < number:
-            pass
+        # A page has come: a source that was never told that it may begin does not come back.
+        while sum(one.stat().st_blocks > 0 for one in shm.glob(".out.*.xbmigrate")) < number:
+            time.sleep(0.005)
         receiver.kill()
         receiver.wait()
         addresses.append(address)
