@@ -33,7 +33,7 @@ _GET_FLAGS = 0x80086601  # FS_IOC_GETFLAGS, on 64 bits
 _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
 # The file system has no such operation, or not with this flag.
 _LACKING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
-_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+_NO_NAMELESS = (*_LACKING, errno.EISDIR, errno.ENOENT, errno.EACCES)
 # File systems whose files are questions to the kernel.
 KERNELS_OWN = (
     "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl", "mqueue",
@@ -79,17 +79,25 @@ def _longest_name(directory: str) -> int:
 
 
 def open_nameless(directory: str) -> int:
-    """A file of our own without a name, or -1 where there is no such thing. Raises OSError."""
+    """A file of our own without a name, or -1 where there is no such thing, or nothing that could
+    give it one later (no /proc, no links). Raises OSError."""
+    beside = hidden_name(os.path.join(directory, "nameless"))
     try:
-        fd = os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+        fd = _new_nameless(directory)
+        try:
+            name_file(fd, beside)  # and a file that has lost its name never gets one again
+            os.unlink(beside)
+        finally:
+            os.close(fd)
+        return _new_nameless(directory)
     except OSError as error:
         if error.errno not in _NO_NAMELESS:
             raise
         return -1
-    if not os.path.exists(f"/proc/self/fd/{fd}"):  # what `name` needs
-        os.close(fd)
-        return -1
-    return fd
+
+
+def _new_nameless(directory: str) -> int:
+    return os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
 
 
 def name_file(fd: int, path: str) -> None:

@@ -22,6 +22,8 @@ from migrate.filesystem import (
     check_writable,
     hidden_name,
     is_mount_point,
+    name_file,
+    open_nameless,
     rename_new,
     try_directory,
 )
@@ -117,6 +119,38 @@ def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(tmp_path, monk
 def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(tmp_path):
     with pytest.raises(FileNotFoundError):
         filesystem._take_and_rename(str(tmp_path / "gone"), str(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- files without a name
+
+
+def test_a_nameless_file_gets_a_name_later(tmp_path):
+    fd = open_nameless(str(tmp_path))
+    if fd < 0:
+        pytest.skip("no O_TMPFILE here")
+    assert list(tmp_path.iterdir()) == []
+    os.write(fd, b"x")
+    name_file(fd, str(tmp_path / "name"))
+    os.close(fd)
+    assert (tmp_path / "name").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("where", [filesystem, os], ids=["name_file", "open"])
+def test_where_a_nameless_file_cannot_be_or_get_a_name_there_is_none(
+    tmp_path, monkeypatch, where, error
+):
+    """It would be found when the first guest comes, and refused."""
+    opened = os.open
+
+    def lacking(path, flags, *mode):
+        if where is os and flags & os.O_TMPFILE != os.O_TMPFILE:
+            return opened(path, flags, *mode)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(where, "open" if where is os else "name_file", lacking)
+    assert open_nameless(str(tmp_path)) == -1
     assert list(tmp_path.iterdir()) == []
 
 
