@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,15 @@ atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True
 # The machine decides how long an example takes, not the code under test.
 settings.register_profile("machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("machine")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A program that was run in this process does not listen to them any more."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

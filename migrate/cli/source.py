@@ -310,7 +310,7 @@ class SourceProgram(Node):
             task.cancel()
             return ""
 
-        self.stop.install(cancel)
+        self.stop.install(cancel, "already cancelling: the guest is being put back to work")
         guest.warn, status = self._warn, 0
         try:
             progress.describe(self._facts(guest))
