@@ -30,7 +30,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _THERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # The file system has no such operation, or not with this flag.
 _LACKING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
-_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+_NO_NAMELESS = (*_LACKING, errno.EISDIR, errno.ENOENT, errno.EACCES)
 
 Identity = tuple[int, int]
 """Device and inode."""
@@ -46,6 +46,7 @@ class Directory:
         self.path = os.path.abspath(path)
         self.fd = _opened(self.path)
         self._owner = -1
+        self._nameless: bool | None = None
 
     def close(self) -> None:
         """May be called again."""
@@ -103,18 +104,29 @@ class Directory:
         return os.open(name, _NEW, mode, dir_fd=self.fd)
 
     def make_nameless(self) -> int:
-        """A new file without a name, for `link`; -1 where there is no such thing."""
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
+        """A new file without a name, for `link`; -1 where there is no such thing, or nothing that
+        could give it a name later (no /proc, no links)."""
         try:
-            fd = os.open(".", flags, 0o600, dir_fd=self.fd)
+            if self._nameless is None:
+                self._nameless = self._tried_nameless()
+            return self._new_nameless() if self._nameless else -1
         except OSError as error:
             if error.errno not in _NO_NAMELESS:
                 raise
+            self._nameless = False
             return -1
-        if not os.path.exists(f"/proc/self/fd/{fd}"):  # what `link` needs
+
+    def _tried_nameless(self) -> bool:
+        fd, name = self._new_nameless(), f".{secrets.token_hex(8)}.try"
+        try:
+            self.link(fd, name)  # and a file that has lost its name never gets one again
+            self.unlink(name)
+        finally:
             os.close(fd)
-            return -1
-        return fd
+        return True
+
+    def _new_nameless(self) -> int:
+        return os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600, dir_fd=self.fd)
 
     def take(self, name: str, known: Identity, owner: int | None = None) -> int:
         """A file that an earlier program of ours has left, to read and write.
@@ -249,7 +261,8 @@ class Directory:
     def inner(self, name: str) -> Directory:
         """One in it, and no link."""
         inner = Directory.__new__(Directory)
-        inner.path, inner._owner = os.path.join(self.path, name), -1
+        inner.path = os.path.join(self.path, name)
+        inner._owner, inner._nameless = self._owner, self._nameless
         inner.fd = os.open(name, os.O_PATH | os.O_DIRECTORY | _THERE, dir_fd=self.fd)
         return inner
 

@@ -59,11 +59,23 @@ def default_directory() -> str:
     return state_directory()
 
 
+def journal_directory(named: str = "") -> str:
+    """What --journal names, or the default directory; `~` is the user's home there as in a shell,
+    which leaves it as it is in --journal=~/x. Raises UsageError where there is no home."""
+    path = named or default_directory()
+    return os.path.join(_home(), path[2:]) if path == "~" or path.startswith("~/") else path
+
+
 def state_directory() -> str:
     """Where programs keep the state of this user. Raises UsageError where they cannot."""
     named = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(named):  # else it is to be ignored, by the specification
         return os.path.join(named, "xbmigrate")
+    return os.path.join(_home(), ".local", "state", "xbmigrate")
+
+
+def _home() -> str:
+    """Raises UsageError where this user has none."""
     home = os.environ.get("HOME", "")
     if not os.path.isabs(home):
         try:
@@ -75,7 +87,7 @@ def state_directory() -> str:
             f"user {os.getuid()} has no home directory here, and journals no usual place: name a "
             "directory that can be written and outlasts a crash (--journal DIR, or MIGRATE_JOURNAL)"
         )
-    return os.path.join(home, ".local", "state", "xbmigrate")
+    return home
 
 
 def check_directory(path: str) -> str:

@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from migrate._memory import gather, read_direct
 
 BOUNCE_BYTES = 256 << 10
+# A stretch that is shorter takes longer to be asked for than to be read. After so many in a row the
+# next ones are read as one, holes and all.
+SHORT_BYTES = 256 << 10
+MANY_SHORT = 64
 
 
 def private_buffer(size: int) -> memoryview:
@@ -42,6 +46,7 @@ class Memory:
         # What does not fit the rule is read into this, and copied.
         self._bounce = private_buffer(BOUNCE_BYTES) if align else None
         self._extent = (0, 0, False)
+        self._short = 0
 
     @property
     def threaded(self) -> bool:
@@ -78,12 +83,13 @@ class Memory:
         )  # fmt: skip
 
     def extents(self, page_size: int) -> Iterator[tuple[int, int, bool]]:
-        """(first page, pages, data) for all of the guest; `data` is False for holes.
+        """(first page, pages, data) for all of the guest; `data` is False for holes. Where holes
+        and data are many and small, they are data together.
 
         Every walk looks anew: what was a hole may have been written since.
         """
         pages, page = -(-self.size // page_size), 0
-        self._extent = (0, 0, False)
+        self._extent, self._short = (0, 0, False), 0
         while page < pages:
             end, data = self.extent(page, page_size)
             yield page, end - page, data
@@ -99,6 +105,10 @@ class Memory:
             start, stop = self._data_after(page * page_size)
             data = start < min((page + 1) * page_size, self.size)
             end = -(-stop // page_size) if data or start >= self.size else start // page_size
+            together = page + SHORT_BYTES // page_size
+            self._short = self._short + 1 if end < together else 0
+            if self._short > MANY_SHORT:
+                end, data = min(together, -(-self.size // page_size)), True
             self._extent = page, end, data
         return end, data
 

@@ -30,7 +30,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TextIO
+from types import FrameType
+from typing import NoReturn, TextIO
 
 # What may wait for a reader that does not read; beyond it the oldest lines are left out.
 MAX_WAITING_BYTES = 1 << 20
@@ -347,6 +348,9 @@ def _encoding(stream: TextIO | None) -> str:
     return getattr(stream, "encoding", None) or sys.getfilesystemencoding()
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
 class _Enough(BaseException):
     """SIGINT or SIGTERM came while the end of the program waited for a reader."""
 
@@ -368,24 +372,43 @@ def program(name: str, run: Callable[[], int | None], *, waits: bool = False) ->
         code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     with contextlib.suppress(_Enough), _signals_end_it():
         code = _finish(name, code)
+    _on_signals(signal.SIG_IGN)  # the interpreter takes other handlers away before it has ended
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """Have signals end what is waited for in here: the exit code stays what it is."""
+    """Have signals end what is waited for in here, and change nothing from then on: the exit code
+    stays what it is."""
+    waits = True
 
     def enough(_number: int, _frame: object) -> None:
-        raise _Enough
+        nonlocal waits
+        if waits:
+            waits = False
+            raise _Enough
 
-    before: dict[signal.Signals, Any] = {}
     try:
-        with contextlib.suppress(ValueError):  # not in the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, enough)
+        _on_signals(enough)
         yield
     finally:
-        for number, handler in before.items():
+        waits = False
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Have signals do nothing in here, whatever becomes of their handlers, nor behind it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        _on_signals(lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in ENDING:
             signal.signal(number, handler)
 
 

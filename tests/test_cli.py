@@ -4,6 +4,7 @@ import re
 import signal
 import socket
 import sys
+import time
 
 import pytest
 
@@ -282,3 +283,31 @@ def test_a_signal_while_listening(tmp_path, number, code):
     assert "Traceback" not in program.err
     assert "migrate-dst: cancelled; nothing is left of the guest here" in program.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("who", ["migrate-src", "migrate-dst"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_does_not_change_the_exit_code(tmp_path, guest_file, who, number):
+    """Whoever reads 143 of migrate-src takes the guest for his."""
+    output = tmp_path / "out"
+    receiver = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", str(output))
+    address = receiver.read_line(r"listening on (\S+)")[1]
+    source = Program("migrate-src", "--guest", f"file:{guest_file}", address)
+    told = {"migrate-src": source, "migrate-dst": receiver}[who]
+    assert told.process.stdout.readline()
+    while told.process.poll() is None:
+        told.kill(number)
+        time.sleep(0.001)
+    assert (source.wait(20), receiver.wait(20)) == (0, 0), told.err
+
+
+def test_who_is_told_twice_says_nothing_of_a_guest_it_has_not(tmp_path, guest_file):
+    command = "kill $PPID; sleep 0.3; kill $PPID; sleep 1"
+    receiver = Program(
+        "migrate-dst", "--listen", "127.0.0.1:0", "--output", str(tmp_path / "out"),
+        "--on-complete", command,
+    )  # fmt: skip
+    address = receiver.read_line(r"listening on (\S+)")[1]
+    assert Program("migrate-src", "--guest", f"file:{guest_file}", address).wait(20) == 0
+    assert receiver.wait(20) == 10
+    assert "put back to work" not in receiver.err

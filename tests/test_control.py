@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from migrate.cli import control
+from migrate.errors import UsageError
 from tests.programs import BIN, Program, destination, end_guest, guest_pid, look_at
 
 SMALL = "demo:16m,hot=4m,fill=random"
@@ -385,3 +386,17 @@ def test_the_check_names_what_it_cannot_look_at() -> None:
     assert code == 2
     assert "no demo guest in process 1" in said
     assert check_demo("me")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("{'a-b': 'ä'}", "ä"), ("{'a-b': 'say \"\\'\"'}", 'say "\'"'), ('{"a-b": "it\'s"}', "it's")],
+)
+def test_arguments_may_have_strings_in_single_quotes(text: str, value: str) -> None:
+    """As on the socket itself, and in QEMU."""
+    assert control.arguments_of("migrate-x", [text]) == {"a-b": value}
+
+
+def test_quotes_that_do_not_match_are_refused() -> None:
+    with pytest.raises(UsageError, match="no JSON object"):
+        control.arguments_of("migrate-x", ["{'a-b': 'it''s'}"])

@@ -82,6 +82,35 @@ def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(here, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_nameless_file_gets_a_name_later(here, tmp_path):
+    fd = here.make_nameless()
+    if fd < 0:
+        pytest.skip("no O_TMPFILE here")
+    assert list(tmp_path.iterdir()) == []
+    os.write(fd, b"x")
+    here.link(fd, "name")
+    os.close(fd)
+    assert (tmp_path / "name").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("where", [Directory, os], ids=["link", "open"])
+def test_where_a_nameless_file_cannot_be_or_get_a_name_there_is_none(
+    here, tmp_path, monkeypatch, where, error
+):
+    """It would be found when the first guest comes, and refused."""
+    opened = os.open
+
+    def lacking(*arguments, **directory):
+        if where is os and arguments[1] & os.O_TMPFILE != os.O_TMPFILE:
+            return opened(*arguments, **directory)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(where, "open" if where is os else "link", lacking)
+    assert here.make_nameless() == -1
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------- another user in the directory
 
 

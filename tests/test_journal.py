@@ -17,6 +17,7 @@ from migrate.journal import (
     claim_in,
     damaged,
     default_directory,
+    journal_directory,
     journals,
     name_of,
 )
@@ -163,6 +164,24 @@ def test_the_usual_places(user, names, expected):
 def test_a_home_may_be_known_from_the_password_file_alone(user):
     user.setattr(pwd, "getpwuid", lambda _uid: pwd.struct_passwd(("u", "", 1, 1, "", "/h", "")))
     assert default_directory() == "/h/.local/state/xbmigrate"
+
+
+@pytest.mark.parametrize(
+    ("named", "environment", "expected"),
+    [
+        ("~/x", "/e", "/h/x"), ("~", "/e", "/h/"), ("", "~/x", "/h/x"), ("", "/e", "/e"),
+        ("./~/x", "/e", "./~/x"), ("/a/~", "/e", "/a/~"), ("~x", "/e", "~x"),
+    ],
+)  # fmt: skip
+def test_a_tilde_is_the_home_also_where_no_shell_has_seen_it(user, named, environment, expected):
+    user.setenv("HOME", "/h")
+    user.setenv("MIGRATE_JOURNAL", environment)
+    assert journal_directory(named) == expected
+
+
+def test_a_tilde_without_a_home_is_refused(user):
+    with pytest.raises(UsageError, match="has no home directory"):
+        journal_directory("~/x")
 
 
 def test_a_relative_directory_is_made_absolute(tmp_path, monkeypatch):

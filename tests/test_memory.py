@@ -94,6 +94,22 @@ def test_a_walk_finds_data_where_the_last_one_found_a_hole(shm):
     assert memory.extent(0, PAGE) == (3, False)
 
 
+def test_many_small_holes_are_read_and_not_asked_for(shm):
+    """Else finding what changed would take many times as long as in a file without holes."""
+    pages, hole = 4096, 4096
+    for page in range(0, pages, 2):
+        os.pwrite(shm, b"x", page * PAGE)
+    os.ftruncate(shm, (pages + hole) * PAGE)
+    os.pwrite(shm, b"y", (pages + hole) * PAGE)
+    memory = Memory((pages + hole + 1) * PAGE, fd=shm)
+    found = list(memory.extents(PAGE))
+    assert len(found) < 200
+    assert sum(count for _, count, _ in found) == pages + hole + 1
+    assert found[:2] == [(0, 1, True), (1, 1, False)]
+    assert sum(count for first, count, data in found if not data and first >= pages) > hole - 64
+    assert found[-1] == (pages + hole, 1, True)
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, PAGE), st.sets(st.integers(0, 39)),

@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 import migrate
 from migrate.address import Address
+from migrate.cli.program import Parser, run
 from migrate.errors import PeerLost
 from migrate.listening import listen
 from proto.frames import HEADER_BYTES, seal
@@ -22,6 +24,23 @@ from proto.messages import MessageType, Ping, pack
 from proto.session import Role
 from tests.programs import BIN, Program, destination
 from tests.requirements import need
+
+# Runs a program where so many threads can be started, and no more.
+FEW_THREADS = """
+import sys, threading
+from importlib import import_module
+left, start = int(sys.argv[1]), threading.Thread.start
+def limited(thread):
+    global left
+    if left <= 0:
+        raise RuntimeError("can't start new thread")
+    left -= 1
+    start(thread)
+threading.Thread.start = limited
+sys.argv[0:] = sys.argv[2:]
+side = {"migrate-src": "source", "migrate-dst": "destination"}[sys.argv[0]]
+import_module(f"migrate.cli.{side}").main()
+"""
 
 
 def one_sentence(text: str, name: str) -> str:
@@ -74,6 +93,35 @@ def test_too_few_file_descriptors_are_found_out_first(name: str, files: int) -> 
     )  # fmt: skip
     assert done.returncode == 2
     assert "ulimit -n" in one_sentence(done.stderr, name)
+
+
+@pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
+@pytest.mark.parametrize("threads", [0, 3, 7])
+def test_too_few_threads_are_found_out_first(name: str, threads: int) -> None:
+    """Else the guest would move, and the program end with a traceback behind it."""
+    words = ["tcp:127.0.0.1:1"] if name == "migrate-src" else ["--listen", "127.0.0.1:0"]
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_THREADS, str(threads), name, *words],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"no more than {threads} threads" in (said := one_sentence(done.stderr, name))
+    assert "ulimit -u" in said
+
+
+def test_the_last_thread_that_is_missing_changes_no_exit_code(monkeypatch) -> None:
+    """Closing the loop takes one more."""
+
+    async def program(_args: object) -> int:
+        await asyncio.to_thread(int)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        return 10
+
+    assert run(Parser(prog="migrate-dst"), program, []) == 10
+
+
+def no_thread(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_limit_that_may_be_raised_is(shm: Path) -> None:

@@ -190,9 +190,11 @@ def arguments_of(command: str, words: list[str]) -> dict[str, Any] | None:
     # Names of QMP have hyphens, nearly all of them, those of the monitor never.
     if "-" not in command and not words[0].startswith("{"):
         return None
+    from migrate.monitor.qmp import double_quoted
+
     text = " ".join(words)
     try:
-        arguments = json.loads(text)
+        arguments = json.loads(double_quoted(os.fsencode(text)) if "'" in text else text)
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):

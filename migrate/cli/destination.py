@@ -34,7 +34,7 @@ from migrate.errors import (
     PeerError,
     UsageError,
 )
-from migrate.journal import check_directory, damaged, default_directory
+from migrate.journal import check_directory, damaged, journal_directory
 from migrate.monitor.node import Node, Refused
 from migrate.output import printable, say, show
 from migrate.views.options import DestinationViews, add_metrics_options
@@ -193,7 +193,7 @@ class DestinationProgram(Node):
         self.warned = False
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
-        journal = check_directory(args.journal or default_directory())
+        journal = check_directory(journal_directory(args.journal))
         self.records = Records(journal, reopen_place)
         self.stop = Stop()
         self.destination: Destination | None = None

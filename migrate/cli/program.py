@@ -17,13 +17,14 @@ import asyncio
 import contextlib
 import resource
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migrate import quantities
 from migrate.errors import CancelledByPeer, MigrationError, UsageError
 from migrate.guests.process import Process
-from migrate.output import printable, say
+from migrate.output import printable, say, signals_held
 from proto.ownership import Role
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ VERSION = "0.1.0"
 # All channels there can be, twice as many strangers, and some.
 OPEN_FILES = 1024
 LEAST_OPEN_FILES = 256
+# Of a whole migration on two processors, and some.
+LEAST_THREADS = 12
 CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
 
 
@@ -223,10 +226,12 @@ class Stop:
         self.signal = 0
         self.late = False
         self._cancel: Callable[[], str] = str
+        self._again = ""
 
-    def install(self, cancel: Callable[[], str]) -> None:
-        """`cancel` acts, or returns the sentence why it is too late."""
-        self._cancel = cancel
+    def install(self, cancel: Callable[[], str], again: str = "already ending") -> None:
+        """`cancel` acts, or returns the sentence why it is too late; `again` is the sentence for
+        who does not wait for what it does."""
+        self._cancel, self._again = cancel, again
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.request, number)
@@ -253,7 +258,7 @@ class Stop:
 
     def request(self, number: int = signal.SIGTERM) -> None:
         if self.signal:
-            say("already cancelling: the guest is being put back to work")
+            say(self._again)
             return
         refusal = self._cancel()
         if refusal:
@@ -357,6 +362,51 @@ def check_open_files() -> None:
         )
 
 
+def check_threads() -> None:
+    """Raises UsageError where fewer threads can be started than may be needed: one that cannot be
+    started later would end the program in the middle of something."""
+    over, threads = threading.Event(), []
+    try:
+        for _ in range(LEAST_THREADS):
+            thread = threading.Thread(target=over.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:
+        raise UsageError(
+            f"no more than {len(threads)} threads can be started here, and {LEAST_THREADS} may be "
+            "needed: raise the limit (ulimit -u, a service's TasksMax, a container's --pids-limit)"
+        ) from None
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def _on_uvloop(program: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Its exit code. What is done is done: neither a signal while the loop is closed changes that,
+    nor that there is no thread left to close it with."""
+    import uvloop
+
+    code = None
+
+    async def whole() -> int:
+        status = await program()
+        over.enter_context(signals_held())
+        return status
+
+    try:
+        with (
+            contextlib.ExitStack() as over,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            code = runner.run(whole())
+    except RuntimeError:
+        if code is None:
+            raise
+    assert code is not None
+    return code
+
+
 def run(
     parser: Parser,
     program: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
@@ -366,10 +416,8 @@ def run(
     try:
         args = parser.parse_args(words)
         check_open_files()
-        import uvloop
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(program(args))
+        check_threads()
+        return _on_uvloop(lambda: program(args))
     except MigrationError as error:
         say(f"{parser.prog}: {error}")
         return error.exit_code

@@ -36,7 +36,7 @@ from migrate.journal import (
     check_trusted,
     claim_in,
     damaged,
-    default_directory,
+    journal_directory,
     journals,
     same_guest,
     settled,
@@ -92,7 +92,7 @@ def resolve_parser(prog: str) -> Parser:
 
 def find(args: argparse.Namespace, role: Role) -> Journal | None:
     """The journal that is meant; None where there is nothing to settle, which is said."""
-    directory = args.journal or default_directory()
+    directory = journal_directory(args.journal)
     check_trusted(directory)
     known = list(journals(role, directory))
     for wrong in damaged(role, directory):
@@ -267,7 +267,7 @@ async def resolve_destination(args: argparse.Namespace) -> int:
     journal = find(args, Role.DESTINATION)
     if journal is None:
         return 0
-    records = Records(args.journal or default_directory(), reopen_place)
+    records = Records(journal_directory(args.journal), reopen_place)
     try:
         custody = await records.find(journal.name)
         assert custody is not None

@@ -26,7 +26,7 @@ from migrate.cli.program import (
 from migrate.cli.source_words import open_guest, parameters_of, qemu_guest, source_parser
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
 from migrate.guests.process import Process, start_time
-from migrate.journal import Journal, attempt, check_directory, default_directory, last_peer
+from migrate.journal import Journal, attempt, check_directory, journal_directory, last_peer
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
 from migrate.output import say
 from migrate.statistics import (
@@ -71,7 +71,7 @@ class SourceProgram(Node):
         self.tls = tls_of(args)
         self.peer_timeout = peer_timeout(args)
         self.connect_timeout = seconds(args.connect_timeout, "--connect-timeout")
-        self.journal = check_directory(args.journal or default_directory())
+        self.journal = check_directory(journal_directory(args.journal))
         self.retry = seconds(args.retry, "--retry")
         self.resolve_timeout = seconds(args.resolve_timeout, "--resolve-timeout")
         if args.congestion:
@@ -310,7 +310,7 @@ class SourceProgram(Node):
             task.cancel()
             return ""
 
-        self.stop.install(cancel)
+        self.stop.install(cancel, "already cancelling: the guest is being put back to work")
         guest.warn, status = self._warn, 0
         try:
             progress.describe(self._facts(guest))

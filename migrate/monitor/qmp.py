@@ -158,7 +158,7 @@ class Conversation:
 
 def _request(text: bytes) -> dict[str, Any]:
     try:
-        request = json.loads(_double_quoted(text) if b"'" in text else text)
+        request = json.loads(double_quoted(text) if b"'" in text else text)
         # What cannot be written (NaN, 1e999, too many brackets) cannot be given back as an `id`.
         json.dumps(request, allow_nan=False)
     except (ValueError, RecursionError):
@@ -168,7 +168,7 @@ def _request(text: bytes) -> dict[str, Any]:
     return request
 
 
-def _double_quoted(text: bytes) -> bytes:
+def double_quoted(text: bytes) -> bytes:
     """As JSON has it: QEMU takes strings in single quotes too, and \\' in each."""
 
     def part(found: re.Match[bytes]) -> bytes:
