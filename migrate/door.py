@@ -6,18 +6,19 @@
     JOIN   a channel of it        -> `lane()`
     QUERY  what became of one?    -> answered here (migrate.handover)
 
-Somebody who says nothing, or no more than half of it, is let stand for a while; of too many, the
-one who has stood longest goes. All of them are listened to at the same time, so a crowd does not
-keep out a source, which speaks at once.
+Somebody who says nothing, or no more than half of it, is let stand for a while; who has to go of
+too many is in migrate.crowd. All of them are listened to at the same time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from types import TracebackType
 
 from migrate.address import Address
+from migrate.crowd import SHOWN, SILENT, SPEAKS, Crowd
 from migrate.destination import Destination
 from migrate.errors import MigrationError, PeerLost
 from migrate.handover import Records, answer
@@ -27,7 +28,19 @@ from proto import ErrorCode, ProtoError
 from proto.messages import MAX_CHANNELS, MessageType
 
 FIRST_WORD_SECONDS = 15.0
-MAX_STANDING = 2 * MAX_CHANNELS
+
+
+class _Visit:
+    """A connection, and the task that leads it."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def end(self) -> None:
+        self.task.cancel()
+        self.link.abort()
 
 
 class Door:
@@ -48,7 +61,7 @@ class Door:
         self._listener = listener
         self._guests: asyncio.Queue[Destination] = asyncio.Queue(MAX_CHANNELS)
         self._lanes: asyncio.Queue[Link] = asyncio.Queue(MAX_CHANNELS)
-        self._standing: dict[asyncio.Task[None], Link] = {}
+        self._standing: Crowd[_Visit] = Crowd(_Visit.end)
         self._opening: asyncio.Task[None] | None = None
 
     @property
@@ -66,7 +79,7 @@ class Door:
         traceback: TracebackType | None,
     ) -> None:
         assert self._opening is not None
-        tasks = [self._opening, *self._standing]
+        tasks = [self._opening, *(visit.task for visit in self._standing.members())]
         for task in tasks:
             task.cancel()
         try:
@@ -95,18 +108,20 @@ class Door:
     async def _open(self) -> None:
         while True:
             link = await self._listener.accept()
-            if len(self._standing) >= MAX_STANDING:
-                oldest = next(iter(self._standing))
-                oldest.cancel()
-                self._standing.pop(oldest).abort()
-            task = asyncio.create_task(self._lead(link))
-            self._standing[task] = link
-            task.add_done_callback(lambda done: self._standing.pop(done, None))
+            visit = _Visit(link)
+            self._standing.come(visit, link.far, SHOWN if link.proved else SILENT)
+            visit.task = asyncio.create_task(self._lead(visit))
+            visit.task.add_done_callback(functools.partial(self._left, visit))
 
-    async def _lead(self, link: Link) -> None:
+    def _left(self, visit: _Visit, _task: asyncio.Task[None]) -> None:
+        self._standing.go(visit)
+
+    async def _lead(self, visit: _Visit) -> None:
+        link = visit.link
         try:
             async with asyncio.timeout(FIRST_WORD_SECONDS):
                 kind = await link.first_type()
+            self._standing.rise(visit, SPEAKS)
             if kind is MessageType.QUERY:
                 await answer(link, self.records)
             elif kind is MessageType.JOIN and self._busy():

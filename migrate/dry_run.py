@@ -110,6 +110,7 @@ def simulate(
             sample.scan_seconds,
             whole_seconds=sample.whole_seconds,
             check_seconds=sample.check_seconds,
+            stopped=sample.stopped,
         )
         if throttle is not None:
             run.slow(throttle, pending, measured, seconds, number)

@@ -132,6 +132,10 @@ class Link(asyncio.BufferedProtocol):
         self.sent_bytes = 0
         self.received_bytes = 0
         self.peer_name = ""
+        self.far: object = None
+        """The peer's address, as a socket has it."""
+        self.proved = False
+        """It has shown a certificate."""
         self.endpoint: Endpoint | None = None
         """The address that was connected to."""
         self.beside: Callable[[], Awaitable[Link]] | None = None
@@ -164,8 +168,9 @@ class Link(asyncio.BufferedProtocol):
         self.bound_sending(SEND_HIGH)
         sock = transport.get_extra_info("socket")
         far = transport.get_extra_info("peername")
-        self.peer_name = name_of(far)
-        self.exposed = not isinstance(transport, Secured) and tls.another_host(
+        self.peer_name, self.far = name_of(far), far
+        self.proved = isinstance(transport, Secured)
+        self.exposed = not self.proved and tls.another_host(
             transport.get_extra_info("sockname"), far
         )
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):

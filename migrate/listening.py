@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from migrate import tls
 from migrate.address import Address
+from migrate.crowd import SPEAKS, Crowd
 from migrate.errors import ConnectError, MigrationError, UsageError, system_reason
 from migrate.link import SOCKET_TIMEOUT, Link
 from migrate.lookup import host_text, name_of
@@ -23,8 +24,8 @@ from proto.session import Role
 # takes all there are at once, and those that come meanwhile, before anybody else has his turn.
 BACKLOG = 64
 MAX_WAITING = 4 * BACKLOG
-# So many may be in the TLS handshake: of more, the one that has been in it longest goes.
-MAX_HANDSHAKES = 2 * BACKLOG
+# So many are told why they are sent away, at the same time.
+MAX_LEAVING = 2 * BACKLOG
 # Who is sent away is told so when it has said something, or after so long.
 FIRST_WORD_SECONDS = 5.0
 
@@ -52,7 +53,7 @@ class Listener:
         self._allow = allow
         self._refused = refused
         self._links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
-        self._shaking: dict[Secured, None] = {}
+        self._shaking: Crowd[Secured] = Crowd(Secured.abort)
         self._leaving: set[asyncio.Task[None]] = set()
 
     @property
@@ -82,7 +83,7 @@ class Listener:
             server.close()
         for one in self.sockets:
             one.close()
-        for secured in [*self._shaking]:
+        for secured in self._shaking.members():
             secured.abort()
         for task in [*self._leaving]:
             task.cancel()
@@ -109,12 +110,11 @@ class Listener:
         self._refused(name_of(far), "its address may not connect (--allow)")
         return False
 
-    def shakes(self, secured: Secured) -> None:
-        while len(self._shaking) >= MAX_HANDSHAKES:
-            oldest = next(iter(self._shaking))
-            del self._shaking[oldest]
-            oldest.abort()
-        self._shaking[secured] = None
+    def shakes(self, secured: Secured, transport: asyncio.BaseTransport) -> None:
+        self._shaking.come(secured, transport.get_extra_info("peername"))
+
+    def speaks(self, secured: Secured) -> None:
+        self._shaking.rise(secured, SPEAKS)
 
     def shaken(self, secured: Secured, fault: MigrationError | None) -> None:
         if fault is not None:
@@ -123,7 +123,7 @@ class Listener:
             self.gone(secured)
 
     def gone(self, secured: Secured) -> None:
-        self._shaking.pop(secured, None)
+        self._shaking.go(secured)
 
     def _come(self, link: Link, transport: asyncio.BaseTransport) -> None:
         why = ""
@@ -153,7 +153,7 @@ class Listener:
             finally:
                 link.abort()
 
-        if len(self._leaving) >= MAX_HANDSHAKES:
+        if len(self._leaving) >= MAX_LEAVING:
             link.abort()
             return
         task = asyncio.get_running_loop().create_task(say())
@@ -183,11 +183,15 @@ class _Shaking(Secured):
         self._listener = listener
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._listener.shakes(self)
+        self._listener.shakes(self, transport)
         if self._listener.admits(transport):
             super().connection_made(transport)
         else:
             self.turn_away(transport)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._listener.speaks(self)
+        super().buffer_updated(nbytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.gone(self)

@@ -84,6 +84,8 @@ class Pending:
     scan_seconds  -- finding what changed
     whole_seconds -- looking at the whole guest for the digest, on both sides
     check_seconds -- what is looked at beside all that, and must be done before the hand-over
+    stopped       -- False: nobody is stopped, and what does not grow with what is written keeps
+                     nobody waiting
     """
 
     pages: int
@@ -92,11 +94,12 @@ class Pending:
     dirty_rate: float = 0.0
     whole_seconds: float = 0.0
     check_seconds: float = 0.0
+    stopped: bool = True
 
     @property
     def size_seconds(self) -> float:
         """What the size of the guest costs in the pause, whatever it writes."""
-        return self.scan_seconds + self.whole_seconds
+        return self.scan_seconds + self.whole_seconds if self.stopped else 0.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ class DowntimeModel:
 
     def overhead(self, pending: Pending) -> float:
         """Seconds of the pause that do not depend on how much is dirty."""
-        return FIXED_SECONDS + self.trips + pending.size_seconds
+        fixed = FIXED_SECONDS + self.trips if pending.stopped else 0.0
+        return fixed + pending.size_seconds
 
     @property
     def trips(self) -> float:
@@ -181,7 +185,8 @@ class DowntimeModel:
         """Seconds of downtime if the guest were stopped now."""
         digests = pending.stale_pages * max(self.source_digest, self.peer_digest)
         rest = self.work(pending.pages, limits) + digests
-        return self.overhead(pending) + max(rest, pending.check_seconds)
+        check = pending.check_seconds if pending.stopped else 0.0
+        return self.overhead(pending) + max(rest, check)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Sample:
     whole_seconds: float = 0.0
     check_seconds: float = 0.0
     """What it takes in the pause to look who writes it, beside the last round."""
+    stopped: bool = True
+    """Whether anybody is stopped for the last round: see Pending."""
 
     def dirty(self, seconds: float) -> float:
         """Pages that are written in so long: straight lines between what was seen, and on from the
@@ -142,7 +144,7 @@ class Sampler:
         most: int = SAMPLE_BYTES,
     ) -> None:  # fmt: skip
         self._memory = guest.memory
-        self._check_seconds = guest.check_seconds if guest.stoppable else 0.0
+        self._check_seconds, self._stopped = guest.check_seconds, guest.stoppable
         self._sleep, self._clock = sleep, clock
         self.pages = -(-guest.memory.size // page_size)
         self._page_size = page_size
@@ -196,6 +198,7 @@ class Sampler:
             self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
             zero, scan, deltas, delta_bytes, hits, misses, overflows,
             1 / self._scale, SIDES * self._digest.whole_seconds, self._check_seconds,
+            self._stopped,
         )  # fmt: skip
 
     def _all_of_them(self, began: float, last: Interval) -> Interval:

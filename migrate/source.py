@@ -228,14 +228,12 @@ class Source(Migration):
                 dirty_pages_rate=rate,
                 remaining=self._remaining(pages),
             )
-            guest = self.guest
-            # The scan adds no downtime when the guest cannot be stopped.
-            scan = self._tracker.take_seconds + guest.stop_seconds if guest.stoppable else 0.0
-            check = guest.check_seconds if guest.stoppable else 0.0
+            guest, scan = self.guest, self._tracker.take_seconds + self.guest.stop_seconds
             stale = await loop.run_in_executor(self._worker, digest.rehearse, dirty.bits)
             pending = Pending(
-                pages, max(stale, self._peer_stale), scan, rate, SIDES * digest.whole_seconds, check
-            )
+                pages, max(stale, self._peer_stale), scan, rate, SIDES * digest.whole_seconds,
+                guest.check_seconds, guest.stoppable,
+            )  # fmt: skip
             await self._slow_down(pending, measured, elapsed)
             decision = self._policy.decide(self._round, time.monotonic() - self._began, pending)
             self.statistics = self.statistics.with_(expected_downtime=decision.expected_downtime)

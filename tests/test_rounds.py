@@ -1,6 +1,7 @@
 """The policy: when a migration goes on, stops the guest, or gives up, naming the knob to turn."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -245,6 +246,18 @@ def test_whatever_was_measured_a_decision_reads_well(learnt, pending, number, el
 # ---------------------------------------------------------------- what grows with the guest
 
 LARGE = Pending(0, 0, scan_seconds=0.4, whole_seconds=0.2)
+
+
+def test_where_nobody_is_stopped_only_what_is_written_counts():
+    model = DowntimeModel()
+    model.round_trip = 1.0
+    model.learn(Measured(1000, 1000 * 4096, 1.0, 0.001, 0.001))
+    pending = Pending(0, 0, scan_seconds=5, whole_seconds=5, check_seconds=5, stopped=False)
+    assert model.overhead(pending) == model.predict(pending, Limits()) == pending.size_seconds == 0
+    written = replace(pending, pages=1000)
+    assert model.predict(written, Limits()) == pytest.approx(1.0)
+    policy = Policy(Limits(), model)
+    assert policy.decide(2, 2.0, pending).verdict is Verdict.STOP_AND_COPY
 
 
 def test_the_size_of_the_guest_is_in_the_prediction():
