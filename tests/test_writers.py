@@ -708,6 +708,21 @@ def test_the_log_and_the_journal_of_sqlite_are_warned_of(tmp_path):
     assert not guest.warnings
 
 
+@pytest.mark.parametrize("log", ["db-wal", "db-journal"])
+def test_the_log_is_looked_for_beside_the_file_that_a_link_leads_to(tmp_path, log):
+    """Its writer may have died: then nothing but the file tells of it."""
+    (tmp_path / "releases").mkdir()
+    path = tmp_path / "releases" / "db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("create table t(n)")
+    (tmp_path / "releases" / log).write_bytes(b"transactions")
+    (tmp_path / "current").symlink_to(path)
+    guest = FileGuest(str(tmp_path / "current"))
+    guest.survey()
+    assert len(guest.warnings) == 1
+    assert f"{log} does not come along" in guest.warnings[0]
+
+
 def test_a_sqlite_database_that_is_written_is_warned_of_before_there_is_a_log(tmp_path, child):
     path = tmp_path / "db"
     database = sqlite3.connect(path, isolation_level=None)
