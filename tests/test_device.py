@@ -272,6 +272,45 @@ def test_disk_and_its_partition_are_not_moved_at_once(tmp_path, mounted):
         loop.close()
 
 
+def test_file_moves_by_one_of_its_loop_devices_or_by_its_own_name(tmp_path):
+    """Two loop devices on it are two devices to the kernel."""
+    loop = Loop(tmp_path / "image", 16 * MIB)
+    opened = []
+
+    def also(*words: object) -> str:
+        opened.append(run("losetup", "-f", "--show", *words).strip())
+        return opened[-1]
+
+    try:
+        same = also(loop.image)
+        first, second = also("--sizelimit", 4 * MIB, loop.image), also("-o", 4 * MIB, loop.image)
+        above = also(same)
+        for one, two in (
+            (loop.path, same), (same, loop.path), (first, same), (same, second), (above, loop.path),
+            (loop.path, above), (above, same), (same, above), (loop.path, loop.image),
+            (loop.image, loop.path),
+        ):  # fmt: skip
+            with mover(one) as said:
+                assert said == "held", (one, two)
+                with mover(two) as other:
+                    assert "is moving it" in other or "has claimed it" in other, (one, two)
+        with mover(first) as said, mover(second) as other:
+            assert (said, other) == ("held", "held")
+    finally:
+        for device in reversed(opened):
+            run("losetup", "-d", device)
+        loop.close()
+
+
+def test_loop_device_whose_file_cannot_be_opened_is_held_by_itself_and_that_is_said(loop):
+    loop.image.unlink()
+    guest = FileGuest(loop.path)
+    asyncio.run(guest.hold())
+    assert "cannot be opened from here, so it is not held" in guest.cautions[0]
+    guest.confirm_hold()
+    asyncio.run(guest.close())
+
+
 def test_device_that_another_program_has_claimed_is_refused_but_for_the_guests_writer(loop):
     program = (
         "import os, sys\nos.open(sys.argv[1], os.O_RDONLY | os.O_EXCL)\nprint(flush=True)\n"
