@@ -3,6 +3,7 @@
 import re
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from migrate.cli.source_words import parameters_of, source_parser
 from tests.programs import Program
 
 NOWHERE = "tcp:127.0.0.1:1"
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 MAIN = {
     "migrate-src": source.main, "migrate-dst": destination.main, "migrate-ctl": control.main,
 }  # fmt: skip
@@ -30,8 +32,11 @@ def call(monkeypatch, capsys):
 
     def run(program: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [program, *arguments])
+        before = {number: signal.getsignal(number) for number, _ in SIGNALS}
         with pytest.raises(SystemExit) as ended:
             MAIN[program]()
+        for number, handler in before.items():  # at its end a program ignores them
+            signal.signal(number, handler)
         out, err = capsys.readouterr()
         assert out == "", "results go to standard output, and there are none"
         return ended.value.code, one_sentence(program, err)
@@ -256,8 +261,6 @@ def test_help_names_every_exit_code_there_is():
 
 # ---------------------------------------------------------------- signals
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_while_connecting(guest_file, number, code):
@@ -282,3 +285,24 @@ def test_a_signal_while_listening(tmp_path, number, code):
     assert "Traceback" not in program.err
     assert "migrate-dst: cancelled; nothing is left of the guest here" in program.err
     assert list(tmp_path.iterdir()) == []
+
+
+ENDS = """
+import atexit, os, sys
+from migrate import output
+from migrate.cli import program
+async def done(_args):
+    return 9
+atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
+output.program("migrate-src", lambda: program.run(program.Parser(), done, []))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_when_all_is_over_changes_no_exit_code(number, code):
+    """A guest that is handed over would pass for one that runs on."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS, str(int(number))], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 9 != code
+    assert ended.stderr == ""

@@ -357,6 +357,20 @@ def check_open_files() -> None:
         )
 
 
+async def _decided(program: Awaitable[int]) -> int:
+    """The exit code of a program. From here to its end no signal makes it another one: who reads
+    that it was SIGTERM would take the guest for one that has not moved."""
+    try:
+        return await program
+    finally:
+        ours = {signal.SIGINT, signal.SIGTERM}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+        for number in ours:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run(
     parser: Parser,
     program: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
@@ -369,7 +383,7 @@ def run(
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(program(args))
+            return runner.run(_decided(program(args)))
     except MigrationError as error:
         say(f"{parser.prog}: {error}")
         return error.exit_code
