@@ -416,7 +416,7 @@ def test_who_has_started_migrate_src_is_not_stopped_by_auto(path):
     assert "which has started migrate-src, can write the guest itself" in found.stderr
 
 
-def test_what_only_the_kernel_knows_of_is_refused(path):
+def test_what_only_the_kernel_knows_of_is_refused_or_said(path):
     one, other = socket.socketpair()
     with one, other:
         fd = os.open(path, os.O_RDWR)
@@ -424,7 +424,13 @@ def test_what_only_the_kernel_knows_of_is_refused(path):
         os.close(fd)
         with pytest.raises(UsageError, match="something has it open for writing that is not to be"):
             FileGuest(str(path)).survey()
-    FileGuest(str(path)).survey()
+        for options in ({"auto": True}, {"pause_cmd": "true", "resume_cmd": "true"}):
+            guest = FileGuest(str(path), **options)
+            guest.survey()
+            assert "open for writing that no process shows" in guest.warnings[0]
+    guest = FileGuest(str(path), auto=True)
+    guest.survey()
+    assert not guest.warnings
 
 
 def test_what_is_not_seen_is_said_with_a_count(path, monkeypatch, child):

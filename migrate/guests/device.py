@@ -36,6 +36,10 @@ BLKSSZGET = 0x1268  # linux/fs.h
 SECTOR = 512  # of the numbers in sysfs, whatever the device has
 SYSFS = "/sys/dev/block"
 MAX_DEPTH = 8
+UNSEEN_MOUNT = (
+    "; or a file system on it is mounted where that is not to be seen from here: then run "
+    "migrate-src in that mount namespace (nsenter -m)"
+)
 
 Number = tuple[int, int]
 
@@ -229,6 +233,7 @@ class DeviceHold(Hold):
             raise UsageError(
                 f"{self.what}: a program has claimed it for itself{who}, and may be moving it: "
                 "wait until it has ended; or name it with --pid, if it is the guest's writer"
+                + ("" if openers else UNSEEN_MOUNT)
             )
 
     async def _hold_below(self) -> None:

@@ -91,7 +91,9 @@ def survey(
             f"guest file {path}: {kernel[0]} writes it, which no signal stops: take that away "
             "(umount, losetup -d), or give --pause-cmd (fsfreeze -f) and --resume-cmd"
         )
-    _say_what_is_unseen(result, census, path, found, alone=not (stops or commanded))
+    _say_what_is_unseen(
+        result, census, path, found, alone=not (stops or commanded), kernel=bool(kernel)
+    )
     if not commanded:
         result.warnings += companions.warnings(fd, path, found)
     return result
@@ -177,11 +179,12 @@ def _taken(writer: Writer) -> Process:
 
 
 def _say_what_is_unseen(
-    result: Survey, census: Census, path: str, found: list[Writer], *, alone: bool
+    result: Survey, census: Census, path: str, found: list[Writer], *, alone: bool, kernel: bool
 ) -> None:
     """Processes that may not be looked into; not where the kernel says that nothing writes.
 
-    alone -- nothing is there to stop whatever writes. Raises UsageError where something does then
+    alone  -- nothing is there to stop whatever writes. Raises UsageError where something does then
+    kernel -- the kernel itself can write it, and that is said already
     """
     anything = None
     if not found and not opened_here(census.target):
@@ -201,6 +204,12 @@ def _say_what_is_unseen(
             f"guest file {path}: something has it open for writing that is not to be seen from "
             f"here{' (' + '; '.join(hidden) + ')' if hidden else ''}: run migrate-src as root, or "
             "outside of a container, or give --pause-cmd"
+        )
+    if anything and not kernel:
+        result.warnings.append(
+            "something has the guest open for writing that no process shows (a descriptor on its "
+            "way through a socket, io_uring, a file server in the kernel): what it writes to the "
+            "guest after the pause is lost"
         )
     if census.init_unseen:
         # It starts the others, and a guest is none of its business: not worth an alarm.
