@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from migrate.cli.source_words import parameters_of, source_parser
 from tests.programs import Program
 
 NOWHERE = "tcp:127.0.0.1:1"
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 MAIN = {
     "migrate-src": source.main, "migrate-dst": destination.main, "migrate-ctl": control.main,
 }  # fmt: skip
@@ -255,7 +256,7 @@ def test_help_names_every_exit_code_there_is():
         kind.exit_code for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.MigrationError)
     }  # fmt: skip
-    for code in codes | {0, 130, 143}:
+    for code in codes | {0, 129, 130, 143}:
         assert re.search(rf"\b{code} [a-zA-Z]", program.CODES), code
 
 
@@ -285,6 +286,19 @@ def test_a_signal_while_listening(tmp_path, number, code):
     assert "Traceback" not in program.err
     assert "migrate-dst: cancelled; nothing is left of the guest here" in program.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_nohup_has_started_outlives_its_terminal(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", f"{tmp_path}/out")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    program.read_line(r"listening on")
+    program.kill(signal.SIGHUP)
+    time.sleep(0.3)
+    program.kill(signal.SIGTERM)
+    assert program.wait(20) == 143
 
 
 ENDS = """

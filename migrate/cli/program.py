@@ -7,7 +7,7 @@ Results go to standard output, everything else to standard error. Exit codes:
     5 TLS: a certificate, or who may connect                              6 memories differ
     7 did not converge          8 cancelled at the other side
     9 handed over, but not confirmed   10 the guest is here, but --on-complete failed
-    130 SIGINT   143 SIGTERM
+    129 SIGHUP   130 SIGINT   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -216,8 +216,14 @@ def peer_timeout(args: argparse.Namespace) -> float:
     return value
 
 
+def ending_signals() -> set[signal.Signals]:
+    """What ends a program: also a terminal that is closed, where nohup(1) has not started it."""
+    hangup = set() if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else {signal.SIGHUP}
+    return {signal.SIGINT, signal.SIGTERM} | hangup
+
+
 class Stop:
-    """SIGINT, SIGTERM and `quit`: the first cancels; once it is too late it says so."""
+    """SIGHUP, SIGINT, SIGTERM and `quit`: the first cancels; once it is too late it says so."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -228,7 +234,7 @@ class Stop:
         """`cancel` acts, or returns the sentence why it is too late."""
         self._cancel = cancel
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             loop.add_signal_handler(number, self.request, number)
 
     @property
@@ -363,7 +369,7 @@ async def _decided(program: Awaitable[int]) -> int:
     try:
         return await program
     finally:
-        ours = {signal.SIGINT, signal.SIGTERM}
+        ours = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
         for number in ours:
             asyncio.get_running_loop().remove_signal_handler(number)
