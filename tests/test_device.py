@@ -6,8 +6,10 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 
 from migrate.errors import UsageError
 from migrate.guests import file as file_module
+from migrate.guests import moved
 from migrate.guests.device import BLKSSZGET, mounts_of, number_of, open_direct
 from migrate.guests.file import FileGuest
+from migrate.guests.process import start_time, state
 from migrate.memory import Memory, private_buffer
 from proto.pageset import PageSet
 from tests.programs import Program, destination
@@ -327,6 +331,25 @@ def test_device_that_another_program_has_claimed_is_refused_but_for_the_guests_w
     asyncio.run(guest.hold())
     asyncio.run(guest.close())
     claiming.communicate()
+
+
+def test_device_that_was_handed_over_does_not_move_again_while_its_writer_is_stopped(loop):
+    writer = subprocess.Popen(["sleep", "100"])
+    fd = os.open(loop.path, os.O_RDONLY)
+    try:
+        moved.mark(fd, [(writer.pid, start_time(writer.pid))])
+        moved.refuse_if_moved(fd, "guest")
+        writer.send_signal(signal.SIGSTOP)
+        while state(writer.pid) != "T":
+            time.sleep(0.01)
+        with pytest.raises(UsageError, match="handed over to another machine"):
+            moved.refuse_if_moved(fd, "guest")
+        moved.unmark(fd)
+        moved.refuse_if_moved(fd, "guest")
+    finally:
+        os.close(fd)
+        writer.kill()
+        writer.wait()
 
 
 def test_alignment_is_that_of_the_device(loop):
