@@ -416,6 +416,20 @@ def test_who_has_started_migrate_src_is_not_stopped_by_auto(path):
     assert "which has started migrate-src, can write the guest itself" in found.stderr
 
 
+def test_a_writer_that_ends_while_it_is_looked_at_is_none(path, monkeypatch, child):
+    one = child("os.open(path, os.O_RDWR)", path)
+    real = Census.look_at_new
+
+    def look_at_new(self, *arguments):
+        one.close()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Census, "look_at_new", look_at_new)
+    guest = FileGuest(str(path), auto=True)
+    guest.survey()
+    assert guest.pids == ()
+
+
 def test_what_only_the_kernel_knows_of_is_refused_or_said(path):
     one, other = socket.socketpair()
     with one, other:

@@ -19,6 +19,7 @@ from migrate.guests.process import (
     ancestors,
     is_kernel_thread,
     stands_still,
+    start_time,
     status,
     task_states,
 )
@@ -79,7 +80,8 @@ def survey(
     others = [writer for writer in found if writer.pid not in pids]
     running = [writer for writer in others if runs(writer)]
     if auto:
-        result.taken = {writer.pid: _taken(writer) for writer in others}
+        taken = {writer.pid: _taken(writer) for writer in others}
+        result.taken = {pid: handle for pid, handle in taken.items() if handle is not None}
     elif running and commanded:
         result.notices.append(f"{named(running)} can write the guest: --pause-cmd must stop that")
     elif running:
@@ -168,14 +170,19 @@ def _check_stoppable(handle: Process, what: str) -> None:
         ) from None
 
 
-def _taken(writer: Writer) -> Process:
-    """A handle on one that --pid auto is to stop. Raises UsageError."""
+def _taken(writer: Writer) -> Process | None:
+    """A handle on one that --pid auto is to stop; None if it has ended since. Raises UsageError."""
     if writer.pid in ancestors():
         raise UsageError(
             f"--pid auto: process {writer}, which has started migrate-src, can write the guest "
             f"itself: start migrate-src elsewhere, or say --pid {writer.pid}"
         )
-    return stoppable(writer.pid, f"--pid auto: process {writer}", writer.born)
+    try:
+        return stoppable(writer.pid, f"--pid auto: process {writer}", writer.born)
+    except UsageError:
+        if start_time(writer.pid) != writer.born:
+            return None
+        raise
 
 
 def _say_what_is_unseen(
