@@ -348,11 +348,11 @@ def _encoding(stream: TextIO | None) -> str:
     return getattr(stream, "encoding", None) or sys.getfilesystemencoding()
 
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 class _Enough(BaseException):
-    """SIGINT or SIGTERM came while the end of the program waited for a reader."""
+    """A signal came while the end of the program waited for a reader."""
 
 
 def program(name: str, run: Callable[[], int | None], *, waits: bool = False) -> NoReturn:
@@ -409,7 +409,8 @@ def signals_held() -> Iterator[None]:
 def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in ENDING:
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+                signal.signal(number, handler)
 
 
 def _finish(name: str, code: int) -> int:

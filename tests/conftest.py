@@ -15,6 +15,7 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
+from migrate.output import ENDING
 from proto import kernel
 from tests import blocking
 from tests.machine.between import later
@@ -43,7 +44,7 @@ def programs() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """A program that was run in this process does not listen to them any more."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -3,6 +3,7 @@
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -13,6 +14,7 @@ from migrate.cli.source_words import parameters_of, source_parser
 from tests.programs import Program
 
 NOWHERE = "tcp:127.0.0.1:1"
+SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 MAIN = {
     "migrate-src": source.main, "migrate-dst": destination.main, "migrate-ctl": control.main,
 }  # fmt: skip
@@ -31,8 +33,11 @@ def call(monkeypatch, capsys):
 
     def run(program: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [program, *arguments])
+        before = {number: signal.getsignal(number) for number, _ in SIGNALS}
         with pytest.raises(SystemExit) as ended:
             MAIN[program]()
+        for number, handler in before.items():  # at its end a program ignores them
+            signal.signal(number, handler)
         out, err = capsys.readouterr()
         assert out == "", "results go to standard output, and there are none"
         return ended.value.code, one_sentence(program, err)
@@ -251,13 +256,11 @@ def test_help_names_every_exit_code_there_is():
         kind.exit_code for kind in vars(errors).values()
         if isinstance(kind, type) and issubclass(kind, errors.MigrationError)
     }  # fmt: skip
-    for code in codes | {0, 130, 143}:
+    for code in codes | {0, 129, 130, 143}:
         assert re.search(rf"\b{code} [a-zA-Z]", program.CODES), code
 
 
 # ---------------------------------------------------------------- signals
-
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
@@ -311,3 +314,37 @@ def test_who_is_told_twice_says_nothing_of_a_guest_it_has_not(tmp_path, guest_fi
     assert Program("migrate-src", "--guest", f"file:{guest_file}", address).wait(20) == 0
     assert receiver.wait(20) == 10
     assert "put back to work" not in receiver.err
+
+
+def test_a_program_that_nohup_has_started_outlives_its_terminal(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", f"{tmp_path}/out")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    program.read_line(r"listening on")
+    program.kill(signal.SIGHUP)
+    time.sleep(0.3)
+    program.kill(signal.SIGTERM)
+    assert program.wait(20) == 143
+
+
+ENDS = """
+import atexit, os, sys
+from migrate import output
+from migrate.cli import program
+async def done(_args):
+    return 9
+atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
+output.program("migrate-src", lambda: program.run(program.Parser(), done, []))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_when_all_is_over_changes_no_exit_code(number, code):
+    """A guest that is handed over would pass for one that runs on."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS, str(int(number))], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 9 != code
+    assert ended.stderr == ""

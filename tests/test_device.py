@@ -6,8 +6,10 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,10 @@ import pytest
 
 from migrate.errors import UsageError
 from migrate.guests import file as file_module
+from migrate.guests import moved
 from migrate.guests.device import BLKSSZGET, mounts_of, number_of, open_direct
 from migrate.guests.file import FileGuest
+from migrate.guests.process import start_time, state
 from migrate.memory import Memory, private_buffer
 from proto.pageset import PageSet
 from tests.programs import Program, destination
@@ -272,6 +276,45 @@ def test_disk_and_its_partition_are_not_moved_at_once(tmp_path, mounted):
         loop.close()
 
 
+def test_file_moves_by_one_of_its_loop_devices_or_by_its_own_name(tmp_path):
+    """Two loop devices on it are two devices to the kernel."""
+    loop = Loop(tmp_path / "image", 16 * MIB)
+    opened = []
+
+    def also(*words: object) -> str:
+        opened.append(run("losetup", "-f", "--show", *words).strip())
+        return opened[-1]
+
+    try:
+        same = also(loop.image)
+        first, second = also("--sizelimit", 4 * MIB, loop.image), also("-o", 4 * MIB, loop.image)
+        above = also(same)
+        for one, two in (
+            (loop.path, same), (same, loop.path), (first, same), (same, second), (above, loop.path),
+            (loop.path, above), (above, same), (same, above), (loop.path, loop.image),
+            (loop.image, loop.path),
+        ):  # fmt: skip
+            with mover(one) as said:
+                assert said == "held", (one, two)
+                with mover(two) as other:
+                    assert "is moving it" in other or "has claimed it" in other, (one, two)
+        with mover(first) as said, mover(second) as other:
+            assert (said, other) == ("held", "held")
+    finally:
+        for device in reversed(opened):
+            run("losetup", "-d", device)
+        loop.close()
+
+
+def test_loop_device_whose_file_cannot_be_opened_is_held_by_itself_and_that_is_said(loop):
+    loop.image.unlink()
+    guest = FileGuest(loop.path)
+    asyncio.run(guest.hold())
+    assert "cannot be opened from here, so it is not held" in guest.cautions[0]
+    guest.confirm_hold()
+    asyncio.run(guest.close())
+
+
 def test_device_that_another_program_has_claimed_is_refused_but_for_the_guests_writer(loop):
     program = (
         "import os, sys\nos.open(sys.argv[1], os.O_RDONLY | os.O_EXCL)\nprint(flush=True)\n"
@@ -288,6 +331,25 @@ def test_device_that_another_program_has_claimed_is_refused_but_for_the_guests_w
     asyncio.run(guest.hold())
     asyncio.run(guest.close())
     claiming.communicate()
+
+
+def test_device_that_was_handed_over_does_not_move_again_while_its_writer_is_stopped(loop):
+    writer = subprocess.Popen(["sleep", "100"])
+    fd = os.open(loop.path, os.O_RDONLY)
+    try:
+        moved.mark(fd, [(writer.pid, start_time(writer.pid))])
+        moved.refuse_if_moved(fd, "guest")
+        writer.send_signal(signal.SIGSTOP)
+        while state(writer.pid) != "T":
+            time.sleep(0.01)
+        with pytest.raises(UsageError, match="handed over to another machine"):
+            moved.refuse_if_moved(fd, "guest")
+        moved.unmark(fd)
+        moved.refuse_if_moved(fd, "guest")
+    finally:
+        os.close(fd)
+        writer.kill()
+        writer.wait()
 
 
 def test_alignment_is_that_of_the_device(loop):

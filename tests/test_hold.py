@@ -457,6 +457,34 @@ def test_a_guest_that_has_moved_does_not_move_again_with_another_journal(shm):
         writer.wait()
 
 
+def test_a_guest_that_a_command_has_paused_moves_again_when_its_mark_is_removed(shm):
+    """Nobody can see from outside whether its writer goes on here."""
+    guest = shm / "guest"
+    guest.write_bytes(os.urandom(100_000))
+    try:
+        os.setxattr(guest, "user.test", b"")
+    except OSError:
+        pytest.skip("this file system has no user attributes")
+    ended = []
+    for turn in ("first", "second", "third"):
+        if turn == "third":
+            os.removexattr(guest, "user.xbmigrate.moved")
+        receiver, address = destination("--output", str(shm / turn))
+        source = Program(
+            "migrate-src", "-q", "--guest", f"file:{guest}", "--pause-cmd", f"touch {shm}/{turn}-p",
+            "--resume-cmd", "true", "--journal", str(shm / f"j-{turn}"), address,
+        )  # fmt: skip
+        ended.append(source.wait())
+        if turn == "second":
+            assert "was handed over to another machine" in source.err
+            assert "setfattr -x user.xbmigrate.moved" in source.err
+            receiver.kill(signal.SIGTERM)
+        receiver.wait()
+    assert ended == [0, 2, 0]
+    assert not (shm / "second").exists()
+    assert not (shm / "second-p").exists()
+
+
 def test_dry_run_and_idle_program_do_not_hold(shm):
     guest = shm / "guest"
     guest.write_bytes(os.urandom(100_000))

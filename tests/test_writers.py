@@ -416,7 +416,21 @@ def test_who_has_started_migrate_src_is_not_stopped_by_auto(path):
     assert "which has started migrate-src, can write the guest itself" in found.stderr
 
 
-def test_what_only_the_kernel_knows_of_is_refused(path):
+def test_a_writer_that_ends_while_it_is_looked_at_is_none(path, monkeypatch, child):
+    one = child("os.open(path, os.O_RDWR)", path)
+    real = Census.look_at_new
+
+    def look_at_new(self, *arguments):
+        one.close()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Census, "look_at_new", look_at_new)
+    guest = FileGuest(str(path), auto=True)
+    guest.survey()
+    assert guest.pids == ()
+
+
+def test_what_only_the_kernel_knows_of_is_refused_or_said(path):
     one, other = socket.socketpair()
     with one, other:
         fd = os.open(path, os.O_RDWR)
@@ -424,7 +438,13 @@ def test_what_only_the_kernel_knows_of_is_refused(path):
         os.close(fd)
         with pytest.raises(UsageError, match="something has it open for writing that is not to be"):
             FileGuest(str(path)).survey()
-    FileGuest(str(path)).survey()
+        for options in ({"auto": True}, {"pause_cmd": "true", "resume_cmd": "true"}):
+            guest = FileGuest(str(path), **options)
+            guest.survey()
+            assert "open for writing that no process shows" in guest.warnings[0]
+    guest = FileGuest(str(path), auto=True)
+    guest.survey()
+    assert not guest.warnings
 
 
 def test_what_is_not_seen_is_said_with_a_count(path, monkeypatch, child):
@@ -706,6 +726,21 @@ def test_the_log_and_the_journal_of_sqlite_are_warned_of(tmp_path):
     guest = FileGuest(str(path))
     guest.survey()
     assert not guest.warnings
+
+
+@pytest.mark.parametrize("log", ["db-wal", "db-journal"])
+def test_the_log_is_looked_for_beside_the_file_that_a_link_leads_to(tmp_path, log):
+    """Its writer may have died: then nothing but the file tells of it."""
+    (tmp_path / "releases").mkdir()
+    path = tmp_path / "releases" / "db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("create table t(n)")
+    (tmp_path / "releases" / log).write_bytes(b"transactions")
+    (tmp_path / "current").symlink_to(path)
+    guest = FileGuest(str(tmp_path / "current"))
+    guest.survey()
+    assert len(guest.warnings) == 1
+    assert f"{log} does not come along" in guest.warnings[0]
 
 
 def test_a_sqlite_database_that_is_written_is_warned_of_before_there_is_a_log(tmp_path, child):

@@ -7,7 +7,7 @@ Results go to standard output, everything else to standard error. Exit codes:
     5 TLS: a certificate, or who may connect                              6 memories differ
     7 did not converge          8 cancelled at the other side
     9 handed over, but not confirmed   10 the guest is here, but --on-complete failed
-    130 SIGINT   143 SIGTERM
+    129 SIGHUP   130 SIGINT   143 SIGTERM
 """
 
 from __future__ import annotations
@@ -219,8 +219,14 @@ def peer_timeout(args: argparse.Namespace) -> float:
     return value
 
 
+def ending_signals() -> set[signal.Signals]:
+    """What ends a program: also a terminal that is closed, where nohup(1) has not started it."""
+    hangup = set() if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else {signal.SIGHUP}
+    return {signal.SIGINT, signal.SIGTERM} | hangup
+
+
 class Stop:
-    """SIGINT, SIGTERM and `quit`: the first cancels; once it is too late it says so."""
+    """SIGHUP, SIGINT, SIGTERM and `quit`: the first cancels; once it is too late it says so."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -233,7 +239,7 @@ class Stop:
         who does not wait for what it does."""
         self._cancel, self._again = cancel, again
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             loop.add_signal_handler(number, self.request, number)
 
     @property

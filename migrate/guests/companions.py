@@ -30,6 +30,7 @@ def warnings(fd: int, path: str, writers: Iterable[Writer]) -> list[str]:
     writers = list(writers)
     found: dict[str, str] = {}
     magic = b""
+    path = os.path.realpath(path)  # a database puts its log beside the file that a link leads to
     with contextlib.suppress(OSError):
         magic = os.pread(fd, 24, 0)
     if magic.startswith(SQLITE_MAGIC):

@@ -13,6 +13,8 @@ belong to the device, and a mover takes all of them that it can get:
     sysfs        a flock on the device's directory in /sys; a partition shares that of its disk. It
                  is seen by all programs of one network namespace
     mount point  a flock on the root directory of the file system that has the claim
+    loop         the file behind a loop device, or its part, as a guest that is a file is held:
+                 other loop devices may be on it
 """
 
 from __future__ import annotations
@@ -27,11 +29,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.hold import Hold, file_key, lock_owners, reopened, try_flock
+from migrate.guests.hold import FileHold, Hold, file_key, lock_owners, reopened, try_flock
+from migrate.guests.writers import LOOP_GET_STATUS64, LOOP_STATUS, printable
 
 BLKSSZGET = 0x1268  # linux/fs.h
+SECTOR = 512  # of the numbers in sysfs, whatever the device has
 SYSFS = "/sys/dev/block"
 MAX_DEPTH = 8
+UNSEEN_MOUNT = (
+    "; or a file system on it is mounted where that is not to be seen from here: then run "
+    "migrate-src in that mount namespace (nsenter -m)"
+)
 
 Number = tuple[int, int]
 
@@ -41,6 +49,16 @@ class Mount(NamedTuple):
 
     point: str
     read_only: bool
+
+
+class Backing(NamedTuple):
+    """The file behind a loop device, by path and by (device, inode), and the part of it that the
+    device is. length -- 0: up to its end"""
+
+    path: bytes
+    key: tuple[int, int]
+    start: int
+    length: int
 
 
 def number_of(fd: int) -> Number:
@@ -58,6 +76,25 @@ def open_direct(fd: int) -> tuple[int, int]:
     direct = reopened(fd, os.O_RDONLY | os.O_DIRECT)
     (size,) = struct.unpack("i", fcntl.ioctl(direct, BLKSSZGET, bytes(4)))
     return direct, size
+
+
+def backing_of(fd: int) -> Backing | None:
+    """The file behind a loop device or a partition of one; None for other devices."""
+    major, minor = number_of(fd)
+    base, start, length = f"{SYSFS}/{major}:{minor}", 0, 0
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.exists(f"{base}/partition"):
+            start, length = (int(_read(f"{base}/{name}")) * SECTOR for name in ("start", "size"))
+            base += "/.."
+        path = _read(f"{base}/loop/backing_file").removesuffix(b"\n")
+        status = LOOP_STATUS.unpack(fcntl.ioctl(fd, LOOP_GET_STATUS64, bytes(LOOP_STATUS.size)))
+        return Backing(path, status[:2], start + status[3], length or status[4])
+    return None
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def users_of(number: Number) -> set[Number]:
@@ -145,6 +182,8 @@ class DeviceHold(Hold):
         self._writers = writers
         self._claim = -1
         self._locked: dict[int, int] = {}  # descriptor -> LOCK_EX or LOCK_SH
+        self._below: Hold | None = None
+        self._below_fd = -1
         self.mounts: list[Mount] = []
 
     async def take(self) -> None:
@@ -156,6 +195,7 @@ class DeviceHold(Hold):
                     f"{self.what}: it is in use, and there is no /sys here by which it could be "
                     "locked: two programs could move it at once"
                 )
+            await self._hold_below()
         except OSError as error:
             self.close()
             raise UsageError(f"{self.what}: it cannot be locked: {error.strerror}") from None
@@ -193,7 +233,36 @@ class DeviceHold(Hold):
             raise UsageError(
                 f"{self.what}: a program has claimed it for itself{who}, and may be moving it: "
                 "wait until it has ended; or name it with --pid, if it is the guest's writer"
+                + ("" if openers else UNSEEN_MOUNT)
             )
+
+    async def _hold_below(self) -> None:
+        """Hold what a loop device is on."""
+        backing = backing_of(self._device)
+        if backing is None:
+            return
+        try:
+            fd = os.open(backing.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            fd = -1
+        here = os.fstat(fd) if fd >= 0 else None
+        if here is None or (here.st_dev, here.st_ino) != backing.key:
+            if fd >= 0:
+                os.close(fd)
+            self.cautions.append(
+                f"{self.what}: the file behind it, {printable(backing.path)}, cannot be opened "
+                "from here, so it is not held: let nobody move it by another loop device"
+            )
+            return
+        below: Hold
+        if stat.S_ISBLK(here.st_mode):
+            below, self._below_fd = DeviceHold(fd, self.what), fd
+        else:
+            below = file = FileHold(fd, self.what, backing.start, backing.length)
+            file.also_close(fd)
+        self._below = below
+        await below.take()
+        self.cautions += below.cautions
 
     def _is_explained(self) -> bool:
         """Whether device mapper, RAID or swap uses the device."""
@@ -221,8 +290,13 @@ class DeviceHold(Hold):
             kept = False
         if not kept or not (self._locked or self._claim >= 0):
             raise MigrationError(f"{self.what}: it is not locked any more")
+        if self._below is not None:
+            self._below.confirm()
 
     def close(self) -> None:
+        if self._below is not None:
+            self._below.close()
+            self._below = None
         for fd in self._locked:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)
@@ -231,6 +305,7 @@ class DeviceHold(Hold):
     def forget(self) -> None:
         while self._locked:
             os.close(self._locked.popitem()[0])
-        if self._claim >= 0:
-            os.close(self._claim)
-            self._claim = -1
+        for fd in (self._claim, self._below_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._claim = self._below_fd = -1

@@ -435,7 +435,7 @@ class FileGuest(MemoryGuest):
     async def give_up(self) -> None:
         await self._tell_guard(b"g")
         writers = [(pid, handle.born) for pid, handle in self._writers.items()]
-        moved.mark(self._fd, writers)
+        moved.mark(self._fd, writers, commanded=bool(self.pause_cmd))
         self._given_up = True
 
     async def take_back(self) -> None:

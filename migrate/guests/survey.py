@@ -19,6 +19,7 @@ from migrate.guests.process import (
     ancestors,
     is_kernel_thread,
     stands_still,
+    start_time,
     status,
     task_states,
 )
@@ -79,7 +80,8 @@ def survey(
     others = [writer for writer in found if writer.pid not in pids]
     running = [writer for writer in others if runs(writer)]
     if auto:
-        result.taken = {writer.pid: _taken(writer) for writer in others}
+        taken = {writer.pid: _taken(writer) for writer in others}
+        result.taken = {pid: handle for pid, handle in taken.items() if handle is not None}
     elif running and commanded:
         result.notices.append(f"{named(running)} can write the guest: --pause-cmd must stop that")
     elif running:
@@ -91,7 +93,9 @@ def survey(
             f"guest file {path}: {kernel[0]} writes it, which no signal stops: take that away "
             "(umount, losetup -d), or give --pause-cmd (fsfreeze -f) and --resume-cmd"
         )
-    _say_what_is_unseen(result, census, path, found, alone=not (stops or commanded))
+    _say_what_is_unseen(
+        result, census, path, found, alone=not (stops or commanded), kernel=bool(kernel)
+    )
     if not commanded:
         result.warnings += companions.warnings(fd, path, found)
     return result
@@ -166,22 +170,28 @@ def _check_stoppable(handle: Process, what: str) -> None:
         ) from None
 
 
-def _taken(writer: Writer) -> Process:
-    """A handle on one that --pid auto is to stop. Raises UsageError."""
+def _taken(writer: Writer) -> Process | None:
+    """A handle on one that --pid auto is to stop; None if it has ended since. Raises UsageError."""
     if writer.pid in ancestors():
         raise UsageError(
             f"--pid auto: process {writer}, which has started migrate-src, can write the guest "
             f"itself: start migrate-src elsewhere, or say --pid {writer.pid}"
         )
-    return stoppable(writer.pid, f"--pid auto: process {writer}", writer.born)
+    try:
+        return stoppable(writer.pid, f"--pid auto: process {writer}", writer.born)
+    except UsageError:
+        if start_time(writer.pid) != writer.born:
+            return None
+        raise
 
 
 def _say_what_is_unseen(
-    result: Survey, census: Census, path: str, found: list[Writer], *, alone: bool
+    result: Survey, census: Census, path: str, found: list[Writer], *, alone: bool, kernel: bool
 ) -> None:
     """Processes that may not be looked into; not where the kernel says that nothing writes.
 
-    alone -- nothing is there to stop whatever writes. Raises UsageError where something does then
+    alone  -- nothing is there to stop whatever writes. Raises UsageError where something does then
+    kernel -- the kernel itself can write it, and that is said already
     """
     anything = None
     if not found and not opened_here(census.target):
@@ -201,6 +211,12 @@ def _say_what_is_unseen(
             f"guest file {path}: something has it open for writing that is not to be seen from "
             f"here{' (' + '; '.join(hidden) + ')' if hidden else ''}: run migrate-src as root, or "
             "outside of a container, or give --pause-cmd"
+        )
+    if anything and not kernel:
+        result.warnings.append(
+            "something has the guest open for writing that no process shows (a descriptor on its "
+            "way through a socket, io_uring, a file server in the kernel): what it writes to the "
+            "guest after the pause is lost"
         )
     if census.init_unseen:
         # It starts the others, and a guest is none of its business: not worth an alarm.
