@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+import threading
+import time
 import urllib.request
 
 import pytest
@@ -13,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from migrate.errors import ConnectError, UsageError
 from migrate.reception import Arrival
 from migrate.statistics import Statistics
-from migrate.views.metrics import Metrics, destination_families, source_families
+from migrate.views.metrics import MAX_CLIENTS, Metrics, destination_families, source_families
 from proto.messages import GuestInfo
 from tests.programs import Program, destination, end_guest, guest_pid
 from tests.story import move, story
@@ -95,6 +98,26 @@ def test_the_file_is_replaced_whole_now_and_then_and_not_in_the_pause(tmp_path):
     metrics.observe(paused=False)
     assert os.listdir(tmp_path) == ["m.prom"]
     assert numbers(path.read_text())["migrate_pass"] == 4
+
+
+def test_who_connects_and_asks_for_nothing_takes_a_few_threads_for_a_while(monkeypatch, capfd):
+    monkeypatch.setattr("migrate.views.metrics.CLIENT_SECONDS", 0.5)
+    before = threading.active_count()
+    metrics = Metrics(lambda: source_families(Statistics()), "127.0.0.1:0")
+    host, port = metrics.address.removeprefix("http://").removesuffix("/metrics").split(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(4 * MAX_CLIENTS)]
+    assert scrape(metrics.address)["migrate_channels"] >= 0
+    assert threading.active_count() <= before + MAX_CLIENTS + 2
+    while threading.active_count() > before + 2:
+        time.sleep(0.05)
+    for one in silent:
+        one.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert one.recv(1) == b""
+        one.close()
+    assert scrape(metrics.address)["migrate_channels"] >= 0
+    metrics.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_an_address_in_use_is_a_clear_error():

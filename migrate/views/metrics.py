@@ -6,6 +6,7 @@ prometheus_client answers in a thread of its own: a snapshot is immutable, so it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from migrate.address import parse_address
+from migrate.crowd import Crowd
 from migrate.errors import ConnectError, UsageError
 from migrate.filesystem import write_whole
 from migrate.lookup import host_text, look_up_now, name_of
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 TEXTFILE_SECONDS = 5.0
 BACKLOG = 5
+# So many may ask at the same time, and may say or take nothing for so long.
+MAX_CLIENTS = 32
+CLIENT_SECONDS = 5.0
 STATES = ("none", "setup", "active", "device", "completed", "failed", "cancelled")
 
 
@@ -125,7 +130,7 @@ def server_of(sock: socket.socket) -> WSGIServer:
     """An HTTP server on a socket that listens already.
 
     That of the standard library asks the name server for the name of each address that it listens
-    on, and nothing could end that.
+    on, and nothing could end that; and it has a thread for everybody who connects, for ever.
     """
     from socketserver import ThreadingMixIn
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -133,7 +138,27 @@ def server_of(sock: socket.socket) -> WSGIServer:
     class Server(ThreadingMixIn, WSGIServer):
         daemon_threads = True
 
+        def __init__(self, *arguments: Any, **words: Any) -> None:
+            super().__init__(*arguments, **words)
+            self.clients: Crowd[socket.socket] = Crowd(_hang_up, MAX_CLIENTS)
+            self.turn = threading.Lock()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            with self.turn:
+                self.clients.come(request, client_address)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            with self.turn:
+                self.clients.go(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that says nothing, or hangs up, is no news."""
+
     class Silent(WSGIRequestHandler):
+        timeout = CLIENT_SECONDS
+
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
 
@@ -145,6 +170,12 @@ def server_of(sock: socket.socket) -> WSGIServer:
     server.server_name, server.server_port = host_text(sock.getsockname()), sock.getsockname()[1]
     server.setup_environ()
     return server
+
+
+def _hang_up(client: socket.socket) -> None:
+    """Its thread sees that, and ends."""
+    with contextlib.suppress(OSError):
+        client.shutdown(socket.SHUT_RDWR)
 
 
 class Metrics:
