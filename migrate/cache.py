@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from migrate.available import available_memory
+from migrate.parameters import DEFAULT_CACHE_MAX
 from migrate.quantities import option_size
 from proto.kernel import PageCache
+
+LEAST_CACHE_MAX = 1 << 20
+
+
+def default_cache_max() -> int:
+    """The largest cache that nobody here has asked for: 1 GiB, or a quarter of what is free."""
+    free = available_memory()
+    if not free:
+        return DEFAULT_CACHE_MAX
+    return min(DEFAULT_CACHE_MAX, max(1 << (free // 4).bit_length() >> 1, LEAST_CACHE_MAX))
 
 
 class SizedCache:

@@ -29,7 +29,7 @@ from dataclasses import replace
 from typing import Any
 
 from migrate.budget import Budget
-from migrate.cache import SizedCache
+from migrate.cache import SizedCache, default_cache_max
 from migrate.channels import Channels, Dial
 from migrate.errors import (
     CancelledByPeer,
@@ -51,6 +51,7 @@ from migrate.link import Link
 from migrate.observer import Watched
 from migrate.output import printable
 from migrate.parameters import Parameters
+from migrate.quantities import option_size
 from migrate.statistics import Statistics
 from proto import ProtoError
 from proto import capabilities as caps
@@ -223,7 +224,14 @@ class Migration(ABC):
     def _aside(self, message: Message) -> bool:
         """Takes what the destination says when it likes; False for an answer."""
         if isinstance(message, CacheSize):
-            self.set_cache_size(message.size)
+            most = max(self.parameters.cache_size, self.parameters.cache_max, default_cache_max())
+            if message.size <= most:
+                self.set_cache_size(message.size)
+            else:
+                self._notice(
+                    f"the destination asks for a cache of {option_size(message.size)}: no more "
+                    f"than {option_size(most)} is given for the asking: --cache-size here sets it"
+                )
             return True
         return False
 

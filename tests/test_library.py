@@ -215,6 +215,23 @@ async def test_whoever_asks_for_a_size_ends_the_finding_of_it() -> None:
 
 
 @pytest.mark.asyncio
+async def test_the_other_side_raises_no_limit_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrate.migration.default_cache_max", lambda: 2 << 20)
+
+    def ask(source: Source, number: int) -> None:
+        if number == 1:
+            assert source._aside(CacheSize(1 << 40))
+            assert source._aside(CacheSize(2 << 20))
+
+    source, notices = await rewritten(migrate.Parameters(cache_size=1 << 20), ask)
+    assert source.statistics.cache_size == 2 << 20
+    assert notices == [
+        "notice: the destination asks for a cache of 1t: no more than 2m is given for the asking: "
+        "--cache-size here sets it"
+    ]
+
+
+@pytest.mark.asyncio
 async def test_a_cache_that_is_too_small_is_advised() -> None:
     source, _ = await rewritten(migrate.Parameters(cache_size=1 << 20))
     assert source.statistics.advice == (

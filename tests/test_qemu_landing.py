@@ -13,7 +13,9 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ import xxhash
 from migrate.directory import identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.journal import Journal
+from migrate.qemu import landing as landing_module
 from migrate.qemu.description import check_sections
 from migrate.qemu.landing import BEFORE, Files, LandedPlace, Landing, check_landing
 from migrate.qemu.lifting import Lifter
@@ -317,9 +320,12 @@ def stream(
     return said + (b"\x06" + struct.pack(">I", len(description)) + description) * bool(description)
 
 
-def land(path: Path, said: bytes) -> tuple[Landing, bytes]:
+def land(
+    path: Path, said: bytes, announced: Sequence[tuple[bytes, int]] | None = None
+) -> tuple[Landing, bytes]:
     """A landing of what is said, and then no more; and what it says."""
     landing = Landing(str(path))
+    landing.announced = announced
     ours, theirs = socket.socketpair()
     with ours:
         landing.start(theirs)
@@ -395,6 +401,42 @@ def test_what_is_lifted_lands_as_the_same(landed: Path, tmp_path: Path) -> None:
     landing.files.remove()
 
 
+def test_blocks_that_were_not_announced_do_not_land(tmp_path: Path) -> None:
+    """They would be made and hashed, as large as the stream has them, for a few bytes."""
+    right = [(name, size // PAGE) for name, size in BLOCKS]
+    landing, _ = land(tmp_path / "vm", stream(), right)
+    assert landing.error == ""
+    landing.files.remove()
+    for wrong in (right[:-1], right[::-1], [(right[0][0], right[0][1] + 1), *right[1:]]):
+        landing, _ = land(tmp_path / "vm", stream(), wrong)
+        assert landing.error == "the stream has other RAM blocks than were announced for it"
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_takes_long_ends_when_it_is_not_wanted(tmp_path: Path, monkeypatch) -> None:
+    """The hashes of a large memory: the thread is waited for when a program is told to end."""
+    hashing, real = threading.Event(), landing_module.contents
+
+    def slow(*arguments: Any) -> Iterator[Any]:
+        for one in real(*arguments):
+            hashing.set()
+            while True:
+                time.sleep(0.01)
+                yield one
+
+    monkeypatch.setattr(landing_module, "contents", slow)
+    landing = Landing(str(tmp_path / "vm"))
+    ours, theirs = socket.socketpair()
+    with ours:
+        landing.start(theirs)
+        ours.sendall(stream())
+        ours.shutdown(socket.SHUT_WR)
+        assert hashing.wait(60)
+        landing.close()
+    assert landing.error == "it is not wanted any more"
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("size", range(0, len(stream()), 49_999))
 def test_half_a_stream_is_nothing(tmp_path: Path, size: int) -> None:
     landing, answer = land(tmp_path / "vm", stream()[:size])
@@ -462,6 +504,7 @@ def test_a_snapshot_that_is_not_whole(landed: Path) -> None:
         ("", "is damaged"),
         ("[]", "is damaged"),
         ("[" * 100_000, "is damaged"),
+        ("[" + "[]," * 1_000_000 + "[]]", "is damaged: it has more than 1000000 values"),
         (text.replace('"page_size": 4096', '"page_size": 8192'), "was changed"),
         (text.replace("xbmigrate snapshot", "x"), "of another program"),
         (text.replace('"format-version": 1', '"format-version": 2'), "later version"),

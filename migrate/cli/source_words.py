@@ -191,7 +191,8 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
 def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
     """The cache's size at first, and for `auto` the largest, else 0. Raises UsageError."""
     from migrate.available import available_memory
-    from migrate.parameters import DEFAULT_CACHE_MAX, DEFAULT_CACHE_SIZE
+    from migrate.cache import default_cache_max
+    from migrate.parameters import DEFAULT_CACHE_SIZE
 
     if size != "auto":
         if most is not None:
@@ -199,9 +200,7 @@ def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
         return quantities.parse_cache_size(size, page_size), 0
     free = available_memory()
     if most is None:
-        least = max(page_size, 1 << 20)
-        limit = min(DEFAULT_CACHE_MAX, max(1 << (free // 4).bit_length() >> 1, least))
-        limit = limit if free else DEFAULT_CACHE_MAX
+        limit = default_cache_max()
     else:
         limit = quantities.parse_cache_size(most, page_size, "--cache-max")
     if free and most is not None and limit > free // 2:

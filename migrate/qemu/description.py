@@ -11,11 +11,11 @@ taken for a flaw in it.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from migrate import bounded_json
 from migrate.errors import MigrationError
 from migrate.qemu.snapshot import StoredSection
 from proto.qemu import FOOTER, FULL
@@ -32,7 +32,7 @@ def check_sections(
     read  -- gives bytes of devices.bin: (at, size)
     """
     try:
-        devices = json.loads(text)["devices"]
+        devices = bounded_json.loads(text)["devices"]
         told = [(str(one["name"]), int(one["instance_id"])) for one in devices]
         sizes = [_size(one) for one in devices]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

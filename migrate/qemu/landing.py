@@ -20,6 +20,7 @@ import secrets
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import xxhash
@@ -77,6 +78,7 @@ BEFORE = ".before"
 LEAST_READ = BUFFER_BYTES // 4
 # What was written is brought to the disk so often, for little to be left in the end.
 FLUSH_SECONDS = 1.0
+PAGE_BYTES = 4096
 MAX_SECTIONS = 100_000
 # From this version on QEMU understands SWITCHOVER_ACK; an earlier one fails at it. A machine's type
 # ends in the version that it came with.
@@ -181,6 +183,10 @@ class Landing:
         """What there is, when it is whole."""
         self.error = ""
         """Why it is not."""
+        self.announced: Sequence[tuple[bytes, int]] | None = None
+        """The names of the RAM blocks and their pages, of `announced_size` bytes."""
+        self.announced_size = PAGE_BYTES
+        self._over = False
         self._parser = StreamParser()
         self._stream = Sliding(private_buffer(BUFFER_BYTES), LEAST_READ)
         self._last = False
@@ -244,6 +250,7 @@ class Landing:
 
     def close(self) -> None:
         """It is over, one way or the other: the thread has ended when this returns."""
+        self._over = True
         if self._sock is not None:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
@@ -314,6 +321,9 @@ class Landing:
 
     def _open_blocks(self, part: BlockList) -> None:
         page_size, pages = self._parser.page_size, []
+        found = [(one.name, one.pages(self.announced_size)) for one in part.blocks]
+        if self.announced is not None and found != [*self.announced]:
+            raise MigrationError("the stream has other RAM blocks than were announced for it")
         for number, block in enumerate(part.blocks):
             fd = self.files.make(block_file(number, block.name))
             pages.append(block.pages(page_size))
@@ -392,6 +402,8 @@ class Landing:
             os.ftruncate(fd, size)
             digest = Hash(size, page_size)
             for _, pages, data in contents(fd, size, page_size, buffer):
+                if self._over:
+                    raise MigrationError("it is not wanted any more")
                 digest.update(pages, data)
             file = block_file(number, name)
             found.append(StoredBlock(file, size, digest.hexdigest(), name.decode("latin-1")))
@@ -620,6 +632,10 @@ class LandingPlace(QemuPlace):
     def _gone(self, reason: str) -> MigrationError:
         error = self._landing.error if self._landing else ""
         return MigrationError(error or f"--output {self.path}: the landing {reason}")
+
+    def announce(self, blocks: Sequence[tuple[bytes, int]], page_size: int) -> None:
+        assert self._landing is not None
+        self._landing.announced, self._landing.announced_size = blocks, page_size
 
     async def prove(self, *, return_path: bool) -> None:
         """Returns when all of the machine is safe on the disk. Raises MigrationError."""

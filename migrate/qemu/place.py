@@ -9,7 +9,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from migrate.address import Address
@@ -137,6 +137,9 @@ class QemuPlace(Place):
 
     def _gone(self, reason: str) -> MigrationError:
         return MigrationError(f"the QEMU at {self.address} {reason}: its own messages say why")
+
+    def announce(self, blocks: Sequence[tuple[bytes, int]], page_size: int) -> None:
+        """What RAM blocks the stream will have: their names, and pages."""
 
     # -- to QEMU, in the worker thread
 

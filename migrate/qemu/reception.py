@@ -89,6 +89,7 @@ class StreamReception(Reception):
                 raise PeerError("the blocks have other pages than the guest")
             hashes = PageHashes(info.pages, info.page_size, info.hash_seed)
             self._writer = RamWriter(hashes, blocks.blocks)
+            place.announce(blocks.blocks, info.page_size)
             place.on_return = self._return
         self._to_return = 0
         self._may_return.set()

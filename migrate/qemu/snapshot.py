@@ -20,6 +20,7 @@ from urllib.parse import quote_from_bytes
 
 import xxhash
 
+from migrate import bounded_json
 from migrate.errors import UsageError
 from migrate.memory import Memory
 from proto.messages import MAX_BLOCKS
@@ -102,7 +103,7 @@ class Snapshot:
         except OSError as error:
             raise UsageError(f"no snapshot in {path}: {FACTS}: {error.strerror}") from None
         try:
-            facts = json.loads(text)
+            facts = bounded_json.loads(text)
             check = facts.pop("check")
             if facts.pop("format") != FORMAT:
                 raise ValueError("it is of another program")
