@@ -15,6 +15,7 @@ nothing of connections: migrate.secure speaks TLS over one.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import socket
 import ssl
@@ -61,8 +62,9 @@ class Credentials:
 
     directory -- holds the files
     role      -- whose side this is
-    authz     -- the clients that may bring a guest, by distinguished name (RFC 4514), common name
-                 or DNS name; none: everybody with a certificate
+    authz     -- the clients that may bring a guest: NAME is a common name, DNS:NAME a DNS name,
+                 what has a = in it a distinguished name (RFC 4514); none: everybody with a
+                 certificate
     hostname  -- the name that the server's certificate must have; "": that of its address
 
     Raises TlsError, naming the file, where one is missing or not what it should be.
@@ -133,8 +135,7 @@ class Credentials:
 
     def denial(self, certificate: dict[str, Any]) -> str:
         """Why the holder of this certificate (as `getpeercert` gives it) may not connect, or ""."""
-        names = {distinguished_name(certificate), *_names(certificate)}
-        if not self.authz or self.authz & names:
+        if not self.authz or any(_is_of(name, certificate) for name in self.authz):
             return ""
         return f"{distinguished_name(certificate)} is none of those who may (--tls-authz)"
 
@@ -226,6 +227,8 @@ def _verdict(error: ssl.SSLCertVerificationError, name: str, party: str) -> str:
 
 # ---------------------------------------------------------------- names
 
+DNS = "DNS:"
+
 
 def distinguished_name(certificate: dict[str, Any]) -> str:
     """The subject, as RFC 4514 writes it: the last part first, as QEMU's tls-authz has it."""
@@ -250,10 +253,16 @@ def _escaped(value: str) -> str:
     return text
 
 
-def _names(certificate: dict[str, Any]) -> Iterable[str]:
-    for part in certificate.get("subject", ()):
-        yield from (value for kind, value in part if kind == "commonName")
-    yield from (value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS")
+def _is_of(name: str, certificate: dict[str, Any]) -> bool:
+    """Whether it is a certificate's name. What kind of a name it is can be seen from how it is
+    written, and it is compared with those alone: a common name may be any text."""
+    if name.startswith(DNS):
+        names = (value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS")
+        return name.removeprefix(DNS).lower() in (one.lower() for one in names)
+    if "=" in name:
+        return name == distinguished_name(certificate)
+    parts = itertools.chain.from_iterable(certificate.get("subject", ()))
+    return any(kind == "commonName" and value == name for kind, value in parts)
 
 
 # ---------------------------------------------------------------- addresses

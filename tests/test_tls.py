@@ -315,7 +315,10 @@ DN = "CN=client,O=Ours\\, Ltd"
         ((DN,), True),
         (("client",), True),
         (("127.0.0.1", "somebody", DN), True),
-        (("laptop.example",), True),
+        (("DNS:laptop.example",), True),
+        (("DNS:Laptop.Example",), True),
+        (("laptop.example",), False),
+        (("DNS:client",), False),
         (("O=Ours\\, Ltd,CN=client",), False),
         (("clien",), False),
         (("",), False),
@@ -339,6 +342,19 @@ async def test_only_who_is_named_may_bring_a_guest(
     assert DN in str(fault)
     assert DN in said
     assert "--tls-authz" in said
+
+
+@pytest.mark.parametrize("crafted", ["CN=boss,O=Acme", "DNS:boss", "boss,O=Acme"])
+def test_a_name_of_one_kind_passes_for_none_of_another(crafted: str) -> None:
+    """Authorities put any text into a common name."""
+    certificate = {
+        "subject": ((("organizationName", "Visitors"),), (("commonName", crafted),)),
+        "subjectAltName": (("DNS", crafted), ("IP Address", "boss"), ("email", "boss")),
+    }
+    for name in ("CN=boss,O=Acme", "DNS:boss", "boss", f"CN={crafted}", f"DNS:{crafted}x"):
+        assert not tls._is_of(name, certificate)
+    assert tls._is_of(tls.distinguished_name(certificate), certificate)
+    assert tls._is_of(f"DNS:{crafted}", certificate)
 
 
 def test_names_are_written_as_the_standard_has_it() -> None:

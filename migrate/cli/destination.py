@@ -75,8 +75,9 @@ def destination_parser() -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--tls-authz", action="append", default=[], metavar="NAME",
-        help="only clients of this name may bring a guest: the certificate's distinguished name "
-        "(CN=host,O=...), common name or DNS name (repeatable; default: all it vouches for)",
+        help="only clients of this name may bring a guest: a certificate's common name (host), DNS "
+        "name (DNS:host) or distinguished name (CN=host,O=...); repeatable; default: all that the "
+        "authority vouches for",
     )  # fmt: skip
     parser.add_argument(
         "--guest", default="", metavar="qemu:tcp:HOST:PORT|qemu:unix:PATH|qemu:qmp=PATH|qemu",
