@@ -37,6 +37,7 @@ from migrate.errors import (
 from migrate.journal import check_directory, damaged, journal_directory
 from migrate.monitor.node import Node, Refused
 from migrate.output import printable, say, show
+from migrate.rationed import Rationed
 from migrate.views.options import DestinationViews, add_metrics_options
 from proto import ProtoError
 from proto.ownership import Claim, Role
@@ -159,6 +160,9 @@ class DestinationProgram(Node):
         from migrate.tls import networks
 
         self.args = args
+        self._refusals = Rationed(
+            say, lambda number: f"migrate-dst: refused {number} more connections"
+        )
         self.deferred = not args.listen
         if self.deferred and not (args.monitor or args.qmp):
             raise UsageError(
@@ -229,6 +233,7 @@ class DestinationProgram(Node):
         finally:
             if silence is not None:
                 silence.cancel()
+            self._refusals.close()
             self.records.close()
             self.views.close()
 
@@ -301,7 +306,7 @@ class DestinationProgram(Node):
         return Door(listener, self.records, self._destination, refused=self._refused)
 
     def _refused(self, who: str, why: object) -> None:
-        say(f"migrate-dst: refused {who}: {why}")
+        self._refusals.say(f"migrate-dst: refused {who}: {why}")
 
     async def _arrived(self, arrival: Arrival) -> int:
         """The guest is ours: says so, does what is to be done then; the exit code."""
