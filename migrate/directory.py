@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -140,6 +141,20 @@ class Directory:
             os.close(fd)
             raise _replaced(name)
         return fd
+
+    @contextlib.contextmanager
+    def opened(self, path: str) -> Iterator[int]:
+        """A plain file of it, or of a directory in it, to read: no link is followed."""
+        *within, name = path.split("/")
+        with contextlib.ExitStack() as stack:
+            directory = self
+            for one in within:
+                directory = stack.enter_context(directory.inner(one))
+            fd = os.open(name, os.O_RDONLY | _THERE, dir_fd=directory.fd)
+            stack.callback(os.close, fd)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no plain file")
+            yield fd
 
     def look(self, name: str) -> os.stat_result:
         """Of the entry itself, where it is a link too."""

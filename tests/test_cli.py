@@ -1,5 +1,6 @@
 """What a user meets: one sentence for each mistake, the right exit code, never a traceback."""
 
+import os
 import re
 import signal
 import socket
@@ -348,3 +349,20 @@ def test_a_signal_when_all_is_over_changes_no_exit_code(number, code):
     )
     assert ended.returncode == 9 != code
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("asked", ["", "0", "1"])
+def test_a_program_that_holds_a_guest_leaves_its_memory_in_no_core_dump(tmp_path, asked):
+    code = """
+import ctypes, sys
+from migrate.cli import program
+async def done(_args):
+    print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
+    return 0
+sys.exit(program.run(program.Parser(), done, []))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "MIGRATE_COREDUMPS": asked},
+    )  # fmt: skip
+    assert said.stdout == ("1\n" if asked == "1" else "0\n"), said.stderr

@@ -299,6 +299,15 @@ def test_a_word_of_the_shell_is_a_word_of_the_monitor(words, line, capsys) -> No
     capsys.readouterr()
 
 
+def test_what_is_told_is_shown_and_not_obeyed(capsys) -> None:
+    class Hostile:
+        def say(self, _line: str) -> str:
+            return "one\x1b]0;title\x07\n\u202etwo\x9b2J\n"
+
+    assert control.ask(Hostile(), "info migrate", []) == 0
+    assert capsys.readouterr().out == "one\\x1b]0;title\\x07\n\\u202etwo\\x9b2J\n"
+
+
 def test_an_answer_that_cannot_be_written_is_a_sentence(pair) -> None:
     both = pair()
     with open("/dev/full", "w") as full:

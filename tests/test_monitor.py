@@ -591,7 +591,8 @@ def test_a_script_is_told_where_nobody_can_listen() -> None:
         stdin="migrate_incoming unix:/nonexistent/x\nmigrate_incoming nowhere\ninfo migrate\n",
     )  # fmt: skip
     assert receiver.wait(20) == 143
-    assert receiver.out.count("Error: cannot listen on unix:/nonexistent/x: No such file") == 1
+    said = "Error: cannot listen on unix:/nonexistent/x: no socket can be made in /nonexistent: "
+    assert receiver.out.count(said) == 1
     assert "Error: address 'nowhere' is not understood" in receiver.out
 
 

@@ -401,6 +401,26 @@ def test_what_is_lifted_lands_as_the_same(landed: Path, tmp_path: Path) -> None:
     landing.files.remove()
 
 
+@pytest.mark.parametrize("what", ["snapshot.json", "devices.bin", "blocks", "blocks/pc.ram"])
+def test_no_link_in_a_snapshot_is_followed(landed: Path, tmp_path: Path, what: str) -> None:
+    """Whoever may write there would have root read a file, and send it."""
+    snapshot = Snapshot.read(str(landed))
+    (landed / what).rename(tmp_path / "kept")
+    (landed / what).symlink_to(tmp_path / "kept")
+    with pytest.raises(UsageError, match="Too many levels of symbolic links|Not a directory"):
+        Snapshot.read(str(landed))
+    if what == "snapshot.json":
+        return  # it was read before
+    ours, theirs = socket.socketpair()
+    lifter = Lifter(str(landed), snapshot)
+    with ours:
+        lifter.start(theirs)
+        while ours.recv(1 << 20):
+            pass
+    lifter.join()
+    assert "symbolic link" in lifter.error or "Not a directory" in lifter.error
+
+
 def test_blocks_that_were_not_announced_do_not_land(tmp_path: Path) -> None:
     """They would be made and hashed, as large as the stream has them, for a few bytes."""
     right = [(name, size // PAGE) for name, size in BLOCKS]

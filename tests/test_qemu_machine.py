@@ -433,7 +433,7 @@ async def fake(
             sock.setblocking(False)
             hello = json.dumps(GREETING).encode() if greeting is None else greeting
             await loop.sock_sendall(sock, hello)
-            if greeting is not None and not greeting.startswith(b'{"QMP"'):
+            if greeting is not None and b'{"QMP"' not in greeting:
                 await loop.sock_recv(sock, 1)
                 return
             while data := await loop.sock_recv(sock, 1 << 16):
@@ -463,6 +463,18 @@ def answer(request: dict[str, Any], value: Any = None) -> dict[str, Any]:
 
 def event(name: str, **data: Any) -> dict[str, Any]:
     return {"event": name, "data": data, "timestamp": {"seconds": 5, "microseconds": 250000}}
+
+
+async def test_an_event_for_whoever_was_there_before_is_no_greeting(tmp_path: Path) -> None:
+    """QEMU takes a new client for one that is greeted, until it has seen that it is new."""
+    early = b'{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 1}}\n'
+    greeting = early + json.dumps(GREETING).encode()
+    async with fake(
+        tmp_path / "q", lambda request: [{"return": {}, "id": request["id"]}], greeting
+    ):
+        client = await Client.connect(str(tmp_path / "q"))
+        assert client.version == (7, 2, 22)
+        await client.close()
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def _print(text: str, *, matters: bool = True) -> None:
     matters -- raise OSError where it cannot be printed; else say so, once, and go on
     """
     try:
-        print(text, end="", flush=True)
+        print("\n".join(map(output.printable, text.split("\n"))), end="", flush=True)
     except OSError as error:
         if matters:
             raise

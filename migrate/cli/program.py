@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
+import os
 import resource
 import signal
 import threading
@@ -38,6 +40,8 @@ OPEN_FILES = 1024
 LEAST_OPEN_FILES = 256
 # Of a whole migration on two processors, and some.
 LEAST_THREADS = 12
+COREDUMPS = "MIGRATE_COREDUMPS"
+PR_SET_DUMPABLE = 4  # linux/prctl.h
 CODES = __doc__.partition("Exit codes:")[2].strip("\n") if __doc__ else ""
 
 
@@ -368,6 +372,14 @@ def check_open_files() -> None:
         )
 
 
+def keep_out_of_dumps() -> None:
+    """A core dump of a program that moves a guest would have the guest's memory in it: there is
+    none, unless it is asked for. Programs that are started from here are not concerned."""
+    if os.environ.get(COREDUMPS, "") in ("", "0"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 def check_threads() -> None:
     """Raises UsageError where fewer threads can be started than may be needed: one that cannot be
     started later would end the program in the middle of something."""
@@ -421,6 +433,7 @@ def run(
     """Runs a program on uvloop, with these arguments or its own; its exit code."""
     try:
         args = parser.parse_args(words)
+        keep_out_of_dumps()
         check_open_files()
         check_threads()
         return _on_uvloop(lambda: program(args))

@@ -282,7 +282,8 @@ class Client:
     def _take(self, message: dict[str, Any]) -> None:
         """Raises Garbage where this is not what may come now."""
         if not self._greeting.done():
-            self._greeting.set_result(version_in(message))
+            if "event" not in message:  # one that was meant for whoever was served before us
+                self._greeting.set_result(version_in(message))
         elif "event" in message:
             event = event_in(message)
             if event.name == "SHUTDOWN":

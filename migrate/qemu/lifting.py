@@ -11,14 +11,17 @@ lifted as often as one likes, and two that were lifted from one know nothing of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import xxhash
 
+from migrate.directory import Directory
 from migrate.errors import MigrationError
 from migrate.guests.hold import DirectoryHold
 from migrate.memory import private_buffer
@@ -112,8 +115,10 @@ class Lifter:
         if text is not None:
             self._send(struct.pack(">BI", DESCRIPTION, len(text)) + text)
 
-    def _opened(self, stored: Stored) -> _Opened:
-        return _Opened(os.path.join(self._path, stored.file))
+    @contextlib.contextmanager
+    def _opened(self, stored: Stored) -> Iterator[int]:
+        with Directory(self._path) as directory, directory.opened(stored.file) as fd:
+            yield fd
 
     def _send(self, data: bytes | memoryview) -> None:
         assert self._sock is not None
@@ -203,21 +208,6 @@ def _damaged(path: str, stored: Stored) -> MigrationError:
         f"{os.path.join(path, stored.file)} is not what had landed there: its hash is another. The "
         "snapshot is damaged, and is not lifted"
     )
-
-
-class _Opened:
-    """A file, for reading; its descriptor."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._fd = -1
-
-    def __enter__(self) -> int:
-        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
 
 
 class _GoneError(Exception):

@@ -21,6 +21,7 @@ from urllib.parse import quote_from_bytes
 import xxhash
 
 from migrate import bounded_json
+from migrate.directory import Directory
 from migrate.errors import UsageError
 from migrate.memory import Memory
 from proto.messages import MAX_BLOCKS
@@ -98,10 +99,15 @@ class Snapshot:
         """That in a directory. Raises UsageError."""
         where = os.path.join(path, FACTS)
         try:
-            with open(where, "rb") as file:
-                text = file.read(MAX_FACTS)
+            with Directory(path) as directory, directory.opened(FACTS) as fd:
+                with open(fd, "rb", closefd=False) as file:
+                    text = file.read(MAX_FACTS)
+                return cls._read(text, where, directory)
         except OSError as error:
             raise UsageError(f"no snapshot in {path}: {FACTS}: {error.strerror}") from None
+
+    @classmethod
+    def _read(cls, text: bytes, where: str, directory: Directory) -> Snapshot:
         try:
             facts = bounded_json.loads(text)
             check = facts.pop("check")
@@ -115,7 +121,7 @@ class Snapshot:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{where} is damaged: {error}") from None
         for stored in filter(None, (*found.blocks, found.devices, found.description)):
-            _check_file(os.path.join(path, stored.file), stored.size)
+            _check_file(directory, stored)
         return found
 
 
@@ -124,13 +130,15 @@ def _check_of(facts: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _check_file(path: str, size: int) -> None:
+def _check_file(directory: Directory, stored: Stored) -> None:
+    path = os.path.join(directory.path, stored.file)
     try:
-        there = os.stat(path)
+        with directory.opened(stored.file) as fd:
+            size = os.fstat(fd).st_size
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}: the snapshot is not whole") from None
-    if there.st_size != size:
-        raise UsageError(f"{path} has {there.st_size} bytes, not {size}: the snapshot is damaged")
+    if size != stored.size:
+        raise UsageError(f"{path} has {size} bytes, not {stored.size}: the snapshot is damaged")
 
 
 # ---------------------------------------------------------------- out of JSON
