@@ -473,7 +473,7 @@ async def test_an_event_for_whoever_was_there_before_is_no_greeting(tmp_path: Pa
         tmp_path / "q", lambda request: [{"return": {}, "id": request["id"]}], greeting
     ):
         client = await Client.connect(str(tmp_path / "q"))
-        assert client.version == (7, 2, 22)
+        assert client.version == (8, 2, 1)
         await client.close()
 
 
