@@ -196,3 +196,10 @@ def test_the_same_source_date_gives_the_same_bytes(tmp_path, monkeypatch):
         assert name in write(tmp_path / "other")
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert '"2001-09-09"' in (tmp_path / "one/man/man1/migrate-ctl.1").read_text()
+
+
+def test_the_threat_model_names_tests_that_there_are() -> None:
+    text = (ROOT / "docs/security.md").read_text()
+    named = set(re.findall(r"tests/test_\w+\.py", text))
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
