@@ -71,12 +71,18 @@ class Program:
         _begun.append(self)
 
     def end(self) -> None:
-        """Nothing of it is left then. May be called again."""
+        """Nothing of it is left then, nor a demo guest that it named."""
         self.kill()
+        with contextlib.suppress(ValueError, subprocess.TimeoutExpired):  # all of it was read
+            self.wait(10)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
+        for pid in re.findall(r"process (\d+)", self.out + self.err):
+            with contextlib.suppress(OSError):
+                if b"demo_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
 
     def wait(self, timeout: float = 100) -> int:
         out, err = self.process.communicate(timeout=timeout)
