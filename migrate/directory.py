@@ -142,6 +142,15 @@ class Directory:
             raise _replaced(name)
         return fd
 
+    def existing(self, name: str) -> int:
+        """What has a name, whatever it is but a link, to read and write."""
+        try:
+            return os.open(name, os.O_RDWR | _THERE, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OSError(errno.ELOOP, f"{name} is a symbolic link: name the file itself") from None
+
     @contextlib.contextmanager
     def opened(self, path: str) -> Iterator[int]:
         """A plain file of it, or of a directory in it, to read: no link is followed."""
@@ -339,23 +348,50 @@ def _replaced(name: str) -> OSError:
 
 
 def _opened(path: str) -> int:
-    """A directory; where its name is a link, only that of somebody who is trusted with it."""
-    for _ in range(MAX_LINKS):
-        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        there = os.fstat(fd)
-        if stat.S_ISDIR(there.st_mode):
-            return fd
-        try:
-            if not stat.S_ISLNK(there.st_mode):
-                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-            if there.st_uid not in (0, os.geteuid()):
-                raise OSError(
-                    errno.ELOOP,
-                    f"{path} is a symbolic link of user {there.st_uid}, who could have it lead "
-                    "anywhere: name the directory itself",
-                )
-            target = os.readlink("", dir_fd=fd)
-        finally:
+    """A directory. Links to it, and on the way to it, are followed where they are of somebody who
+    is trusted with that."""
+    links, names, fd = 0, path.split("/")[::-1], _root()
+    try:
+        while names:
+            if (name := names.pop()) in ("", "."):
+                continue
+            inner, target = _step(fd, name)
             os.close(fd)
-        path = os.path.join(os.path.dirname(path), target)
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            fd = inner
+            names += target.split("/")[::-1]
+            links += bool(target)
+            if links > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _root() -> int:
+    return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _step(fd: int, name: str) -> tuple[int, str]:
+    """An entry of a directory, opened; and where it is a link, where to go on from there."""
+    with contextlib.suppress(OSError):  # what is mounted when it is looked at, is mounted by this
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | _THERE, dir_fd=fd), ""
+    inner = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    there = os.fstat(inner)
+    if not stat.S_ISLNK(there.st_mode):
+        return inner, ""
+    try:
+        if there.st_uid not in (0, os.geteuid()):
+            raise OSError(
+                errno.ELOOP,
+                f"{name} is a symbolic link of user {there.st_uid}, who could have it lead "
+                "anywhere: name the directory itself",
+            )
+        target = os.readlink("", dir_fd=inner)
+    finally:
+        os.close(inner)
+    if there.st_size != len(os.fsencode(target)):  # of /proc: it leads where no name may
+        return os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=fd), ""
+    return _root() if target.startswith("/") else os.dup(fd), target

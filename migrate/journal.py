@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from migrate.directory import Left
+from migrate.directory import Directory, Left
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import state
 from proto.ownership import FINAL, Claim, Event, Role, after
@@ -117,7 +117,14 @@ def check_directory(path: str) -> str:
 def check_trusted(path: str) -> None:
     """Raises UsageError where others can write what is done by a journal in that directory."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if why := _distrust(os.stat(path)):
+        try:
+            with Directory(path) as directory:
+                why = _distrust(os.fstat(directory.fd))
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UsageError(f"journals in {path}: {error.strerror} (--journal DIR)") from None
+        if why:
             raise UsageError(
                 f"journals in {path}: {why}, and what stands in a journal is done: "
                 f"`chown {os.geteuid()} {path}; chmod go-w {path}`, or name another directory "

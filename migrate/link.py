@@ -32,6 +32,7 @@ from migrate.lookup import Endpoint, name_of
 from migrate.output import printable
 from migrate.secure import RECORD_TYPES, Secured
 from proto import ErrorCode, ProtoError
+from proto.errors import MessageError
 from proto.frames import Frame
 from proto.messages import MAX_TEXT, Error, Message, MessageType, Ping, Pong, unpack
 from proto.session import Role, Session, State
@@ -49,6 +50,10 @@ SOCKET_TIMEOUT = 30.0
 LEAST_RATE = 256
 # In each `peer_timeout` a silent peer is asked so often, by us and by the kernel.
 BEATS = 4
+# What is heard aside, and costs as much as a frame of pages, is said by hand or now and then. Who
+# says more of it in a second wants to keep us from all else.
+ASIDE = (MessageType.PING, MessageType.PONG, MessageType.CACHE_SIZE)
+MAX_ASIDE = 1000
 # What comes when nobody wants to hear it any more is read in pieces of this size.
 DROPPED_BYTES = 64 << 10
 # TCP_USER_TIMEOUT is an int of milliseconds: 24 days
@@ -154,6 +159,8 @@ class Link(asyncio.BufferedProtocol):
         self._reading = True
         self._heard_at = time.monotonic()
         self._frame_began: tuple[float, int] | None = None
+        self._aside = 0
+        self._aside_since = time.monotonic()
         self._tokens = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float]] = {}
         self._heart: asyncio.Task[None] | None = None
@@ -240,6 +247,7 @@ class Link(asyncio.BufferedProtocol):
                 frame = self.session.next_frame()
                 if frame is None:
                     break
+                self._count(frame.type)
                 if frame.type in (MessageType.PING, MessageType.PONG):
                     self._ping_pong(frame)
                     continue
@@ -249,6 +257,17 @@ class Link(asyncio.BufferedProtocol):
         except ProtoError as error:
             self._fail(error)
         self._throttle()
+
+    def _count(self, kind: MessageType) -> None:
+        """Raises MessageError where too much is said that moves nothing."""
+        if kind not in ASIDE:
+            return
+        self._aside += 1
+        if self._aside > MAX_ASIDE:
+            now = time.monotonic()
+            if now - self._aside_since < 1:
+                raise MessageError(f"{kind.name}, one of more than {MAX_ASIDE} in a second")
+            self._aside, self._aside_since = 0, now
 
     @property
     def _full(self) -> bool:

@@ -83,6 +83,8 @@ CONNECT_AGAIN_SECONDS = (0.1, 5.0)
 HOME_SECONDS = 20.0
 # The guest may be paused so many times; each pause but the last has stopped it for nothing.
 MAX_PAUSES = 3
+# What an operator over there wishes for is done so often.
+MAX_WISHES = 100
 
 Observer = Callable[[str, Statistics], None]
 _TURN = threading.Lock()
@@ -133,7 +135,7 @@ class Migration(ABC):
         """This attempt was let in, and is past what both sides have to say at first."""
         self._fewest_left = 0
         """The least that was to go when the destination said what it holds."""
-        self._begun_again = self._pauses = 0
+        self._begun_again = self._pauses = self._wishes = 0
         self._sent_before = self._lane_bytes = 0
         self._seed = os.urandom(SEED_BYTES)
         self._agreed: caps.Agreement | None = None
@@ -223,17 +225,24 @@ class Migration(ABC):
 
     def _aside(self, message: Message) -> bool:
         """Takes what the destination says when it likes; False for an answer."""
-        if isinstance(message, CacheSize):
-            most = max(self.parameters.cache_size, self.parameters.cache_max, default_cache_max())
-            if message.size <= most:
-                self.set_cache_size(message.size)
-            else:
+        if not isinstance(message, CacheSize):
+            return False
+        self._wishes += 1
+        most = max(self.parameters.cache_size, self.parameters.cache_max, default_cache_max())
+        if self._wishes > MAX_WISHES:
+            if self._wishes == MAX_WISHES + 1:
                 self._notice(
-                    f"the destination asks for a cache of {option_size(message.size)}: no more "
-                    f"than {option_size(most)} is given for the asking: --cache-size here sets it"
+                    f"the destination has asked for another cache {MAX_WISHES} times: no more of "
+                    "that is heard"
                 )
-            return True
-        return False
+        elif message.size <= most:
+            self.set_cache_size(message.size)
+        else:
+            self._notice(
+                f"the destination asks for a cache of {option_size(message.size)}: no more "
+                f"than {option_size(most)} is given for the asking: --cache-size here sets it"
+            )
+        return True
 
     def _check_time(self) -> None:
         """Raises NotConvergedError where the migration has had all the time it gets."""

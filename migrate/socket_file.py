@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 
-from migrate.directory import Identity, identity_of
+from migrate.directory import Directory, Identity, identity_of
 from migrate.errors import ConnectError, MigrationError, UsageError
 from migrate.guests.reservation import turn
 
@@ -27,34 +27,35 @@ class SocketFile:
     def __init__(self, path: str, option: str, backlog: int = BACKLOG) -> None:
         self._path = os.path.abspath(path)
         self.socket = bind(path, option, backlog)
-        self._ours = _identity(path)
+        self._ours: Identity | None = None
+        with contextlib.suppress(OSError):
+            self._ours = identity_of(os.lstat(path))
 
     def close(self) -> None:
         """May be called again."""
         self.socket.close()
-        if self._ours is not None and _identity(self._path) == self._ours:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+        if self._ours is not None:  # somebody may have put another one there
+            with contextlib.suppress(OSError), _above(self._path) as directory:
+                directory.drop(os.path.basename(self._path), self._ours)
         self._ours = None
 
 
-def _identity(path: str) -> Identity | None:
-    """Which file a path names: somebody may have put another one there."""
-    with contextlib.suppress(OSError):
-        return identity_of(os.lstat(path))
-    return None
+def _above(path: str) -> Directory:
+    return Directory(os.path.dirname(os.path.abspath(path)))
 
 
 def _make_room_for(path: str, option: str) -> None:
     """Removes a socket whose program has died."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
+    name = os.path.basename(path)
+    with contextlib.suppress(FileNotFoundError), _above(path) as directory:
+        there = directory.look(name)
+        if not stat.S_ISSOCK(there.st_mode):
             raise UsageError(f"{option} unix:{path}: {OTHER}")
         # A stream takes no datagrams: its owner does not notice that somebody has asked.
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             if probe.connect_ex(path) != errno.ECONNREFUSED:
                 raise ConnectError(f"{option} unix:{path}: another program listens there")
-        os.unlink(path)
+        directory.drop(name, identity_of(there))
 
 
 def bind(path: str, option: str, backlog: int = BACKLOG) -> socket.socket:

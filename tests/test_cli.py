@@ -351,6 +351,17 @@ def test_a_signal_when_all_is_over_changes_no_exit_code(number, code):
     assert ended.stderr == ""
 
 
+def test_the_memory_in_a_stream_is_in_no_core_dump() -> None:
+    code = """
+import ctypes
+from migrate.cli import stream
+stream.survey = lambda _args: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
+stream.run(["-"])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "0\n", said.stderr
+
+
 @pytest.mark.parametrize("asked", ["", "0", "1"])
 def test_a_program_that_holds_a_guest_leaves_its_memory_in_no_core_dump(tmp_path, asked):
     code = """

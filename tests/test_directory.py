@@ -147,12 +147,31 @@ def test_a_directory_behind_a_link_is_used_where_the_link_can_be_trusted(tmp_pat
     for name in ("one", "two"):
         with pytest.raises(OSError, match="is a symbolic link of user 65534"):
             Directory(str(tmp_path / name))
+    with pytest.raises(OSError, match="one is a symbolic link of user 65534"):
+        Directory(str(tmp_path / "one/inner"))
     (tmp_path / "round").symlink_to("round")
     with pytest.raises(OSError, match="Too many levels"):
         Directory(str(tmp_path / "round"))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         Directory(str(tmp_path / "file"))
+
+
+def test_links_on_the_way_lead_where_the_kernel_has_them_lead(tmp_path, monkeypatch) -> None:
+    (tmp_path / "real/inner/deep").mkdir(parents=True)
+    (tmp_path / "up").symlink_to("real/inner/..")
+    (tmp_path / "whole").symlink_to(tmp_path / "up")
+    monkeypatch.chdir(tmp_path / "real")
+    held = os.open(tmp_path / "real", os.O_PATH)
+    at_last = identity_of(os.stat(tmp_path / "real/inner/deep"))
+    for way in (tmp_path / "whole", tmp_path / "real/inner/../../up", "/proc/self/cwd",
+                f"/proc/self/fd/{held}", f"/proc/self/root/{tmp_path}/real"):  # fmt: skip
+        with Directory(f"{way}/inner//./deep/") as directory:
+            assert directory.identity == at_last
+    os.rename(tmp_path / "real", tmp_path / "moved")  # and the link in /proc says so
+    with Directory(f"/proc/self/fd/{held}/inner/deep") as directory:
+        assert directory.identity == at_last
+    os.close(held)
 
 
 def test_a_new_file_is_new(here, tmp_path) -> None:

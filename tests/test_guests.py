@@ -23,6 +23,7 @@ from migrate._memory import set_marks
 from migrate.directory import Left, identity_of
 from migrate.errors import MigrationError, PeerError, UsageError
 from migrate.guests import buffer as buffer_module
+from migrate.guests import moved
 from migrate.guests.buffer import BufferGuest, BufferPlace, GuestMoved
 from migrate.guests.demo import (
     END,
@@ -1297,3 +1298,9 @@ def test_who_cannot_be_slowed_says_so(tmp_path):
     assert not FileGuest(str(path)).can_throttle
     assert not FileGuest(str(path), (), "true", "true").can_throttle
     assert not BufferGuest(bytearray(10)).can_throttle
+
+
+@pytest.mark.parametrize("said", [b"[" * 2500, b'{"writers":[[1e999,""]],"commanded":false}'])
+def test_a_mark_that_somebody_made_up_is_none(monkeypatch, said) -> None:
+    monkeypatch.setattr(moved, "_mark_of", lambda _fd: said)
+    moved.refuse_if_moved(0, "guest")

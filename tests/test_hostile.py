@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from migrate.handover import MAX_QUESTIONS
+from migrate.rationed import LINES
 from proto.errors import ErrorCode
 from proto.frames import HEADER_BYTES, FrameReader, seal
 from proto.messages import (
@@ -374,3 +375,17 @@ def test_a_second_guest_is_told_that_another_one_is_being_received(there) -> Non
     first.reason()
     first.close()
     assert_serves(program, address)
+
+
+def test_guests_that_come_and_go_do_not_fill_the_log() -> None:
+    program, address = destination("--retry", "10s")
+    for _ in range(8 * LINES):
+        peer = Peer(address)
+        for word in (HELLO, GUEST):
+            peer.send(word)
+            peer.receive()
+        peer.close()
+    program.process.terminate()
+    program.wait()
+    assert program.err.count("receiving a demo guest") <= 2 * LINES
+    assert "more lines on guests that came" in program.err

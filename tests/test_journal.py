@@ -14,6 +14,7 @@ from migrate.journal import (
     Journal,
     JournalError,
     check_directory,
+    check_trusted,
     claim_in,
     damaged,
     default_directory,
@@ -242,6 +243,19 @@ def test_the_token_stands_in_no_name_and_in_no_journal_of_a_destination(tmp_path
     assert found.token == b""
     assert found.is_of(token)
     assert not found.is_of(b"")
+
+
+@need_root
+def test_a_link_of_another_user_leads_to_no_journals_of_ours(tmp_path) -> None:
+    """He could have it lead to those of other migrations."""
+    (tmp_path / "ours").mkdir(mode=0o700)
+    (tmp_path / "theirs").symlink_to("ours")
+    check_directory(str(tmp_path / "theirs"))
+    os.chown(tmp_path / "theirs", 65534, 65534, follow_symlinks=False)
+    with pytest.raises(UsageError, match="theirs is a symbolic link of user 65534"):
+        check_directory(str(tmp_path / "theirs"))
+    with pytest.raises(UsageError, match="theirs is a symbolic link of user 65534"):
+        check_trusted(str(tmp_path / "theirs"))
 
 
 @need_root

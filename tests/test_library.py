@@ -20,6 +20,7 @@ from migrate.dialing import connect
 from migrate.errors import UsageError
 from migrate.guests.buffer import BufferPlace
 from migrate.listening import listen
+from migrate.migration import MAX_WISHES
 from migrate.rounds import Decision, Measured, Pending, Verdict
 from migrate.source import Source
 from migrate.tracking import DirtyTracker
@@ -229,6 +230,22 @@ async def test_the_other_side_raises_no_limit_of_ours(monkeypatch: pytest.Monkey
         "notice: the destination asks for a cache of 1t: no more than 2m is given for the asking: "
         "--cache-size here sets it"
     ]
+
+
+@pytest.mark.asyncio
+async def test_the_other_side_has_its_wishes_heard_so_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("migrate.migration.default_cache_max", lambda: 2 << 20)
+
+    def ask(source: Source, number: int) -> None:
+        if number == 1:
+            for _ in range(2 * MAX_WISHES):
+                assert source._aside(CacheSize(1 << 40))
+
+    _, notices = await rewritten(migrate.Parameters(cache_size=1 << 20), ask)
+    assert len(notices) == MAX_WISHES + 1
+    assert "no more of that is heard" in notices[-1]
 
 
 @pytest.mark.asyncio

@@ -14,7 +14,14 @@ from migrate import link
 from migrate.address import Address
 from migrate.dialing import connect
 from migrate.errors import ConnectError, PeerLost
-from migrate.link import RECEIVE_AHEAD, RECEIVE_AHEAD_BYTES, SEND_HIGH, Link, RateLimit
+from migrate.link import (
+    MAX_ASIDE,
+    RECEIVE_AHEAD,
+    RECEIVE_AHEAD_BYTES,
+    SEND_HIGH,
+    Link,
+    RateLimit,
+)
 from migrate.listening import MAX_WAITING, listen
 from proto import LocalError, RemoteError, capabilities
 from proto.frames import HEADER_BYTES, seal
@@ -580,6 +587,40 @@ async def test_a_round_trip_ends_where_the_peer_dies():
         writer.close()
         with pytest.raises(PeerLost):
             await trip
+
+
+async def hear_only(source: Link, word: Message) -> None:
+    while True:
+        assert await source.receive_message() == word
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("word", [Ping(1), Pong(1), CacheSize(4096)])
+async def test_a_peer_that_says_too_much_that_moves_nothing_is_heard_no_more(word):
+    """Tens of thousands come with one look at the socket: nobody else had his turn meanwhile."""
+    async with raw_peer() as (source, _, writer):
+        await source.send(capabilities.offer(frozenset()))
+        hello, accept = Hello(1, ("page-hash-nh",), ()), Accept(bytes(16))
+        writer.write(framed(hello))
+        assert await source.receive_message() == hello
+        await source.send(GuestInfo("file", MIB, 4096, bytes(16)))
+        writer.write(framed(accept))
+        assert await source.receive_message() == accept
+        writer.write(framed(word) * (MAX_ASIDE + 1))
+        with pytest.raises(RemoteError, match=f"one of more than {MAX_ASIDE} in a second"):
+            await hear_only(source, word)
+
+
+@pytest.mark.asyncio
+async def test_what_moves_nothing_may_be_said_now_and_then(monkeypatch):
+    monkeypatch.setattr(link, "MAX_ASIDE", 4)
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        for _ in range(3):
+            source._aside_since -= 1
+            destination._aside_since -= 1
+            for _ in range(3):
+                await source.round_trip()
 
 
 # ---------------------------------------------------------------- connecting and listening

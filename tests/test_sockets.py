@@ -11,10 +11,10 @@ import urllib.request
 
 import pytest
 
-from migrate import sockets, tls
+from migrate import socket_file, sockets, tls
 from migrate.address import Address
 from migrate.dialing import connect
-from migrate.errors import ConnectError, TlsError
+from migrate.errors import ConnectError, TlsError, UsageError
 from migrate.listening import listen
 from migrate.lookup import Endpoint
 from migrate.qemu.guest import QemuGuest
@@ -245,3 +245,34 @@ def test_an_address_of_an_interface_is_said_with_it(tmp_path) -> None:
     assert re.fullmatch(r"tcp:\[::1\]:\d+", address)
     receiver.kill(15)
     assert receiver.wait() == 143
+
+
+def test_what_is_removed_is_where_it_was_looked_at(tmp_path, monkeypatch) -> None:
+    """Whose directory it is may put a link to another one in its place meanwhile."""
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+    path, precious = tmp_path / "theirs/s", tmp_path / "ours/s"
+    precious.write_text("precious")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    connect = socket.socket.connect_ex
+
+    def swapped(self: socket.socket, where: str) -> int:
+        number = connect(self, where)
+        (tmp_path / "theirs").rename(tmp_path / "old")
+        (tmp_path / "theirs").symlink_to("ours")
+        return number
+
+    monkeypatch.setattr(socket.socket, "connect_ex", swapped)
+    with pytest.raises(UsageError):
+        socket_file.SocketFile(str(path), "--qmp")
+    assert precious.read_text() == "precious"
+
+
+def test_a_socket_that_was_moved_away_is_not_removed_by_its_name(tmp_path) -> None:
+    path = tmp_path / "s"
+    ours = socket_file.SocketFile(str(path), "--qmp")
+    path.rename(tmp_path / "moved")
+    path.write_text("another")
+    ours.close()
+    assert path.read_text() == "another"

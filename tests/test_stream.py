@@ -562,6 +562,22 @@ def test_a_file_with_content_is_not_written_to_unless_that_is_wanted(call, small
     assert call(small, "--extract", f"a={a}")[0] == 0
 
 
+@pytest.mark.parametrize("kind", ["symlink", "hardlink"])
+def test_no_other_file_is_written_through_its_name(call, small, tmp_path, kind) -> None:
+    """Whose directory it is may have planted a link to a file of ours."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"")
+    if kind == "symlink":
+        (tmp_path / "a").symlink_to(precious)
+    else:
+        (tmp_path / "a").hardlink_to(precious)
+    for words in ([], ["--overwrite"]):
+        code, out, err = call(small, *words, "--extract", f"a={tmp_path}/a")
+        assert (code, out) == (1 if kind == "symlink" else 2, "")
+        assert f"{tmp_path}/a" in err
+        assert precious.stat().st_size == 0
+
+
 def test_two_blocks_do_not_go_to_one_file(call, small, tmp_path) -> None:
     code, out, err = call(small, "--extract", f"a={tmp_path}/x", "--extract", f"bb={tmp_path}/./x")
     assert (code, out) == (2, "")

@@ -163,6 +163,9 @@ class DestinationProgram(Node):
         self._refusals = Rationed(
             say, lambda number: f"migrate-dst: refused {number} more connections"
         )
+        self._visits = Rationed(
+            self._say, lambda number: f"{number} more lines on guests that came, or meant to"
+        )
         self.deferred = not args.listen
         if self.deferred and not (args.monitor or args.qmp):
             raise UsageError(
@@ -234,6 +237,7 @@ class DestinationProgram(Node):
             if silence is not None:
                 silence.cancel()
             self._refusals.close()
+            self._visits.close()
             self.records.close()
             self.views.close()
 
@@ -374,20 +378,22 @@ class DestinationProgram(Node):
         def link() -> Link:
             return self.destination.link if self.destination else peer
 
+        said = self._visits.say
+
         def observe(event: str, arrival: Arrival) -> None:
             self.views.observe()
             self._tell_of(event, arrival)
             if event == "accepted" and arrival.info is not None:
                 size = quantities.format_size(arrival.info.size)
-                self._say(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
+                said(f"receiving a {arrival.info.kind} guest of {size} from {peer.peer_name}")
                 self._warn(peer)
             if event == "probed":
-                self._say(f"{peer.peer_name} measured the way here: nothing was moved (--dry-run)")
+                said(f"{peer.peer_name} measured the way here: nothing was moved (--dry-run)")
             if event == "interrupted":
                 left = self.destination.patience if self.destination else self.retry
-                self._say(f"the connection broke: the source may come back, within {left:.3g} s")
+                said(f"the connection broke: the source may come back, within {left:.3g} s")
             if event == "back":
-                self._say(f"the source is back, from {link().peer_name}")
+                said(f"the source is back, from {link().peer_name}")
             if event == "lost":
                 self._say(
                     "the source is gone, and its guest is whole here: it may come back and ask, "
@@ -451,7 +457,7 @@ class DestinationProgram(Node):
                 info, args.output, args.overwrite, self._left_of(info), self.rights
             )
             for said in place.notices():
-                self._say(f"warning: {said}")
+                self._visits.say(f"warning: {said}")
         elif info.kind == "demo":
             if args.output:
                 raise NoPlaceError(

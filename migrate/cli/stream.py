@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from migrate import output
-from migrate.cli.program import VERSION, Parser
+from migrate.cli.program import VERSION, Parser, keep_out_of_dumps
 from migrate.errors import MigrationError, UsageError
 from migrate.output import say
 
@@ -169,6 +169,7 @@ def run(words: list[str] | None = None) -> int:
     parser = stream_parser()
     try:
         args = parser.parse_args(words)
+        keep_out_of_dumps()
         return survey(args)
     except MigrationError as error:
         say(f"migrate-stream: {error}")

@@ -76,8 +76,8 @@ def refuse_if_moved(fd: int, what: str) -> None:
         said = json.loads(_mark_of(fd))
         stopped = [int(pid) for pid, born in said["writers"] if _stands_still(int(pid), str(born))]
         commanded = said["commanded"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return  # whoever may write the file may have made it up
     if stopped:
         raise UsageError(
             f"{what}: it was handed over to another machine, and its writer, process {stopped[0]}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import re
@@ -10,7 +9,9 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from migrate.directory import Directory, Identity, identity_of
 from migrate.errors import MigrationError, UsageError
+from migrate.filesystem import kind_of
 from proto.kernel import RamImage, select_records
 from proto.qemu import StreamParser
 
@@ -82,7 +83,7 @@ class BlockImage:
     """
 
     def __init__(
-        self, wanted: str, source: tuple[int, int] | None = None, *, overwrite: bool = False
+        self, wanted: str, source: Identity | None = None, *, overwrite: bool = False
     ) -> None:
         self.block, equals, self.path = wanted.partition("=")
         if not (self.block and equals and self.path):
@@ -92,6 +93,8 @@ class BlockImage:
         self._made = False
         self._image: RamImage | None = None
         self._memory: mmap.mmap | None = None
+        self._directory: Directory | None = None
+        self._name = ""
         self._fd = -1
 
     def open(self, parser: StreamParser) -> bool:
@@ -100,7 +103,10 @@ class BlockImage:
         if self._image is not None or place is None:
             return place is not None
         first, size = place
-        self._open_file()
+        try:
+            self._open_file()
+        except OSError as error:
+            raise MigrationError(f"{self.path}: {error.strerror}") from None
         try:
             os.ftruncate(self._fd, 0)
             os.ftruncate(self._fd, size)
@@ -112,19 +118,22 @@ class BlockImage:
         return True
 
     def _open_file(self) -> None:
-        flags = os.O_RDWR | os.O_CLOEXEC
+        where, self._name = os.path.split(os.path.abspath(self.path))
+        self._directory = Directory(where)
         try:
-            self._fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            self._fd = self._directory.make(self._name)
             self._made = True
             return
         except FileExistsError:
-            self._fd = os.open(self.path, flags)
+            self._fd = self._directory.existing(self._name)
         there = os.fstat(self._fd)
         wrong = ""
-        if (there.st_dev, there.st_ino) == self._source:
+        if identity_of(there) == self._source:
             wrong = "is the stream itself"
         elif not stat.S_ISREG(there.st_mode):
-            wrong = "is no regular file"
+            wrong = f"is no regular file, but {kind_of(there.st_mode)}"
+        elif there.st_nlink != 1:
+            wrong = "has other names too, and what has those would be overwritten: name another"
         elif there.st_size and not self._overwrite:
             wrong = "is there already: remove it, or give --overwrite"
         if wrong:
@@ -147,8 +156,8 @@ class BlockImage:
     def close(self) -> None:
         if self._made:
             self._made = False
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+            assert self._directory is not None
+            self._directory.drop(self._name, identity_of(os.fstat(self._fd)))
         self._image = None
         if self._memory is not None:
             self._memory.close()
@@ -156,3 +165,5 @@ class BlockImage:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._directory is not None:
+            self._directory.close()
