@@ -24,7 +24,7 @@ from proto.qemu import MAGIC, Command, order
 from tests.machine import Machine, Sweep, compare
 from tests.machine.between import SWEEP, Way, carried, later
 from tests.machine.plug import Qtest, plug
-from tests.machine.qemu import MIB, PROGRAM, SLOW
+from tests.machine.qemu import MIB, PROGRAM, SLOW, MachineError
 
 pytestmark = [
     pytest.mark.asyncio(loop_factories=["asyncio"]),
@@ -262,7 +262,12 @@ async def test_what_cannot_be_carried_is_refused(names, says, binary) -> None:
         )
         assert await asyncio.to_thread(move.here.wait) == 2, move.here.err
         assert says in move.here.err
-        await move.stayed()
+        try:
+            await move.stayed()
+        except MachineError as error:
+            # 7.2 aborts where its second connection meets a stream that has just ended
+            if "yank_register_function" not in str(error) or len(names) == 1:
+                raise
 
 
 async def refuses_shared(binary: str, *extra: str) -> None:

@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "--journal": [
         ("MIGRATE_JOURNAL", "the directory of the journals, where --journal does not name one"),
         ("XDG_STATE_HOME", "where the journals of users other than root are: in xbmigrate there"),
+        ("MIGRATE_COREDUMPS", "1 allows core dumps, which have the guest's memory in them"),
     ],
     "--tls-creds": [
         ("MIGRATE_REQUIRE_TLS", "1 refuses plain TCP to and from another host"),
