@@ -140,3 +140,11 @@ def _is_name(host: str) -> bool:
         return b"\0" not in host.encode("idna")
     except UnicodeError:
         return False
+
+
+def ip_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address as a socket has it, without its scope; IPv4 that is written as IPv6 is IPv4.
+    Raises ValueError."""
+    ip = ipaddress.ip_address(name.partition("%")[0])
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return mapped or ip

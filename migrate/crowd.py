@@ -16,6 +16,8 @@ import resource
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from migrate.address import ip_of
+
 T = TypeVar("T")
 
 MOST = 1024
@@ -87,11 +89,9 @@ def _address(far: object) -> str:
     if not isinstance(far, tuple) or not far:
         return ""
     try:
-        found = ipaddress.ip_address(str(far[0]).partition("%")[0])
+        found = ip_of(str(far[0]))
     except ValueError:
         return ""
     if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is not None:
-            return str(found.ipv4_mapped)
         return str(ipaddress.ip_network((found, NETWORK_BITS), strict=False))
     return str(found)

@@ -2,7 +2,7 @@
 
     source                                      destination
     Source  --COMMITTED, GO--> (break)          Custody: PREPARED, waits
-    ask()   --QUERY-->                          Records.find(token) -> Custody
+    ask()   --QUERY-->                          Records.find(name) -> Custody
             <--OWNERSHIP--                      Custody.standing()
             --GO-->                             Custody.take_over(): OWNER, the guest starts
             <--RUNNING--
@@ -18,7 +18,6 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from migrate.directory import Left
 from migrate.errors import MigrationError, NotStartedError, PeerError, PeerLost, peer_error
 from migrate.guests.guest import Place
 from migrate.journal import Journal, JournalError, journals, name_of, settled, stored
@@ -258,14 +257,14 @@ class Records:
     def attempts(self) -> list[Journal]:
         """Journals of attempts that broke off, whose pages are still here."""
         every = journals(Role.DESTINATION, self.directory) if self.directory else ()
-        return [one for one in every if one.claim is Claim.NONE and _left(one) is not None]
+        return [one for one in every if one.claim is Claim.NONE and one.left is not None]
 
     def attempt(self, token: bytes) -> Journal | None:
         """That of one attempt, locked; None where there is none. Raises JournalError."""
         name = name_of(token)
         if name not in self._attempts:
             journal = stored(Role.DESTINATION, name, self.directory)
-            if journal is not None and journal.claim is Claim.NONE and _left(journal) is not None:
+            if journal is not None and journal.claim is Claim.NONE and journal.left is not None:
                 journal.open(create=False)
                 self._attempts[name] = journal
         return self._attempts.get(name)
@@ -337,12 +336,6 @@ class Records:
             task.cancel()
         for custody in self._known.values():
             custody.journal.close()
-
-
-def _left(journal: Journal) -> Left | None:
-    with contextlib.suppress(ValueError):
-        return Left.read(journal.facts.get("place", {}))
-    return None
 
 
 def _doubt(journal: Journal) -> str:

@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from migrate.directory import Directory, Left
+from migrate.directory import Directory, Left, identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import state
 from proto.ownership import FINAL, Claim, Event, Role, after
@@ -300,7 +300,7 @@ class Journal:
         ours = os.fstat(self._fd)
         with contextlib.suppress(OSError):
             there = os.stat(self._path)
-            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+            if identity_of(there) == identity_of(ours):
                 return
         raise JournalError(f"journal {self._path}: it was removed or replaced meanwhile")
 
@@ -324,10 +324,17 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def left(self) -> Left | None:
+        """The file under a hidden name that its facts tell of."""
+        with contextlib.suppress(ValueError):
+            return Left.read(self.facts.get("place", {}))
+        return None
+
     def drop_temporary(self) -> None:
         """Removes the file of a guest that was given up."""
-        with contextlib.suppress(ValueError):
-            Left.read(self.facts.get("place", {})).drop()
+        if self.left is not None:
+            self.left.drop()
 
     def written_at(self) -> float:
         """When something was last written to it, in seconds since 1970."""

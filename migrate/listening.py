@@ -189,9 +189,8 @@ class _Shaking(Secured):
         else:
             self.turn_away(transport)
 
-    def buffer_updated(self, nbytes: int) -> None:
+    def first_heard(self) -> None:
         self._listener.speaks(self)
-        super().buffer_updated(nbytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.gone(self)

@@ -90,15 +90,20 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     def buffer_updated(self, nbytes: int) -> None:
         if self._fault is not None or self._raw is None:
             return  # read so that it is not left unread
-        if not self._heard and self._buffer[0] not in RECORD_TYPES:
-            self._fail(no_tls(self._credentials.role), UNEXPECTED)
-            return
-        self._heard = True
+        if not self._heard:
+            self._heard = True
+            self.first_heard()
+            if self._buffer[0] not in RECORD_TYPES:
+                self._fail(no_tls(self._credentials.role), UNEXPECTED)
+                return
         self._incoming.write(self._buffer[:nbytes])
         if not self._shaken:
             self._shake()
         if self._shaken:
             self._read()
+
+    def first_heard(self) -> None:
+        """The peer has said something, whatever it is."""
 
     def eof_received(self) -> bool:
         if not self._settled.is_set():

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from migrate.address import Address
+from migrate.address import Address, ip_of
 from migrate.errors import TlsError, UsageError
 from proto.ownership import Role
 
@@ -288,28 +288,23 @@ def _unmapped(network: Network) -> Network:
     return network
 
 
-def _ip(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    ip = ipaddress.ip_address(name.partition("%")[0])
-    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return mapped or ip
-
-
 def allowed(peer: Any, allow: Sequence[Network]) -> bool:
     """Whether who has this name (as `getpeername` gives it) may connect; local processes may."""
-    return not allow or not isinstance(peer, tuple) or any(_ip(peer[0]) in one for one in allow)
+    return not allow or not isinstance(peer, tuple) or any(ip_of(peer[0]) in one for one in allow)
 
 
 def another_host(near: Any, far: Any) -> bool:
     """Whether a connection between these names (as `getsockname` gives them) leaves this host."""
     if not isinstance(near, tuple) or not isinstance(far, tuple):
         return False
-    return not _ip(far[0]).is_loopback and _ip(near[0]) != _ip(far[0])
+    return not ip_of(far[0]).is_loopback and ip_of(near[0]) != ip_of(far[0])
 
 
 def only_local(sockets: Iterable[socket.socket]) -> bool:
     """Whether nobody on another host can connect to these."""
     return all(
-        one.family not in (socket.AF_INET, socket.AF_INET6) or _ip(one.getsockname()[0]).is_loopback
+        one.family not in (socket.AF_INET, socket.AF_INET6)
+        or ip_of(one.getsockname()[0]).is_loopback
         for one in sockets
     )
 

@@ -425,14 +425,20 @@ def test_of_two_sources_one_moves_the_guest(shm, same_journal):
             name.unlink()
 
 
-def test_a_guest_that_has_moved_does_not_move_again_with_another_journal(shm):
-    """The lock ends with its program; the mark on the file does not."""
+def guest_with_attributes(shm: Path) -> Path:
+    """A file that a mark can stand on."""
     guest = shm / "guest"
     guest.write_bytes(os.urandom(100_000))
     try:
         os.setxattr(guest, "user.test", b"")
     except OSError:
         pytest.skip("this file system has no user attributes")
+    return guest
+
+
+def test_a_guest_that_has_moved_does_not_move_again_with_another_journal(shm):
+    """The lock ends with its program; the mark on the file does not."""
+    guest = guest_with_attributes(shm)
     writer = subprocess.Popen(["sleep", "100"], stdin=subprocess.DEVNULL)
     try:
         ended = []
@@ -460,12 +466,7 @@ def test_a_guest_that_has_moved_does_not_move_again_with_another_journal(shm):
 
 def test_a_guest_that_a_command_has_paused_moves_again_when_its_mark_is_removed(shm):
     """Nobody can see from outside whether its writer goes on here."""
-    guest = shm / "guest"
-    guest.write_bytes(os.urandom(100_000))
-    try:
-        os.setxattr(guest, "user.test", b"")
-    except OSError:
-        pytest.skip("this file system has no user attributes")
+    guest = guest_with_attributes(shm)
     ended = []
     for turn in ("first", "second", "third"):
         if turn == "third":

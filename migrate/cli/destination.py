@@ -498,14 +498,14 @@ class DestinationProgram(Node):
         """The file in which this guest came half-way; those of others are removed."""
         attempt, left = self.records.attempt(info.resume), None
         if attempt is not None:
-            found = Left.read(attempt.facts["place"])
-            ours = found.path == os.path.abspath(self.args.output)
-            if ours and attempt.facts["place"].get("size") == info.size and found.there:
+            found, output = attempt.left, os.path.abspath(self.args.output)
+            same_size = attempt.facts["place"].get("size") == info.size
+            if found is not None and found.path == output and same_size and found.there:
                 left = found
             elif attempt.claim is not Claim.NONE:
                 attempt.drop_temporary()
         for journal in self._attempts():
-            same = left is not None and Left.read(journal.facts["place"]).name == left.name
+            same = left is not None and journal.left == left
             if not same or not journal.is_of(info.resume):
                 journal.forget(alone=same)
         return left

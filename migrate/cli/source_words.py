@@ -198,12 +198,11 @@ def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
         if most is not None:
             raise UsageError("--cache-max: it is for --cache-size auto only")
         return quantities.parse_cache_size(size, page_size), 0
-    free = available_memory()
     if most is None:
         limit = default_cache_max()
-    else:
-        limit = quantities.parse_cache_size(most, page_size, "--cache-max")
-    if free and most is not None and limit > free // 2:
+        return min(DEFAULT_CACHE_SIZE, limit), limit
+    limit, free = quantities.parse_cache_size(most, page_size, "--cache-max"), available_memory()
+    if free and limit > free // 2:
         raise UsageError(
             f"--cache-max: {most} is more than half of the {quantities.format_size(free)} of "
             "memory that is free here: write less, or give --cache-size a size"

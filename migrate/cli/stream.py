@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from migrate import output
 from migrate.cli.program import VERSION, Parser, keep_out_of_dumps
+from migrate.directory import identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.output import say
 
@@ -119,7 +120,7 @@ def survey(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_opened(args.file))
         there = os.fstat(file.fileno())
-        inode = there.st_dev, there.st_ino
+        inode = identity_of(there)
         images = [BlockImage(one, inode, overwrite=args.overwrite) for one in args.extract]
         _check_files([image.path for image in images])
         for image in images:

@@ -28,6 +28,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from migrate.directory import identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.hold import FileHold, Hold, file_key, lock_owners, reopened, try_flock
 from migrate.guests.writers import LOOP_GET_STATUS64, LOOP_STATUS, printable
@@ -246,7 +247,7 @@ class DeviceHold(Hold):
         except OSError:
             fd = -1
         here = os.fstat(fd) if fd >= 0 else None
-        if here is None or (here.st_dev, here.st_ino) != backing.key:
+        if here is None or identity_of(here) != backing.key:
             if fd >= 0:
                 os.close(fd)
             self.cautions.append(

@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterable
 
 from migrate.errors import UsageError
+from migrate.filesystem import write_whole
 from migrate.guests.process import STOPPED, start_time, state
 
 ATTRIBUTE = "user.xbmigrate.moved"
@@ -39,9 +40,7 @@ def mark(fd: int, writers: Iterable[tuple[int, str]], *, commanded: bool = False
             os.setxattr(fd, ATTRIBUTE, json.dumps(said).encode())
             return
         os.makedirs(RUN, 0o755, exist_ok=True)
-        with open(f"{device}.new", "w") as file:
-            json.dump(said | {"commanded": False}, file)
-        os.replace(f"{device}.new", device)
+        write_whole(device, json.dumps(said | {"commanded": False}).encode(), "mark")
 
 
 def unmark(fd: int) -> None:

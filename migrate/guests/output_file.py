@@ -363,5 +363,5 @@ def _opened_by(path: str) -> list[tuple[int, str]]:
 def _same(fd: Path, ours: os.stat_result) -> bool:
     with contextlib.suppress(OSError):
         there = fd.stat()
-        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+        return identity_of(there) == identity_of(ours)
     return False
