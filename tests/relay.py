@@ -7,6 +7,8 @@ import contextlib
 import socket
 import threading
 
+BUFFER = 1 << 18  # bytes that the system keeps of each direction
+
 
 class Relay:
     """Between a source and the destination at `address` ("tcp:127.0.0.1:PORT").
@@ -29,6 +31,8 @@ class Relay:
         self._passed = 0
         self._open: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
+        # what is read late, on a busy machine, waits at its sender, so that a break loses little
+        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         self.address = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
         self.seen = bytearray()
         self.sent = bytearray()
@@ -63,6 +67,7 @@ class Relay:
             except OSError:
                 return
             far = socket.create_connection(self._there)
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             with self._lock:
                 self._open += [near, far]
                 pumps = [
