@@ -25,6 +25,10 @@ from tests.programs import ended
 pytest_plugins = ["tests.workers"]
 blocking.forbid()
 
+# nohup, or a shell's `&`, has us ignore them, and the programs with us: they go by that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Journals of migrations in tests are nobody else's; the programs inherit this.
 os.environ["MIGRATE_JOURNAL"] = tempfile.mkdtemp(prefix="xbmigrate-journal-")
 atexit.register(shutil.rmtree, os.environ["MIGRATE_JOURNAL"], ignore_errors=True)
