@@ -71,6 +71,10 @@ class Brake:
             with contextlib.suppress(MigrationError):  # it is free all the same, see throttle
                 await self._guest.throttle(0)
 
+    def close(self) -> None:
+        """It is over: nobody is told anything any more."""
+        self._say = lambda _text: None
+
     def _say_once(self, text: str) -> None:
         if not self._told:
             self._told = True

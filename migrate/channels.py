@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
+from migrate.cancellation import finished
 from migrate.errors import PeerError, PeerLost, UsageError, peer_error
 from migrate.link import SEND_HIGH, Link, close_all, give_reason_on
 from proto import ErrorCode
@@ -57,13 +58,16 @@ class Channels:
 
         Raises what ends a channel, PeerLost or what the destination said, in an ExceptionGroup.
         """
-        async with asyncio.TaskGroup() as self._group:
-            self._readers = [self._group.create_task(self._read())]
-            try:
-                yield
-            finally:
-                for task in self._readers:
-                    task.cancel()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                self._readers = [self._group.create_task(self._read())]
+                try:
+                    yield
+                finally:
+                    for task in self._readers:
+                        task.cancel()
+        finally:
+            self._group, self._readers = None, []
 
     async def _read(self) -> None:
         while True:
@@ -137,5 +141,6 @@ class Channels:
         await self.link.hung_up(HEARD_SECONDS)
 
     async def close(self) -> None:
-        with contextlib.suppress(BaseException):
-            await asyncio.shield(close_all(self.links))
+        """Nothing that it was given is referred to any more."""
+        self._aside = lambda _message: False
+        await finished(close_all(self.links))

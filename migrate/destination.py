@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from migrate.budget import Budget
+from migrate.cancellation import finished, once, undisturbed
 from migrate.errors import (
     MigrationError,
     NoProgress,
@@ -38,6 +39,7 @@ from migrate.journal import Journal, JournalError
 from migrate.link import Link, close_all, give_reason_on
 from migrate.observer import Watched
 from migrate.reception import Arrival, Lanes, Pages, Reception
+from migrate.threads import in_thread
 from proto import ErrorCode, ProtoError
 from proto import capabilities as caps
 from proto.errors import MessageError
@@ -102,6 +104,8 @@ class Destination:
         self.started = False
         self.owner = False
         self.place: Place | None = None
+        self.arrived: Place | None = None
+        """Where the guest is, once it is ours."""
         self.kept = False
         """Half a guest was left for a later program to go on with."""
         self._placer = placer
@@ -134,12 +138,12 @@ class Destination:
     async def run(self) -> Arrival:
         """Receives the guest; returns when it runs here.
 
-        Raises MigrationError or asyncio.CancelledError: then nothing is left of it here.
+        Raises MigrationError or asyncio.CancelledError: then nothing is left of it here. From GO on
+        the guest is ours, and a cancellation changes nothing.
         `started` tells whether the peer got as far as describing a guest that we accepted.
         """
-        self._task = asyncio.current_task()
         try:
-            return await self._run()
+            return await once(self._run())
         finally:
             self._observer.raise_leaving()
 
@@ -150,27 +154,42 @@ class Destination:
             self._task.cancel()
 
     async def _run(self) -> Arrival:
+        self._task = asyncio.current_task()
         try:
             await self._attempts()
         except BaseException as error:
-            if await self._let_go():
-                return self.arrival
-            failure = self._failure(error)
-            await self._give_reason(error, failure)
-            await self._drain_worker()
-            await asyncio.shield(self._discard(keep=isinstance(error, PeerLost)))
-            if self.kept:
-                failure = PeerLost(f"{error}; what came is kept: run it again to resume")
-            if failure is None or failure is error:
+            failure = await undisturbed(self._fail(error))
+            if failure is error:
                 raise
-            raise failure from error
+            if failure is not None:
+                raise failure from error
         finally:
-            await self._drain_worker()
-            self._close_journals()
-            late = [] if self._came is None else [self._came.link]
-            with contextlib.suppress(BaseException):
-                await asyncio.shield(close_all([*self._links, *late]))
+            await undisturbed(self._end_with_all())
         return self.arrival
+
+    async def _fail(self, error: BaseException) -> BaseException | None:
+        """Leaves nothing of the guest here, and says why; returns what the user is to see.
+
+        None where it is ours already: whatever happened, it runs here.
+        """
+        if await self._let_go():
+            return None
+        failure = self._failure(error)
+        await self._give_reason(error, failure)
+        await self._drain_worker()
+        await self._discard(keep=isinstance(error, PeerLost))
+        if self.kept:
+            return PeerLost(f"{error}; what came is kept: run it again to resume")
+        return failure or error
+
+    async def _end_with_all(self) -> None:
+        """Nothing of it goes on, or refers to it, when this returns."""
+        await self._drain_worker()
+        self._close_journals()
+        late = [] if self._came is None else [self._came.link]
+        await close_all([*self._links, *late])
+        self._observer.close()
+        self._task = self._reception = None
 
     async def _attempts(self) -> None:
         """Receives, over as many connections as it takes."""
@@ -186,7 +205,7 @@ class Destination:
                 if not self._heard and self._resumed is None and not self._visitor.done():
                     self.started = False  # nobody can know the name of this attempt
                     raise
-                await asyncio.shield(close_all(self._links))
+                await finished(close_all(self._links))
                 if not self._visitor.done() and left > 0:
                     self.patience = left
                     self._observer("interrupted", self.arrival)
@@ -276,7 +295,7 @@ class Destination:
         return Lanes(self.link, self._lanes).links
 
     async def _drain_worker(self) -> None:
-        await asyncio.to_thread(self._worker.shutdown)
+        await in_thread(self._worker.shutdown)
 
     def _failure(self, error: BaseException) -> MigrationError | None:
         failure = failure_of(error, "the guest cannot be written here")
@@ -288,14 +307,17 @@ class Destination:
 
         Returns True where it is ours already: whatever happened, it runs here.
         """
-        if self._custody is None or self._custody.journal.claim is Claim.NONE:
+        custody = self._custody
+        if custody is None or custody.journal.claim is Claim.NONE:
             return False
-        self.place = None  # it is the custody's
-        with contextlib.suppress(JournalError):  # PREPARED stays: the next program decides
-            await self._custody.give_up()
-        if self._custody.journal.claim is not Claim.OWNER or not self._custody.running:
+        if not custody.place_kept:
+            self.place = None  # it is the custody's
+            with contextlib.suppress(JournalError):  # PREPARED stays: the next program decides
+                await custody.give_up()
+        if custody.journal.claim is not Claim.OWNER or not custody.running:
             return False
-        self._complete(self._custody)
+        if self.arrival.status != "completed":
+            await self._arrived(custody)
         return True
 
     async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
@@ -420,8 +442,12 @@ class Destination:
         """
         journal = self._records.journal(os.urandom(TOKEN_BYTES))
         if place.lasting:
-            await asyncio.to_thread(journal.begin, place=place.facts())
-            place.persist()
+            try:
+                await finished(in_thread(journal.begin, place=place.facts()))
+                place.persist()
+            except BaseException:
+                journal.close()
+                raise
         earlier, self._resumed = (self._journal, self._resumed), None
         for one in filter(None, earlier):
             if one.is_of(resume):
@@ -504,14 +530,18 @@ class Destination:
 
     async def _take_over(self) -> None:
         """GO, on this connection or on one that asked; or the end of the patience."""
-        assert self._custody is not None
         custody = self._custody
+        assert custody is not None
         if await self._go(custody):
             self.owner = True
-            await custody.take_over()
-            with contextlib.suppress(PeerLost):
-                await self.link.send(Running())
-            custody.running = await custody.place.look(custody.running)
+            await undisturbed(custody.take_over())
+        await undisturbed(self._arrived(custody))
+
+    async def _arrived(self, custody: Custody) -> None:
+        """The guest runs here, and the source is told."""
+        with contextlib.suppress(PeerLost, ProtoError):
+            await self.link.send(Running())
+        custody.running = await custody.place.look(custody.running)
         self._complete(custody)
         with contextlib.suppress(TimeoutError, PeerLost, ProtoError):
             async with asyncio.timeout(ACKNOWLEDGE_SECONDS):
@@ -530,7 +560,7 @@ class Destination:
 
     def _complete(self, custody: Custody) -> None:
         self.owner = True
-        self.place = None
+        self.place, self.arrived = None, custody.place
         self.arrival.running, self.arrival.runs = custody.running, custody.place.runs
         self.arrival.status = "completed"
         custody.place.close()

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from types import TracebackType
 
 from migrate.address import Address
+from migrate.cancellation import finished
 from migrate.crowd import SHOWN, SILENT, SPEAKS, Crowd
 from migrate.destination import Destination
 from migrate.errors import MigrationError, PeerLost
 from migrate.handover import Records, answer
-from migrate.link import Link
+from migrate.link import Link, close_all
 from migrate.listening import Listener
 from proto import ErrorCode, ProtoError
 from proto.messages import MAX_CHANNELS, MessageType
@@ -78,18 +79,26 @@ class Door:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        await finished(self._close())
+
+    async def _close(self) -> None:
+        """Nobody is led any more, and nothing refers to who was."""
         assert self._opening is not None
         tasks = [self._opening, *(visit.task for visit in self._standing.members())]
         for task in tasks:
             task.cancel()
-        try:
-            await asyncio.gather(*tasks, return_exceptions=True)
-        finally:  # also where this is cancelled
-            while not self._lanes.empty():
-                self._lanes.get_nowait().abort()
-            while not self._guests.empty():
-                self._guests.get_nowait().link.abort()
-            await self._listener.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        links = [visit.link for visit in self._standing.members()]
+        while not self._lanes.empty():
+            links.append(self._lanes.get_nowait())
+        while not self._guests.empty():
+            links.append(self._guests.get_nowait().link)
+        for link in links:
+            link.abort()
+        await close_all(links)
+        await self._listener.close()
+        self._current = None
+        self._greeter = _closed
 
     async def guest(self) -> Destination:
         """The next guest that was described: run it. The last one is no concern any more."""
@@ -162,3 +171,7 @@ class Door:
         self._refused(link.peer_name, reason)
         await link.give_reason(code, reason)
         await link.close()
+
+
+def _closed(_link: Link) -> Destination:
+    raise PeerLost("nobody is let in any more")

@@ -1,4 +1,5 @@
-"""What can go wrong outside the bytes. Each class carries the exit code of the programs.
+"""What can go wrong outside the bytes. Each class carries the exit code of the programs, and each
+error where the guest is (`guest_is`).
 
 MigrationError             1  failed; the source's guest is as it was
 ├── UsageError             2  what the user asked for cannot be
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from migrate.output import printable
 from proto import ErrorCode, ProtoError
@@ -39,6 +40,9 @@ class MigrationError(Exception):
 
     exit_code = 1
     code = ErrorCode.INTERNAL
+    guest_is: Literal["here", "there", "unknown"] = "here"
+    """Where the guest is, seen from who gets this error: "here", at this end, where it runs as
+    before; "there", at the other end; "unknown" (see `migrate.resolve`)."""
 
     def __init__(self, sentence: str = "") -> None:
         super().__init__(printable(sentence))
@@ -133,9 +137,13 @@ class OnCompleteError(MigrationError):
 
 
 class HandOverUnknown(MigrationError):  # noqa: N818
-    """After GO nobody but the destination may run the guest, and it has not answered."""
+    """After GO nobody but the destination may run the guest, and it has not answered.
+
+    In a Python program `await migrate.resolve(guest)` asks again.
+    """
 
     exit_code = 9
+    guest_is = "unknown"
 
 
 _REASONS: dict[ErrorCode, type[MigrationError]] = {

@@ -18,10 +18,12 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from migrate.cancellation import finished
 from migrate.errors import MigrationError, NotStartedError, PeerError, PeerLost, peer_error
 from migrate.guests.guest import Place
 from migrate.journal import Journal, JournalError, journals, name_of, settled, stored
 from migrate.link import Link
+from migrate.threads import in_thread
 from proto import ErrorCode, ProtoError
 from proto.messages import Done, Error, Go, Ownership, Query, Running
 from proto.ownership import ANSWERS, FINAL, Claim, Event, Role
@@ -29,6 +31,8 @@ from proto.ownership import ANSWERS, FINAL, Claim, Event, Role
 ANSWER_SECONDS = 15.0
 # Over one connection; who has more to ask connects again.
 MAX_QUESTIONS = 64
+# A program that receives guest after guest remembers so many.
+MAX_KNOWN = 1024
 # Between two attempts to ask: the first pause, and the longest.
 ASK_AGAIN_SECONDS = (0.1, 3.0)
 
@@ -37,19 +41,7 @@ T = TypeVar("T")
 
 async def written(journal: Journal, event: Event, *, must: bool = True, **facts: Any) -> None:
     """Journal.move, not in the loop's thread; a cancellation waits for it. Raises JournalError."""
-    await finished(asyncio.to_thread(journal.move, event, must=must, **facts))
-
-
-async def finished(work: Awaitable[T]) -> T:
-    """The result of what cannot be undone half-way: a cancellation is raised after its end."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
-            with contextlib.suppress(Exception):
-                await task
-        raise
+    await finished(in_thread(journal.move, event, must=must, **facts))
 
 
 async def ask(link: Link, journal: Journal) -> Claim:
@@ -136,6 +128,8 @@ class Custody:
         """Why nobody knows whether the guest was started."""
         self.on_taken: Callable[[Custody], None] = lambda _custody: None
         """Told when the guest has been started."""
+        self.place_kept = False
+        """It was given up, and its pages are to be gone on with."""
         self.decided = asyncio.Event()
         self.told = asyncio.Event()
         self._state = state
@@ -166,20 +160,33 @@ class Custody:
                 raise MigrationError(self.doubt)
             await written(self.journal, event)
             if self.place.irrevocable:
-                await asyncio.to_thread(self.journal.mark_begun)
+                await in_thread(self.journal.mark_begun)
             try:
                 running = await self.place.start(self._state)
-            except MigrationError as error:
-                await written(self.journal, Event.NOT_STARTED)
-                await self.place.discard()
-                self.decided.set()
-                raise NotStartedError(str(error)) from error
+            except Exception as error:
+                raise await self._not_started(error) from error
             self.running = running
             with contextlib.suppress(JournalError):  # it would only be started once more, or asked
                 self.journal.mark_started()
             self.decided.set()
             self.on_taken(self)
             return running
+
+    async def _not_started(self, error: Exception) -> MigrationError:
+        """What the source is told. What no place of ours raises leaves one in doubt that may have
+        started the guest all the same."""
+        why = (
+            str(error) if isinstance(error, MigrationError) else f"{type(error).__name__}: {error}"
+        )
+        if self.place.irrevocable and not isinstance(error, MigrationError):
+            self.doubt = f"whether the guest was started is not known: {why}"
+            return MigrationError(self.doubt)
+        await written(self.journal, Event.NOT_STARTED)
+        try:
+            await self.place.discard()
+        finally:
+            self.decided.set()
+        return NotStartedError(why)
 
     async def give_up(self, event: Event = Event.GIVE_UP, *, keep_place: bool = False) -> bool:
         """ABORTED, where it is not ours already; whether it is given up. Raises JournalError.
@@ -193,10 +200,15 @@ class Custody:
         async with self._lock:
             if self.journal.claim is Claim.PREPARED:
                 await written(self.journal, event)
+                self.place_kept = keep_place
                 if not keep_place:
                     await self.place.discard()
                 self.decided.set()
             return self.journal.claim is Claim.ABORTED
+
+    def rest(self) -> None:
+        """The guest runs here, or does not come: it is no concern any more."""
+        self.place, self._state = GonePlace(), b""
 
     async def decide(self, *, runs: bool) -> None:
         """A person has looked, and answers for it: ends a doubt."""
@@ -244,6 +256,14 @@ class Records:
     def keep(self, custody: Custody) -> None:
         self._known[custody.journal.name] = custody
 
+    def rest(self) -> None:
+        """Of what is decided, only whose it is need be known; of old ones, not even that."""
+        for custody in [one for one in self._known.values() if one.decided.is_set()]:
+            custody.rest()
+        for name in [*self._known][:-MAX_KNOWN]:
+            if self._known[name].decided.is_set():
+                del self._known[name]
+
     async def find(self, name: str) -> Custody | None:
         """By the name of the migration; None where there is no record. Raises JournalError."""
         if name not in self._known:
@@ -279,11 +299,14 @@ class Records:
             custody is not None
             and custody.journal.claim is Claim.PREPARED
             and custody.place.lasting
-            and await custody.give_up(keep_place=True)
         ):
+            await finished(self._reclaim(custody))
+        return self.attempt(token)
+
+    async def _reclaim(self, custody: Custody) -> None:
+        if await custody.give_up(keep_place=True):
             custody.place.close()
             self._attempts[custody.journal.name] = custody.journal
-        return self.attempt(token)
 
     async def _reopened(self, journal: Journal) -> Custody:
         """What an earlier program has left. A guest that is gone was never run: it is given up."""

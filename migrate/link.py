@@ -163,7 +163,7 @@ class Link(asyncio.BufferedProtocol):
         self._aside_since = time.monotonic()
         self._tokens = itertools.count(1)
         self._pings: dict[int, asyncio.Future[float]] = {}
-        self._heart: asyncio.Task[None] | None = None
+        self._heart: asyncio.TimerHandle | None = None
         self._buffer = memoryview(b"")
         self._deaf: memoryview | None = None
         """Where what nobody wants to hear any more goes."""
@@ -184,7 +184,8 @@ class Link(asyncio.BufferedProtocol):
             _have_watched(sock, self.peer_timeout)
             if self.congestion:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self.congestion.encode())
-        self._heart = asyncio.get_running_loop().create_task(self._beat())
+        self._ping_at = time.monotonic() + self.peer_timeout / BEATS
+        self._wait_for_beat()
 
     def bound_sending(self, most: int) -> None:
         """`send` waits while more than so many bytes are queued."""
@@ -231,6 +232,12 @@ class Link(asyncio.BufferedProtocol):
                 self._parse()
         self._fail(fault)
         self._closed.set()
+        self._stop_heart()
+
+    def _stop_heart(self) -> None:
+        if self._heart is not None:
+            self._heart.cancel()
+            self._heart = None
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -298,7 +305,7 @@ class Link(asyncio.BufferedProtocol):
         self._writable.set()
         for waiter in self._pings.values():
             if not waiter.done():
-                waiter.cancel()
+                waiter.set_exception(fault)
 
     async def receive(self) -> Frame:
         """The next frame; release it when its body is no longer needed.
@@ -363,7 +370,7 @@ class Link(asyncio.BufferedProtocol):
 
     async def give_reason(self, code: ErrorCode, reason: str) -> None:
         """Tells the peer why we hang up, if it can still hear; never raises for that."""
-        with contextlib.suppress(ProtoError, PeerLost, TimeoutError, asyncio.CancelledError):
+        with contextlib.suppress(ProtoError, PeerLost, TimeoutError):
             async with asyncio.timeout(1):
                 await self.send(Error(code, printable(reason, MAX_TEXT)))
 
@@ -381,36 +388,38 @@ class Link(asyncio.BufferedProtocol):
 
     # -- liveness
 
-    async def _beat(self) -> None:
+    def _wait_for_beat(self) -> None:
+        """It comes when something is due, so that a silence is seen as it becomes too long."""
+        if self._fault is not None or self._closed.is_set():
+            return
+        lost_at = self._heard_at + self.peer_timeout if self._reading else math.inf
+        due = min(self._ping_at, lost_at)
+        left = max(due - time.monotonic(), 0)
+        self._heart = asyncio.get_running_loop().call_later(left, self._beat, due)
+
+    def _beat(self, due: float) -> None:
         """Says that we live, and ends a link on which nothing came for `peer_timeout` seconds.
 
-        It wakes when one of both is due, so that a silence is seen as it becomes too long. While
-        we do not read, the peer's silence is ours; but it must go on hearing of us.
+        While we do not read, the peer's silence is ours; but it must go on hearing of us.
         """
         interval = self.peer_timeout / BEATS
-        ping_at = time.monotonic() + interval
-        while self._fault is None:
-            lost_at = self._heard_at + self.peer_timeout if self._reading else math.inf
-            due = min(ping_at, lost_at)
-            await asyncio.sleep(due - time.monotonic())
-            now = time.monotonic()
-            if now - due > interval:
-                # We were stopped ourselves: what the peer said meanwhile is still unread.
-                self._heard_at, self._frame_began = now, None
-            if self._trickles(now):
-                self._fail(
-                    PeerLost(f"{self.peer_name} sends less than {LEAST_RATE} bytes a second")
-                )
-                self.abort()
-                return
-            silence = now - self._heard_at
-            if self._reading and silence >= self.peer_timeout:
-                self._fail(PeerLost(f"{self.peer_name} has said nothing for {silence:.3g} s"))
-                self.abort()
-                return
-            if now >= ping_at:
-                ping_at = now + interval
-                self._ping()
+        now = time.monotonic()
+        if now - due > interval:
+            # We were stopped ourselves: what the peer said meanwhile is still unread.
+            self._heard_at, self._frame_began = now, None
+        silence = now - self._heard_at
+        if self._trickles(now):
+            self._lose(f"{self.peer_name} sends less than {LEAST_RATE} bytes a second")
+        elif self._reading and silence >= self.peer_timeout:
+            self._lose(f"{self.peer_name} has said nothing for {silence:.3g} s")
+        elif now >= self._ping_at:
+            self._ping_at = now + interval
+            self._ping()
+        self._wait_for_beat()
+
+    def _lose(self, why: str) -> None:
+        self._fail(PeerLost(why))
+        self.abort()
 
     def _trickles(self, now: float) -> bool:
         """Whether a frame that was begun comes so slowly that it is never meant to be whole."""
@@ -445,14 +454,15 @@ class Link(asyncio.BufferedProtocol):
         waiter = asyncio.get_running_loop().create_future()
         self._pings[token] = waiter
         began = time.monotonic()
-        await self.send(Ping(token))
         try:
+            await self.send(Ping(token))
             answered: float = await waiter
             return answered - began
-        except asyncio.CancelledError:
-            if self._fault is not None:
-                raise self._fault from None
-            raise
+        finally:
+            self._pings.pop(token, None)
+            if waiter.done() and not waiter.cancelled():
+                waiter.exception()  # nobody may have waited for it
+            del waiter
 
     # -- the end
 
@@ -473,8 +483,7 @@ class Link(asyncio.BufferedProtocol):
 
     async def close(self) -> None:
         """Sends what is queued (for a second at most) and closes; a lost peer is not waited for."""
-        if self._heart is not None:
-            self._heart.cancel()
+        self._stop_heart()
         if self._transport is None:
             return
         if isinstance(self._fault, PeerLost):
@@ -485,6 +494,8 @@ class Link(asyncio.BufferedProtocol):
                 await self._closed.wait()
         except TimeoutError:
             self._transport.abort()
+        # It refers to frames that refer to this link, and to all that waited for it.
+        self._fault = PeerLost("the connection is closed")
 
 
 async def give_reason_on(links: Iterable[Link], code: ErrorCode, reason: str) -> None:

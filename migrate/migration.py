@@ -30,6 +30,7 @@ from typing import Any
 
 from migrate.budget import Budget
 from migrate.cache import SizedCache, default_cache_max
+from migrate.cancellation import finished, once, undisturbed
 from migrate.channels import Channels, Dial
 from migrate.errors import (
     CancelledByPeer,
@@ -40,7 +41,6 @@ from migrate.errors import (
     NotStartedError,
     PeerLost,
     TlsError,
-    UsageError,
     code_of,
     failure_of,
 )
@@ -53,6 +53,7 @@ from migrate.output import printable
 from migrate.parameters import Parameters
 from migrate.quantities import option_size
 from migrate.statistics import Statistics
+from migrate.threads import in_thread
 from proto import ProtoError
 from proto import capabilities as caps
 from proto.frames import HEADER_BYTES
@@ -143,7 +144,7 @@ class Migration(ABC):
         self._journal = earlier or Journal(Role.SOURCE, bytes(TOKEN_BYTES))
         self._resumes = earlier is not None
         self._greeting = False
-        self._holds = False
+        self._holds = self._gave_up = self._cancelled = False
         self.resumable = False
         """It failed, and whoever tries again (with the journals) can go on with it."""
         self._resolve_timeout = resolve_timeout
@@ -253,21 +254,26 @@ class Migration(ABC):
         """Migrates. Returns the final statistics.
 
         Raises MigrationError (see migrate.errors) or asyncio.CancelledError; unless `committed`,
-        the guest runs on here then.
+        the guest runs on here then. A cancellation that comes when GO was said waits until it is
+        known whose the guest is, and is forgotten where it has arrived.
         """
-        self._task = asyncio.current_task()
         try:
-            return await self._run()
+            return await once(self._run(), self._hear_cancellation)
         finally:
             self._observer.raise_leaving()
+
+    def _hear_cancellation(self) -> None:
+        self._cancelled = True
 
     def _leave(self) -> None:
         """The observer wants the program to end."""
         over = self.committed or self.statistics.status in ("completed", "failed", "cancelled")
         if self._task is not None and not over:
+            self._cancelled = True
             self._task.cancel()
 
     async def _run(self) -> Statistics:
+        self._task = asyncio.current_task()
         self._began = time.monotonic()
         try:
             await self._hold()
@@ -276,38 +282,41 @@ class Migration(ABC):
             except BaseException as broken:
                 if not self.committed:
                     raise
-                await self._find_out(broken)
+                await undisturbed(self._find_out(broken))
         except BaseException as raised:
-            error = _the_cause(raised)
-            # Not where the destination has given up, and keeps nothing.
-            lost = isinstance(error, PeerLost | ConnectError | TlsError) or self._greeting
-            self.resumable = self._resumes and bool((lost and self._retry) or self._agreed is None)
-            failure = self._failure(error)
-            try:
-                await self._give_reason(error, failure)
-            finally:
-                self._end("failed" if failure else "cancelled", str(failure or ""))
-            if failure is None:
+            failure = await finished(self._fail(_the_cause(raised)))
+            if failure is raised:
                 raise
-            raise failure from error
+            raise failure from raised
         finally:
-            self._worker.shutdown(wait=True)
-            self._journal.close(keep=self.resumable or self._journal.claim is Claim.ABORTED)
-            if self._holds:
-                self.guest.moving = False
-                self.guest.unhold()
-            await self.channels.close()
+            await finished(self._end_with_all())
         return self.statistics
+
+    async def _fail(self, error: BaseException) -> BaseException:
+        """Tells the destination why; returns what the user is to see."""
+        # Not where the destination has given up, and keeps nothing.
+        lost = isinstance(error, PeerLost | ConnectError | TlsError) or self._greeting
+        self.resumable = self._resumes and bool((lost and self._retry) or self._agreed is None)
+        failure = self._failure(error)
+        await self._give_reason(error, failure)
+        self._end("failed" if failure else "cancelled", str(failure or ""))
+        return failure or error
+
+    async def _end_with_all(self) -> None:
+        """Nothing of it goes on, or refers to it, when this returns."""
+        self._worker.shutdown(wait=True)
+        self._journal.close(keep=self.resumable or self._journal.claim is Claim.ABORTED)
+        if self._holds:
+            self.guest.moving = False
+            self.guest.unhold()
+        await self.channels.close()
+        self._observer.close()
+        self._task = None
 
     async def _hold(self) -> None:
         """Hold the guest. Raises UsageError where it is being moved, or has moved."""
         with _TURN:  # other threads may have loops of their own
-            if self.guest.moving:
-                raise UsageError("this guest is being moved already: a guest moves to one place")
-            if self.guest.given_up:
-                raise UsageError(
-                    "this guest has moved, or may have: a guest moves once, and what is here is old"
-                )
+            self.guest.check_home()
             self.guest.moving = self._holds = True
         await self.guest.hold()
         self.guest.refuse_if_moved()
@@ -323,6 +332,8 @@ class Migration(ABC):
                 return
             except BaseException as raised:
                 error = _the_cause(raised)
+                if self._cancelled and not self.committed:
+                    raise asyncio.CancelledError from None  # it came as the connection broke
                 if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
                     raise error from None
                 if isinstance(error, NoProgress):
@@ -347,12 +358,7 @@ class Migration(ABC):
             self._notice(f"{error}: connecting again, for {left}{since}")
         self._under_way = False
         self._set_status("setup")
-        task = asyncio.current_task()
-        assert task is not None
-        cancelled = task.cancelling()
-        await self.channels.close()
-        if task.cancelling() > cancelled:  # meanwhile: closing goes on regardless
-            raise asyncio.CancelledError
+        await finished(self.channels.close())
         old, link = self.channels.link, await self._dial_again(error)
         if link.endpoint != old.endpoint:
             self._notice(f"connected to another address: {link.peer_name}")
@@ -426,6 +432,8 @@ class Migration(ABC):
         )
         if self._journals:
             text += f"; `migrate-src resolve {self._journal.name}` asks again"
+        else:
+            self.guest.undecided = self._journal, self._dials
         return HandOverUnknown(text)
 
     async def _give_reason(self, error: BaseException, failure: MigrationError | None) -> None:
@@ -441,7 +449,7 @@ class Migration(ABC):
             await self._hand_over()
         except BaseException:
             if not self.committed:
-                await asyncio.shield(self._keep_guest())
+                await finished(self._keep_guest())
             raise
 
     async def _keep_guest(self) -> None:
@@ -504,10 +512,15 @@ class Migration(ABC):
     async def _begin_journal(self, token: bytes) -> None:
         """Each attempt has its own name, and so its own journal; that of the last one goes."""
         journal = Journal(Role.SOURCE, token, self._journals)
-        await asyncio.to_thread(
+        beginning = in_thread(
             journal.begin, guest=self.guest.facts(), address=self._address,
             description=self.guest.description, peer=self.channels.link.peer_name,
         )  # fmt: skip
+        try:
+            await finished(beginning)
+        except BaseException:
+            journal.close()
+            raise
         self._journal.close()
         self._journal, self._resumes = journal, True
 
@@ -516,36 +529,63 @@ class Migration(ABC):
     async def _hand_over(self) -> None:
         """READY came: the guest is given up, and GO is said; returns when it runs over there."""
         self.guest.confirm_hold()
-        await self.guest.give_up()
-        self.channels.handed_over = self.guest.given_up = True
         try:
-            await written(self._journal, Event.READY, **self._late_facts())
-        except JournalError:
+            await finished(self._give_up())
+        except BaseException:
+            if await undisturbed(self._call_off()):
+                raise
+        self.channels.handed_over = self.guest.given_up = True
+        await self._say_go()
+        await undisturbed(self._arrived())
+
+    async def _give_up(self) -> None:
+        """From here on nothing but GO is missing. Raises JournalError."""
+        await self.guest.give_up()
+        self._gave_up = True
+        await written(self._journal, Event.READY, **self._late_facts())
+
+    async def _call_off(self) -> bool:
+        """GO was not said, and is not going to be: the guest is ours again, still paused.
+
+        False: it stands in the journal that the guest is given up, and that cannot be struck out.
+        Whoever reads it could say GO one day; so it is said now.
+        """
+        if self._journal.claim is Claim.COMMITTED:
+            try:
+                await written(self._journal, Event.CALLED_OFF)
+            except JournalError:
+                return False
+        if self._gave_up:
             await self._take_back()
-            raise
-        await self._commit()
-        await self._done()
+        return True
 
     def _late_facts(self) -> dict[str, Any]:
         """What has become other since the journal was begun: more processes were stopped."""
         facts = self.guest.facts()
         return {} if facts == self._journal.facts.get("guest") else {"guest": facts}
 
-    async def _commit(self) -> None:
-        """GO, and the answer. The guest runs there, or nowhere until somebody looks."""
+    async def _say_go(self) -> None:
+        """Returns when the guest runs there. Raises NotStartedError: it is ours again, for good."""
         try:
             async with asyncio.timeout(HAND_OVER_SECONDS):
                 await self.channels.link.send(Go())
                 await self.channels.expect(Running)
         except NotStartedError:
-            await written(self._journal, Event.NOT_STARTED, must=False)
-            await self._take_back()
+            await undisturbed(self._not_started())
             raise
         except TimeoutError:
             raise PeerLost(f"no answer to GO for {HAND_OVER_SECONDS:g} s") from None
+
+    async def _not_started(self) -> None:
+        await written(self._journal, Event.NOT_STARTED, must=False)
+        await self._take_back()
+
+    async def _arrived(self) -> None:
+        """RUNNING came."""
         await written(self._journal, Event.RUNNING, must=False)
         with contextlib.suppress(PeerLost, ProtoError):
             await self.channels.link.send(Done())
+        await self._done()
 
     async def _done(self) -> None:
         """It runs over there."""
@@ -558,12 +598,20 @@ class Migration(ABC):
         )
         await self._let_go()
         self._end("completed")
-        await self.guest.release()
+        try:
+            await self.guest.release()
+        except Exception as error:
+            self._notice(f"warning: the guest runs at the destination; to end it here: {error}")
 
     async def _take_back(self) -> None:
         """It will never run over there: it is ours again, and still paused."""
         await self.guest.take_back()
-        self.channels.handed_over = self.guest.given_up = False
+        self.channels.handed_over = self.guest.given_up = self._gave_up = False
+
+    @property
+    def _dials(self) -> list[Dial]:
+        """The ways to the destination."""
+        return [dial for dial in (self.channels.link.beside, self._dial) if dial is not None]
 
     async def _find_out(self, error: BaseException) -> None:
         """The connection broke after the commit: asks until it is known whose the guest is.
@@ -571,14 +619,13 @@ class Migration(ABC):
         Returns where it runs over there. Raises NotStartedError where it is ours again, and runs;
         HandOverUnknown where that is not to be found out in time.
         """
-        why = str(error) or type(error).__name__
+        cancelled = isinstance(error, asyncio.CancelledError)
+        why = str(error) or ("interrupted" if cancelled else type(error).__name__)
         if self._journal.claim is Claim.COMMITTED:
-            if isinstance(error, asyncio.CancelledError) or self._dial is None:
-                raise self._unknown("interrupted" if not str(error) else why) from error
+            if self._dial is None:
+                raise self._unknown(why) from error
             self._notice(f"the hand-over was cut off ({why}): asking whose the guest is")
-            beside = self.channels.link.beside
-            dials = [self._dial] if beside is None else [beside, self._dial]
-            unknown = await ask_until_known(dials, self._journal, self._resolve_timeout)
+            unknown = await ask_until_known(self._dials, self._journal, self._resolve_timeout)
             if unknown and self._journal.claim is Claim.COMMITTED:
                 raise self._unknown(f"{why}; {unknown}") from error
         if self._journal.claim is Claim.DONE:
@@ -586,6 +633,8 @@ class Migration(ABC):
             return
         await self._take_back()
         await self._keep_guest()
+        if cancelled:
+            raise error
         raise NotStartedError(
             f"the hand-over was cut off ({why}), and the destination has given the guest up"
         )

@@ -47,3 +47,8 @@ class Watched(Generic[T]):
         """Raise what the observer wanted to leave with, if it did."""
         if self.leaving is not None:
             raise self.leaving
+
+    def close(self) -> None:
+        """Nothing more is to be told: refers to nobody any more."""
+        self._observer = None
+        self._leave = lambda: None

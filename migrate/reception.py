@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from migrate.cancellation import finished
 from migrate.digest import Digest
 from migrate.errors import MismatchError, PeerError, peer_error
 from migrate.guests.guest import Place
@@ -186,7 +187,7 @@ class Pages(Reception):
             for task in (main, *tasks):
                 task.cancel()
             # A batch that is being applied is let finish: its frame is memory that it reads.
-            await asyncio.shield(asyncio.gather(main, *tasks, return_exceptions=True))
+            await finished(asyncio.gather(main, *tasks, return_exceptions=True))
 
     async def _batches(self, link: Link, decoder: PageDecoder) -> tuple[MessageType, bytes]:
         """Applies the batches of one channel up to its next other message."""

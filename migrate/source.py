@@ -115,6 +115,10 @@ class Source(Migration):
         await self._brake.release()
         self.statistics = self.statistics.with_(cpu_throttle_percentage=0)
 
+    async def _end_with_all(self) -> None:
+        await super()._end_with_all()
+        self._brake.close()
+
     # -- setup
 
     async def _set_up(self) -> tuple[PageEncoder, Digest, PageSet]:

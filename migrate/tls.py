@@ -62,8 +62,8 @@ class Credentials:
 
     directory -- holds the files
     role      -- whose side this is
-    authz     -- the clients that may bring a guest: NAME is a common name, DNS:NAME a DNS name,
-                 what has a = in it a distinguished name (RFC 4514); none: everybody with a
+    authz     -- the clients that may bring a guest: `node1` is a common name, `DNS:node1` a DNS
+                 name, what has a = in it a distinguished name (RFC 4514); none: everybody with a
                  certificate
     hostname  -- the name that the server's certificate must have; "": that of its address
 

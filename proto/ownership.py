@@ -62,6 +62,8 @@ class Event(Enum):
     READY = auto()
     GO = auto()
     RUNNING = auto()
+    CALLED_OFF = auto()
+    """The source takes it back: it has never said GO, and is the program that would know."""
     NOT_STARTED = auto()
     """The destination could not start it: it did not run, and never will."""
     GIVE_UP = auto()
@@ -82,6 +84,7 @@ TABLE: dict[Role, dict[tuple[Claim, Event], Claim]] = {
     S: {
         (Claim.NONE, Event.READY): Claim.COMMITTED,
         (Claim.COMMITTED, Event.RUNNING): Claim.DONE,
+        (Claim.COMMITTED, Event.CALLED_OFF): Claim.ABORTED,
         (Claim.COMMITTED, Event.NOT_STARTED): Claim.ABORTED,
         (Claim.COMMITTED, Event.SAYS_NONE): Claim.COMMITTED,
         (Claim.COMMITTED, Event.SAYS_PREPARED): Claim.COMMITTED,

@@ -574,7 +574,7 @@ async def hand_destination(channels: int = 3, **options: Any):
 async def assert_kept(source: Source) -> None:
     """The guest is the source's, and its writers get in."""
     assert not source.committed
-    with source.guest.writing():
+    async with source.guest.writing():
         source.guest.memory.view[0] ^= 1
 
 
@@ -604,7 +604,7 @@ async def test_no_batch_of_the_next_round_is_sent_before_the_last_one_is_confirm
         await hand.admit_all()
         for number in range(1, 4):
             assert (await hand.take_rounds()).number == number
-            with source.guest.writing():
+            async with source.guest.writing():
                 source.guest.memory.view[:: 64 * PAGE] = bytes([number]) * (-(-SIZE // 64 // PAGE))
             waiting = [asyncio.create_task(lane.receive()) for lane in hand.links]
             await asyncio.sleep(0.1)

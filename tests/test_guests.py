@@ -41,6 +41,7 @@ from migrate.guests.demo import (
 from migrate.guests.file import FileGuest
 from migrate.guests.output_file import FilePlace
 from migrate.guests.rights import Rights
+from migrate.parameters import Parameters
 from migrate.tracking import MarkTracker, ScanTracker
 from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
@@ -980,18 +981,20 @@ async def test_writers_wait_while_a_buffer_is_paused_and_learn_that_it_moved():
     assert moved.is_set()
     assert not any(thread.is_alive() for thread in threads)
     assert memory == before
-    with pytest.raises(GuestMoved), guest.writing():
-        pass
+    with pytest.raises(GuestMoved):
+        async with guest.writing():
+            pass
 
 
 @pytest.mark.asyncio
 async def test_a_writer_that_stays_inside_fails_the_pause_and_is_let_go_on(monkeypatch):
     monkeypatch.setattr(buffer_module, "PAUSE_PATIENCE", 0.05)
     guest = BufferGuest(bytearray(10))
-    with guest.writing(), pytest.raises(MigrationError, match="stayed inside"):
-        await guest.pause()
+    async with guest.writing():
+        with pytest.raises(MigrationError, match="stayed inside"):
+            await guest.pause()
     await guest.resume()
-    with guest.writing():
+    async with guest.writing():
         pass
 
 
@@ -1026,7 +1029,7 @@ def test_marks_are_of_every_page_a_write_touches():
     with pytest.raises(ValueError, match="outside"):
         guest.mark(0, 1 << 20)
     with pytest.raises(UsageError, match="marks pages of 1024 bytes"):
-        guest.track(_Encoder(3, 4096))
+        guest.check_parameters(Parameters(page_size=4096))
     set_marks(guest._marks, 3, 1)
     assert set(tracker.take()) == {3}
 

@@ -555,7 +555,7 @@ async def test_guest_whose_hold_is_lost_is_not_committed():
     with pytest.raises(MigrationError, match="the hold is lost"):
         await send(guest, f"tcp:127.0.0.1:{port}")
     assert not guest.given_up
-    with guest.writing():
+    async with guest.writing():
         pass
     with pytest.raises(MigrationError):
         await receiving

@@ -338,7 +338,7 @@ async def test_one_side_cancelled_leaves_the_buffer_open_to_its_writers() -> Non
         await sender
     with pytest.raises(asyncio.CancelledError):
         await receiver
-    with guest.writing():
+    async with guest.writing():
         array[0] += 1
     _, received = await move(guest)
     assert bytes(received.memory) == array.tobytes()
@@ -388,7 +388,7 @@ async def test_a_destination_that_cannot_write_says_so_and_the_buffer_stays() ->
         await Source(guest, near).run()
     with pytest.raises(migrate.MigrationError, match="written here: No space left on device"):
         await receiving
-    with guest.writing():
+    async with guest.writing():
         pass
     os.close(full)
     await listener.close()

@@ -48,8 +48,9 @@ async def test_one_guest_moves_once_and_to_one_place():
     assert said.count("completed") == 1
     assert sum("is being moved already" in one for one in said) == 2
     assert "has moved" in await move(guest)
-    with pytest.raises(migrate.GuestMoved), guest.writing():
-        pass
+    with pytest.raises(migrate.GuestMoved):
+        async with guest.writing():
+            pass
 
 
 @pytest.mark.asyncio

@@ -67,10 +67,10 @@ class Both:
         return self.place is not None and bytes(self.place.received) == b"x" * SIZE
 
 
-def writes(guest: migrate.BufferGuest) -> bool:
+async def writes(guest: migrate.BufferGuest) -> bool:
     """Whether its writers go on here; else they are told that it has moved."""
     try:
-        with guest.writing():
+        async with guest.writing():
             return True
     except migrate.GuestMoved:
         return False
@@ -84,7 +84,7 @@ async def test_a_source_does_not_fail_with_its_observer(at: str, caplog: Any) ->
     assert observer.raised
     assert statistics.status == arrival.status == "completed"
     assert both.arrived
-    assert not writes(both.guest)
+    assert not await writes(both.guest)
     said = [one for one in caplog.records if one.name == "migrate.observer"]
     assert [one.levelno for one in said] == [logging.ERROR], "said once"
     assert said[0].exc_info is not None
@@ -98,7 +98,7 @@ async def test_a_destination_does_not_fail_with_its_observer(at: str) -> None:
     assert observer.raised
     assert statistics.status == arrival.status == "completed"
     assert both.arrived
-    assert not writes(both.guest)
+    assert not await writes(both.guest)
 
 
 class Leave(BaseException):
@@ -116,10 +116,10 @@ async def test_an_observer_that_wants_to_leave_has_the_migration_cancelled_or_do
     if at == "completed":
         assert both.arrived
         assert arrival.status == "completed"
-        assert not writes(both.guest)
+        assert not await writes(both.guest)
     else:
         assert isinstance(arrival, migrate.MigrationError)
-        assert writes(both.guest), "it runs on here"
+        assert await writes(both.guest), "it runs on here"
 
 
 @pytest.mark.asyncio
@@ -130,7 +130,7 @@ async def test_an_observer_at_the_destination_may_leave_too(at: str) -> None:
     assert came is error
     moved = at == "running"
     assert both.arrived or not moved
-    assert writes(both.guest) == isinstance(statistics, migrate.MigrationError) == (not moved)
+    assert await writes(both.guest) == isinstance(statistics, migrate.MigrationError) == (not moved)
 
 
 def test_no_observer_is_an_observer() -> None:

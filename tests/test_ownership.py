@@ -25,6 +25,7 @@ WHEN = {
     Event.VERIFIED: "!abandoned && !journal_lost",
     Event.READY: "heard(READY) && !source_runs && !abandoned",
     Event.GO: "heard(GO)",
+    Event.CALLED_OFF: "!said_GO",
     Event.RUNNING: "heard(RUNNING)",
     Event.NOT_STARTED: {S: "heard(NOT_STARTED)", D: "cannot_start && !destination_runs"},
     Event.GIVE_UP: "true",
@@ -131,6 +132,11 @@ def test_the_model_finds_a_wrong_move(tmp_path, wrong) -> None:
     assert not (safe and live)
 
 
+def test_the_model_finds_that_go_is_taken_back_when_it_was_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(WHEN, Event.CALLED_OFF, "true")
+    assert not check(tmp_path, "never_two")[0]
+
+
 @pytest.mark.parametrize("wrong", WRONG_RIGHTS)
 def test_the_model_finds_a_wrong_right_to_run(tmp_path, wrong) -> None:
     role, claim = WRONG_RIGHTS[wrong]
@@ -144,10 +150,12 @@ def test_what_the_table_says_of_itself() -> None:
         if following is None:
             continue
         # Nothing that was final changes; and who may not run the guest gets to only by an answer
-        # or a message of the other side, or by a person.
+        # or a message of the other side, or by a person; or has not let the other side run it.
         assert claim not in FINAL
         if following in MAY_RUN[role] and claim not in MAY_RUN[role]:
-            assert event in BY_HAND | {Event.GO, Event.NOT_STARTED, Event.SAYS_ABORTED}
+            assert event in BY_HAND | {
+                Event.GO, Event.NOT_STARTED, Event.SAYS_ABORTED, Event.CALLED_OFF
+            }  # fmt: skip
     assert {claim for claim in Claim if claim in ANSWERS} == {
         claim for claim in Claim if claim not in (Claim.COMMITTED, Claim.DONE)
     }  # fmt: skip

@@ -230,11 +230,13 @@ def ending_signals() -> set[signal.Signals]:
 
 
 class Stop:
-    """SIGHUP, SIGINT, SIGTERM and `quit`: the first cancels; once it is too late it says so."""
+    """SIGHUP, SIGINT, SIGTERM, `quit` and `migrate_cancel`: the first cancels, and no other does;
+    once it is too late it says so."""
 
     def __init__(self) -> None:
         self.signal = 0
         self.late = False
+        self._cancelled = False
         self._cancel: Callable[[], str] = str
         self._again = ""
 
@@ -242,6 +244,7 @@ class Stop:
         """`cancel` acts, or returns the sentence why it is too late; `again` is the sentence for
         who does not wait for what it does."""
         self._cancel, self._again = cancel, again
+        self._cancelled = False
         loop = asyncio.get_running_loop()
         for number in ending_signals():
             loop.add_signal_handler(number, self.request, number)
@@ -264,13 +267,17 @@ class Stop:
 
     def cancel(self) -> str:
         """Cancels what runs, and goes on; or returns the sentence why it is too late."""
-        return self._cancel()
+        if self._cancelled:
+            return ""
+        refusal = self._cancel()
+        self._cancelled = not refusal
+        return refusal
 
     def request(self, number: int = signal.SIGTERM) -> None:
         if self.signal:
             say(self._again)
             return
-        refusal = self._cancel()
+        refusal = self.cancel()
         if refusal:
             self.late = True
             say(refusal)

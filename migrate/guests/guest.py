@@ -14,7 +14,7 @@ each kind arranges that with somebody who outlives us (see demo.py, guard.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migrate.errors import UsageError
@@ -25,6 +25,9 @@ from proto.kernel import PageEncoder
 from proto.messages import MAX_SIZE
 
 if TYPE_CHECKING:
+    from migrate.journal import Journal
+    from migrate.link import Link
+    from migrate.parameters import Parameters
     from migrate.reception import Reception
 
 
@@ -70,6 +73,8 @@ class Guest(ABC):
     """Whether a migration moves it now."""
     given_up = False
     """Whether it was given up to a destination, where it runs, or may: it moves once."""
+    undecided: tuple[Journal, Sequence[Callable[[], Awaitable[Link]]]] | None = None
+    """Where nobody knows whose it is, and no file says so: what is to be asked, and how."""
     cautions: Sequence[str] = ()
     """Sentences for the user on how it is held, and on what else writes it."""
 
@@ -84,6 +89,17 @@ class Guest(ABC):
         Comes before anything is written down or stopped. Does nothing while it is held. Raises
         UsageError where another program moves it.
         """
+
+    def check_home(self) -> None:
+        """Raise UsageError if this program moves it already, or has moved it."""
+        if self.moving:
+            raise UsageError("this guest is being moved already: a guest moves to one place")
+        if self.given_up:
+            error = UsageError(
+                "this guest has moved, or may have: a guest moves once, and what is here is old"
+            )
+            error.guest_is = "there" if self.undecided is None else "unknown"
+            raise error
 
     def refuse_if_moved(self) -> None:
         """Raise UsageError if the guest has moved away, as far as can be told from the guest
@@ -157,6 +173,9 @@ class MemoryGuest(Guest):
     @property
     def size(self) -> int:
         return self.memory.size
+
+    def check_parameters(self, parameters: Parameters) -> None:
+        """Raise UsageError where this guest cannot be moved with them."""
 
     def track(self, encoder: PageEncoder) -> DirtyTracker:
         """Starts tracking for one migration."""

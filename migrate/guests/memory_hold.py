@@ -66,6 +66,7 @@ class MemoryHold(Hold):
         return self.start < other.end and other.start < self.end
 
     async def take(self) -> None:
+        _sweep("stop", None)
         with _TURN:
             before = [other for other in _HELD if other.overlaps(self)]
             for other in before:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from migrate.cancellation import finished
 from migrate.errors import MismatchError, PeerError, peer_error
 from migrate.guests.guest import Place
 from migrate.link import Link
@@ -113,7 +114,7 @@ class StreamReception(Reception):
         finally:
             for task in (main, *tasks):
                 task.cancel()
-            await asyncio.shield(asyncio.gather(main, *tasks, return_exceptions=True))
+            await finished(asyncio.gather(main, *tasks, return_exceptions=True))
             while not self._queue.empty():
                 self._queue.get_nowait().release()
 
