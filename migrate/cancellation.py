@@ -59,7 +59,7 @@ async def once(work: Awaitable[T], told: Callable[[], object] = lambda: None) ->
         await _ended(task, functools.partial(_tell, told, task))
         return _result(task)
     except BaseException as error:
-        _clear_frames(error, set())
+        forget(error)
         raise
     finally:
         del task
@@ -104,12 +104,19 @@ async def _ended(task: asyncio.Future[T], tell: Callable[[], object]) -> bool:
     return cancelled
 
 
+def forget(error: BaseException) -> None:
+    """Lets an error that is dealt with refer to nothing but lines."""
+    _clear_frames(error, set())
+
+
 def _clear_frames(error: BaseException | None, seen: set[int]) -> None:
-    """Of an error, and of all that it came from."""
     if error is None or id(error) in seen:
         return
     seen.add(id(error))
     traceback.clear_frames(error.__traceback__)
+    around = error.__context__
+    if isinstance(around, BaseExceptionGroup) and around.subgroup(lambda one: one is error):
+        error.__context__ = None  # it was taken out of that group, and raised by itself
     inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     for one in (error.__cause__, error.__context__, *inside):
         _clear_frames(one, seen)

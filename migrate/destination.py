@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from migrate.budget import Budget
-from migrate.cancellation import finished, once, undisturbed
+from migrate.cancellation import finished, forget, once, undisturbed
 from migrate.errors import (
     MigrationError,
     NoProgress,
@@ -163,6 +163,7 @@ class Destination:
                 raise
             if failure is not None:
                 raise failure from error
+            forget(error)
         finally:
             await undisturbed(self._end_with_all())
         return self.arrival
@@ -214,6 +215,7 @@ class Destination:
                     raise await self._no_progress(error) from None
                 if not self._visitor.done():
                     raise
+                forget(error)
             visitor, self._came = self._came, None
             assert visitor is not None
             self.link, self._described = visitor.link, visitor._described
@@ -295,7 +297,10 @@ class Destination:
         return Lanes(self.link, self._lanes).links
 
     async def _drain_worker(self) -> None:
-        await in_thread(self._worker.shutdown)
+        try:
+            await in_thread(self._worker.shutdown)
+        except RuntimeError:  # no thread can be started any more
+            self._worker.shutdown()
 
     def _failure(self, error: BaseException) -> MigrationError | None:
         failure = failure_of(error, "the guest cannot be written here")

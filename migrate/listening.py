@@ -55,6 +55,7 @@ class Listener:
         self._links: asyncio.Queue[Link] = asyncio.Queue(MAX_WAITING)
         self._shaking: Crowd[Secured] = Crowd(Secured.abort)
         self._leaving: set[asyncio.Task[None]] = set()
+        self.closed = False
 
     @property
     def address(self) -> Address:
@@ -79,6 +80,9 @@ class Listener:
         return await self._links.get()
 
     async def close(self) -> None:
+        """Who is connected already, and has not been heard of yet, is hung up on."""
+        self.closed = True
+        await self._accept_no_more()
         for server in self.servers:
             server.close()
         for one in self.sockets:
@@ -92,6 +96,15 @@ class Listener:
             self._links.get_nowait().abort()
         if self.file is not None:
             self.file.close()
+
+    async def _accept_no_more(self) -> None:
+        """asyncio forgets a connection that it has accepted, and leaves it open, where its server
+        is closed in the turn after: so that turn comes first."""
+        listening = [*self.sockets, *([self.file.socket] if self.file is not None else [])]
+        for one in listening:
+            with contextlib.suppress(ValueError, OSError):  # it is closed
+                asyncio.get_running_loop().remove_reader(one)
+        await asyncio.sleep(0)
 
     def protocol(self) -> asyncio.BufferedProtocol:
         """For the next connection."""
@@ -129,6 +142,9 @@ class Listener:
         why = ""
         if isinstance(transport, Secured):
             why = transport.denial
+        elif self.closed:
+            link.abort()
+            return
         elif not self.admits(transport):
             why = "your address may not connect here"
         if why:
@@ -184,8 +200,10 @@ class _Shaking(Secured):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._listener.shakes(self, transport)
-        if self._listener.admits(transport):
+        if self._listener.closed or self._listener.admits(transport):
             super().connection_made(transport)
+            if self._listener.closed:
+                self.abort()
         else:
             self.turn_away(transport)
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from migrate.budget import Budget
 from migrate.cache import SizedCache, default_cache_max
-from migrate.cancellation import finished, once, undisturbed
+from migrate.cancellation import finished, forget, once, undisturbed
 from migrate.channels import Channels, Dial
 from migrate.errors import (
     CancelledByPeer,
@@ -283,13 +283,14 @@ class Migration(ABC):
                 if not self.committed:
                     raise
                 await undisturbed(self._find_out(broken))
+                forget(broken)
         except BaseException as raised:
-            failure = await finished(self._fail(_the_cause(raised)))
+            failure = await undisturbed(self._fail(_the_cause(raised)))
             if failure is raised:
                 raise
             raise failure from raised
         finally:
-            await finished(self._end_with_all())
+            await undisturbed(self._end_with_all())
         return self.statistics
 
     async def _fail(self, error: BaseException) -> BaseException:
@@ -331,18 +332,22 @@ class Migration(ABC):
                     await self._migrate()
                 return
             except BaseException as raised:
-                error = _the_cause(raised)
-                if self._cancelled and not self.committed:
-                    raise asyncio.CancelledError from None  # it came as the connection broke
-                if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
-                    raise error from None
-                if isinstance(error, NoProgress):
-                    raise error from None
-                if self._pauses >= MAX_PAUSES:
-                    raise NoProgress(
-                        f"{error}; the guest was stopped {self._pauses} times for nothing"
-                    ) from None
-                await self._connect_again(error)
+                await self._survive(_the_cause(raised))
+                forget(raised)
+
+    async def _survive(self, error: BaseException) -> None:
+        """Connects again; raises where this is the end of it."""
+        if self._cancelled and not self.committed:
+            raise asyncio.CancelledError from None  # it came as the connection broke
+        if self.committed or not isinstance(error, PeerLost) or not self._can_retry():
+            raise error from None
+        if isinstance(error, NoProgress):
+            raise error from None
+        if self._pauses >= MAX_PAUSES:
+            raise NoProgress(
+                f"{error}; the guest was stopped {self._pauses} times for nothing"
+            ) from None
+        await self._connect_again(error)
 
     def _can_retry(self) -> bool:
         """Not before the first ACCEPT: who has never been there is not to be waited for."""
@@ -629,7 +634,8 @@ class Migration(ABC):
             if unknown and self._journal.claim is Claim.COMMITTED:
                 raise self._unknown(f"{why}; {unknown}") from error
         if self._journal.claim is Claim.DONE:
-            await self._done()
+            if self.statistics.status != "completed":
+                await self._done()
             return
         await self._take_back()
         await self._keep_guest()
