@@ -118,5 +118,5 @@ def _clear_frames(error: BaseException | None, seen: set[int]) -> None:
     if isinstance(around, BaseExceptionGroup) and around.subgroup(lambda one: one is error):
         error.__context__ = None  # it was taken out of that group, and raised by itself
     inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    for one in (error.__cause__, error.__context__, *inside):
+    for one in (error.__cause__, around, *inside):
         _clear_frames(one, seen)
