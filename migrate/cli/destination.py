@@ -38,6 +38,7 @@ from migrate.journal import check_directory, damaged, journal_directory
 from migrate.monitor.node import Node, Refused
 from migrate.output import printable, say, show
 from migrate.rationed import Rationed
+from migrate.threads import in_thread
 from migrate.views.options import DestinationViews, add_metrics_options
 from proto import ProtoError
 from proto.ownership import Claim, Role
@@ -650,7 +651,7 @@ class DestinationProgram(Node):
 async def _run(args: argparse.Namespace) -> int:
     from migrate.guests.command import check_command
 
-    await asyncio.to_thread(check_command, args.on_complete, "--on-complete")
+    await in_thread(check_command, args.on_complete, "--on-complete")
     return await DestinationProgram(args).run()
 
 

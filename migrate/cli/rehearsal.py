@@ -20,6 +20,7 @@ from migrate.guests.guest import MemoryGuest
 from migrate.link import Link
 from migrate.parameters import Parameters
 from migrate.sample import Sample, Sampler
+from migrate.threads import in_thread
 from proto import capabilities as caps
 from proto.messages import Hello
 
@@ -112,7 +113,7 @@ class Rehearsal:
             await guest.close()
         throttle = parameters.throttle
         slows = parameters.auto_converge and guest.can_throttle
-        prediction = await asyncio.to_thread(
+        prediction = await in_thread(
             dry_run.simulate, sample, way, parameters.limits, throttle if slows else None
         )
         return Found(prediction, sample, way, agreement.xbzrle)
@@ -129,7 +130,7 @@ class Rehearsal:
             guest, self._parameters.page_size, self._parameters.cache_size,
             xbzrle=agreement.xbzrle, merge=agreement.merge, sleep=sleep,
         )  # fmt: skip
-        looking = asyncio.ensure_future(asyncio.to_thread(sampler.take))
+        looking = asyncio.ensure_future(in_thread(sampler.take))
         try:
             return await asyncio.shield(looking)
         finally:

@@ -36,6 +36,7 @@ from migrate.statistics import (
     query_migrate,
     status_line,
 )
+from migrate.threads import in_thread
 from migrate.views.options import Views
 from proto.ownership import Role
 
@@ -542,7 +543,7 @@ async def _run(args: argparse.Namespace) -> int:
     from migrate.guests.command import check_command
 
     for command, what in ((args.pause_cmd, "--pause-cmd"), (args.resume_cmd, "--resume-cmd")):
-        await asyncio.to_thread(check_command, command, what)
+        await in_thread(check_command, command, what)
     return await SourceProgram(args).run()
 
 

@@ -30,6 +30,7 @@ from migrate.qemu.intake import Intake, StreamLost
 from migrate.qemu.machine import RUNNING, STREAM_BYTES, Machine, our_end, still_here
 from migrate.socket_file import BACKLOG, SocketFile
 from migrate.sockets import listening_sockets
+from migrate.threads import in_thread
 
 # So long QEMU may take from its connection to the list of its blocks; and to connect, once told.
 BEGIN_SECONDS = 30.0
@@ -167,8 +168,7 @@ class QemuGuest(Guest):
             await self.machine.prepare(return_path=self._return_path, **self._settings)
         self._socket = await self._connection()
         intake = Intake(self._socket, self._page_size)
-        loop = asyncio.get_running_loop()
-        if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
+        if not await in_thread(intake.begin, BEGIN_SECONDS):
             what = "QEMU" if self._wanted is None else f"what connected to {self._wanted}"
             raise MigrationError(f"{what} has not begun a migration stream in {BEGIN_SECONDS:g} s")
         if self._listener is not None:

@@ -51,6 +51,7 @@ from migrate.qemu.snapshot import (
 )
 from migrate.quantities import format_size
 from migrate.sliding import Sliding
+from migrate.threads import in_thread
 from proto.errors import ProtoError
 from proto.kernel import RamApplier
 from proto.qemu import (
@@ -548,7 +549,7 @@ class LandedPlace(Place):
 
     async def start(self, state: bytes = b"") -> str:
         """Gives it its name."""
-        size = await asyncio.to_thread(self._put_in_place)
+        size = await in_thread(self._put_in_place)
         return f"the machine is in {self.path}, {format_size(size)} of memory"
 
     def _put_in_place(self) -> int:
@@ -592,7 +593,7 @@ class LandedPlace(Place):
             self._reservation.close()
 
     async def discard(self) -> None:
-        await asyncio.to_thread(self._directory.drop, self._left.name, self._left.known)
+        await in_thread(self._directory.drop, self._left.name, self._left.known)
         self.close()
 
 
@@ -642,7 +643,7 @@ class LandingPlace(QemuPlace):
         del return_path
         if not self._sent:
             self._sent = True
-            await asyncio.to_thread(self.send, self._held)
+            await in_thread(self.send, self._held)
             assert self._socket is not None
             self._socket.shutdown(socket.SHUT_WR)
         try:
@@ -686,6 +687,6 @@ class LandingPlace(QemuPlace):
     async def discard(self) -> None:
         super().close()
         if self._landing is not None:
-            await asyncio.to_thread(self._landing.close)
-            await asyncio.to_thread(self._landing.files.remove)
+            await in_thread(self._landing.close)
+            await in_thread(self._landing.files.remove)
         self._free()

@@ -10,7 +10,6 @@ lifted as often as one likes, and two that were lifted from one know nothing of 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -36,6 +35,7 @@ from migrate.qemu.snapshot import (
     StoredBlock,
     contents,
 )
+from migrate.threads import in_thread
 from proto.kernel import RamRecorder
 from proto.qemu import (
     DESCRIPTION,
@@ -281,8 +281,7 @@ class SnapshotGuest(QemuGuest):
         self._lifter = Lifter(self._path, self._snapshot)
         self._lifter.start(theirs)
         intake = LiftIntake(ours, self._snapshot.page_size, self._lifter)
-        loop = asyncio.get_running_loop()
-        if not await loop.run_in_executor(None, intake.begin, BEGIN_SECONDS):
+        if not await in_thread(intake.begin, BEGIN_SECONDS):
             raise MigrationError(f"{self._path} was not read in {BEGIN_SECONDS:g} s")
         intake.check(return_path=True)
         self._intake = intake
@@ -294,7 +293,7 @@ class SnapshotGuest(QemuGuest):
     async def close(self) -> None:
         await super().close()
         if self._lifter is not None:
-            await asyncio.to_thread(self._lifter.join)
+            await in_thread(self._lifter.join)
         self.unhold()
 
     def facts(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from migrate.errors import ConnectError, MigrationError
 from migrate.guests.guest import Place
 from migrate.qemu.machine import RUNNING, Changed, Machine, our_end
 from migrate.qemu.reception import StreamReception
+from migrate.threads import in_thread
 from proto import ErrorCode
 from proto.qemu import Command, Reply, order
 
@@ -218,7 +219,7 @@ class QemuPlace(Place):
         """Returns when QEMU has loaded all that was sent. Raises MigrationError."""
         orders = b"" if return_path else order(Command.OPEN_RETURN_PATH)
         orders += order(Command.PING, PROOF.to_bytes(4, "big"))
-        await asyncio.to_thread(self.send, orders)
+        await in_thread(self.send, orders)
         proven = asyncio.ensure_future(self._proven.wait())
         assert self.lost is not None
         either: set[asyncio.Future[Any]] = {proven, self.lost}
@@ -242,7 +243,7 @@ class QemuPlace(Place):
 
     async def start(self, state: bytes) -> str:
         del state
-        await asyncio.to_thread(self.send, self._held)
+        await in_thread(self.send, self._held)
         began = time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):
