@@ -10,7 +10,10 @@ MOST_VALUES = 1_000_000
 
 
 def loads(text: bytes, most: int = MOST_VALUES) -> Any:
-    """As json.loads. Raises ValueError, also for more values than `most`, and RecursionError."""
+    """As json.loads. Raises ValueError, also for more values than `most`, or nested too deeply."""
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > most:  # those in texts count too
         raise ValueError(f"it has more than {most} values")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -7,7 +7,9 @@ and what an earlier program has left is taken over only where it is the very fil
 owner, one name). Who gives a file its name looks afterwards whether that file has it.
 
 In a directory of another user nothing keeps him from replacing a file later: what is said of it
-was so when it was said.
+was so when it was said. What programs obey (journals, certificates) is therefore read only from a
+trusted place: each directory on the way belongs to root or to us, and nobody else can write there,
+or it is sticky, as /tmp is. Then nobody else can replace anything on the way, then or later.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import ctypes
 import errno
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -40,12 +43,14 @@ Identity = tuple[int, int]
 class Directory:
     """`path`, opened; `fd` is good for looking names up alone (O_PATH).
 
+    trusted -- refuse it unless root and we alone can write in it, or replace it
+
     All names are of entries of it. All methods raise OSError.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, trusted: bool = False) -> None:
         self.path = os.path.abspath(path)
-        self.fd = _opened(self.path)
+        self.fd = _opened(self.path, trusted=trusted)
         self._owner = -1
         self._nameless: bool | None = None
 
@@ -82,21 +87,14 @@ class Directory:
 
     def sync(self) -> None:
         """What names there are is on the disk."""
-        fd = self._readable()
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync(self.fd)
 
     def names(self) -> list[str]:
-        fd = self._readable()
+        fd = _readable(self.fd)
         try:
             return os.listdir(fd)
         finally:
             os.close(fd)
-
-    def _readable(self) -> int:
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
 
     # -- files
 
@@ -168,6 +166,14 @@ class Directory:
     def look(self, name: str) -> os.stat_result:
         """Of the entry itself, where it is a link too."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def there(self, name: str) -> bool:
+        """Whether an entry has that name, be it a link that leads nowhere."""
+        try:
+            self.look(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def has(self, name: str, known: Identity) -> bool:
         """Whether a name is that of one certain file."""
@@ -347,27 +353,136 @@ def _replaced(name: str) -> OSError:
     )
 
 
-def _opened(path: str) -> int:
-    """A directory. Links to it, and on the way to it, are followed where they are of somebody who
-    is trusted with that."""
+def make_trusted(path: str) -> Directory:
+    """Open a trusted directory; first make what is missing of it, with mode 0700, and bring the
+    new names to the disk. Raises OSError."""
+    path = os.path.abspath(path)
+    with contextlib.suppress(FileNotFoundError):
+        return Directory(path, trusted=True)
+    _make(path)
+    return Directory(path, trusted=True)
+
+
+def _make(path: str) -> None:
+    above, name = os.path.split(path)
+    try:
+        fd = _walked(above, trusted=True)
+    except FileNotFoundError:
+        _make(above)
+        fd = _walked(above, trusted=True)
+    try:
+        with contextlib.suppress(FileExistsError):  # another program of ours was faster
+            os.mkdir(name, 0o700, dir_fd=fd)
+        _sync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_trusted(path: str) -> int:
+    """Open a plain file to read. Raises OSError, also where somebody other than root and us could
+    have written or replaced it."""
+    held = _walked(os.path.join(os.getcwd(), path), trusted=True)
+    try:
+        there = os.fstat(held)
+        if stat.S_ISDIR(there.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(there.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
+        _check_trusted(held, distrust(there))
+        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(held)
+
+
+def leads_to(path: str, known: Identity) -> bool:
+    """Whether an absolute path leads to one certain directory, and nobody but root and us can make
+    it lead elsewhere."""
+    with contextlib.suppress(OSError):
+        fd = _walked(path, trusted=True)
+        try:
+            return identity_of(os.fstat(fd)) == known
+        finally:
+            os.close(fd)
+    return False
+
+
+def distrust(there: os.stat_result, *, sticky: bool = False) -> str:
+    """Say why somebody other than root and us could write there; "" where nobody can.
+
+    sticky -- let a directory pass where each user can replace his own entries only
+    """
+    if there.st_uid not in (0, os.geteuid()):
+        return f"it belongs to user {there.st_uid}"
+    mode = stat.S_IMODE(there.st_mode)
+    if not mode & 0o022 or (sticky and mode & stat.S_ISVTX):
+        return ""
+    return f"others may write there (mode {mode:o})"
+
+
+def _check_trusted(fd: int, why: str) -> None:
+    """Raises PermissionError with what makes the open file or directory trusted."""
+    if why:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        shown = shlex.quote(path)
+        raise PermissionError(
+            errno.EPERM,
+            f"{path} is not trusted, because {why} (`chown {os.geteuid()} {shown}; chmod go-w "
+            f"{shown}` mends that)",
+        )
+
+
+def _sync(fd: int) -> None:
+    readable = _readable(fd)
+    try:
+        os.fsync(readable)
+    finally:
+        os.close(readable)
+
+
+def _readable(fd: int) -> int:
+    return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+
+
+def _opened(path: str, *, trusted: bool) -> int:
+    fd = _walked(path, trusted=trusted)
+    try:
+        there = os.fstat(fd)
+        if not stat.S_ISDIR(there.st_mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        if trusted:
+            _check_trusted(fd, distrust(there))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _walked(path: str, *, trusted: bool) -> int:
+    """Open what has an absolute path. Links to it, and on the way to it, are followed where they
+    are of somebody who is trusted with that.
+
+    trusted -- refuse directories, it too, whose entries somebody other than root and us can replace
+    """
     links, names, fd = 0, path.split("/")[::-1], _root()
     try:
-        while names:
-            if (name := names.pop()) in ("", "."):
-                continue
-            inner, target = _step(fd, name)
+        while True:
+            there = os.fstat(fd)
+            if trusted and stat.S_ISDIR(there.st_mode):
+                _check_trusted(fd, distrust(there, sticky=True))
+            while names and names[-1] in ("", "."):
+                names.pop()
+            if not names:
+                return fd
+            inner, target = _step(fd, names.pop())
             os.close(fd)
             fd = inner
             names += target.split("/")[::-1]
             links += bool(target)
             if links > MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-        if not stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     except BaseException:
         os.close(fd)
         raise
-    return fd
 
 
 def _root() -> int:

@@ -71,13 +71,13 @@ def _longest_name(directory: str) -> int:
     return NAME_MAX
 
 
-def write_whole(path: str, data: bytes, what: str) -> None:
+def write_whole(path: str, data: bytes, what: str, mode: int = 0o644) -> None:
     """Puts a file in place, whole, over what was there: nobody ever reads a part of it. Raises
     OSError, UsageError."""
     where, name = os.path.split(os.path.abspath(path))
     beside = os.path.basename(hidden_name(path, what))
     with Directory(where) as directory:
-        fd = directory.make(beside, 0o644)
+        fd = directory.make(beside, mode)
         try:
             with open(fd, "wb") as file:
                 file.write(data)
@@ -130,13 +130,14 @@ def is_mount_point(path: str) -> bool:
 def unchangeable(path: str) -> str:
     """The attribute that keeps a file or directory from being changed, by chattr(1); or ""."""
     flags = 0
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            answer = fcntl.ioctl(fd, _GET_FLAGS, bytes(8))
-            flags = int.from_bytes(answer[:4], "little")
-        finally:
-            os.close(fd)
+    where, name = os.path.split(os.path.abspath(path))
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        if os.path.isdir(path):
+            fd = opened.enter_context(Directory(path)).fd
+        else:
+            directory = opened.enter_context(Directory(where))
+            fd = opened.enter_context(directory.opened(name))
+        flags = int.from_bytes(fcntl.ioctl(fd, _GET_FLAGS, bytes(8))[:4], "little")
     if flags & _IMMUTABLE:
         return "immutable (chattr -i makes it changeable)"
     return "append-only (chattr -a makes it changeable)" if flags & _APPEND_ONLY else ""
@@ -173,15 +174,22 @@ def check_replaceable(path: str, what: str) -> None:
 
 
 def check_file(path: str, what: str) -> None:
-    """Raises UsageError where a file cannot be written later. One that is there stays as it is."""
+    """Raises UsageError where `write_whole` cannot put a file later.
+
+    What is there stays as it is, and is not opened for writing: it could be a device by now.
+    """
+    where, beside = os.path.split(hidden_name(path, what))
+    name = os.path.basename(os.path.abspath(path))
     try:
-        if os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
-            return
-        where, beside = os.path.split(hidden_name(path, what))
         with Directory(where) as directory:
             os.close(directory.make(beside))
             directory.unlink(beside)
+            if directory.there(name):
+                check_replaceable(path, f"{what} {path}")
+                if stat.S_ISREG(directory.look(name).st_mode) and not os.access(
+                    name, os.W_OK, dir_fd=directory.fd, effective_ids=True
+                ):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UsageError(f"{what} {path}: it cannot be written: {error.strerror}") from None
 

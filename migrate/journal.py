@@ -7,8 +7,8 @@ What a later program needs to go on with the guest, the facts, stands in the fir
 a journal holds a lock on it, so that no two programs decide about the same guest.
 
 The name is a hash of the migration's token: who has the token may take the guest over, and names
-are seen by others. What stands in a journal is done, by root too: so it is read only where nobody
-but root and us can have written it.
+are seen by others. What stands in a journal is done, by root too: so journals are read and written
+only in a trusted directory (see migrate.directory), opened anew and checked each time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from migrate.directory import Directory, Left, identity_of
+from migrate.directory import Directory, Left, distrust, identity_of, make_trusted
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import state
 from proto.ownership import FINAL, Claim, Event, Role, after
@@ -39,6 +39,7 @@ KEPT_SECONDS = 30 * 86400
 MAX_BYTES = 1 << 20
 # What a whole migration writes to one journal, and some.
 TRY_BYTES = 8192
+ELSEWHERE = "name a directory that can be written and outlasts a crash (--journal DIR)"
 _FACTS: dict[str, type] = {"guest": dict, "place": dict, "address": str, "token": str}
 _NAME_BYTES = 16
 
@@ -69,15 +70,23 @@ def journal_directory(named: str = "") -> str:
 def state_directory() -> str:
     """Where programs keep the state of this user. Raises UsageError where they cannot."""
     named = os.environ.get("XDG_STATE_HOME", "")
-    if os.path.isabs(named):  # else it is to be ignored, by the specification
+    # A relative path is to be ignored, by the specification.
+    if os.path.isabs(named) and not is_of_another(named):
         return os.path.join(named, "xbmigrate")
     return os.path.join(_home(), ".local", "state", "xbmigrate")
+
+
+def is_of_another(path: str) -> bool:
+    """Whether a directory is another user's: sudo may leave HOME as it was."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_uid not in (0, os.geteuid())
+    return False
 
 
 def _home() -> str:
     """Raises UsageError where this user has none."""
     home = os.environ.get("HOME", "")
-    if not os.path.isabs(home):
+    if not os.path.isabs(home) or is_of_another(home):
         try:
             home = pwd.getpwuid(os.getuid()).pw_dir
         except KeyError:
@@ -91,7 +100,7 @@ def _home() -> str:
 
 
 def check_directory(path: str) -> str:
-    """The absolute path of a directory for journals, which is made where it is not there.
+    """Return the absolute path of a directory for journals, which is made if it is missing.
 
     A journal is tried there: a file that is locked, written and brought to the disk.
 
@@ -99,45 +108,21 @@ def check_directory(path: str) -> str:
     """
     path = os.path.abspath(path)
     try:
-        if os.path.lexists(path) and not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        check_trusted(path)
-        _try(os.path.join(path, f".{secrets.token_hex(8)}.try"))
+        with make_trusted(path) as directory:
+            _try(directory)
     except OSError as error:
-        raise UsageError(
-            f"journals in {path}: {error.strerror}: name a directory that can be written and "
-            "outlasts a crash (--journal DIR)"
-        ) from None
+        raise UsageError(f"journals in {path}: {error.strerror}: {ELSEWHERE}") from None
     return path
 
 
 def check_trusted(path: str) -> None:
     """Raises UsageError where others can write what is done by a journal in that directory."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        try:
-            with Directory(path) as directory:
-                why = _distrust(os.fstat(directory.fd))
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise UsageError(f"journals in {path}: {error.strerror} (--journal DIR)") from None
-        if why:
-            raise UsageError(
-                f"journals in {path}: {why}, and what stands in a journal is done: "
-                f"`chown {os.geteuid()} {path}; chmod go-w {path}`, or name another directory "
-                "(--journal DIR)"
-            )
-
-
-def _distrust(there: os.stat_result) -> str:
-    """Why others could have written it; or ""."""
-    if there.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {there.st_uid}"
-    mode = stat.S_IMODE(there.st_mode)
-    return f"others may write there (mode {mode:o})" if mode & 0o022 else ""
+    try:
+        Directory(path, trusted=True).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UsageError(f"journals in {path}: {error.strerror}: {ELSEWHERE}") from None
 
 
 def name_of(token: bytes) -> str:
@@ -145,19 +130,19 @@ def name_of(token: bytes) -> str:
     return hashlib.blake2b(token, digest_size=_NAME_BYTES, person=b"xbmigrate").hexdigest()
 
 
-def _try(path: str) -> None:
-    """Writes a small journal, and removes it. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _try(directory: Directory) -> None:
+    """Write a small journal, and remove it. Raises OSError."""
+    name = f".{secrets.token_hex(8)}.try"
+    fd = directory.make(name)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.write(fd, bytes(TRY_BYTES)) != TRY_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
-        _sync_directory(path)
+        directory.sync()
     finally:
         os.close(fd)
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        directory.drop(name)
 
 
 class Journal:
@@ -191,12 +176,12 @@ class Journal:
         if not self._path or self._fd >= 0:
             return
         try:
-            if create:
-                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-            flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            self._fd = os.open(self._path, flags | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _sync_directory(self._path)
+            with self._trusted_directory(make=create) as directory:
+                flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+                name = os.path.basename(self._path)
+                self._fd = os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=directory.fd)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                directory.sync()
         except BlockingIOError:
             self._release()
             raise JournalError(
@@ -204,18 +189,18 @@ class Journal:
             ) from None
         except OSError as error:
             self._release()
-            raise JournalError(
-                f"journal {self._path}: {error.strerror}: name a directory that can be written "
-                "and outlasts a crash (--journal DIR)"
-            ) from None
+            raise JournalError(f"journal {self._path}: {error.strerror}: {ELSEWHERE}") from None
         try:
-            lines, whole = read(self._path)
+            lines, whole = _lines_of(self._fd, self._path)
         except JournalError:
             self._release()
             raise
         self._take(lines)
         if whole < os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, whole)  # what a crash cut off: nothing may be written behind it
+
+    def _trusted_directory(self, *, make: bool) -> Directory:
+        return make_trusted(self.directory) if make else Directory(self.directory, trusted=True)
 
     def _take(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -314,9 +299,13 @@ class Journal:
                 with contextlib.suppress(JournalError):
                     self._append({"facts": {"ended": True}})
             if self.claim is Claim.NONE and not keep:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path)
+                self._remove()
             self._release()
+
+    def _remove(self) -> None:
+        """Removes the open file, where it still has its name."""
+        with contextlib.suppress(OSError), Directory(self.directory) as directory:
+            directory.drop(os.path.basename(self._path), identity_of(os.fstat(self._fd)))
 
     def _release(self) -> None:
         """Lets go of the lock alone: what could not be read is not ours to remove."""
@@ -353,29 +342,27 @@ class Journal:
             return
         if self.claim is Claim.NONE and not alone:
             self.drop_temporary()
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
+        self._remove()
         self._release()
 
     def text(self) -> str:
         return f"{self.role.value} of migration {self.name}: {self.claim.name}"
 
 
-def read(path: str, *, trusted: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a journal, and their bytes: what a crash cut off is left out.
+def _lines_of(fd: int, path: str, *, brought: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of an open journal, and their bytes: what a crash cut off is left out.
 
-    trusted -- a person brought it, and answers for it: whoever wrote it
+    brought -- a person brought it, and answers for it: whoever wrote it
 
     Raises JournalError, also where a bad line has a good one behind it: no crash does that, and
     what the good one claims must not be forgotten.
     """
+    there = os.fstat(fd)
+    why = "" if brought else distrust(there)
+    if why or not stat.S_ISREG(there.st_mode):
+        raise JournalError(f"journal {path}: {why or 'it is no plain file'}")
     try:
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if trusted else os.O_NOFOLLOW)
-        with open(os.open(path, flags), "rb") as file:
-            there = os.fstat(file.fileno())
-            why = "" if trusted else _distrust(there)
-            if why or not stat.S_ISREG(there.st_mode):
-                raise JournalError(f"journal {path}: {why or 'it is no plain file'}")
+        with open(fd, "rb", closefd=False) as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise JournalError(f"journal {path}: {error.strerror}") from None
@@ -435,25 +422,43 @@ def _entry(path: str, text: bytes) -> dict[str, Any]:
     raise JournalError(f"journal {path} has a line that is not understood: another release's?")
 
 
-def _stored(path: str, *, trusted: bool = False) -> Journal:
-    """A journal as it is on disk, not locked. Raises UsageError where it is none, JournalError."""
+def _named(path: str) -> Journal:
+    """A journal by its path, not read yet. Raises UsageError where that is none of a journal."""
     name, _, role = os.path.basename(path).partition(".")
     if len(name) != 2 * _NAME_BYTES or set(name) - set("0123456789abcdef"):
         role = ""
     try:
-        journal = Journal(Role(role), b"", os.path.dirname(path), name)
+        return Journal(Role(role), b"", os.path.dirname(path), name)
     except ValueError:
         raise UsageError(
             f"{path} is no journal: its name is NAME.source or NAME.destination"
         ) from None
-    journal._take(read(path, trusted=trusted)[0])
+
+
+def _stored(directory: Directory, name: str) -> Journal:
+    """A journal as it is on disk, not locked. Raises UsageError where it is none, JournalError."""
+    path = os.path.join(directory.path, name)
+    journal = _named(path)
+    try:
+        with directory.opened(name) as fd:
+            journal._take(_lines_of(fd, path)[0])
+    except OSError as error:
+        raise JournalError(f"journal {path}: {error.strerror}") from None
     return journal
 
 
 def stored(role: Role, name: str, directory: str) -> Journal | None:
     """That of one migration, as it is on disk, not locked. Raises JournalError."""
-    path = os.path.join(directory, f"{name}.{role.value}")
-    return _stored(path) if directory and os.path.lexists(path) else None
+    if not directory:
+        return None
+    try:
+        with Directory(directory, trusted=True) as here:
+            file = f"{name}.{role.value}"
+            return _stored(here, file) if here.there(file) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise JournalError(f"journals in {directory}: {error.strerror}: {ELSEWHERE}") from None
 
 
 def claim_in(path: str) -> tuple[Role, str, Claim]:
@@ -461,21 +466,36 @@ def claim_in(path: str) -> tuple[Role, str, Claim]:
 
     Raises UsageError where it is no journal, JournalError where it cannot be read.
     """
-    journal = _stored(path, trusted=True)
+    journal = _named(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise JournalError(f"journal {path}: {error.strerror}") from None
+    try:
+        journal._take(_lines_of(fd, path, brought=True)[0])
+    finally:
+        os.close(fd)
     return journal.role, journal.name, journal.claim
 
 
 def _all_stored(role: Role, directory: str) -> Iterator[Journal | JournalError]:
-    """Each journal of a side, or what is wrong with it."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for name in sorted(os.listdir(directory)):
-            if name.endswith(f".{role.value}"):
-                try:
-                    yield _stored(os.path.join(directory, name))
-                except JournalError as error:
-                    yield error
-                except UsageError:
-                    continue
+    """Each journal of a side, or what is wrong with it, or with the directory."""
+    if not directory:
+        return
+    try:
+        with Directory(directory, trusted=True) as here:
+            for name in sorted(here.names()):
+                if name.endswith(f".{role.value}"):
+                    try:
+                        yield _stored(here, name)
+                    except JournalError as error:
+                        yield error
+                    except UsageError:
+                        continue
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        yield JournalError(f"journals in {directory}: {error.strerror}: {ELSEWHERE}")
 
 
 def journals(role: Role, directory: str) -> Iterator[Journal]:
@@ -565,11 +585,3 @@ def settled(journal: Journal) -> bool:
         # A program that died with it may have left its guest paused.
         return not journal.facts or "ended" in journal.facts
     return journal.claim in FINAL or journal.claim is Claim.NONE
-
-
-def _sync_directory(path: str) -> None:
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

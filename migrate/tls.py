@@ -8,12 +8,16 @@ will do:
     client-cert.pem, client-key.pem      migrate-src does with these
     ca-crl.pem                           optional: certificates that are no longer good
 
+Whoever can write one of them decides who is let in. So each must be a plain file that nobody but
+root and us can write or replace (see migrate.directory).
+
 TLS 1.3 and nothing older, from the first byte; both sides prove themselves. This module knows
 nothing of connections: migrate.secure speaks TLS over one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import itertools
 import os
@@ -21,9 +25,10 @@ import socket
 import ssl
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from migrate.address import Address, ip_of
+from migrate.directory import open_trusted
 from migrate.errors import TlsError, UsageError
 from proto.ownership import Role
 
@@ -95,39 +100,62 @@ class Credentials:
         return f"{PARTY[self.role]}-cert.pem"
 
     def _load(self) -> None:
-        authority, crl = self._file(CA), self._directory / CRL
-        certificate, key = self._file(self.certificate), self._file(f"{PARTY[self.role]}-key.pem")
-        try:
-            self.context.load_verify_locations(authority)
-        except (ssl.SSLError, OSError) as error:
-            raise TlsError(f"{authority} holds no certificate that can be read: {error}") from None
-        if crl.exists():
+        with contextlib.ExitStack() as files:
+            authority, crl = self._file(CA, files), self._file(CRL, files, optional=True)
             try:
-                self.context.load_verify_locations(crl)
+                self.context.load_verify_locations(_path_of(authority))
             except (ssl.SSLError, OSError) as error:
-                raise TlsError(f"{crl} is no list of revoked certificates: {error}") from None
-            self.context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
-        if key.stat().st_mode & OTHERS:
-            self.notices.append(f"{key} can be read by others than its owner: chmod 600 {key}")
+                why = f"holds no certificate that can be read: {error}"
+                raise TlsError(f"{self._directory / CA} {why}") from None
+            if crl is not None:
+                try:
+                    self.context.load_verify_locations(_path_of(crl))
+                except (ssl.SSLError, OSError) as error:
+                    why = f"is no list of revoked certificates: {error}"
+                    raise TlsError(f"{self._directory / CRL} {why}") from None
+                self.context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+            self._load_ours(files)
+
+    def _load_ours(self, files: contextlib.ExitStack) -> None:
+        key_name = f"{PARTY[self.role]}-key.pem"
+        certificate, key = self._file(self.certificate, files), self._file(key_name, files)
+        both = f"{self._directory / self.certificate} and {self._directory / key_name}"
+        if os.fstat(key).st_mode & OTHERS:
+            path = self._directory / key_name
+            self.notices.append(f"{path} can be read by others than its owner: chmod 600 {path}")
         try:
-            self.context.load_cert_chain(certificate, key, password=_no_password)
+            self.context.load_cert_chain(
+                _path_of(certificate), _path_of(key), password=_no_password
+            )
         except ssl.SSLError as error:
             why = f"they cannot be read: {error}"
             if error.reason == "KEY_VALUES_MISMATCH":
                 why = "the key is not that of the certificate"
-            raise TlsError(f"{certificate} and {key}: {why}") from None
+            raise TlsError(f"{both}: {why}") from None
         except OSError as error:
-            raise TlsError(f"{certificate} and {key}: {error.strerror or error}") from None
+            raise TlsError(f"{both}: {error.strerror or error}") from None
 
-    def _file(self, name: str) -> Path:
+    @overload
+    def _file(self, name: str, files: contextlib.ExitStack) -> int: ...
+
+    @overload
+    def _file(self, name: str, files: contextlib.ExitStack, *, optional: bool) -> int | None: ...
+
+    def _file(
+        self, name: str, files: contextlib.ExitStack, *, optional: bool = False
+    ) -> int | None:
+        """A descriptor, which `files` closes; None where an optional file is not there."""
         path = self._directory / name
         try:
-            with path.open("rb"):
-                return path
+            fd = open_trusted(str(path))
         except FileNotFoundError:
+            if optional:
+                return None
             raise TlsError(f"there is no {path}: {HOW}") from None
         except OSError as error:
             raise TlsError(f"{path} cannot be read: {error.strerror}") from None
+        files.callback(os.close, fd)
+        return fd
 
     def name_of(self, address: Address) -> str:
         """The name that the certificate at this address must have."""
@@ -160,6 +188,11 @@ class Credentials:
                 text = why.format(ours=self._directory / self.certificate)
                 return TlsError(f"{other} refused {text}")
         return TlsError(f"TLS with {other} failed: {error.reason or error}")
+
+
+def _path_of(fd: int) -> str:
+    """A path for OpenSSL, which takes no descriptors: that of the file that was checked."""
+    return f"/proc/self/fd/{fd}"
 
 
 def _no_password() -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,135 @@ def test_who_talks_on_and_never_answers_is_not_listened_to_for_ever(
     assert "not answer" in capsys.readouterr().err
     talking.join()
     listener.close()
+
+
+@contextlib.contextmanager
+def answering(path: Path, answer: bytes) -> Iterator[None]:
+    """What listens on a socket, and says the same to each command."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def talk() -> None:
+        peer = listener.accept()[0]
+        with peer, contextlib.suppress(OSError):
+            peer.sendall(b'{"QMP": {}}\n')
+            said = b'{"return": {}}\n'
+            while peer.recv(1000):
+                peer.sendall(said)
+                said = answer + b"\n"
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    yield
+    talking.join()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("query-status", b"[" * 200_000), ("query-status", b'{"return": ' + b"[" * 200_000),
+        ("query-status", b'{"error": 7}'), ("query-status", b"7"),
+        ("wait", b'{"return": "completed"}'), ("help", b'{"return": {"name": "help"}}'),
+        ("help", b'{"return": ["help"]}'),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_none_of_qmp_is_a_sentence(
+    tmp_path: Path, capsys, command: str, answer: bytes
+) -> None:
+    with answering(tmp_path / "qmp", answer):
+        assert control.run([str(tmp_path / "qmp"), command]) == 1
+    assert capsys.readouterr().err == (
+        f"migrate-ctl: what listens on {tmp_path}/qmp does not speak QMP\n"
+    )
+
+
+class Saying:
+    """A Control whose monitor says the same to each line."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def say(self, _line: str) -> str:
+        return self.text
+
+
+def test_only_names_that_can_be_printed_complete() -> None:
+    """They get into the line that is edited, which a terminal obeys."""
+    said = Saying("info x y\n\n  \nzz\x9b31m a\nzz\u202e b\nquit c\nzz\x1b[2J\n")
+    assert control._names(said) == ["info", "quit", "info x", "quit c"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch) -> Path:
+    """Where the history is; nothing is there yet."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    return tmp_path / ".local/state/xbmigrate"
+
+
+def test_a_history_outlives_the_program_and_is_the_users_alone(home: Path) -> None:
+    readline = pytest.importorskip("readline")
+    readline.clear_history()
+    with control._remembering(Saying("")):
+        readline.add_history("info status")
+        readline.add_history("\u00fc")
+    readline.clear_history()
+    with control._remembering(Saying("")):
+        assert readline.get_history_item(2) == "\u00fc"
+        readline.add_history("quit")
+    readline.clear_history()
+    assert control._remembered() == ["info status", "\u00fc", "quit"]
+    assert (home / "history").stat().st_mode & 0o777 == 0o600
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize("theirs", [True, False])
+def test_keys_mean_what_the_user_has_set(tmp_path: Path, theirs: bool) -> None:
+    """Not what another user has, whose HOME sudo has left as it was."""
+    (tmp_path / ".inputrc").write_text('"x": "another word"\n')
+    if theirs:
+        os.chown(tmp_path, 65534, 65534)
+    code = (
+        "from migrate.cli import control\n"
+        "class Silent:\n    def say(self, line): return ''\n"
+        "with control._remembering(Silent()): input()\n"
+    )
+    terminal, own = pty.openpty()
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=own, stdout=own, stderr=own, start_new_session=True,
+        env={**os.environ, "HOME": str(tmp_path), "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(own)
+    os.write(terminal, b"x\n")
+    shown = b""
+    with contextlib.suppress(OSError):  # it has ended
+        while more := os.read(terminal, 4096):
+            shown += more
+    os.close(terminal)
+    assert program.wait(20) == 0, shown
+    assert (b"another word" in shown) is not theirs
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory of others"])
+def test_a_history_is_no_way_to_another_file(home: Path, kind: str) -> None:
+    victim = home / "victim"
+    control._remember(["ours"])
+    victim.write_text("root's own\n")
+    if kind == "directory of others":
+        if os.geteuid():
+            pytest.skip("only root can give a directory away")
+        os.chown(home, 65534, 65534)
+    else:
+        (home / "history").unlink()
+        (home / "history").symlink_to(victim) if kind == "link" else os.mkfifo(home / "history")
+    assert control._remembered() == []
+    control._remember(["a line"])
+    assert victim.read_text() == "root's own\n"
+    if kind == "directory of others":
+        assert (home / "history").read_text() == "ours\n"
 
 
 # ---------------------------------------------------------------- the demo guest's check

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from migrate.directory import SUFFIX, Directory, Left, identity_of
+from migrate.directory import (
+    SUFFIX,
+    Directory,
+    Left,
+    identity_of,
+    leads_to,
+    make_trusted,
+    open_trusted,
+)
 from migrate.filesystem import check_file, write_whole
 
 
@@ -172,6 +180,103 @@ def test_links_on_the_way_lead_where_the_kernel_has_them_lead(tmp_path, monkeypa
     with Directory(f"/proc/self/fd/{held}/inner/deep") as directory:
         assert directory.identity == at_last
     os.close(held)
+
+
+# ---------------------------------------------------------------- what programs obey
+
+
+@need_root
+@pytest.mark.parametrize("which", ["above", "above/it"])
+@pytest.mark.parametrize("how", ["owner", "mode", "group"])
+def test_a_trusted_directory_is_one_that_nobody_else_can_replace(tmp_path, which, how) -> None:
+    (tmp_path / "above/it").mkdir(parents=True)
+    Directory(str(tmp_path / "above/it"), trusted=True).close()
+    wrong = tmp_path / which
+    stranger(wrong) if how == "owner" else wrong.chmod(0o777 if how == "mode" else 0o775)
+    why = f"{wrong} is not trusted, because .*`chown 0 {wrong}; chmod go-w {wrong}` mends that"
+    for way in (tmp_path / "above/it", tmp_path / "above/../above/it"):
+        with pytest.raises(PermissionError, match=why):
+            Directory(str(way), trusted=True)
+    (tmp_path / "link").symlink_to("above/it")
+    with pytest.raises(PermissionError, match=why):
+        Directory(str(tmp_path / "link"), trusted=True)
+    assert not leads_to(f"{tmp_path}/above/it", identity_of(os.stat(tmp_path / "above/it")))
+    with Directory(str(tmp_path / "above/it")) as directory:  # whoever owns it
+        os.close(directory.make("file"))
+
+
+def test_a_sticky_directory_may_be_above_a_trusted_one_and_is_none(tmp_path) -> None:
+    (tmp_path / "above/it").mkdir(parents=True)
+    (tmp_path / "above").chmod(0o1777)
+    Directory(str(tmp_path / "above/it"), trusted=True).close()
+    with pytest.raises(PermissionError, match=r"others may write there \(mode 1777\)"):
+        Directory(str(tmp_path / "above"), trusted=True)
+    assert leads_to(f"{tmp_path}/above/it", identity_of(os.stat(tmp_path / "above/it")))
+    assert not leads_to(f"{tmp_path}/above/it", identity_of(os.stat(tmp_path)))
+
+
+def test_missing_directories_are_made_for_us_alone_and_on_the_disk(tmp_path, monkeypatch) -> None:
+    real, synced = os.fsync, []
+
+    def sync(fd: int) -> None:
+        synced.append(identity_of(os.fstat(fd)))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    before = os.umask(0)
+    try:
+        make_trusted(str(tmp_path / "a/b/c")).close()
+    finally:
+        os.umask(before)
+    for name in ("a", "a/b", "a/b/c"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
+    assert synced == [identity_of(os.stat(tmp_path / name)) for name in (".", "a", "a/b")]
+    synced.clear()
+    make_trusted(str(tmp_path / "a/b/c")).close()
+    assert synced == []
+
+
+@need_root
+def test_nothing_is_made_behind_a_link_of_another_user_or_in_a_directory_of_his(tmp_path) -> None:
+    for name in ("etc", "home"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "home/x").symlink_to(tmp_path / "etc")
+    os.chown(tmp_path / "home/x", 65534, 65534, follow_symlinks=False)
+    with pytest.raises(OSError, match="x is a symbolic link of user 65534"):
+        make_trusted(str(tmp_path / "home/x/j/k"))
+    stranger(tmp_path / "home")
+    for path in ("home/x/j/k", "home/j/k"):
+        with pytest.raises(PermissionError, match="home is not trusted"):
+            make_trusted(str(tmp_path / path))
+    assert os.listdir(tmp_path / "etc") == []
+    assert os.listdir(tmp_path / "home") == ["x"]
+    (tmp_path / "ours").symlink_to("unmounted/j")
+    with pytest.raises(FileNotFoundError):
+        make_trusted(str(tmp_path / "ours/deep"))
+
+
+@need_root
+def test_a_trusted_file_is_plain_and_nobody_elses(tmp_path) -> None:
+    file = tmp_path / "file"
+    file.write_text("ours")
+    (tmp_path / "..data").symlink_to(".")
+    (tmp_path / "link").symlink_to("..data/file")  # as Kubernetes mounts secrets
+    for path in (file, tmp_path / "link"):
+        with open(open_trusted(str(path))) as opened:
+            assert opened.read() == "ours"
+    file.chmod(0o620)
+    with pytest.raises(PermissionError, match=rf"chmod go-w {file}`"):
+        open_trusted(str(tmp_path / "link"))
+    file.chmod(0o600)
+    stranger(file)
+    with pytest.raises(PermissionError, match="it belongs to user 65534"):
+        open_trusted(str(file))
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path / "fifo", "no plain file"), (tmp_path, "Is a directory")):
+        with pytest.raises(OSError, match=kind):
+            open_trusted(str(path))
+    with pytest.raises(OSError, match="no plain file"):
+        open_trusted("/dev/null")
 
 
 def test_a_new_file_is_new(here, tmp_path) -> None:

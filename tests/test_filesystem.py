@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,6 +24,7 @@ from migrate.filesystem import (
     hidden_name,
     is_mount_point,
     try_directory,
+    unchangeable,
 )
 from tests.requirements import need
 
@@ -150,6 +153,31 @@ def test_what_cannot_be_changed_is_named(tmp_path, flag, says):
             check_replaceable(str(file), "x")
     finally:
         subprocess.run(["chattr", f"-{flag}", file], check=True)
+
+
+def test_what_is_checked_is_not_opened(tmp_path, monkeypatch):
+    """What has the name by then may be a link to a device that acts on being opened."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    reading = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    check_file(str(tmp_path / "link"), "--report")
+    assert poll.poll(0) == [], "nobody has had it open for writing"
+    os.close(reading)
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: pytest.fail("a link was followed"))
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(__file__)
+    assert unchangeable(str(tmp_path / "link")) == ""
+
+
+def test_a_file_that_is_read_only_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch(0o400)
+    if os.access(file, os.W_OK):
+        pytest.skip("root writes to any file")
+    with pytest.raises(UsageError, match="it cannot be written: Permission denied"):
+        check_file(str(file), "--report")
 
 
 def test_a_file_that_cannot_be_written_later_is_refused_and_stays_as_it_is(tmp_path):

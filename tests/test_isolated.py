@@ -48,6 +48,7 @@ def run(command: list[str], **more: str) -> subprocess.CompletedProcess:
         ("migrate.guests.lookout", ["0", "0"], b""),
         ("migrate.guests.demo_process", ["no-number"], b""),
         ("migrate.guests.demo_check", ["me"], b""),
+        ("migrate.views.drawing", [], b""),
     ],
 )
 def test_nothing_of_the_working_directory_is_run(hostile, module, arguments, said):

@@ -21,7 +21,9 @@ from migrate.journal import (
     journal_directory,
     journals,
     name_of,
+    state_directory,
 )
+from migrate.journal import stored as journal_of
 from proto.ownership import Claim, Event, Role
 
 TOKEN = bytes(16)
@@ -272,6 +274,54 @@ def test_a_directory_that_others_may_write_holds_no_journals(tmp_path, how):
     os.chown(here, 0, 0)
     here.chmod(0o755)
     check_directory(str(here))
+
+
+@need_root
+@pytest.mark.parametrize("how", ["owner", "mode"])
+def test_a_directory_that_another_can_replace_holds_no_journals(tmp_path, how):
+    """Who may write in the one above it puts another one in its place."""
+    above, here = tmp_path / "above", tmp_path / "above" / "journals"
+    here.mkdir(0o700, parents=True)
+    stored(here, PREPARED)
+    os.chown(above, 65534, 65534) if how == "owner" else above.chmod(0o777)
+    why = f"`chown 0 {above}; chmod go-w {above}` mends that"
+    for check in (check_directory, check_trusted):
+        with pytest.raises(UsageError, match=why):
+            check(str(here))
+    for create in (True, False):
+        with pytest.raises(JournalError, match=why):
+            Journal(Role.DESTINATION, TOKEN, str(here)).open(create=create)
+    with pytest.raises(JournalError, match=why):
+        journal_of(Role.DESTINATION, name_of(TOKEN), str(here))
+    assert list(journals(Role.DESTINATION, str(here))) == []
+    assert [why in said for said in damaged(Role.DESTINATION, str(here))] == [True]
+    above.chmod(0o1777)
+    os.chown(above, 0, 0)
+    assert len(list(journals(Role.DESTINATION, str(here)))) == 1
+
+
+@need_root
+def test_only_the_very_journal_is_removed(tmp_path, journal):
+    """Not what stands at its name by then."""
+    journal.begin(place={})
+    path = tmp_path / f"{name_of(TOKEN)}.destination"
+    path.rename(tmp_path / "moved")
+    path.write_text("another's")
+    journal.close()
+    assert path.read_text() == "another's"
+
+
+@need_root
+@pytest.mark.parametrize("name", ["HOME", "XDG_STATE_HOME"])
+def test_a_home_of_another_user_is_not_ours(monkeypatch, tmp_path, name):
+    """sudo may leave them as they were."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv(name, str(tmp_path))
+    assert state_directory().startswith(str(tmp_path))
+    os.chown(tmp_path, 65534, 65534)
+    home = pwd.getpwuid(0).pw_dir if name == "HOME" else "/nowhere"
+    assert state_directory() == f"{home}/.local/state/xbmigrate"
 
 
 @need_root

@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,26 +157,26 @@ async def test_dead_socket_is_taken_over_by_one_program(tmp_path, monkeypatch):
     path = f"{tmp_path}/s"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
-    seen: list[socket.socket] = []
+    seen: list[socket_file.SocketFile] = []
     room = socket_file._make_room_for
 
-    def meanwhile(path: str, option: str) -> None:
+    def meanwhile(*arguments: Any) -> None:
         """Another thread begins as soon as we have looked, and cannot go on before us."""
         monkeypatch.setattr(socket_file, "_make_room_for", room)
-        other = asyncio.get_running_loop().run_in_executor(None, socket_file.bind, path, option)
+        other = asyncio.get_running_loop().run_in_executor(None, socket_file.SocketFile, path, "")
         others.append(other)
-        room(path, option)
+        room(*arguments)
 
-    others: list[asyncio.Future[socket.socket]] = []
+    others: list[asyncio.Future[socket_file.SocketFile]] = []
     monkeypatch.setattr(socket_file, "_make_room_for", meanwhile)
-    seen.append(socket_file.bind(path, "--guest"))
+    seen.append(socket_file.SocketFile(path, "--guest"))
     with pytest.raises(ConnectError, match="another program listens there"):
         seen.append(await others[0])
 
     def meet() -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
-            seen[0].accept()[0].close()
+            seen[0].socket.accept()[0].close()
 
     await asyncio.to_thread(meet)
     for one in seen:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import os
 import re
 import socket
+import stat
 import urllib.request
 
 import pytest
@@ -267,6 +269,36 @@ def test_what_is_removed_is_where_it_was_looked_at(tmp_path, monkeypatch) -> Non
     with pytest.raises(UsageError):
         socket_file.SocketFile(str(path), "--qmp")
     assert precious.read_text() == "precious"
+
+
+def test_a_socket_is_made_where_the_directory_was_looked_at(tmp_path, monkeypatch) -> None:
+    """Whose directory it is may put a link to another one in its place meanwhile."""
+    if os.geteuid():
+        pytest.skip("only root can give a directory away")
+    for name in ("theirs", "ours"):
+        (tmp_path / name).mkdir()
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    bind = socket.socket.bind
+
+    def swapped(self: socket.socket, where: str) -> None:
+        (tmp_path / "theirs").rename(tmp_path / "old")
+        (tmp_path / "theirs").symlink_to("ours")
+        bind(self, where)
+
+    monkeypatch.setattr(socket.socket, "bind", swapped)
+    made = socket_file.SocketFile(str(tmp_path / "theirs/s"), "--qmp")
+    assert os.listdir(tmp_path / "ours") == []
+    assert stat.S_IMODE(os.stat(tmp_path / "old/s").st_mode) == 0o600
+    made.close()
+    made.close()
+    assert os.listdir(tmp_path / "old") == []
+
+
+def test_a_socket_has_its_path_where_nobody_else_can_change_it(tmp_path) -> None:
+    """ss(8) and lsof(8) show it."""
+    made = socket_file.SocketFile(str(tmp_path / "s"), "--qmp")
+    assert made.socket.getsockname() == str(tmp_path / "s")
+    made.close()
 
 
 def test_a_socket_that_was_moved_away_is_not_removed_by_its_name(tmp_path) -> None:

@@ -703,6 +703,18 @@ def test_what_a_stream_says_is_safe_to_print() -> None:
     assert "\x1b" not in lines
 
 
+def test_json_is_safe_to_print(call, tmp_path) -> None:
+    """A terminal obeys C1 controls and marks of direction, and a reader of JSON gets them back."""
+    evil, path = "\x9b\u202e", tmp_path / "stream"
+    path.write_bytes(WHOLE.replace(b'"ticks"', f'"{evil}"'.encode()))
+    assert path.stat().st_size == len(WHOLE)
+    code, out, _ = call(path, "--json")
+    assert code == 0
+    assert out.isascii()
+    assert "\x1b" not in out
+    assert json.loads(out)["sections"][3]["fields"][1]["name"] == evil
+
+
 def test_neither_kind_is_an_error_of_its_own() -> None:
     with pytest.raises(MigrationError):
         facts_of(b"XBM2")

@@ -295,6 +295,50 @@ def test_an_encrypted_key_is_no_prompt(good: SimpleNamespace) -> None:
         tls.Credentials(str(good.here), S)
 
 
+@pytest.mark.parametrize("wrong", [".", "ca-cert.pem", "ca-crl.pem", "client-key.pem"])
+def test_files_that_others_can_write_are_refused(
+    authority: Authority, good: SimpleNamespace, wrong: str
+) -> None:
+    """Whoever writes there says which authority is trusted."""
+    if wrong == "ca-crl.pem":
+        authority.revoke(good.here)
+    (good.here / wrong).chmod(0o775 if wrong == "." else 0o664)
+    path = good.here / wrong
+    with pytest.raises(TlsError, match=re.escape(f"chmod go-w {path}` mends that")):
+        tls.Credentials(str(good.here), S)
+    path.chmod(0o755 if wrong == "." else 0o600)
+    tls.Credentials(str(good.here), S)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        with pytest.raises(
+            TlsError, match=f"{path} is not trusted, because it belongs to user 65534"
+        ):
+            tls.Credentials(str(good.here), S)
+
+
+def test_what_is_no_plain_file_is_refused_and_keeps_nobody_waiting(good: SimpleNamespace) -> None:
+    for name in ("ca-cert.pem", "client-cert.pem", "client-key.pem", "ca-crl.pem"):
+        with contextlib.suppress(FileNotFoundError):
+            (good.here / name).rename(good.here / "hidden")
+        os.mkfifo(good.here / name)
+        with pytest.raises(TlsError, match=f"{name} cannot be read: it is no plain file"):
+            tls.Credentials(str(good.here), S)
+        (good.here / name).unlink()
+        with contextlib.suppress(FileNotFoundError):
+            (good.here / "hidden").rename(good.here / name)
+
+
+def test_files_may_be_links_in_a_sticky_directory(good: SimpleNamespace) -> None:
+    """So Kubernetes mounts secrets."""
+    (good.here / "..2026").mkdir(0o755)
+    (good.here / "..data").symlink_to("..2026")
+    for file in list(good.here.glob("*.pem")):
+        file.rename(good.here / "..2026" / file.name)
+        file.symlink_to(f"..data/{file.name}")
+    good.here.chmod(0o1777)
+    tls.Credentials(str(good.here), S)
+
+
 def test_a_key_that_others_can_read_is_said(good: SimpleNamespace) -> None:
     assert tls.Credentials(str(good.here), S).notices == []
     (good.here / "client-key.pem").chmod(0o644)

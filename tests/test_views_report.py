@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import threading
 from html.parser import HTMLParser
 
 import pytest
 
-from migrate.errors import UsageError
+from migrate.errors import MigrationError, UsageError
 from migrate.quantities import format_size
 from migrate.statistics import Statistics
-from migrate.views import plots, report
+from migrate.views import drawing, report
 from migrate.views.history import History
 from migrate.views.report import Report, milliseconds, slowed, verdict
 from tests.programs import Program, destination, end_guest, guest_pid
@@ -156,7 +157,7 @@ def test_nobody_waits_for_a_page_that_is_drawn_and_it_tells_of_its_own_migration
 ):
     """It takes seconds, in which the program is asked, and may begin another migration."""
     go = threading.Event()
-    monkeypatch.setattr(plots, "figures", lambda _history, _limit: go.wait(60) and [])
+    monkeypatch.setattr(drawing, "figures", lambda _history, _limit: go.wait(60) and [])
     history = History()
     view = Report(history, str(tmp_path / "r.html"))
     for status in ("failed", "completed"):
@@ -215,6 +216,54 @@ def test_a_page_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
             view.end(s)
     assert view.close() == "Is a directory"
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """The working directory and a home, of others who want matplotlib to read what is there."""
+    cwd, home = tmp_path / "cwd", tmp_path / "home"
+    for directory in (cwd, home / ".config/matplotlib", home / ".cache/matplotlib"):
+        directory.mkdir(parents=True)
+    os.mkfifo(cwd / "matplotlibrc")
+    os.mkfifo(home / ".config/matplotlib/matplotlibrc")
+    monkeypatch.chdir(cwd)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MATPLOTLIBRC", str(cwd))
+    monkeypatch.setenv("MPLCONFIGDIR", str(home / ".config/matplotlib"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    return home
+
+
+def test_nothing_of_the_working_directory_or_the_home_is_read_or_written(tmp_path, planted):
+    """A FIFO there would never end, and old releases of matplotlib run what stands there."""
+    before = sorted(planted.rglob("*"))
+    assert Page(written(tmp_path / "r.html")).tags.count("svg") == 6
+    assert sorted(planted.rglob("*")) == before
+
+
+def test_what_draws_for_ever_is_given_up(tmp_path, monkeypatch):
+    def hang(_module, *_arguments):
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    monkeypatch.setattr(drawing.isolated, "command", hang)
+    monkeypatch.setattr(drawing, "SECONDS", 0.2)
+    with pytest.raises(MigrationError, match="matplotlib has not drawn it in 0 s"):
+        drawing.figures(History(), None)
+
+
+def test_what_cannot_be_drawn_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(drawing, "_packages", lambda: "/nowhere")
+    monkeypatch.setattr(drawing.isolated, "command", lambda *_: [sys.executable, "-c", "1/0"])
+    with pytest.raises(MigrationError, match="cannot draw it: ZeroDivisionError: division by zero"):
+        drawing.figures(History(), None)
+
+
+def test_a_temporary_directory_that_others_can_replace_is_not_used(tmp_path, monkeypatch):
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(drawing.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(MigrationError, match="set TMPDIR to another place"):
+        drawing.figures(History(), None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_of_a_real_migration_has_its_numbers(tmp_path):

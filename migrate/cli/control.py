@@ -20,10 +20,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from migrate import output, quantities
+from migrate import bounded_json, output, quantities
 from migrate.cli.program import VERSION, Parser
+from migrate.directory import Directory, make_trusted
 from migrate.errors import ConnectError, MigrationError, PeerError, PeerLost, UsageError
-from migrate.journal import state_directory
+from migrate.filesystem import write_whole
+from migrate.journal import is_of_another, state_directory
 from migrate.monitor.node import TRY_HELP
 from migrate.monitor.words import BLANK, line_of
 from migrate.output import say
@@ -32,7 +34,9 @@ ENDED = ("completed", "failed", "cancelled")
 WAIT_INTERVAL = 0.1
 MAX_ANSWER_BYTES = 1 << 20
 READ_BYTES = 64 << 10
+HISTORY = "history"
 HISTORY_LINES = 1000
+MAX_HISTORY = 1 << 20  # characters
 
 EPILOG = """exit codes:
     0 answered; for wait: the migration completed
@@ -95,7 +99,7 @@ class Control:
                 time.sleep(0.05)
         try:
             if "QMP" not in self._read(time.monotonic() + self._timeout):
-                raise PeerError(f"what listens on {self._path} does not speak QMP")
+                raise self._no_qmp()
             self.execute("qmp_capabilities")
         except BaseException:
             self.close()
@@ -113,6 +117,8 @@ class Control:
         while True:
             answer = self._read(end)
             if "error" in answer:
+                if not isinstance(answer["error"], dict):
+                    raise self._no_qmp()
                 raise PeerError(f"{command}: {answer['error'].get('desc')}")
             if "return" in answer:
                 return answer["return"]
@@ -126,7 +132,7 @@ class Control:
         """One line, which is whole at `end` (time.monotonic)."""
         while (size := self._received.find(b"\n") + 1) == 0:
             if len(self._received) > MAX_ANSWER_BYTES:
-                raise PeerError(f"what listens on {self._path} does not speak QMP")
+                raise self._no_qmp()
             try:
                 self._sock.settimeout(max(end - time.monotonic(), 0.001))
                 more = self._sock.recv(READ_BYTES)
@@ -142,12 +148,29 @@ class Control:
         if time.monotonic() > end:
             raise ConnectError(f"{self._path} tells of events, and does not answer")
         try:
-            answer = json.loads(line)
+            answer = bounded_json.loads(line)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise PeerError(f"what listens on {self._path} does not speak QMP")
+            raise self._no_qmp()
         return answer
+
+    def _no_qmp(self) -> PeerError:
+        return PeerError(f"what listens on {self._path} does not speak QMP")
+
+    def state(self) -> dict[str, Any]:
+        """What query-migrate tells."""
+        told = self.execute("query-migrate")
+        if not isinstance(told, dict):
+            raise self._no_qmp()
+        return told
+
+    def command_names(self) -> list[str]:
+        """What query-commands tells."""
+        told = self.execute("query-commands")
+        if not isinstance(told, list) or not all(isinstance(one, dict) for one in told):
+            raise self._no_qmp()
+        return [str(one.get("name")) for one in told]
 
     def close(self) -> None:
         self._sock.close()
@@ -163,7 +186,7 @@ def wait(control: Control) -> int:
     """Waits until the migration has ended, and says how; 0 where it completed."""
     while True:
         try:
-            state = control.execute("query-migrate")
+            state = control.state()
         except PeerLost:
             raise PeerLost(
                 "the program ended before it could be asked how its migration did (--stay keeps it)"
@@ -209,7 +232,7 @@ def ask(control: Control, command: str, words: list[str]) -> int:
     arguments = arguments_of(command, words)
     machine = arguments is not None
     if machine and not words and "-" not in command:
-        machine = any(one["name"] == command for one in control.execute("query-commands"))
+        machine = command in control.command_names()
     if machine:
         answer = control.execute(command, arguments)
         _print(json.dumps(answer) + "\n", matters=answer != {})
@@ -252,10 +275,11 @@ def converse(control: Control) -> int:
 @contextlib.contextmanager
 def _remembering(control: Control) -> Iterator[None]:
     """A history that outlives us, and names that complete."""
+    if is_of_another(os.environ.get("HOME", "")):
+        os.environ["INPUTRC"] = os.devnull  # else what his ~/.inputrc says is typed for us
     import readline
 
-    names = [one.split()[0] for one in control.say("help").splitlines()]
-    names += [" ".join(one.split()[:2]) for one in control.say("info").splitlines()]
+    names = _names(control)
 
     def complete(text: str, state: int) -> str | None:
         begun = readline.get_line_buffer()[: readline.get_endidx()]
@@ -265,18 +289,44 @@ def _remembering(control: Control) -> Iterator[None]:
     readline.set_completer(complete)
     readline.set_completer_delims(" ")
     readline.parse_and_bind("tab: complete")
-    path = ""
-    with contextlib.suppress(UsageError):
-        path = os.path.join(state_directory(), "history")
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
+    for line in _remembered():
+        readline.add_history(line)
     try:
         yield
     finally:
-        readline.set_history_length(HISTORY_LINES)
-        with contextlib.suppress(OSError):  # also where there is no place for it
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            readline.write_history_file(path)
+        last = readline.get_current_history_length()
+        numbers = range(max(last - HISTORY_LINES, 0) + 1, last + 1)
+        _remember([readline.get_history_item(number) or "" for number in numbers])
+
+
+def _names(control: Control) -> list[str]:
+    """What completes: the names of commands, and of what `info` tells.
+
+    Only those that can be printed: they get into the line that is edited.
+    """
+    names = [one.split()[:1] for one in control.say("help").splitlines()]
+    names += [one.split()[:2] for one in control.say("info").splitlines()]
+    return [name for words in names if words and (name := " ".join(words)).isprintable()]
+
+
+def _remembered() -> list[str]:
+    """The lines of earlier conversations, as far as a trusted directory has them."""
+    with (
+        contextlib.suppress(OSError, UsageError),
+        Directory(state_directory(), trusted=True) as here,
+        here.opened(HISTORY) as fd,
+        open(fd, errors="surrogateescape", closefd=False) as file,
+    ):
+        return file.read(MAX_HISTORY).splitlines()[-HISTORY_LINES:]
+    return []
+
+
+def _remember(lines: list[str]) -> None:
+    """Keeps these lines, if there is a trusted directory for them."""
+    text = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    with contextlib.suppress(OSError, UsageError):
+        make_trusted(state_directory()).close()
+        write_whole(os.path.join(state_directory(), HISTORY), text, HISTORY, mode=0o600)
 
 
 def run(words: list[str] | None = None) -> int:

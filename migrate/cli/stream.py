@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -141,7 +142,8 @@ def survey(args: argparse.Namespace) -> int:
         told: dict[str, Any] = msgspec.to_builtins(facts)
         if pages:
             told |= {"records": msgspec.to_builtins(records), "records_left_out": left_out}
-        sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+        # In ASCII: names in a stream may have in them what a terminal would obey.
+        sys.stdout.write(json.dumps(told, separators=(",", ":")) + "\n")
     elif not pages:
         for line in lines_of(facts, devices=args.devices):
             print(line)

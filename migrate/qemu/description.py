@@ -35,7 +35,7 @@ def check_sections(
         devices = bounded_json.loads(text)["devices"]
         told = [(str(one["name"]), int(one["instance_id"])) for one in devices]
         sizes = [_size(one) for one in devices]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise MigrationError("QEMU's description of its devices is not to be understood") from None
     for skip in (0, early):
         full = [one for one in sections[skip:] if one.kind == FULL]

@@ -118,7 +118,7 @@ class Snapshot:
             if check != _check_of({"format": FORMAT, "format-version": VERSION, **facts}):
                 raise ValueError("it was changed since it was written")
             found = _snapshot(facts)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{where} is damaged: {error}") from None
         for stored in filter(None, (*found.blocks, found.devices, found.description)):
             _check_file(directory, stored)

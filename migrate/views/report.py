@@ -1,8 +1,9 @@
 """`--report FILE.html`: one page on a migration that is over, with all it needs inside.
 
-Words and tables are made here, pictures in `plots`. Nothing on the page comes from elsewhere, so it
-can be mailed and kept; what others wrote (a guest's description, an error) is escaped. matplotlib
-is looked for before the migration begins, and loaded after it is over.
+Words and tables are made here, pictures in `plots`, by a helper process (see `drawing`). Nothing
+on the page comes from elsewhere, so it can be mailed and kept; what others wrote (a guest's
+description, an error) is escaped. matplotlib is looked for before the migration begins, and loaded
+after it is over.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from migrate.errors import UsageError
 from migrate.filesystem import check_file, write_whole
 from migrate.quantities import format_size, parse_milliseconds
 from migrate.statistics import Statistics
+from migrate.views import drawing
 from migrate.views.history import OVER, History, RoundRecord
 
 MAX_ROWS = 200
@@ -250,9 +252,7 @@ class Report:
     def _draw(
         self, history: History, described: Mapping[str, str], limit: float | None, now: str
     ) -> None:
-        from migrate.views.plots import figures
-
-        text = page(history, described, figures(history, limit), now)
+        text = page(history, described, drawing.figures(history, limit), now)
         path, number = self._path, history.migrations
         if number > 1:
             stem, suffix = os.path.splitext(path)
