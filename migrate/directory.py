@@ -17,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import grp
 import os
+import pwd
 import secrets
 import shlex
 import shutil
@@ -388,7 +390,7 @@ def open_trusted(path: str) -> int:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(there.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file")
-        _check_trusted(held, distrust(there))
+        _check_trusted(held, distrust(held))
         return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(held)
@@ -406,17 +408,39 @@ def leads_to(path: str, known: Identity) -> bool:
     return False
 
 
-def distrust(there: os.stat_result, *, sticky: bool = False) -> str:
-    """Say why somebody other than root and us could write there; "" where nobody can.
+def distrust(fd: int, *, sticky: bool = False) -> str:
+    """Say why somebody other than root and us could write to an open file or directory; "" where
+    nobody can.
 
     sticky -- let a directory pass where each user can replace his own entries only
     """
+    there = os.fstat(fd)
     if there.st_uid not in (0, os.geteuid()):
         return f"it belongs to user {there.st_uid}"
     mode = stat.S_IMODE(there.st_mode)
     if not mode & 0o022 or (sticky and mode & stat.S_ISVTX):
         return ""
+    if not mode & 0o002 and _is_private(there.st_gid) and not _has_access_list(fd):
+        return ""  # what a user with umask 002 makes
     return f"others may write there (mode {mode:o})"
+
+
+def _is_private(gid: int) -> bool:
+    """Whether a group is a user's own, who is us: it has his name, and nobody else in it."""
+    with contextlib.suppress(KeyError):
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+        ours = user.pw_gid == gid and group.gr_name == user.pw_name
+        return ours and user.pw_uid != 0 and set(group.gr_mem) <= {user.pw_name}
+    return False
+
+
+def _has_access_list(fd: int) -> bool:
+    """Or may have: with one, the mode does not say who the group's rights are for."""
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", "system.posix_acl_access")
+    except OSError as error:
+        return error.errno not in (errno.ENODATA, errno.EOPNOTSUPP)
+    return True
 
 
 def _check_trusted(fd: int, why: str) -> None:
@@ -450,7 +474,7 @@ def _opened(path: str, *, trusted: bool) -> int:
         if not stat.S_ISDIR(there.st_mode):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if trusted:
-            _check_trusted(fd, distrust(there))
+            _check_trusted(fd, distrust(fd))
     except BaseException:
         os.close(fd)
         raise
@@ -468,7 +492,7 @@ def _walked(path: str, *, trusted: bool) -> int:
         while True:
             there = os.fstat(fd)
             if trusted and stat.S_ISDIR(there.st_mode):
-                _check_trusted(fd, distrust(there, sticky=True))
+                _check_trusted(fd, distrust(fd, sticky=True))
             while names and names[-1] in ("", "."):
                 names.pop()
             if not names:

@@ -358,7 +358,7 @@ def _lines_of(fd: int, path: str, *, brought: bool = False) -> tuple[list[dict[s
     what the good one claims must not be forgotten.
     """
     there = os.fstat(fd)
-    why = "" if brought else distrust(there)
+    why = "" if brought else distrust(fd)
     if why or not stat.S_ISREG(there.st_mode):
         raise JournalError(f"journal {path}: {why or 'it is no plain file'}")
     try:

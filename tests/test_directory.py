@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import pwd
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -203,6 +207,31 @@ def test_a_trusted_directory_is_one_that_nobody_else_can_replace(tmp_path, which
     assert not leads_to(f"{tmp_path}/above/it", identity_of(os.stat(tmp_path / "above/it")))
     with Directory(str(tmp_path / "above/it")) as directory:  # whoever owns it
         os.close(directory.make("file"))
+
+
+@pytest.mark.parametrize("members", [[], ["anna"], ["bert"]])
+@pytest.mark.parametrize("name", ["anna", "staff"])
+def test_a_group_that_is_a_users_own_is_no_other_user(tmp_path, monkeypatch, name, members) -> None:
+    """With umask 002, which goes with such groups, his directories are theirs to write."""
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it").chmod(0o775)
+    gid = (tmp_path / "it").stat().st_gid
+    user = SimpleNamespace(pw_gid=gid, pw_name="anna", pw_uid=1000)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: user)
+    monkeypatch.setattr(grp, "getgrgid", lambda _gid: SimpleNamespace(gr_name=name, gr_mem=members))
+    if name == "anna" and "bert" not in members:
+        Directory(str(tmp_path / "it"), trusted=True).close()
+    else:
+        with pytest.raises(PermissionError, match="others may write there"):
+            Directory(str(tmp_path / "it"), trusted=True)
+    entries = ((1, 7, -1), (2, 7, 65534), (4, 5, -1), (16, 7, -1), (32, 5, -1))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(tmp_path / "it", "system.posix_acl_access", acl)
+    except OSError as error:
+        pytest.skip(f"there are no access lists here: {error}")
+    with pytest.raises(PermissionError, match="others may write there"):
+        Directory(str(tmp_path / "it"), trusted=True)
 
 
 def test_a_sticky_directory_may_be_above_a_trusted_one_and_is_none(tmp_path) -> None:
