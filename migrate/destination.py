@@ -568,7 +568,7 @@ class Destination:
         self.place, self.arrived = None, custody.place
         self.arrival.running, self.arrival.runs = custody.running, custody.place.runs
         self.arrival.status = "completed"
-        custody.place.close()
+        custody.let_go()
         self._observer("running", self.arrival)
 
     async def _go(self, custody: Custody) -> bool:

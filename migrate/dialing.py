@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from migrate import tls
 from migrate.address import Address
+from migrate.directory import Directory
 from migrate.errors import ConnectError, TlsError, UsageError, system_reason
 from migrate.link import SOCKET_TIMEOUT, Link
 from migrate.lookup import Endpoint, look_up, name_of, unanswered
@@ -20,6 +23,8 @@ from migrate.secure import HungUp, Secured
 from proto.session import Role
 
 LISTENING = "is migrate-dst listening there?"
+NOBODY = (1 << 32) - 1
+_PEER = struct.Struct("iII")  # struct ucred: process, user, group
 
 
 def check_congestion(name: str) -> None:
@@ -92,6 +97,29 @@ async def open_tcp(address: Address, timeout: float) -> socket.socket:
         ) from None
     except OSError as error:
         raise ConnectError(system_reason(error)) from None
+
+
+def check_listener(connection: socket.socket, path: str) -> None:
+    """Raises ConnectError unless the unix socket that this is connected to is listened on by root,
+    ourselves, or the owner of the directory it is in: in /tmp anybody may have been there first.
+    Raises ConnectionRefusedError where it is not connected: too many are before us.
+    """
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    _, peer, _ = _PEER.unpack(found)
+    if peer == NOBODY:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    where = os.path.dirname(os.path.abspath(path))
+    try:
+        with Directory(where) as directory:
+            owner = os.fstat(directory.fd).st_uid
+    except OSError as error:
+        raise ConnectError(f"cannot connect to unix:{path}: {error.strerror}") from None
+    if peer not in (0, os.geteuid(), owner):
+        raise ConnectError(
+            f"cannot connect to unix:{path}: user {peer} listens there, who is neither root nor "
+            f"you nor the owner of {where}, and would get the guest: have migrate-dst listen in a "
+            "directory of its own user, or give TLS credentials (--tls-creds)"
+        )
 
 
 def _new_link(peer_timeout: float, congestion: str) -> Link:
@@ -168,15 +196,15 @@ class _Attempt:
         if credentials is not None:
             protocol = Secured(credentials, link, credentials.name_of(address))
         required = tls.required()
-        if address.path:
-            await loop.create_unix_connection(lambda: protocol, address.path)
-        else:
-            connection = await self._socket(link)
-            try:
+        connection = await (self._unix_socket() if address.path else self._socket(link))
+        try:
+            if address.path:
+                await loop.create_unix_connection(lambda: protocol, sock=connection)
+            else:
                 await loop.create_connection(lambda: protocol, sock=connection)
-            except BaseException:
-                connection.close()
-                raise
+        except BaseException:
+            connection.close()
+            raise
         if isinstance(protocol, Secured):
             self._shaking = link.endpoint
             try:
@@ -192,6 +220,20 @@ class _Attempt:
             link.abort()
             await link.close()
             raise tls.plain_refused()
+
+    async def _unix_socket(self) -> socket.socket:
+        """Connected to the unix socket. Without TLS it must be of somebody who is trusted with the
+        guest: see `check_listener`. Raises ConnectError, OSError."""
+        connection, path = socket.socket(socket.AF_UNIX), self._address.path
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, path)
+            if self._credentials is None:
+                check_listener(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     async def _socket(self, link: Link) -> socket.socket:
         """The socket of a new connection. Raises ConnectError, OSError."""

@@ -22,8 +22,9 @@ import os
 import pwd
 import secrets
 import shlex
-import shutil
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,9 +32,13 @@ from typing import Any
 
 SUFFIX = ".xbmigrate"  # of all hidden names
 MAX_LINKS = 40  # in a row, as the kernel has it
+# A directory of others may grow while it is removed: what is left of it then stays.
+DROP_SECONDS = 60.0
 _RENAME_NOREPLACE = 1
+_ACCESS, _DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _THERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_LISTED = os.O_RDONLY | os.O_DIRECTORY | _THERE
 # The file system has no such operation, or not with this flag.
 _LACKING = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
 _NO_NAMELESS = (*_LACKING, errno.EISDIR, errno.ENOENT, errno.EACCES)
@@ -101,8 +106,8 @@ class Directory:
     # -- files
 
     def make(self, name: str, mode: int = 0o600) -> int:
-        """A new file, to read and write."""
-        return os.open(name, _NEW, mode, dir_fd=self.fd)
+        """A new file, to read and write, with no access list: see `_without_acl`."""
+        return _without_acl(os.open(name, _NEW, mode, dir_fd=self.fd))
 
     def make_nameless(self) -> int:
         """A new file without a name, for `link`; -1 where there is no such thing, or nothing that
@@ -127,7 +132,8 @@ class Directory:
         return True
 
     def _new_nameless(self) -> int:
-        return os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600, dir_fd=self.fd)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
+        return _without_acl(os.open(".", flags, 0o600, dir_fd=self.fd))
 
     def take(self, name: str, known: Identity, owner: int | None = None) -> int:
         """A file that an earlier program of ours has left, to read and write.
@@ -199,10 +205,14 @@ class Directory:
         is to be overwritten; where another file was put in its place, an OSError that says so."""
         if not self.has(old, known):
             raise _replaced(old)
-        if overwrite:
-            os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        else:
-            self.rename_new(old, new)
+        try:
+            if overwrite:
+                os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            else:
+                self.rename_new(old, new)
+        except OSError:
+            if not self.has(new, known):  # a file server may have done it, and say that it failed
+                raise
         if not self.has(new, known):
             raise _replaced(new)
 
@@ -266,15 +276,32 @@ class Directory:
 
     def drop(self, name: str, known: Identity | None = None) -> None:
         """Removes a file, or a directory with all that is in it, where it can be: one certain
-        one, or whatever has the name. No link in it is followed."""
+        one, or whatever has the name. No link in it is followed. Raises nothing."""
         with contextlib.suppress(OSError):
             there = self.look(name)
             if known is not None and identity_of(there) != known:
                 return
-            if stat.S_ISDIR(there.st_mode):
-                shutil.rmtree(name, ignore_errors=True, dir_fd=self.fd)
-            else:
+            if not stat.S_ISDIR(there.st_mode):
                 self.unlink(name)
+                return
+            fd = os.open(name, _LISTED, dir_fd=self.fd)
+            try:
+                if identity_of(os.fstat(fd)) == identity_of(there):
+                    _Emptying(fd).run()
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=self.fd)
+
+    def drop_later(self, name: str, known: Identity) -> None:
+        """Does what `drop` does in a thread, which the program waits for at its end. This
+        directory may be closed meanwhile. Raises nothing."""
+
+        def run(held: Directory) -> None:
+            with held:
+                held.drop(name, known)
+
+        with contextlib.suppress(OSError, RuntimeError):  # there may be no more threads
+            threading.Thread(target=run, args=(self.inner("."),), name="drop").start()
 
     # -- directories
 
@@ -285,6 +312,7 @@ class Directory:
         try:
             if os.fstat(made.fd).st_uid != self.owner or made.names():
                 raise _replaced(name)  # by another one that is there
+            os.close(_without_acl(_readable(made.fd)))
             return made
         except OSError:
             made.close()
@@ -297,6 +325,66 @@ class Directory:
         inner._owner, inner._nameless = self._owner, self._nameless
         inner.fd = os.open(name, os.O_PATH | os.O_DIRECTORY | _THERE, dir_fd=self.fd)
         return inner
+
+
+class _Emptying:
+    """Removes all that is in an open directory, however deep, for DROP_SECONDS at most.
+
+    A directory in it that is not empty is moved to the top under a number, to be emptied when it
+    is its turn. So two directories are open at most, and two numbers are all that is remembered.
+    What something is mounted on cannot be moved, and stays.
+    """
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._mark = f".{secrets.token_hex(8)}."
+        self._moved = 0
+        self._end = time.monotonic() + DROP_SECONDS
+
+    def run(self) -> None:
+        self._empty(self._top)
+        turn = 0
+        while turn < self._moved and not self._late():
+            name = f"{self._mark}{turn}"
+            turn += 1
+            with contextlib.suppress(OSError):
+                fd = os.open(name, _LISTED, dir_fd=self._top)
+                try:
+                    self._empty(fd)
+                finally:
+                    os.close(fd)
+                os.rmdir(name, dir_fd=self._top)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._end
+
+    def _empty(self, fd: int) -> None:
+        """Removes or moves each entry. Some file systems show one more where others go: it looks
+        until there is nothing left that it could take."""
+        took = True
+        while took and not self._late():
+            took = False
+            with contextlib.suppress(OSError), os.scandir(fd) as entries:
+                for entry in entries:
+                    if self._late():
+                        return
+                    took |= not entry.name.startswith(self._mark) and self._take(fd, entry)
+
+    def _take(self, fd: int, entry: os.DirEntry[str]) -> bool:
+        """Whether it is gone from there."""
+        try:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=fd)
+                return True
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.name, dir_fd=fd)
+                return True
+            name = f"{self._mark}{self._moved}"
+            os.rename(entry.name, name, src_dir_fd=fd, dst_dir_fd=self._top)
+        except OSError:
+            return False
+        self._moved += 1
+        return True
 
 
 @dataclass(frozen=True)
@@ -336,6 +424,22 @@ class Left:
             directory.drop(self.name, self.known)
 
 
+def _without_acl(fd: int) -> int:
+    """Takes from something new what access lists it has: the owner of the directory, who wrote
+    them (setfacl -d), is not asked who may read a guest. Raises OSError; `fd` is closed then."""
+    try:
+        for name in (_ACCESS, _DEFAULT):
+            try:
+                os.getxattr(fd, name)
+            except OSError:
+                continue  # it has none, or the file system
+            os.removexattr(fd, name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def identity_of(there: os.stat_result) -> Identity:
     return there.st_dev, there.st_ino
 
@@ -353,6 +457,42 @@ def _replaced(name: str) -> OSError:
         f"{name} was removed or replaced meanwhile: leave the directory alone until the guest is "
         "there",
     )
+
+
+@contextlib.contextmanager
+def existing_file(path: str) -> Iterator[int]:
+    """What is at `path`, a link followed: a descriptor that says what it is and can be reopened
+    (O_PATH), so that nothing is opened for reading before its kind is known.
+
+    Links on the way are followed as a `Directory` has them; one at the end too if it belongs to
+    the owner of what it leads to: that user could have moved the file there. Raises OSError.
+    """
+    where, name = os.path.split(os.path.abspath(path))
+    with contextlib.ExitStack() as stack:
+
+        def held(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        at, theirs = held(_opened(where, trusted=False)), dict[int, str]()
+        for _ in range(MAX_LINKS + 1):
+            fd = held(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at))
+            there = os.fstat(fd)
+            if stat.S_ISLNK(there.st_mode):
+                if there.st_uid not in (0, os.geteuid()):
+                    theirs[there.st_uid] = name
+                if target := _target(fd, there):
+                    directory, name = os.path.split(target)
+                    at = held(_opened(directory, trusted=False, start=at))
+                    continue
+                fd = held(os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=at))
+                there = os.fstat(fd)
+            for owner, link in theirs.items():
+                if owner != there.st_uid:
+                    raise _foreign_link(link, owner, "file")
+            yield fd
+            return
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
 
 def make_trusted(path: str) -> Directory:
@@ -467,8 +607,8 @@ def _readable(fd: int) -> int:
     return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
 
 
-def _opened(path: str, *, trusted: bool) -> int:
-    fd = _walked(path, trusted=trusted)
+def _opened(path: str, *, trusted: bool, start: int = -1) -> int:
+    fd = _walked(path, trusted=trusted, start=start)
     try:
         there = os.fstat(fd)
         if not stat.S_ISDIR(there.st_mode):
@@ -481,13 +621,14 @@ def _opened(path: str, *, trusted: bool) -> int:
     return fd
 
 
-def _walked(path: str, *, trusted: bool) -> int:
-    """Open what has an absolute path. Links to it, and on the way to it, are followed where they
-    are of somebody who is trusted with that.
+def _walked(path: str, *, trusted: bool, start: int = -1) -> int:
+    """Open what has this path, from the root or from an open directory. Links to it, and on the
+    way to it, are followed where they are of somebody who is trusted with that.
 
     trusted -- refuse directories, it too, whose entries somebody other than root and us can replace
     """
-    links, names, fd = 0, path.split("/")[::-1], _root()
+    links, names = 0, path.split("/")[::-1]
+    fd = _root() if path.startswith("/") else os.dup(start)
     try:
         while True:
             there = os.fstat(fd)
@@ -523,14 +664,24 @@ def _step(fd: int, name: str) -> tuple[int, str]:
         return inner, ""
     try:
         if there.st_uid not in (0, os.geteuid()):
-            raise OSError(
-                errno.ELOOP,
-                f"{name} is a symbolic link of user {there.st_uid}, who could have it lead "
-                "anywhere: name the directory itself",
-            )
-        target = os.readlink("", dir_fd=inner)
+            raise _foreign_link(name, there.st_uid, "directory")
+        target = _target(inner, there)
     finally:
         os.close(inner)
-    if there.st_size != len(os.fsencode(target)):  # of /proc: it leads where no name may
+    if not target:
         return os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=fd), ""
     return _root() if target.startswith("/") else os.dup(fd), target
+
+
+def _target(link: int, there: os.stat_result) -> str:
+    """Where an open symbolic link leads to; "" for one of /proc, which leads where no name may."""
+    target = os.readlink("", dir_fd=link)
+    return target if there.st_size == len(os.fsencode(target)) else ""
+
+
+def _foreign_link(name: str, owner: int, what: str) -> OSError:
+    return OSError(
+        errno.ELOOP,
+        f"{name} is a symbolic link of user {owner}, who could have it lead anywhere: name the "
+        f"{what} itself",
+    )

@@ -133,6 +133,7 @@ class Custody:
         self.decided = asyncio.Event()
         self.told = asyncio.Event()
         self._state = state
+        self._let_go = False
         self._lock = asyncio.Lock()
 
     async def prepare(self, **facts: Any) -> None:
@@ -205,6 +206,12 @@ class Custody:
                     await self.place.discard()
                 self.decided.set()
             return self.journal.claim is Claim.ABORTED
+
+    def let_go(self) -> None:
+        """Has the place let go of what only served to receive the guest, where it runs, once."""
+        if self.running and not self._let_go:
+            self._let_go = True
+            self.place.close()
 
     def rest(self) -> None:
         """The guest runs here, or does not come: it is no concern any more."""
@@ -352,7 +359,13 @@ class Records:
                     )
             except MigrationError as error:
                 said.append(f"migration {journal.name}: {error}")
+        self.let_go()
         return said
+
+    def let_go(self) -> None:
+        """See Custody.let_go: it was said of each guest that runs."""
+        for custody in self._known.values():
+            custody.let_go()
 
     def close(self) -> None:
         for task in self._expiring:
@@ -418,6 +431,7 @@ async def answer(link: Link, records: Records) -> None:
     except TimeoutError:
         reason = "nothing was asked"
     finally:
+        records.let_go()
         if reason:
             await link.give_reason(code, reason)
         await link.close()

@@ -6,6 +6,7 @@ import errno
 import grp
 import os
 import pwd
+import resource
 import stat
 import struct
 from collections.abc import Iterator
@@ -14,16 +15,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from migrate import directory as directory_module
 from migrate.directory import (
     SUFFIX,
     Directory,
     Left,
+    existing_file,
     identity_of,
     leads_to,
     make_trusted,
     open_trusted,
 )
 from migrate.filesystem import check_file, write_whole
+from tests.requirements import need
 
 
 @pytest.fixture
@@ -394,6 +398,101 @@ def test_what_is_removed_is_the_very_one_and_no_link_is_followed(here, tmp_path)
     here.drop("tree", known)
     assert sorted(os.listdir(tmp_path)) == ["victim"]
     assert (victim / "file").exists()
+
+
+def deep_tree(path: Path, depth: int) -> None:
+    """Directories in one another, each with a file and an empty directory beside it."""
+    path.mkdir()
+    fd = os.open(path, os.O_PATH)
+    for _ in range(depth):
+        for name in ("deeper", "empty"):
+            os.mkdir(name, dir_fd=fd)
+        os.close(os.open("file", os.O_CREAT, dir_fd=fd))
+        inner = os.open("deeper", os.O_PATH, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+
+
+def test_a_tree_is_removed_however_deep_it_is(here, tmp_path) -> None:
+    """Deeper than Python recurses, and with fewer descriptors than it is deep."""
+    deep_tree(tmp_path / "tree", 2000)
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 256), hard))
+    try:
+        here.drop("tree", identity_of(os.stat(tmp_path / "tree")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_removed_in_time_stays(here, tmp_path, monkeypatch) -> None:
+    """Its owner may add to it as fast as it is removed."""
+    deep_tree(tmp_path / "tree", 3)
+    monkeypatch.setattr(directory_module, "DROP_SECONDS", -1.0)
+    here.drop("tree")
+    assert (tmp_path / "tree/deeper/deeper").is_dir()
+
+
+def test_a_rename_that_was_done_though_it_failed_counts(here, tmp_path, monkeypatch) -> None:
+    """A file server may have lost its answer, and been asked again."""
+    (tmp_path / "hidden").write_bytes(b"verified")
+    known, real = identity_of(os.stat(tmp_path / "hidden")), os.rename
+
+    def rename(*names: str, **directories: int) -> None:
+        real(*names, **directories)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "rename", rename)
+    here.give_name(known, "hidden", "out", overwrite=True)
+    assert (tmp_path / "out").read_bytes() == b"verified"
+
+
+def access_list(user: int) -> bytes:
+    """One that lets a user do everything, and its own owner and group too."""
+    nobody = 0xFFFFFFFF
+    entries = ((1, 7, nobody), (2, 7, user), (4, 5, nobody), (16, 7, nobody), (32, 5, nobody))
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+def test_what_is_made_inherits_no_access_list(here, tmp_path) -> None:
+    """It has no effect on a file of mode 600, and comes to effect with --mode 640."""
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", access_list(65534))
+    except OSError as error:
+        need(False, f"access lists in {tmp_path}: {error.strerror}")
+    made = [here.make("file"), here.make_nameless()]
+    with here.make_directory("directory") as inner:
+        made += [inner.make("file"), os.open(tmp_path / "directory", os.O_RDONLY)]
+    for fd in made:
+        if fd >= 0:
+            assert os.listxattr(fd) == []
+            os.close(fd)
+
+
+@need_root
+@pytest.mark.parametrize("kind", ["ours", "stranger's", "stranger's to his own", "/proc", "round"])
+def test_a_link_at_the_end_is_followed_where_its_owner_may_say_what_it_is(tmp_path, kind) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/file").write_bytes(b"content")
+    (tmp_path / "up").symlink_to("real")
+    (tmp_path / "link").symlink_to("round" if kind == "round" else "up/../real/file")
+    (tmp_path / "round").symlink_to("link")
+    path, held = str(tmp_path / "link"), os.open(tmp_path / "real/file", os.O_RDONLY)
+    if kind.startswith("stranger's"):
+        stranger(tmp_path / "link")
+    if kind.endswith("his own"):
+        stranger(tmp_path / "real/file")
+    if kind == "/proc":
+        path = f"/proc/self/fd/{held}"
+    if kind in ("stranger's", "round"):
+        says = "many levels" if kind == "round" else "link is a symbolic link of user 65534"
+        with pytest.raises(OSError, match=says), existing_file(path):
+            pass
+    else:
+        with existing_file(path) as fd:
+            assert identity_of(os.fstat(fd)) == identity_of(os.fstat(held))
+    os.close(held)
 
 
 @need_root

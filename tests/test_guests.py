@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from migrate._memory import set_marks
+from migrate.cli.program import Stop
 from migrate.directory import Left, identity_of
 from migrate.errors import MigrationError, PeerError, UsageError
 from migrate.guests import buffer as buffer_module
@@ -28,6 +29,7 @@ from migrate.guests.buffer import BufferGuest, BufferPlace, GuestMoved
 from migrate.guests.demo import (
     END,
     GIVEN_UP,
+    MAGIC,
     OURS,
     PAUSE,
     PAUSED,
@@ -40,6 +42,7 @@ from migrate.guests.demo import (
 )
 from migrate.guests.file import FileGuest
 from migrate.guests.output_file import FilePlace
+from migrate.guests.process import Process
 from migrate.guests.rights import Rights
 from migrate.parameters import Parameters
 from migrate.tracking import MarkTracker, ScanTracker
@@ -47,6 +50,7 @@ from proto.kernel import PageEncoder, PageHashes
 from proto.messages import GuestInfo
 from tests.programs import end_guest
 from tests.requirements import need
+from tests.test_directory import access_list
 
 PATIENCE = 60.0
 ROOT = Path(__file__).parent.parent
@@ -72,6 +76,26 @@ def thread_states(pid: int) -> set[str]:
         with contextlib.suppress(OSError):
             states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
     return states
+
+
+@contextlib.contextmanager
+def given_again(pid: int):
+    """A process with the number of one that has ended."""
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    for _ in range(3000):
+        try:
+            last.write_text(str(pid - 1))
+        except OSError as error:
+            need(False, f"root, to say which number is next: {error.strerror}")
+        child = subprocess.Popen(["sleep", "60"])
+        try:
+            if child.pid == pid:
+                yield child
+                return
+        finally:
+            child.kill()
+            child.wait()
+    need(False, "a number that is not taken by others at once")
 
 
 class Mover:
@@ -228,6 +252,50 @@ async def test_only_a_demo_guest_is_taken_for_one(demo):
     await guest.close()
 
 
+MEMORY = b"".join(
+    number.to_bytes(8, "little")
+    for number in (RUN, RUNNING, 0, 0, OURS, MAGIC, 1 << 20, 4096, 1024, 0, 0, 4096)
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "owner", "says"),
+    [
+        ({}, 3 << 20, 0, ""),
+        ({}, 3 << 20, 65534, "user 65534 could take its memory away while it is read"),
+        ({}, 4 << 20, 0, "cannot be"), ({}, 2 << 20, 0, "cannot be"), ({}, 100, 0, ""),
+        ({11: 0}, 3 << 20, 0, "cannot be"), ({11: 4097}, 3 << 20, 0, "cannot be"),
+        ({6: 0}, 3 << 20, 0, "cannot be"), ({6: (1 << 64) - 1}, 3 << 20, 0, "cannot be"),
+        ({7: 2 << 20}, 3 << 20, 0, "cannot be"), ({8: 0}, 3 << 20, 0, "cannot be"),
+        ({5: 1}, 3 << 20, 0, ""),
+    ],
+)  # fmt: skip
+def test_what_the_memory_of_another_process_says_of_itself_is_checked(
+    tmp_path, words, size, owner, says
+) -> None:
+    """Any process may have a file of that name in memory."""
+    need(os.geteuid() == 0, "root, to give files away")
+    memory = bytearray(MEMORY)
+    for at, word in words.items():
+        memory[8 * at : 8 * at + 8] = word.to_bytes(8, "little")
+    (tmp_path / "memory").write_bytes(memory)
+    os.truncate(tmp_path / "memory", size)
+    os.chown(tmp_path / "memory", owner, owner)
+    fd, us = os.open(tmp_path / "memory", os.O_RDWR), Process(os.getpid())
+    if not words and size == 3 << 20 and not owner:
+        DemoProcess(fd, us).close()
+        return
+    with pytest.raises(UsageError, match=f"is not a demo guest.*{says}"):
+        DemoProcess(fd, us)
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
+def test_the_memory_of_a_demo_guest_keeps_its_size(demo) -> None:
+    with contextlib.closing(attached(demo)) as handle, pytest.raises(PermissionError):
+        os.ftruncate(handle.fd, 4096)
+
+
 PAUSER = """
 from migrate.guests.demo import DemoGuest
 guest = DemoGuest.open(f"pid={sys.argv[1]}", 4096)
@@ -346,6 +414,24 @@ place = DemoPlace(GuestInfo("demo", 1 << 20, 4096, bytes(16)))
 await place.ready()
 print(place.process.pid)
 """
+
+
+def test_who_has_the_number_of_a_prepared_guest_by_now_is_left_alone(demo):
+    """Its process ends while its source is waited for."""
+    place = DemoPlace(GuestInfo("demo", 1 << 16, PAGE, bytes(16)))
+    asyncio.run(place.ready())
+    place.secure()
+    again = DemoPlace.reopen(json.loads(json.dumps(place.facts())))
+    place.close()
+    os.kill(again.pid, signal.SIGKILL)
+    os.waitpid(again.pid, 0)
+    with given_again(again.pid) as other:
+        with pytest.raises(MigrationError, match="has ended"):
+            asyncio.run(again.start(b""))
+        again.process.kill()
+        asyncio.run(Stop().stay(again.pid, again.born))
+        assert other.poll() is None
+    again.close()
 
 
 def test_a_place_that_never_became_ours_ends_with_its_receiver(demo):
@@ -542,6 +628,31 @@ async def test_a_command_that_fails_is_named(tmp_path):
     with pytest.raises(MigrationError, match="--pause-cmd 'exit 7' failed with status 7"):
         await guest.pause()
     await guest.close()
+
+
+def test_a_guest_file_behind_a_link_of_a_stranger_is_refused(tmp_path):
+    """He could have it lead to a file that is not his."""
+    need(os.geteuid() == 0, "root, to give files away")
+    (tmp_path / "guest").write_bytes(b"root's")
+    (tmp_path / "link").symlink_to("guest")
+    FileGuest(str(tmp_path / "link"))
+    os.chown(tmp_path / "link", 65534, 65534, follow_symlinks=False)
+    facts = {"path": str(tmp_path / "link"), "pids": [], "resume_cmd": ""}
+    for opens in (lambda: FileGuest(str(tmp_path / "link")), lambda: FileGuest.reopen(facts)):
+        with pytest.raises(UsageError, match="link is a symbolic link of user 65534"):
+            opens()
+    os.chown(tmp_path / "guest", 65534, 65534)
+    FileGuest(str(tmp_path / "link"))
+
+
+def test_a_guest_is_reopened_with_the_very_processes_that_wrote_it(tmp_path):
+    (tmp_path / "guest").write_bytes(b"x")
+    with subprocess.Popen(["sleep", "60"]) as child:
+        born = Process(child.pid).born
+        for said, pids in ((born, (child.pid,)), (str(int(born) - 1), ()), ("", ())):
+            facts = {"path": f"{tmp_path}/guest", "pids": [[child.pid, said]], "resume_cmd": ""}
+            assert FileGuest.reopen(facts).pids == pids
+        child.kill()
 
 
 def test_what_is_no_guest_file_is_refused(tmp_path):
@@ -770,6 +881,46 @@ async def test_what_arrives_has_the_rights_of_the_file_it_replaces(place_of, tmp
 
 
 @pytest.mark.asyncio
+async def test_nothing_is_taken_over_from_a_file_that_a_stranger_may_have_put_there(
+    place_of, tmp_path
+):
+    """In a directory like /tmp, to become the owner of what lands over it, or to read it."""
+    need(os.geteuid() == 0, "root, to give files away")
+    tmp_path.chmod(0o1777)
+    path = tmp_path / "out"
+    path.write_bytes(b"")
+    os.chown(path, 65534, 65534)
+    path.chmod(0o666)
+    os.setxattr(path, "system.posix_acl_access", access_list(65533))
+    os.setxattr(path, "user.note", b"his")
+    await arrive(place_of(3, path, overwrite=True), Rights(0o600, 0, 0).pack())
+    assert rights(path) == Rights(0o600, 0, 0)
+    assert os.listxattr(path) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("asked", [Rights(), Rights(mode=0o640), Rights(uid=0), Rights(gid=0)])
+@pytest.mark.parametrize("later", [False, True])
+async def test_an_access_list_is_kept_unless_mode_or_owner_was_said(tmp_path, asked, later):
+    need(os.geteuid() == 0, "root, to give files away")
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    os.setxattr(path, "system.posix_acl_access", access_list(65533))
+    place = FilePlace(GuestInfo("file", 3, PAGE, bytes(16)), str(path), True, rights=asked)
+    if later:
+        place.persist()
+        await place.prepare(b"")
+        facts = json.loads(json.dumps(place.facts()))
+        place.close()
+        place = FilePlace.reopen(facts)
+        await place.start(b"")
+        place.close()
+    else:
+        await arrive(place, b"")
+    assert bool(os.listxattr(path)) == (asked == Rights())
+
+
+@pytest.mark.asyncio
 async def test_the_user_has_the_last_word_on_rights(tmp_path):
     need(os.geteuid() == 0, "root, to give files away")
     path = tmp_path / "out"
@@ -912,6 +1063,27 @@ def test_who_has_the_old_file_open_is_said(place_of, tmp_path):
     place = place_of(3, path, overwrite=True)
     assert place.notices() == []
     asyncio.run(place.discard())
+
+
+@pytest.mark.parametrize("whose", [0, 65534])
+def test_only_a_mover_of_ours_keeps_a_guest_from_replacing_its_file(place_of, tmp_path, whose):
+    """Any process can be called migrate-src."""
+    need(os.geteuid() == 0, "root, to be another user")
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    with path.open() as file, subprocess.Popen(
+        ["bash", "-c", "echo; exec -a migrate-src sleep 60"], stdin=file, stdout=subprocess.PIPE,
+        user=whose,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        wait_until(lambda: b"migrate-src" in Path(f"/proc/{child.pid}/cmdline").read_bytes()[:12])
+        if whose:
+            asyncio.run(place_of(3, path, overwrite=True).discard())
+        else:
+            with pytest.raises(UsageError, match="a guest cannot replace itself"):
+                place_of(3, path, overwrite=True)
+        child.kill()
 
 
 def test_what_a_killed_receiver_leaves_can_be_gone_on_with(place_of, tmp_path):

@@ -729,6 +729,29 @@ async def test_a_unix_socket_is_for_its_owner_whatever_the_umask(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
+@pytest.mark.asyncio
+@pytest.mark.parametrize("whose", ["root's", "the listener's"])
+async def test_a_unix_socket_that_a_stranger_listens_on_gets_no_guest(tmp_path, whose):
+    """In /tmp he may have been there first; his own directory is named by who trusts him."""
+    tmp_path.chmod(0o777)
+    if whose == "the listener's":
+        os.chown(tmp_path, 65534, 65534)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/s")
+        os.seteuid(65534)
+        try:
+            listener.listen()
+        finally:
+            os.seteuid(0)
+        if whose == "root's":
+            with pytest.raises(ConnectError, match="user 65534 listens there, who is neither"):
+                await connect(Address(path=f"{tmp_path}/s"), timeout=5)
+        else:
+            link = await connect(Address(path=f"{tmp_path}/s"), timeout=5)
+            await link.close()
+
+
 @pytest.mark.asyncio
 async def test_a_unix_socket_of_a_dead_program_is_taken(tmp_path):
     path = str(tmp_path / "socket")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -43,6 +44,7 @@ from tests.machine.sweep import BASE
 from tests.programs import Program, destination
 from tests.relay import Relay
 from tests.requirements import need
+from tests.test_directory import deep_tree
 
 MIB = 1 << 20
 PAGE = 4096
@@ -362,6 +364,54 @@ def test_what_landed_is_what_was_sent(landed: Path) -> None:
     assert (landed / names[0]).stat().st_blocks * 512 <= (300 - holes) * PAGE + 8 * PAGE
 
 
+def close(place: LandedPlace) -> None:
+    """What it has taken the place of is gone when this returns."""
+    place.close()
+    for thread in threading.enumerate():
+        if thread.name == "drop":
+            thread.join()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_machine_takes_the_place_of_whatever_tree_is_there(
+    landed: Path, tmp_path: Path, again: bool
+) -> None:
+    """One that is deeper than Python recurses, or has many names, neither fails GO nor delays its
+    answer: it is removed when that was said."""
+    deep_tree(tmp_path / "before", 1500)
+    (tmp_path / "before/snapshot.json").touch()
+    landing, _ = land(tmp_path / "before", stream())
+    assert landing.snapshot is not None
+    place = LandedPlace(
+        landing.files.left, landing.snapshot.id, landing.snapshot.memory, overwrite=True,
+        before=landing.files.before,
+    )  # fmt: skip
+    if again:
+        facts = json.loads(json.dumps(place.facts()))
+        place.close()
+        place = LandedPlace.reopen(facts)
+    said = asyncio.run(place.start())
+    assert said == f"the machine is in {tmp_path}/before, 1.2 MiB of memory"
+    assert asyncio.run(place.start()) == said, "an earlier program may have died just then"
+    [aside] = [path for path in tmp_path.iterdir() if path.name.endswith(".before")]
+    close(place)
+    assert not aside.exists()
+    assert (tmp_path / "before/blocks/pc.ram").read_bytes() == memory()[0]
+
+
+def test_a_machine_that_has_its_name_is_there_whatever_is_wrong_with_it(
+    landed: Path, tmp_path: Path
+) -> None:
+    """The source is told that it was not started where nothing has the name alone."""
+    landing, _ = land(tmp_path / "out", stream())
+    assert landing.snapshot is not None
+    place = LandedPlace(landing.files.left, landing.snapshot.id, 1 << 20, overwrite=False)
+    asyncio.run(place.start())
+    (tmp_path / "out/snapshot.json").write_text("damaged")
+    assert asyncio.run(place.start()).startswith(f"the machine is in {tmp_path}/out")
+    place.close()
+
+
 def test_what_is_settled_of_a_lifted_guest_says_what_is_so(landed: Path, tmp_path: Path) -> None:
     """No guest runs here, whatever became of the one that was lifted out of the snapshot."""
     for number, (keep, says) in enumerate({
@@ -559,9 +609,10 @@ async def test_a_later_program_gives_it_its_name(landed: Path, tmp_path: Path) -
     """What was prepared outlives the program, also between the steps of overwriting."""
     old, _ = await asyncio.to_thread(land, tmp_path / "old", stream())
     assert old.snapshot is not None
-    place = LandedPlace(replace(old.files.left, path=str(landed)), old.snapshot.id, overwrite=True)
+    left = replace(old.files.left, path=str(landed))
+    place = LandedPlace(left, old.snapshot.id, old.snapshot.memory, overwrite=True)
     with pytest.raises(MigrationError, match="not empty"):
-        await LandedPlace(place._left, "", overwrite=False).start()
+        await LandedPlace(place._left, "", 0, overwrite=False).start()
     place._before = identity_of(os.stat(landed))
     os.rename(landed, tmp_path / place._aside)
     later = LandedPlace.reopen(place.facts())
@@ -569,7 +620,9 @@ async def test_a_later_program_gives_it_its_name(landed: Path, tmp_path: Path) -
     await later.start()
     assert Snapshot.read(str(landed)).id == old.snapshot.id
     # it is done; and doing it again is no harm
-    await LandedPlace.reopen(place.facts()).start()
+    again = LandedPlace.reopen(place.facts())
+    await again.start()
+    await asyncio.to_thread(close, again)
     shutil.rmtree(landed)
     with pytest.raises(MigrationError, match="is gone"):
         LandedPlace.reopen(place.facts())
@@ -582,9 +635,10 @@ async def test_one_landing_replaces_another(landed: Path, tmp_path: Path) -> Non
         check_landing(str(landed), False)
     newer, _ = await asyncio.to_thread(land, landed, stream())
     assert newer.snapshot is not None
-    place = LandedPlace(newer.files.left, newer.snapshot.id, overwrite=True)
+    place = LandedPlace(newer.files.left, newer.snapshot.id, newer.snapshot.memory, overwrite=True)
     assert f"the machine is in {landed}" in await place.start()
     assert Snapshot.read(str(landed)).id == newer.snapshot.id
+    await asyncio.to_thread(close, place)
 
 
 # ---------------------------------------------------------------- pages and files

@@ -220,7 +220,7 @@ async def test_landed_machine_is_not_put_in_place_where_another_program_has_the_
     (tmp_path / "hidden").mkdir()
     known = identity_of(os.stat(tmp_path / "hidden"))
     left = Left(str(tmp_path / "vm"), str(tmp_path), "hidden", known)
-    landed = LandedPlace(left, "id", overwrite=False)
+    landed = LandedPlace(left, "id", 0, overwrite=False)
     other = Reservation(str(tmp_path / "vm"))
     with pytest.raises(NameTaken):
         await landed.start()

@@ -578,6 +578,19 @@ def test_no_other_file_is_written_through_its_name(call, small, tmp_path, kind) 
         assert precious.stat().st_size == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_no_memory_is_written_into_a_file_of_another_user(call, small, tmp_path) -> None:
+    """Who can write in /tmp could have put it there, to read what comes."""
+    theirs = tmp_path / "a"
+    theirs.touch()
+    os.chown(theirs, 65534, 65534)
+    for words in ([], ["--overwrite"]):
+        code, out, err = call(small, *words, "--extract", f"a={theirs}")
+        assert (code, out) == (2, "")
+        assert f"{theirs} belongs to user 65534" in err
+        assert theirs.stat().st_size == 0
+
+
 def test_two_blocks_do_not_go_to_one_file(call, small, tmp_path) -> None:
     code, out, err = call(small, "--extract", f"a={tmp_path}/x", "--extract", f"bb={tmp_path}/./x")
     assert (code, out) == (2, "")

@@ -416,6 +416,29 @@ def test_who_has_started_migrate_src_is_not_stopped_by_auto(path):
     assert "which has started migrate-src, can write the guest itself" in found.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.asyncio
+async def test_auto_stops_nobody_who_may_have_been_handed_the_guest(path, child):
+    """The owner of a file can send an open descriptor of it to any service."""
+    os.chown(path, 65534, 65534)
+    owners = child("os.open(path, os.O_RDWR)\nos.setuid(65534)", path)
+    service = child("os.open(path, os.O_RDWR)\nos.setuid(65533)", path)
+    says = rf"process {service.pid} .* belongs to user 65533.* say --pid {service.pid} too"
+    with pytest.raises(UsageError, match=says):
+        FileGuest(str(path), auto=True).survey()
+    guest = await surveyed(path, [service.pid], auto=True)
+    assert set(guest.pids) == {owners.pid, service.pid}
+    late = child("os.open(path, os.O_RDWR)", path)
+    with pytest.raises(MigrationError, match=f"process {late.pid} .* belongs to user 0"):
+        await guest.pause()
+    assert process.state(late.pid) == "S"
+    await asyncio.to_thread(late.close)
+    await guest.resume()
+    await guest.pause()
+    assert not await guest.check_writers()
+    await guest.close()
+
+
 def test_a_writer_that_ends_while_it_is_looked_at_is_none(path, monkeypatch, child):
     one = child("os.open(path, os.O_RDWR)", path)
     real = Census.look_at_new

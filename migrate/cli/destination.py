@@ -322,7 +322,8 @@ class DestinationProgram(Node):
         status = await self._on_complete(arrival.info.kind if arrival.info else "")
         assert self.destination is not None
         if self.args.stay or self.deferred:
-            await self.stop.stay(self.place.pid if self.place else 0)
+            place = self.place
+            await self.stop.stay(*(place.pid, place.born) if place else (0, ""))
         elif not self.destination.acknowledged:
             self._say(
                 "the source may not know that its guest runs here: it is waited for, "
@@ -344,7 +345,7 @@ class DestinationProgram(Node):
             show(f"completed and verified: {custody.running}")
         status = await self._on_complete("qemu" if self.landing else "file")
         if self.args.stay or self.deferred:
-            await self.stop.stay(0)
+            await self.stop.stay(0, "")
         else:
             await self.stop.until(custody.told.wait(), self.resolve_timeout)
         return status

@@ -300,7 +300,7 @@ class Stop:
         for one in waiting:
             one.cancel()
 
-    async def stay(self, pid: int, born: str = "") -> None:
+    async def stay(self, pid: int, born: str) -> None:
         """Waits for a signal or `quit`, and ends process `pid` then, or for that process to end.
 
         pid  -- of the demo guest that runs here, 0 where none does

@@ -286,6 +286,7 @@ async def resolve_destination(args: argparse.Namespace) -> int:
                 "the source has not said GO, or it was lost: let it ask (migrate-src resolve, with "
                 "migrate-dst listening here), or say what is to be kept (--keep)"
             )
+        custody.let_go()
         show(f"{custody.journal.text()}{f': {custody.running}' if custody.running else ''}")
         return 0
     finally:

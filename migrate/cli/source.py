@@ -25,7 +25,7 @@ from migrate.cli.program import (
 )
 from migrate.cli.source_words import open_guest, parameters_of, qemu_guest, source_parser
 from migrate.errors import HandOverUnknown, MigrationError, UsageError
-from migrate.guests.process import Process, start_time
+from migrate.guests.process import Process
 from migrate.journal import Journal, attempt, check_directory, journal_directory, last_peer
 from migrate.monitor.node import IN_PROGRESS, Node, Refused
 from migrate.output import say
@@ -140,14 +140,14 @@ class SourceProgram(Node):
         """From now on the guest is this one; to move it (again) it is opened anew."""
         if guest.pid:
             self._ends_guest |= f"pid={guest.pid}" not in self.args.guest
-            self._pid, self._born = guest.pid, start_time(guest.pid)
+            self._pid, self._born = guest.pid, guest.born
             self.args.guest = f"demo:pid={guest.pid}"
         self.opened = self._open_again
 
     def _open_again(self) -> Guest:
         if self.qemu is not None:
             return qemu_guest(self.args, self.parameters.page_size)
-        return open_guest(self.args, self.parameters.page_size)()
+        return open_guest(self.args, self.parameters.page_size, self._born)()
 
     async def _migrate(self) -> int:
         """Connects and moves the guest; the exit code."""

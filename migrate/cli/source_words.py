@@ -210,8 +210,12 @@ def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:
     return min(DEFAULT_CACHE_SIZE, limit), limit
 
 
-def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryGuest]:
+def open_guest(
+    args: argparse.Namespace, page_size: int, born: str = ""
+) -> Callable[[], MemoryGuest]:
     """Reads --guest and raises UsageError; calling the result opens the guest.
+
+    born -- start time of the process of demo:pid=N, where it is known
 
     A new demo guest is not started before there is a destination: it would be left running.
     """
@@ -238,7 +242,7 @@ def open_guest(args: argparse.Namespace, page_size: int) -> Callable[[], MemoryG
         if args.pid or args.pause_cmd or args.resume_cmd:
             raise UsageError("--pid, --pause-cmd and --resume-cmd are for file guests")
         if rest.startswith("pid="):
-            running = DemoGuest.open(rest, page_size)
+            running = DemoGuest.open(rest, page_size, born)
             return lambda: running
         parse_demo(rest, page_size).check_fits()
         return lambda: DemoGuest.open(rest, page_size)

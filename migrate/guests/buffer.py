@@ -373,9 +373,11 @@ class BufferPlace(Place):
         self.state = state
         if self._into is not None and self._into is not self.memory:
             self._into[:] = self.memory[: self.size]
-        if self._hold is not None:
-            self._hold.replace()
-        await self.discard()
+        # The guest is in its memory now: nothing below may say that it was not started.
+        with contextlib.suppress(OSError):
+            if self._hold is not None:
+                self._hold.replace()
+            await self.discard()
         return f"{self.size} bytes are here"
 
     async def discard(self) -> None:

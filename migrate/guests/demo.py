@@ -29,6 +29,7 @@ import fcntl
 import mmap
 import os
 import signal
+import stat
 import struct
 import subprocess
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ from migrate.available import machine_memory
 from migrate.errors import MigrationError, UsageError
 from migrate.guests import isolated
 from migrate.guests.guest import MemoryGuest, Place
-from migrate.guests.process import Process, start_time, state
+from migrate.guests.process import Process
 from migrate.memory import Memory
+from migrate.parameters import PAGE_SIZES
 from migrate.quantities import format_size, parse_size
 from migrate.tracking import DirtyTracker, MarkTracker
 from proto.kernel import PageEncoder
@@ -57,6 +59,7 @@ STARTING, RUNNING, PAUSED = 0, 1, 2
 STATE_FORMAT = struct.Struct(">4sQQdQQQ")
 STATE_MAGIC = b"demo"
 MEMORY_ALIGN = 2 << 20
+MAX_BYTES = 1 << 62
 PATIENCE = 10.0
 
 
@@ -130,22 +133,24 @@ def parse_demo(spec: str, page_size: int) -> DemoShape:
 
 
 class DemoProcess:
-    """A handle on a demo guest: its process id and its shared memory."""
+    """A handle on a demo guest: its process, held from here on, and its shared memory.
 
-    def __init__(self, fd: int, pid: int) -> None:
+    Raises UsageError where the memory is none that a demo guest has; what was given is closed then.
+    """
+
+    def __init__(self, fd: int, process: Process) -> None:
         self.fd = fd
-        self.pid = pid
-        size = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, size)
+        self._process = process
+        self.pid, self.born = process.pid, process.born
+        try:
+            self.shape = _shape_of(fd, f"process {process.pid} is not a demo guest")
+            self._map = mmap.mmap(fd, self.shape.total)
+        except BaseException:
+            os.close(fd)
+            process.close()
+            raise
         whole = memoryview(self._map)
         self.words = whole[:CONTROL_BYTES].cast("Q")
-        if self.words[SHAPE] != MAGIC:
-            raise UsageError(f"process {pid} is not a demo guest")
-        rate = struct.unpack("d", struct.pack("Q", self.words[SHAPE + 4]))[0]
-        self.shape = DemoShape(
-            self.words[SHAPE + 1], self.words[SHAPE + 2], self.words[SHAPE + 3], rate,
-            bool(self.words[SHAPE + 5]), self.words[SHAPE + 6],
-        )  # fmt: skip
         start = self.shape.memory_offset
         self.marks = whole[CONTROL_BYTES : CONTROL_BYTES + self.shape.marks]
         self.memory = whole[start : start + self.shape.padded]
@@ -155,58 +160,53 @@ class DemoProcess:
         """Starts a demo guest: running, or waiting for its memory (`paused`)."""
         shape.check_fits()
         try:
-            fd = os.memfd_create("xbmigrate-demo")
+            fd = os.memfd_create("xbmigrate-demo", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise UsageError(
                 f"a demo guest needs memfd_create(2), which cannot be had here: {error.strerror}"
             ) from None
+        own = -1
         try:
-            os.ftruncate(fd, shape.total)
-            with mmap.mmap(fd, CONTROL_BYTES) as control, memoryview(control).cast("Q") as words:
-                words[SHAPE] = MAGIC
-                words[SHAPE + 1 : SHAPE + 4] = _words(shape.size, shape.hot, shape.stride)
-                words[SHAPE + 4] = struct.unpack("Q", struct.pack("d", shape.rate))[0]
-                words[SHAPE + 5] = int(shape.random)
-                words[SHAPE + 6] = shape.page_size
-                words[COMMAND] = PAUSE if paused else RUN
-                words[OWNER] = NOT_YET_OURS if paused else OURS
+            _lay_out(fd, shape, paused=paused)
             # Locked before there is a process that could find the lock free; on a description of
             # our own, which it does not inherit.
-            handle = cls(os.dup(fd), 0)
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
             if paused:
-                handle.lock()
-            fresh = [] if paused else ["--fill"]
-            process = subprocess.Popen(
-                isolated.command("migrate.guests.demo_process", str(fd), *fresh),
-                env=isolated.environment(),
-                pass_fds=[fd],
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            process.returncode = 0  # it outlives us on purpose: nobody here waits for it
-            handle.pid = process.pid
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            process = Process(_spawned(fd, [] if paused else ["--fill"]))
+        except BaseException as error:
+            if own >= 0:
+                os.close(own)
+            if isinstance(error, ProcessLookupError):
+                raise UsageError("a demo guest ended as soon as it was started") from None
+            raise
         finally:
             os.close(fd)
-        return handle
+        return cls(own, process)
 
     @classmethod
-    def attach(cls, pid: int) -> DemoProcess:
-        """A handle on a demo guest that is there already."""
-        base = f"/proc/{pid}/fd"
+    def attach(cls, pid: int, born: str = "") -> DemoProcess:
+        """A handle on a demo guest that is there already: the number is somebody's word, `born`
+        its start time where that is known. Raises UsageError."""
         try:
-            for name in os.listdir(base):
-                with contextlib.suppress(OSError):
-                    if os.readlink(f"{base}/{name}").startswith("/memfd:xbmigrate-demo"):
-                        return cls(os.open(f"{base}/{name}", os.O_RDWR), pid)
-        except OSError as error:
+            return cls.of(Process(pid, born))
+        except ProcessLookupError as error:
             raise UsageError(f"no demo guest in process {pid}: {error.strerror}") from None
-        raise UsageError(f"no demo guest in process {pid}: it is another program")
+
+    @classmethod
+    def of(cls, process: Process) -> DemoProcess:
+        """A handle on a demo guest that is there already; takes `process` over. Raises
+        UsageError."""
+        try:
+            fd = _memory_of(process)
+        except BaseException:
+            process.close()
+            raise
+        return cls(fd, process)
 
     def lock(self) -> None:
         """Takes the right to pause. Raises UsageError where another program has it."""
-        own = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR)
+        own = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -233,7 +233,12 @@ class DemoProcess:
             pause = min(pause * 1.5, 0.01)
 
     def alive(self) -> bool:
-        return state(self.pid) not in ("Z", "X", "")
+        return not self._process.ended()
+
+    def kill(self) -> None:
+        """Ends it, where it has not ended; never another process with its number."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.signal(signal.SIGKILL)
 
     def place(self) -> tuple[int, int]:
         """(sweeps, index): how far it has counted."""
@@ -252,13 +257,98 @@ class DemoProcess:
         with contextlib.suppress(BufferError):
             self._map.close()
         os.close(self.fd)
+        self._process.close()
+
+
+def _lay_out(fd: int, shape: DemoShape, *, paused: bool) -> None:
+    """Makes a memfd the memory of a new demo guest."""
+    os.ftruncate(fd, shape.total)
+    with contextlib.suppress(OSError):  # a kernel that has no seals does without
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    with mmap.mmap(fd, CONTROL_BYTES) as control, memoryview(control).cast("Q") as words:
+        words[SHAPE] = MAGIC
+        words[SHAPE + 1 : SHAPE + 4] = _words(shape.size, shape.hot, shape.stride)
+        words[SHAPE + 4] = struct.unpack("Q", struct.pack("d", shape.rate))[0]
+        words[SHAPE + 5] = int(shape.random)
+        words[SHAPE + 6] = shape.page_size
+        words[COMMAND] = PAUSE if paused else RUN
+        words[OWNER] = NOT_YET_OURS if paused else OURS
+
+
+def _spawned(fd: int, arguments: list[str]) -> int:
+    """The number of a new process that counts in the memory `fd`."""
+    process = subprocess.Popen(
+        isolated.command("migrate.guests.demo_process", str(fd), *arguments),
+        env=isolated.environment(), pass_fds=[fd], start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    process.returncode = 0  # it outlives us on purpose: nobody here waits for it
+    return process.pid
+
+
+def _memory_of(process: Process) -> int:
+    """The memory of a demo guest, opened. Raises UsageError where the process has none."""
+    what, base = f"no demo guest in process {process.pid}", f"/proc/{process.pid}/fd"
+    fd = -1
+    try:
+        for name in os.listdir(base):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"{base}/{name}").startswith("/memfd:xbmigrate-demo"):
+                    # O_NONBLOCK: should it be a FIFO by now, the open returns all the same.
+                    flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+                    fd = os.open(f"{base}/{name}", flags)
+                    break
+    except OSError as error:
+        raise UsageError(f"{what}: {error.strerror}") from None
+    if fd < 0:
+        raise UsageError(f"{what}: it is another program")
+    if process.ended():
+        os.close(fd)
+        raise UsageError(f"{what}: it has ended")
+    return fd
+
+
+def _shape_of(fd: int, what: str) -> DemoShape:
+    """Reads what the memory of a demo guest says of itself, which may be another user's word.
+
+    Raises UsageError, which begins with `what`, where it cannot be so.
+    """
+    there = os.fstat(fd)
+    if not stat.S_ISREG(there.st_mode) or there.st_size < CONTROL_BYTES:
+        raise UsageError(what)
+    words = struct.unpack_from(f"{SHAPE + 7}Q", os.pread(fd, CONTROL_BYTES, 0))[SHAPE:]
+    if words[0] != MAGIC:
+        raise UsageError(what)
+    size, hot, stride, page_size = *words[1:4], words[6]
+    rate = struct.unpack("d", struct.pack("Q", words[4]))[0]
+    shape = DemoShape(size, hot, stride, rate, bool(words[5]), page_size)
+    fits = page_size in PAGE_SIZES and 0 < hot <= size < MAX_BYTES and stride > 0
+    if not fits or shape.total != there.st_size:
+        raise UsageError(f"{what}: what it says of its size and pages cannot be")
+    if there.st_uid not in (0, os.geteuid()) and not _keeps_its_size(fd):
+        raise UsageError(
+            f"{what}: user {there.st_uid} could take its memory away while it is read: start the "
+            "guest with this release of migrate-src or migrate-dst"
+        )
+    return shape
+
+
+def _keeps_its_size(fd: int) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    return False
 
 
 def _same_process(facts: dict[str, Any]) -> DemoProcess:
-    pid = int(facts["pid"])
-    if not facts["started"] or start_time(pid) != facts["started"]:
-        raise MigrationError(f"the demo guest in process {pid} has ended")
-    return DemoProcess.attach(pid)
+    """That of a journal. Raises MigrationError where it has ended."""
+    pid, born = int(facts["pid"]), str(facts["started"])
+    try:
+        if not born:
+            raise ProcessLookupError
+        process = Process(pid, born)
+    except ProcessLookupError:
+        raise MigrationError(f"the demo guest in process {pid} has ended") from None
+    return DemoProcess.of(process)
 
 
 def _words(*values: int) -> memoryview:
@@ -275,17 +365,18 @@ class DemoGuest(MemoryGuest):
     def __init__(self, process: DemoProcess) -> None:
         process.lock()
         self.process = process
-        self.pid = process.pid
+        self.pid, self.born = process.pid, process.born
         self.description = f"demo guest, process {process.pid}"
         self.memory = Memory(process.shape.size, process.memory)
 
     @classmethod
-    def open(cls, spec: str, page_size: int) -> DemoGuest:
+    def open(cls, spec: str, page_size: int, born: str = "") -> DemoGuest:
+        """born -- start time of the process in `pid=N`, where it is known"""
         if spec.startswith("pid="):
             pid = spec.removeprefix("pid=")
             if not pid.isdecimal():
                 raise UsageError(f"guest demo: {spec!r} does not name a process: write pid=1234")
-            process = DemoProcess.attach(int(pid))
+            process = DemoProcess.attach(int(pid), born)
             if process.shape.page_size != page_size:
                 raise UsageError(
                     f"the demo guest in process {pid} has pages of {process.shape.page_size} "
@@ -338,7 +429,7 @@ class DemoGuest(MemoryGuest):
         self.process.close()
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind, "pid": self.pid, "started": start_time(self.pid)}
+        return {"kind": self.kind, "pid": self.pid, "started": self.born}
 
     @classmethod
     def reopen(cls, facts: dict[str, Any]) -> DemoGuest:
@@ -356,7 +447,7 @@ class DemoPlace(Place):
         # What it counts comes with its state, when the memory is whole.
         shape = DemoShape(info.size, 1, 1, page_size=info.page_size)
         self.process = DemoProcess.create(shape, paused=True)
-        self.pid = self.process.pid
+        self.pid, self.born = self.process.pid, self.process.born
         self.memory = self.process.memory
         self.fd, self.fd_offset = self.process.fd, shape.memory_offset
         self.reads = Memory(info.size, self.process.memory)
@@ -392,38 +483,31 @@ class DemoPlace(Place):
         self.process.words[OWNER] = NOT_YET_OURS
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "demo", "pid": self.pid, "started": start_time(self.pid)}
+        return {"kind": "demo", "pid": self.pid, "started": self.born}
 
     @classmethod
     def reopen(cls, facts: dict[str, Any]) -> DemoPlace:
         """A guest that an earlier program had prepared."""
         place = cls.__new__(cls)
         place.process = _same_process(facts)
-        place.pid = place.process.pid
+        place.pid, place.born = place.process.pid, place.process.born
         if place.process.words[OWNER] not in (PREPARED, OURS):
             raise MigrationError(f"the guest in process {place.pid} was never whole")
         return place
 
     async def start(self, state: bytes) -> str:
-        try:
-            process = Process(self.process.pid)
-        except ProcessLookupError:
-            raise MigrationError(f"the demo guest (process {self.process.pid}) has ended") from None
+        if not self.process.alive():
+            raise MigrationError(f"the demo guest (process {self.pid}) has ended")
         self.process.words[OWNER] = OURS
         try:
             await self.process.command(RUN, RUNNING)
         except MigrationError:
             # "Never started" must be true when it is said: a process that is only slow would run
             # later, beside the source's guest.
-            with contextlib.suppress(ProcessLookupError):
-                process.signal(signal.SIGKILL)
+            self.process.kill()
             raise
-        finally:
-            process.close()
         sweep, index = self.process.place()
-        return (
-            f"demo guest runs in process {self.process.pid}, from sweep {sweep}, index {index} on"
-        )
+        return f"demo guest runs in process {self.pid}, from sweep {sweep}, index {index} on"
 
     def close(self) -> None:
         self.process.close()

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Sequence
 from typing import Any
 
+from migrate.directory import existing_file
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import KERNELS_OWN, file_system_of, kind_of
 from migrate.guests import companions, isolated, moved
@@ -17,12 +18,12 @@ from migrate.guests.command import COMMAND_PATIENCE, run_command
 from migrate.guests.device import DeviceHold, mounts_of, number_of, open_direct
 from migrate.guests.guard import ADDED, Found
 from migrate.guests.guest import MemoryGuest, check_size
-from migrate.guests.hold import FileHold, Hold
+from migrate.guests.hold import FileHold, Hold, reopened
 from migrate.guests.lookout import Lookout
-from migrate.guests.process import STOPPED, Process, ancestors, exists, stands_still, start_time
+from migrate.guests.process import STOPPED, Process, exists, stands_still
 from migrate.guests.process import state as process_state
 from migrate.guests.rights import Rights
-from migrate.guests.survey import runs, stoppable, survey, unnamed
+from migrate.guests.survey import runs, stoppable, survey, taken, unnamed
 from migrate.guests.writers import Writer, named
 from migrate.memory import Memory
 from migrate.output import printable
@@ -49,7 +50,9 @@ class FileGuest(MemoryGuest):
     def __init__(
         self, path: str, pids: Sequence[int] = (), pause_cmd: str = "", resume_cmd: str = "",
         command_timeout: float = COMMAND_PATIENCE, *, auto: bool = False,
+        writers: Sequence[Process] = (),
     ) -> None:  # fmt: skip
+        """writers -- those that are known already; they are closed with the guest"""
         if bool(pause_cmd) != bool(resume_cmd):
             raise UsageError(
                 "--pause-cmd and --resume-cmd go together: a guest that is paused must be able "
@@ -71,10 +74,10 @@ class FileGuest(MemoryGuest):
         """What a user must know before it is moved."""
         self.notices: list[str] = []
         """What is good to know."""
-        self.stoppable = bool(pids or pause_cmd or auto)
-        self.can_throttle = bool(pids or auto)
+        self.stoppable = bool(pids or writers or pause_cmd or auto)
+        self.can_throttle = bool(pids or writers or auto)
         self._auto = auto
-        self._writers: dict[int, Process] = {}
+        self._writers = {one.pid: one for one in writers}
         self._lookout: Lookout | None = None
         self._ran: list[int] = []
         """The writers that ran when we first looked."""
@@ -87,7 +90,7 @@ class FileGuest(MemoryGuest):
         self._check: asyncio.Future[list[Writer]] | None = None
         self._told: set[int] = set()
         for pid in pids:
-            self._writers[pid] = stoppable(pid, f"--pid {pid}")
+            self._writers[pid] = stoppable(pid, f"--pid {pid}", "")
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -218,14 +221,16 @@ class FileGuest(MemoryGuest):
     async def _take_on(self, writer: Writer) -> None:
         """Adds to those that are to be stopped, and tells the guard before that is done."""
         try:
-            handle = stoppable(writer.pid, f"process {writer}", writer.born)
+            if self._is_new(writer):
+                handle = taken(self._fd, writer)
+            else:
+                handle = stoppable(writer.pid, f"process {writer}", writer.born)
         except UsageError as error:
             if not exists(writer.pid):
                 return
             raise MigrationError(str(error)) from None
-        if self._is_new(writer) and writer.pid in ancestors():
-            handle.close()
-            raise MigrationError(f"process {writer}, which has started migrate-src, is not stopped")
+        if handle is None:
+            return
         await asyncio.shield(self._ask_guard(b"a", handle))
         self.can_throttle = True
 
@@ -462,9 +467,12 @@ class FileGuest(MemoryGuest):
     @classmethod
     def reopen(cls, facts: dict[str, Any]) -> FileGuest:
         """A guest that an earlier program had given up: its writer is stopped, and has no guard."""
-        pids = [pid for pid, started in facts["pids"] if started and start_time(pid) == started]
+        writers = []
+        for pid, born in facts["pids"]:
+            with contextlib.suppress(ProcessLookupError):
+                writers += [Process(pid, born)] if born else []
         command = facts["resume_cmd"]
-        guest = cls(facts["path"], pids, "true" if command else "", command)
+        guest = cls(facts["path"], (), "true" if command else "", command, writers=writers)
         guest._paused = guest._given_up = True
         return guest
 
@@ -491,13 +499,14 @@ class FileGuest(MemoryGuest):
 def _open(path: str) -> tuple[int, int]:
     """A descriptor of the guest's file, and its size. Raises UsageError."""
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise UsageError(
-                f"guest file {path}: it is neither a file nor a block device, but {kind_of(mode)}"
-            )
-        # O_NONBLOCK: should it be a FIFO by now, the open returns all the same.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with existing_file(path) as found:
+            mode = os.fstat(found).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+                raise UsageError(
+                    f"guest file {path}: it is neither a file nor a block device, but "
+                    f"{kind_of(mode)}"
+                )
+            fd = reopened(found, os.O_RDONLY)
     except OSError as error:
         raise UsageError(f"guest file {path}: {error.strerror}") from None
     try:

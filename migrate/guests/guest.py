@@ -49,8 +49,8 @@ class Guest(ABC):
     can_throttle = False
     """Whether `throttle` slows it."""
     description = ""
-    pid = 0
-    """Of the process that is the guest, where there is one of ours."""
+    pid, born = 0, ""
+    """Of the process that is the guest, where there is one of ours: number and start time."""
     runs = True
     """Whether it runs; a virtual machine may have been paused before we came."""
     remains = "the guest runs on here"
@@ -201,8 +201,8 @@ class Place(ABC):
     """Where the guest begins in that file."""
     reads: Memory
     """The same bytes as they are hashed."""
-    pid = 0
-    """Of the process that is the guest, where there is one of ours."""
+    pid, born = 0, ""
+    """Of the process that is the guest, where there is one of ours: number and start time."""
     runs = True
     """Whether the guest runs once it is started; a virtual machine may arrive paused."""
     irrevocable = False

@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from migrate.filesystem import (
     try_directory,
 )
 from migrate.guests.guest import Place
+from migrate.guests.process import users
 from migrate.guests.reservation import NameTaken, Reservation
 from migrate.guests.rights import Rights, keep_attributes
 from migrate.memory import Memory
@@ -49,6 +51,8 @@ class FilePlace(Place):
         self.path = path
         self._asked = rights or Rights()
         self._rights = self._asked
+        self._keeps_list = self._asked == Rights()
+        """Whether the access list of a replaced file is: not where mode or owner was said."""
         self.held = left is not None
         self._size = info.size
         self._page_size = info.page_size
@@ -123,7 +127,8 @@ class FilePlace(Place):
     def _check_not_the_guest(self) -> None:
         """Raises UsageError where the file to be replaced is what a source here moves."""
         for pid, name in self._users:
-            if "migrate-src" in name:
+            # Anybody's process may have the name, and keep guests from landing by it.
+            if "migrate-src" in name and users(pid) <= {0, os.geteuid()}:
                 raise UsageError(
                     f"--output {self.path}: process {pid} ({name}) moves that very file: a guest "
                     "cannot replace itself: name another output"
@@ -187,12 +192,27 @@ class FilePlace(Place):
 
     def _rights_before(self, guests: Rights) -> Rights:
         """Of the file that is replaced, else of the guest's own."""
-        if self._overwrite:
+        with self._replaced() as there:
+            return guests if there is None else Rights.of(os.fstat(there))
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[int | None]:
+        """The file that is replaced (O_PATH), where it is one, and those to be trusted put it
+        there: root, ourselves and the owner of the directory. Where others can write in the
+        directory, it must belong to one of them."""
+        with contextlib.ExitStack() as stack:
+            found = None
             with contextlib.suppress(OSError):
-                there = self._directory.look(self._name)
-                if stat.S_ISREG(there.st_mode):
-                    return Rights.of(there)
-        return guests
+                fd = os.open(self._name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._directory.fd)
+                stack.callback(os.close, fd)
+                there, above = os.fstat(fd), os.fstat(self._directory.fd)
+                closed = not above.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+                trusted = closed or there.st_uid in (
+                    0, os.geteuid(), above.st_uid, self._directory.owner,
+                )  # fmt: skip
+                if self._overwrite and stat.S_ISREG(there.st_mode) and trusted:
+                    found = fd
+            yield found
 
     def unprepare(self) -> None:
         os.ftruncate(self.fd, self._padded)
@@ -203,6 +223,7 @@ class FilePlace(Place):
             "temporary": os.path.join(self._directory.path, self._hidden),
             "overwrite": self._overwrite, "size": self._size, "inode": list(self._known),
             "rights": [self._rights.mode, self._rights.uid, self._rights.gid],
+            "keeps_list": self._keeps_list,
         }  # fmt: skip
 
     @classmethod
@@ -217,6 +238,7 @@ class FilePlace(Place):
         place.path, place._name = left.path, os.path.basename(left.path)
         place._nameless = False
         place._rights = Rights.read(facts.get("rights"))
+        place._keeps_list = facts.get("keeps_list") is True
         place._reservation = None
         try:
             place._directory = Directory(left.directory)
@@ -278,15 +300,11 @@ class FilePlace(Place):
         return said
 
     def _keep_attributes(self) -> list[str]:
-        """Those of the file that is replaced, where it is one, and no link; those not kept."""
-        with contextlib.suppress(OSError):
-            fd = os.open(self._name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._directory.fd)
-            try:
-                if stat.S_ISREG(os.fstat(fd).st_mode):
-                    return keep_attributes(f"/proc/self/fd/{fd}", self.fd)
-            finally:
-                os.close(fd)
-        return []
+        """Those of the file that is replaced; those not kept."""
+        with self._replaced() as there:
+            if there is None:
+                return []
+            return keep_attributes(f"/proc/self/fd/{there}", self.fd, access_list=self._keeps_list)
 
     def close(self) -> None:
         with contextlib.suppress(BufferError):

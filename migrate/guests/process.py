@@ -129,6 +129,13 @@ def status(pid: int) -> dict[str, str]:
     return {}
 
 
+def users(pid: int) -> frozenset[int]:
+    """The users that a process acts for: real, effective, saved and of the file system; empty
+    where it is not to be seen. The owner of /proc/PID does not say it: that is root of a process
+    that wants no core dump."""
+    return frozenset(map(int, status(pid).get("Uid", "").split()))
+
+
 def ancestors() -> set[int]:
     """The processes that have started this one, one by the other."""
     found: set[int] = set()

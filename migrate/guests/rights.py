@@ -23,7 +23,8 @@ PLAIN_BITS = 0o777
 ALL_BITS = 0o7777
 MAX_ID = (1 << 32) - 2  # the number behind it means "leave it" to chown(2)
 # Attributes of a replaced file that the new one gets. Not those that vouch for the content.
-KEPT_ATTRIBUTES = ("user.", "system.posix_acl_access", "security.selinux", "security.SMACK64")
+ACCESS_LIST = "system.posix_acl_access"
+KEPT_ATTRIBUTES = ("user.", ACCESS_LIST, "security.selinux", "security.SMACK64")
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,11 @@ def _bounded(value: object, most: int) -> int | None:
     return value
 
 
-def keep_attributes(path: str, fd: int) -> list[str]:
-    """Gives an open file the extended attributes of the one it replaces; those it could not."""
+def keep_attributes(path: str, fd: int, *, access_list: bool) -> list[str]:
+    """Gives an open file the extended attributes of the one it replaces; those it could not.
+
+    access_list -- False: not that one, which would let others read it than a mode says
+    """
     left = []
     try:
         names = os.listxattr(path)
@@ -145,7 +149,7 @@ def keep_attributes(path: str, fd: int) -> list[str]:
     for name in names:
         if name == moved.ATTRIBUTE:
             continue  # it tells of the file that is replaced
-        if not name.startswith(KEPT_ATTRIBUTES):
+        if not name.startswith(KEPT_ATTRIBUTES) or (name == ACCESS_LIST and not access_list):
             left.append(name)
             continue
         try:

@@ -22,6 +22,7 @@ from migrate.guests.process import (
     start_time,
     status,
     task_states,
+    users,
 )
 from migrate.guests.writers import (
     Census,
@@ -80,8 +81,8 @@ def survey(
     others = [writer for writer in found if writer.pid not in pids]
     running = [writer for writer in others if runs(writer)]
     if auto:
-        taken = {writer.pid: _taken(writer) for writer in others}
-        result.taken = {pid: handle for pid, handle in taken.items() if handle is not None}
+        handles = {writer.pid: taken(fd, writer) for writer in others}
+        result.taken = {pid: handle for pid, handle in handles.items() if handle is not None}
     elif running and commanded:
         result.notices.append(f"{named(running)} can write the guest: --pause-cmd must stop that")
     elif running:
@@ -122,8 +123,10 @@ def runs(writer: Writer) -> bool:
         return True
 
 
-def stoppable(pid: int, what: str, born: str = "") -> Process:
+def stoppable(pid: int, what: str, born: str) -> Process:
     """A handle on a process that we may stop.
+
+    born -- its start time; "" where a person has named it by its number
 
     Raises UsageError, which begins with `what`, where we may not, or cannot see whether it stops.
     """
@@ -170,19 +173,42 @@ def _check_stoppable(handle: Process, what: str) -> None:
         ) from None
 
 
-def _taken(writer: Writer) -> Process | None:
+def taken(fd: int, writer: Writer) -> Process | None:
     """A handle on one that --pid auto is to stop; None if it has ended since. Raises UsageError."""
+    what = f"--pid auto: process {writer}"
     if writer.pid in ancestors():
         raise UsageError(
-            f"--pid auto: process {writer}, which has started migrate-src, can write the guest "
-            f"itself: start migrate-src elsewhere, or say --pid {writer.pid}"
+            f"{what}, which has started migrate-src, can write the guest itself: start migrate-src "
+            f"elsewhere, or say --pid {writer.pid}"
         )
     try:
-        return stoppable(writer.pid, f"--pid auto: process {writer}", writer.born)
+        handle = stoppable(writer.pid, what, writer.born)
     except UsageError:
         if start_time(writer.pid) != writer.born:
             return None
         raise
+    try:
+        _check_owner(fd, writer, what)
+    except UsageError:
+        ended = handle.ended()
+        handle.close()
+        if ended:
+            return None
+        raise
+    return handle
+
+
+def _check_owner(fd: int, writer: Writer, what: str) -> None:
+    """Raises UsageError for processes of others than the guest's owner (and us, where it is
+    root's or ours): whoever has the file open could hand it to any service, to have that stopped.
+    """
+    owner, us = os.fstat(fd).st_uid, os.geteuid()
+    others = users(writer.pid) - ({0, us} if owner in (0, us) else {owner})
+    if others:
+        raise UsageError(
+            f"{what} can write the guest and belongs to user {min(others)}, and the guest to user "
+            f"{owner}: if it is one of the guest's writers, say --pid {writer.pid} too"
+        )
 
 
 def _say_what_is_unseen(

@@ -486,7 +486,10 @@ class LandedPlace(Place):
     """A machine that is whole, under a hidden name: `left`.
 
     identity -- of its snapshot
+    size     -- of its memory, in bytes
     before   -- device and inode of what it takes the place of, if there is something
+
+    What it takes the place of is removed by `close`, once it has started: that may take long.
 
     Raises OSError.
     """
@@ -494,10 +497,13 @@ class LandedPlace(Place):
     runs = False
 
     def __init__(
-        self, left: Left, identity: str, *, overwrite: bool, directory: Directory | None = None,
-        before: Identity | None = None, reservation: Reservation | None = None,
+        self, left: Left, identity: str, size: int, *, overwrite: bool,
+        directory: Directory | None = None, before: Identity | None = None,
+        reservation: Reservation | None = None,
     ) -> None:  # fmt: skip
         self._reservation = reservation
+        self._size = size
+        self._started = False
         self.path = left.path
         self.identity = identity
         self._left = left
@@ -529,7 +535,7 @@ class LandedPlace(Place):
             left = Left.read(facts)
             before = read_identity(facts["before"]) if facts.get("before") else None
             place = cls(
-                left, str(facts["identity"]), overwrite=bool(facts["overwrite"]), before=before
+                left, str(facts["identity"]), 0, overwrite=bool(facts["overwrite"]), before=before
             )
         except (ValueError, KeyError, OSError):
             raise MigrationError("what was prepared is gone, or never was") from None
@@ -539,38 +545,37 @@ class LandedPlace(Place):
         return place
 
     def _is_there(self) -> bool:
+        """Whether it is, under either name; reads its size."""
         known = self._left.known
         for name in (self._left.name, self._name):
             if self._directory.has(name, known):
                 with contextlib.suppress(UsageError):
-                    where = os.path.join(self._directory.path, name)
-                    return Snapshot.read(where).id == self.identity
+                    found = Snapshot.read(os.path.join(self._directory.path, name))
+                    self._size = found.memory
+                    return found.id == self.identity
         return False
 
     async def start(self, state: bytes = b"") -> str:
         """Gives it its name."""
-        size = await in_thread(self._put_in_place)
-        return f"the machine is in {self.path}, {format_size(size)} of memory"
+        await in_thread(self._put_in_place)
+        return f"the machine is in {self.path}, {format_size(self._size)} of memory"
 
-    def _put_in_place(self) -> int:
+    def _put_in_place(self) -> None:
         directory, left = self._directory, self._left
-        try:
-            if directory.has(self._name, left.known):
-                size = Snapshot.read(self.path).memory  # it has its name already
-            else:
+        if not directory.has(self._name, left.known):
+            try:
                 with contextlib.ExitStack() as until_named:
                     if self._reservation is None:  # an earlier program had it
                         until_named.callback(Reservation(self.path).close)
-                    size = Snapshot.read(self.temporary).memory
+                    Snapshot.read(self.temporary)
                     check_landing(self.path, self._overwrite)
                     self._rename()
-        except OSError as error:
-            raise MigrationError(f"--output {self.path}: {error.strerror}") from None
-        with contextlib.suppress(OSError):  # it stands under its name now
+            except OSError as error:
+                raise MigrationError(f"--output {self.path}: {error.strerror}") from None
+        # It stands under its name now: nothing below may say that it was not started.
+        self._started = True
+        with contextlib.suppress(OSError):
             directory.sync()
-        if self._before is not None:
-            directory.drop(self._aside, self._before)
-        return size
 
     def _rename(self) -> None:
         """One that was there goes when this one has its place."""
@@ -588,6 +593,10 @@ class LandedPlace(Place):
             raise
 
     def close(self) -> None:
+        """May be called again."""
+        if self._started and self._before is not None:
+            self._directory.drop_later(self._aside, self._before)
+        self._started = False
         self._directory.close()
         if self._reservation is not None:
             self._reservation.close()
@@ -659,8 +668,8 @@ class LandingPlace(QemuPlace):
             raise self._gone("has failed")
         files = self._landing.files
         self._landed = LandedPlace(
-            files.left, snapshot.id, overwrite=self._overwrite, directory=files.above,
-            before=files.before, reservation=self._reservation,
+            files.left, snapshot.id, snapshot.memory, overwrite=self._overwrite,
+            directory=files.above, before=files.before, reservation=self._reservation,
         )  # fmt: skip
 
     async def start(self, state: bytes) -> str:
@@ -675,6 +684,8 @@ class LandingPlace(QemuPlace):
         super().close()
         if self._landing is not None:
             self._landing.close()
+        if self._landed is not None:
+            self._landed.close()
         self._free()
 
     def _free(self) -> None:

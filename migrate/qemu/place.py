@@ -105,8 +105,9 @@ class QemuPlace(Place):
             return connection
 
     async def _put_back(self) -> None:
-        """What was off for us, in a QEMU that has its guest; one that cannot be asked is left."""
-        with contextlib.suppress(MigrationError):
+        """What was off for us, in a QEMU that has its guest; one that cannot be asked is left, and
+        nothing is raised: the guest runs."""
+        with contextlib.suppress(Exception):
             async with await Machine.connect(self._qmp, timeout=1.0) as machine:
                 machine.adopt(self._changed)
                 await machine.restore()

@@ -132,6 +132,8 @@ class BlockImage:
             wrong = "is the stream itself"
         elif not stat.S_ISREG(there.st_mode):
             wrong = f"is no regular file, but {kind_of(there.st_mode)}"
+        elif there.st_uid not in (0, os.geteuid(), self._directory.owner):
+            wrong = f"belongs to user {there.st_uid}, who could read what is written: remove it"
         elif there.st_nlink != 1:
             wrong = "has other names too, and what has those would be overwritten: name another"
         elif there.st_size and not self._overwrite:
