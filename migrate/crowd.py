@@ -4,9 +4,11 @@
     SPEAKS  has said something: a source speaks at once, as soon as it is connected
     SHOWN   has shown a certificate
 
-Of too many, one of the lowest rank goes: of the address that has most there, the one that has
-waited longest. So a stranger with one address, or one network of IPv6, takes his own places, and
-those who only connect take none of those who speak.
+Of too many, one without a certificate goes: of the address that has most of those, silent or not,
+a silent one before one that speaks, and the one that has waited longest. So a stranger with one
+address, or one network of IPv6, takes his own places, whatever he says. What an address says counts
+only against itself, for anybody can say it: were all silent ones to go before all that speak, a
+stranger who speaks would push out each source before its first word.
 """
 
 from __future__ import annotations
@@ -77,9 +79,19 @@ class Crowd(Generic[T]):
         self._ranks[rank].setdefault(address, {})[one] = None
 
     def _make_room(self) -> None:
-        lowest = next(rank for rank in self._ranks if rank)
-        largest = max(lowest.values(), key=len)
-        oldest = next(iter(largest))
+        silent, speak, shown = self._ranks
+        nobody: dict[T, None] = {}
+
+        def places(address: str) -> tuple[int, int]:
+            quiet = len(silent.get(address, nobody))
+            return quiet + len(speak.get(address, nobody)), quiet
+
+        if silent or speak:
+            largest = max({**silent, **speak}, key=places)
+            there = silent.get(largest) or speak[largest]
+        else:
+            there = max(shown.values(), key=len)
+        oldest = next(iter(there))
         self.go(oldest)
         self._drop(oldest)
 

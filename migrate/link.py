@@ -34,7 +34,7 @@ from migrate.secure import RECORD_TYPES, Secured
 from proto import ErrorCode, ProtoError
 from proto.errors import MessageError
 from proto.frames import Frame
-from proto.messages import MAX_TEXT, Error, Message, MessageType, Ping, Pong, unpack
+from proto.messages import MAX_CONTROL, MAX_TEXT, Error, Message, MessageType, Ping, Pong, unpack
 from proto.session import Role, Session, State
 
 # Both loops get explicit limits: uvloop's own high-water mark is 64 KiB with a low one of 16
@@ -44,6 +44,8 @@ SEND_LOW_SHARE = 4
 # Reading stops while so many bytes, or so many frames, wait to be received.
 RECEIVE_AHEAD_BYTES = 3 << 20
 RECEIVE_AHEAD = 16
+# Until the peer is let in, or where it is the destination: of these many may wait at once.
+EARLY_AHEAD_BYTES = 4 * MAX_CONTROL
 SOCKET_TIMEOUT = 30.0
 # Inside a frame a peer sends so many bytes per second at least: who sends one now and then is not
 # silent, and would be listened to for ever.
@@ -150,7 +152,7 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._frames: deque[Frame] = deque()
         self._ahead = 0
-        self._ahead_bytes = RECEIVE_AHEAD_BYTES
+        self._ahead_bytes = EARLY_AHEAD_BYTES
         self._fault: Exception | None = None
         self._news = asyncio.Event()
         self._writable = asyncio.Event()
@@ -194,7 +196,8 @@ class Link(asyncio.BufferedProtocol):
             self._transport.set_write_buffer_limits(high=most, low=most // SEND_LOW_SHARE)
 
     def share_receiving(self, channels: int) -> None:
-        """There are so many connections: all of them together receive ahead what one would."""
+        """The peer is let in, over so many connections: all of them together receive ahead what
+        one would."""
         self.session.reader.share(channels)
         self._ahead_bytes = RECEIVE_AHEAD_BYTES // channels
 
@@ -233,6 +236,8 @@ class Link(asyncio.BufferedProtocol):
         self._fail(fault)
         self._closed.set()
         self._stop_heart()
+        self.session.reader.drop()  # after a fault no frame is cut any more
+        self._buffer = memoryview(b"")
 
     def _stop_heart(self) -> None:
         if self._heart is not None:
@@ -496,6 +501,7 @@ class Link(asyncio.BufferedProtocol):
             self._transport.abort()
         # It refers to frames that refer to this link, and to all that waited for it.
         self._fault = PeerLost("the connection is closed")
+        self._frames.clear()
 
 
 async def give_reason_on(links: Iterable[Link], code: ErrorCode, reason: str) -> None:

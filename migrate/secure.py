@@ -31,12 +31,22 @@ HANDSHAKE_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 WELCOME_SECONDS = 2.0
 READ_BYTES = 256 << 10
+# In a handshake the peer may be anybody, and says little.
+SHAKE_BYTES = 16 << 10
 # The first byte of a record: change_cipher_spec, alert, handshake, application_data
 RECORD_TYPES = range(20, 24)
 # For who speaks no TLS and may know this for what it is: a fatal alert, unexpected_message.
 UNEXPECTED = bytes.fromhex("15 0303 0002 02 0a")
 # For who may not connect at all: a fatal alert, access_denied.
 DENIED = bytes.fromhex("15 0303 0002 02 31")
+
+
+# In place of a protocol that was told that its connection is lost.
+_GONE = asyncio.BufferedProtocol()
+
+
+def _told(_fault: MigrationError | None) -> None:
+    """In place of who was told how the handshake ended."""
 
 
 class HungUp(ConnectError):  # noqa: N818 - what the peer did, not a kind of exception
@@ -68,7 +78,7 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
             server_side=credentials.role is Role.DESTINATION, server_hostname=name or None,
         )  # fmt: skip
         self._raw: asyncio.Transport | None = None
-        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._buffer = memoryview(bytearray(SHAKE_BYTES))
         self._timer: asyncio.TimerHandle | None = None
         self._shaken = self._open = self._closing = self._paused = False
         self._heard = False
@@ -124,6 +134,8 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
         elif not self._settled.is_set():
             self._settle(HungUp(f"the connection broke in the TLS handshake: {exc}"))
         self._lost.set()
+        # These refer to this transport: all would stay until the cycle collector comes.
+        self.inner, self._done, self._buffer = _GONE, _told, memoryview(b"")
 
     def pause_writing(self) -> None:
         self.inner.pause_writing()
@@ -143,6 +155,7 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
             self._fail(self._credentials.fault(error, self._name))
             return
         self._shaken = True
+        self._buffer = memoryview(bytearray(READ_BYTES))
         self._flush()
         if self._credentials.role is Role.DESTINATION:
             self._welcome()

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import xxhash
 
 from proto.errors import FrameError, LocalError
-from proto.messages import BODY_LIMITS, MessageType, body_limits
+from proto.messages import BODY_LIMITS, MAX_BODY, MessageType, body_limits
 
 MAGIC = b"XBM1"
 HEADER = struct.Struct(">4sBBHIIQ")
@@ -64,12 +64,14 @@ def seal(
 
 
 class _Arena:
-    """Holds two frames of the largest size, and a good read beside them."""
+    """Holds two frames of the largest size, and a good read beside them; of size 0, nothing."""
 
     def __init__(self, largest: int) -> None:
-        # Page-aligned, which copies to and from it like best.
-        self.buffer = memoryview(mmap.mmap(-1, 2 * largest + LEAST_READ, PRIVATE))
         self.largest = largest
+        self.least_read = min(largest, LEAST_READ)
+        size = 2 * largest + self.least_read
+        # Page-aligned, which copies to and from it like best.
+        self.buffer = memoryview(mmap.mmap(-1, size, PRIVATE) if size else b"")
         # One entry per frame that is not released: a list, since other threads release frames too,
         # and append and pop are atomic where += and -= need not be.
         self.lent: list[None] = []
@@ -105,17 +107,16 @@ class FrameReader:
     until a frame is whole, and raises FrameError at the first byte that cannot be one. After an
     error the reader is of no more use.
 
-    admit -- told the type of a frame as soon as its header is there; it may raise RemoteError, and
-             no memory is spent on a body that nobody wants
+    largest -- the arenas are made for bodies of this size; they grow for a longer one that is
+               admitted, and in `share`
     """
 
-    def __init__(self, admit: Callable[[MessageType], object] = lambda _kind: None) -> None:
+    def __init__(self, largest: int = MAX_BODY) -> None:
         self.channel = 0
         """The channel that all frames must name; it may change until the next one is taken."""
-        self._admit = admit
         self._limits = BODY_LIMITS
-        self._largest = max(BODY_LIMITS.values())
-        self._arena = _Arena(self._largest)
+        self._largest = largest
+        self._arena = _Arena(largest)
         self._kept: deque[_Arena] = deque(maxlen=ARENAS_KEPT)
         self._start = 0
         self._end = 0
@@ -128,7 +129,21 @@ class FrameReader:
         Comes before the first frame that is shorter for it, and after `channel` is set.
         """
         self._limits = body_limits(channels, self.channel)
+        self._resize()
+
+    def _resize(self) -> None:
+        """Makes arenas for the longest body from now on."""
         self._largest = max(self._limits.values())
+        self._kept.clear()
+
+    def drop(self) -> None:
+        """Gives back the memory of all that came and is in no frame.
+
+        That of a frame follows when the frame is released.
+        """
+        self._arena = _Arena(0)
+        self._kept.clear()
+        self._start = self._end = 0
 
     @property
     def partial(self) -> int:
@@ -147,12 +162,11 @@ class FrameReader:
         """
         if self._start == self._end and not self._arena.lent:
             self._start = self._end = 0
-            if self._arena.largest > self._largest:
+            if self._arena.largest != self._largest:
                 self._arena = _Arena(self._largest)
-                self._kept.clear()
-        size = len(self._arena.buffer)
-        if size - self._end < LEAST_READ or size - self._start < self._largest + 64:
-            if self.partial == size:
+        arena, size = self._arena, len(self._arena.buffer)
+        if size - self._end < arena.least_read or size - self._start < self._largest + 64:
+            if self.partial == size and arena.largest >= self._largest:
                 raise LocalError("more came than an arena holds: take the frames that are whole")
             self._move()
         return self._arena.buffer[self._end :]
@@ -167,7 +181,8 @@ class FrameReader:
         else:
             self._kept.remove(fresh)
         fresh.buffer[: len(rest)] = rest
-        self._kept.append(old)
+        if old.largest == self._largest:
+            self._kept.append(old)
         self._arena, self._start, self._end = fresh, 0, len(rest)
 
     def received(self, count: int) -> None:
@@ -182,7 +197,14 @@ class FrameReader:
             self.received(len(piece))
             data = data[len(piece) :]
 
-    def next_frame(self) -> Frame | None:
+    def next_frame(
+        self, admit: Callable[[MessageType], object] = lambda _kind: None
+    ) -> Frame | None:
+        """The next frame, if it is whole.
+
+        admit -- told its type as soon as its header is there; it may raise RemoteError, and no
+                 memory is spent on a body that nobody wants
+        """
         view = self._arena.buffer[self._start : self._end]
         known = bytes(view[:4])
         if known != MAGIC[: len(known)]:
@@ -194,7 +216,7 @@ class FrameReader:
             kind = MessageType(number)
         except ValueError:
             raise FrameError(f"unknown frame type {number}") from None
-        self._admit(kind)
+        admit(kind)
         if flags:
             raise FrameError(f"{kind.name}: flags {flags:#x} are not in use")
         if channel != self.channel and kind is not MessageType.ERROR:
@@ -203,6 +225,8 @@ class FrameReader:
             raise FrameError(f"{kind.name}: {length} bytes are over {self._limits[kind]}")
         if head > length or (head < length and kind is not MessageType.PAGES):
             raise FrameError(f"{kind.name}: a head of {head} bytes in a body of {length}")
+        if length > self._largest:
+            self._resize()
         data_at = HEADER_BYTES + head
         if len(view) < data_at:
             self._wanted = data_at

@@ -34,10 +34,13 @@ RAM_VERSION = 4
 MEM_SIZE = 0x04
 EOS = struct.pack(">Q", 0x10)
 MAX_SECTIONS = 1024
-MAX_DESCRIPTION = 64 << 20
+# JSON takes up to some ten times its bytes to be read.
+MAX_DESCRIPTION = 8 << 20
 MAX_MACHINE = 255
 # Behind a footer so many bytes are enough to tell what follows, of a section's head the longest.
 HEAD_BYTES = 5 + 1 + 255 + 8
+# Outside of pages so much is looked at in one step, which may copy it.
+WINDOW = 64 << 10
 DEFAULT_PAGE = 4096
 
 
@@ -365,7 +368,9 @@ class StreamParser:
     def _body(self, cut: _Cut, section: Section, last: bool) -> Body:
         """As far as it surely goes: to its footer, or to where that might begin."""
         mark = bytes([FOOTER]) + struct.pack(">I", section.id)
-        rest = bytes(cut.data[cut.at : cut.end])
+        end = min(cut.end, cut.at + WINDOW)
+        last = last and end == cut.end
+        rest = bytes(cut.data[cut.at : end])
         at = rest.find(mark)
         while at >= 0:
             follows = self._may_follow(rest[at + len(mark) : at + len(mark) + HEAD_BYTES])

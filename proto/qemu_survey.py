@@ -26,6 +26,7 @@ from proto.qemu import (
     PART,
     RAM,
     START,
+    WINDOW,
     BlockList,
     Body,
     Command,
@@ -55,8 +56,6 @@ from proto.stream_facts import (
 
 # Bodies of devices that are kept until the description comes.
 MAX_KEPT = 64 << 20
-# Outside of pages so much is looked at at once: each step may copy it.
-WINDOW = 64 << 10
 # No part that must be whole is longer.
 LONGEST_PART = 512 << 10
 FOOTER_BYTES = 5

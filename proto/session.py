@@ -22,7 +22,7 @@ from enum import Enum, auto
 
 from proto.errors import FrameError, LocalError, MessageError
 from proto.frames import HEADER_BYTES, Frame, FrameReader, seal
-from proto.messages import TYPE_OF, Message, MessageType, pack, unpack
+from proto.messages import MAX_CONTROL, TYPE_OF, Message, MessageType, pack, unpack
 from proto.ownership import Role
 
 M = MessageType
@@ -118,7 +118,8 @@ class Session:
     def __init__(self, role: Role) -> None:
         self.role = role
         self.state = State.START
-        self.reader = FrameReader(self._after_theirs)
+        # Until the peer is let in it says no more than this; it may be anybody.
+        self.reader = FrameReader(MAX_CONTROL)
 
     @property
     def channel(self) -> int:
@@ -150,7 +151,7 @@ class Session:
 
     def next_frame(self) -> Frame | None:
         """The next whole frame that came, if there is one. Raises RemoteError."""
-        frame = self.reader.next_frame()
+        frame = self.reader.next_frame(self._after_theirs)
         if frame is None:
             return None
         self.state = self._after_theirs(frame.type)

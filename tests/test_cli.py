@@ -377,3 +377,38 @@ sys.exit(program.run(program.Parser(), done, []))
         env={**os.environ, "MIGRATE_COREDUMPS": asked},
     )  # fmt: skip
     assert said.stdout == ("1\n" if asked == "1" else "0\n"), said.stderr
+
+
+# Prints which modules are loaded between a connection and the first word over it.
+LOADED_LATE = """
+import os, sys
+from migrate.cli import source
+from migrate.link import Link
+
+before = set()
+made, send = Link.connection_made, Link.send
+
+def connection_made(self, transport):
+    before.update(sys.modules)
+    made(self, transport)
+
+def spoken(self, message):
+    print(*sorted(name for name in set(sys.modules) - before if name.startswith("migrate")))
+    sys.stdout.flush()
+    os._exit(0)
+
+Link.connection_made, Link.send = connection_made, spoken
+source.main()
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_nothing_is_loaded_between_the_connection_and_the_first_word(guest_file, more) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp:127.0.0.1:{server.getsockname()[1]}"
+        told = subprocess.run(
+            [sys.executable, "-c", LOADED_LATE, "-q", "--guest", f"file:{guest_file}", *more,
+             address],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (told.returncode, told.stdout.split()) == (0, []), told.stderr

@@ -1,8 +1,10 @@
-"""Who has to go of too many: never who has shown more than another, nor who has fewer there."""
+"""Who has to go of too many: nobody with a certificate before one without, nor one of an address
+that has fewer places than another."""
 
 from __future__ import annotations
 
 import resource
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -48,6 +50,27 @@ def test_a_stranger_takes_his_own_places() -> None:
     assert -1 not in gone
 
 
+def test_strangers_of_one_address_who_speak_push_out_no_silent_one_of_another() -> None:
+    found, gone = crowd(8)
+    for number in range(8):
+        found.come(number, NEAR)
+        found.rise(number, SPEAKS)
+    found.come(-1, FAR)
+    for number in range(8, 1000):
+        found.come(number, NEAR)
+        found.rise(number, SPEAKS)
+    assert -1 in found
+    assert gone == list(range(993))
+
+
+def test_of_addresses_with_as_many_places_a_silent_one_goes() -> None:
+    found, gone = crowd(3)
+    found.come(0, NEAR, SPEAKS)
+    for number in (1, 2, 3):
+        found.come(number, (f"10.0.1.{number}", 1))
+    assert gone == [1]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -72,17 +95,29 @@ def test_a_network_of_ipv6_is_one_stranger(one, other, same) -> None:
 STEPS = st.tuples(st.integers(0, 9), st.integers(0, 4), st.sampled_from(RANKS))
 
 
+def may_go(here: dict[int, tuple[int, int]]) -> set[int]:
+    """Of {number: (address, rank)}: without a certificate, of an address that has most."""
+    bare = {one: where for one, where in here.items() if where[1] != SHOWN} or here
+    places = Counter(address for address, _ in bare.values())
+    most = max(places.values())
+    largest = {one: where for one, where in bare.items() if places[where[0]] == most}
+    silent = {one for one, (_, rank) in largest.items() if rank == SILENT}
+    return silent or set(largest)
+
+
 @given(st.lists(STEPS, max_size=80))
 def test_as_many_are_in_it_as_may_be_and_each_is_told_once_that_it_goes(steps) -> None:
     found, gone = crowd(4)
-    here: dict[int, int] = {}
+    here: dict[int, tuple[int, int]] = {}
     for number, (what, address, rank) in enumerate(steps):
         if what < 7:
-            before, lowest = len(gone), min(here.values(), default=SILENT)
+            before = len(gone)
+            possible = may_go(here) if here else set()
             found.come(number, (f"10.0.0.{address}", 1), rank)
             for one in gone[before:]:
-                assert here.pop(one) == lowest
-            here[number] = rank
+                assert one in possible
+                del here[one]
+            here[number] = address, rank
         elif here:
             one = sorted(here)[number % len(here)]
             if what == 7:
@@ -91,7 +126,7 @@ def test_as_many_are_in_it_as_may_be_and_each_is_told_once_that_it_goes(steps) -
                 here.pop(one)
             else:
                 found.rise(one, rank)
-                here[one] = max(here[one], rank)
+                here[one] = here[one][0], max(here[one][1], rank)
         assert set(found.members()) == set(here)
         assert len(found) <= 4
     assert len(gone) == len(set(gone))

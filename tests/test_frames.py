@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from proto.errors import ErrorCode, FrameError, LocalError
 from proto.frames import ARENAS_KEPT, HEADER_BYTES, LEAST_READ, MAGIC, FrameReader, seal
-from proto.messages import BATCH_SLACK, BODY_LIMITS, LEAST_BATCH, MAX_BODY, MAX_STATE, MessageType
+from proto.messages import (
+    BATCH_SLACK,
+    BODY_LIMITS,
+    LEAST_BATCH,
+    MAX_BODY,
+    MAX_CONTROL,
+    MAX_STATE,
+    MessageType,
+)
 
 M = MessageType
 
@@ -416,6 +424,23 @@ def test_a_partial_frame_moves_along_while_others_are_kept():
             kept.append(frame)
     assert len(kept) == 12
     assert all(frame.head == body for frame in kept)
+
+
+@pytest.mark.parametrize("piece", [1000, 60_000, 1 << 20])
+def test_arenas_grow_for_a_longer_frame_that_is_admitted(piece):
+    """In the middle of it, with frames before it that are kept."""
+    reader, kept = FrameReader(MAX_CONTROL), []
+    bodies = [bytes([number]) * size for number, size in enumerate((9, 50_000, 50_000, MAX_BODY))]
+    stream = b"".join(framed(M.PAGES, body) for body in bodies)
+    while stream:
+        buffer = reader.get_buffer()
+        count = min(piece, len(buffer), len(stream))
+        buffer[:count], stream = stream[:count], stream[count:]
+        reader.received(count)
+        while (frame := reader.next_frame()) is not None:
+            kept.append(frame)
+    assert [frame.head for frame in kept] == bodies
+    assert reader._arena.largest == MAX_BODY
 
 
 def test_a_released_body_cannot_be_read():

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import stat
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from migrate.address import Address
 from migrate.dialing import connect
 from migrate.errors import ConnectError, PeerLost
 from migrate.link import (
+    EARLY_AHEAD_BYTES,
     MAX_ASIDE,
     RECEIVE_AHEAD,
     RECEIVE_AHEAD_BYTES,
@@ -29,6 +31,8 @@ from proto.kernel import PageEncoder, PageHashes
 from proto.messages import (
     BATCH_BYTES,
     MAX_BODY,
+    MAX_CONTROL,
+    PROBE_BYTES,
     TYPE_OF,
     Accept,
     CacheSize,
@@ -42,6 +46,7 @@ from proto.messages import (
     MessageType,
     Ping,
     Pong,
+    Probe,
     Round,
     pack,
 )
@@ -222,9 +227,37 @@ async def test_an_encoded_batch_is_private_memory_until_the_transport_is_done_wi
 
 
 @pytest.mark.asyncio
+async def test_a_lost_connection_gives_its_memory_back_though_the_link_is_kept():
+    async with pair() as (source, destination):
+        await source.send(capabilities.offer(frozenset()))
+        await destination.receive_message()
+        arena = weakref.ref(destination.session.reader._arena)
+        source.abort()
+        await destination._closed.wait()
+        assert arena() is None
+
+
+@pytest.mark.asyncio
+async def test_a_stranger_may_have_little_waiting():
+    async with pair() as (source, destination):
+        await source.send(capabilities.offer(frozenset({capabilities.PROBE})))
+        await destination.receive_message()
+        await destination.send(capabilities.offer(frozenset({capabilities.PROBE})))
+        await source.receive_message()
+        for _ in range(RECEIVE_AHEAD):
+            await source.send(Probe(bytes(PROBE_BYTES)))
+        await until(lambda: not destination._reading)
+        assert destination._ahead < EARLY_AHEAD_BYTES + MAX_CONTROL
+        destination.share_receiving(1)
+        for _ in range(RECEIVE_AHEAD):
+            assert await destination.receive_message() == Probe(bytes(PROBE_BYTES))
+
+
+@pytest.mark.asyncio
 async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
     async with pair(Address(path=str(tmp_path / "socket"))) as (source, destination):
         await greet(source, destination)
+        destination.share_receiving(1)
         count, largest, sent = 64, 0, 0
 
         async def send():

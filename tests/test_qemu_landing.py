@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from migrate import bounded_json
 from migrate.directory import identity_of
 from migrate.errors import MigrationError, UsageError
 from migrate.journal import Journal
@@ -505,6 +506,67 @@ def test_what_takes_long_ends_when_it_is_not_wanted(tmp_path: Path, monkeypatch)
         landing.close()
     assert landing.error == "it is not wanted any more"
     assert os.listdir(tmp_path) == []
+
+
+def head_and_device(number: int = 7) -> bytes:
+    """The beginning of a stream, up to where a device's body goes on."""
+    return (
+        stream()[: stream().index(DEVICE)] + b"\4" + struct.pack(">I", number) + b"\1a" + bytes(8)
+    )
+
+
+def test_many_small_parts_end_when_they_are_not_wanted(tmp_path: Path, monkeypatch) -> None:
+    """All of them are in one buffer."""
+    taking, real = threading.Event(), Landing._take
+
+    def slow(self: Landing, *arguments: Any) -> None:
+        real(self, *arguments)
+        taking.set()
+        time.sleep(0.01)
+
+    monkeypatch.setattr(Landing, "_take", slow)
+    landing = Landing(str(tmp_path / "vm"))
+    ours, theirs = socket.socketpair()
+    with ours:
+        landing.start(theirs)
+        ours.sendall(stream()[: stream().index(DEVICE)] + 5000 * b"\x08\0\x0b\0\0")
+        assert taking.wait(60)
+        began = time.monotonic()
+        landing.close()
+    assert time.monotonic() - began < 20
+    assert landing.error == "it is not wanted any more"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["orders", "sections", "section", "devices"])
+def test_what_a_stream_may_have_beside_its_memory_is_bounded(
+    tmp_path: Path, monkeypatch, what: str
+) -> None:
+    begun, footer = head_and_device(), b"\x7e\0\0\0\7"
+    start = stream()[: stream().index(DEVICE)]
+    monkeypatch.setattr(landing_module, "MAX_ORDERS", 50)
+    monkeypatch.setattr(landing_module, "MAX_SECTIONS", 50)
+    monkeypatch.setattr(landing_module, "MAX_SECTION_BYTES", 200_000)
+    monkeypatch.setattr(landing_module, "MAX_DEVICES_BYTES", 900_000)
+    unit = begun[len(start) :]
+    said, says = {
+        "orders": (start + 51 * b"\x08\0\x0b\0\0", "more than 50 orders"),
+        "sections": (start + 51 * (unit + footer), "more than 50 sections"),
+        "section": (begun + bytes(300_000), "the section of a is longer than 195.3 KiB"),
+        "devices": (start + 7 * (unit + bytes(150_000) + footer),
+                    "the state of the devices is longer than 878.9 KiB"),
+    }[what]  # fmt: skip
+    landing, _ = land(tmp_path / "vm", said)
+    assert says in landing.error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_description_is_bounded_in_bytes(tmp_path: Path) -> None:
+    description = b'{"devices": [], "x": "\xf0\x9f\x98\x80' + b"a" * (9 << 20) + b'"}'
+    landing, _ = land(tmp_path / "vm", stream(description=description))
+    assert "a description of 9437" in landing.error
+    with pytest.raises(ValueError, match="bytes"):
+        bounded_json.loads(b'"' + b"a" * bounded_json.MOST_BYTES + b'"')
 
 
 @pytest.mark.parametrize("size", range(0, len(stream()), 49_999))

@@ -6,6 +6,7 @@ The streams are made here by hand, from the format alone.
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -332,6 +333,22 @@ def test_what_looks_like_a_footer_is_none(looks, follows):
     assert not expected[1]
     for step in (1, 3):
         assert parts(data, list(range(0, len(data), step))) == expected
+
+
+def test_a_small_section_costs_as_much_whatever_follows_it():
+    """It is looked for in a window, not in all that has come."""
+    unit = full(9, b"slirp", b"a body")
+
+    def seconds(behind: int) -> float:
+        data = memoryview(b"QEVM\0\0\0\3" + unit * 400 + bytes(behind))
+        parser, at = StreamParser(PAGE), 0
+        began = time.thread_time()
+        while at < 8 + 400 * len(unit):
+            at, part = parser.step(data, at, len(data))
+            assert part is not None
+        return time.thread_time() - began
+
+    assert min(seconds(16 << 20) for _ in range(3)) < 10 * min(seconds(64 << 10) for _ in range(3))
 
 
 def test_a_body_goes_on_its_way_before_its_end_is_known():

@@ -1,6 +1,8 @@
 """The table of the protocol: every (state, role, type), and two ends that never disagree."""
 
+import gc
 import itertools
+import weakref
 from collections import deque
 
 import pytest
@@ -11,6 +13,8 @@ from proto.errors import ErrorCode, FrameError, LocalError, MessageError
 from proto.frames import HEADER_BYTES, seal
 from proto.messages import (
     BODY_LIMITS,
+    MAX_BODY,
+    MAX_CONTROL,
     Accept,
     Blocks,
     Bytes,
@@ -460,3 +464,37 @@ def test_an_error_that_crosses_with_running_does_not_undo_it():
         pair.deliver(D)
     assert pair.ends[D].state is State.DONE
     assert pair.ends[S].state is State.FAILED
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def without_collector():
+    """Memory comes back when the last reference goes, or not at all."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_session_takes_its_memory_with_it(without_collector):
+    session = Session(D)
+    arena = weakref.ref(session.reader._arena)
+    del session
+    assert arena() is None
+
+
+def test_before_it_is_let_in_a_peer_has_room_for_small_frames_alone():
+    session = Session(D)
+    session.reader.feed(frame_of(M.HELLO))
+    session.next_frame()
+    assert len(session.reader._arena.buffer) <= 3 * MAX_CONTROL
+    session.reader.feed(frame_of(M.PAGES)[:-1])
+    with pytest.raises(MessageError):
+        session.next_frame()
+    assert len(session.reader.get_buffer()) <= 3 * MAX_CONTROL
+    session.reader.drop()
+    assert session.reader.partial == len(session.reader._arena.buffer) == 0
+    session.reader.share(1)
+    assert len(session.reader.get_buffer()) > 2 * MAX_BODY

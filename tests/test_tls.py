@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -562,6 +563,35 @@ async def test_who_stalls_in_the_handshake_does_not_keep_out_the_source(
         assert any("did not finish the TLS handshake in 0.8 s" in why for why in step.refused)
         for sock in stalled:
             sock.close()
+
+
+@pytest.mark.asyncio
+async def test_who_stalls_in_the_handshake_costs_little_and_leaves_nothing(
+    good: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = both(good)
+    seen: list[weakref.ref] = []
+    made = Listener.protocol
+    monkeypatch.setattr(
+        Listener, "protocol", lambda self: seen.append(weakref.ref(one := made(self))) or one
+    )
+    async with listening(there) as step:
+        gc.collect()
+        gc.disable()
+        try:
+            address = step.listener.address
+            _, stranger = await asyncio.open_connection(address.host, address.port)
+            while not seen or seen[0]() not in step.listener._shaking:
+                await asyncio.sleep(0.01)
+            assert len(seen[0]()._buffer) <= 16 << 10
+            stranger.close()
+            while seen[0]() is not None:
+                await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+        peer = await connect(address, timeout=30, credentials=here)
+        assert len(seen[-1]()._buffer) == secure.READ_BYTES
+        await peer.close()
 
 
 @pytest.mark.asyncio

@@ -120,6 +120,40 @@ def test_who_connects_and_asks_for_nothing_takes_a_few_threads_for_a_while(monke
     assert capfd.readouterr().err == ""
 
 
+def connected(metrics: Metrics) -> socket.socket:
+    host, port = metrics.address.removeprefix("http://").removesuffix("/metrics").split(":")
+    return socket.create_connection((host, int(port)), 20)
+
+
+def test_a_request_has_16_kib_at_most(monkeypatch, capfd):
+    monkeypatch.setattr("migrate.views.metrics.CLIENT_SECONDS", 60.0)
+    metrics = Metrics(lambda: source_families(Statistics()), "127.0.0.1:0")
+    line = b"X: " + b"a" * 5000 + b"\r\n"
+    for lines, answer in ((3, b"HTTP/1.0 200"), (4, b"")):
+        with connected(metrics) as client, contextlib.suppress(ConnectionResetError):
+            client.sendall(b"GET /metrics HTTP/1.0\r\n" + lines * line)
+            if answer:
+                client.sendall(b"\r\n")
+            assert client.recv(12, socket.MSG_WAITALL) == answer
+    metrics.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_who_drips_a_request_is_dropped_as_one_who_is_silent(monkeypatch):
+    monkeypatch.setattr("migrate.views.metrics.CLIENT_SECONDS", 1.0)
+    metrics = Metrics(lambda: source_families(Statistics()), "127.0.0.1:0")
+    with connected(metrics) as client, contextlib.suppress(ConnectionError):
+        client.settimeout(0.1)
+        began = time.monotonic()
+        while True:
+            assert time.monotonic() - began < 15
+            client.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                assert client.recv(1) == b""
+                break
+    metrics.close()
+
+
 def test_an_address_in_use_is_a_clear_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -271,6 +271,7 @@ class SourceProgram(Node):
     async def _connect(self) -> Link | None:
         """None where it was cancelled."""
         self.stop.cancels_me()
+        _load(dry_run=self.args.dry_run)
         self._early = Statistics(status="setup")
         self._tell_status("setup")
         if not self.args.quiet:
@@ -530,6 +531,19 @@ class SourceProgram(Node):
         elif not self.source.guest.runs:
             status = "paused"
         return {"running": status == "running", "status": status}
+
+
+def _load(*, dry_run: bool) -> None:
+    """Imports what speaks over a connection, before there is one.
+
+    That takes some 300 ms, and a destination with too many connections closes the silent ones
+    first. It is not imported at the top so that a wrong argument is told of at once.
+    """
+    if dry_run:
+        import migrate.cli.rehearsal
+    else:
+        import migrate.qemu.source
+        import migrate.source  # noqa: F401
 
 
 def _take_note() -> None:

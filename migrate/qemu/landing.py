@@ -80,7 +80,12 @@ LEAST_READ = BUFFER_BYTES // 4
 # What was written is brought to the disk so often, for little to be left in the end.
 FLUSH_SECONDS = 1.0
 PAGE_BYTES = 4096
-MAX_SECTIONS = 100_000
+# Some hundred sections and ten orders are what a machine has; the largest body, of a graphics card
+# that has its pictures in it, is some ten MiB.
+MAX_SECTIONS = MAX_ORDERS = 10_000
+MAX_SECTION_BYTES = 128 << 20
+MAX_DEVICES_BYTES = 512 << 20
+UNWANTED = "it is not wanted any more"
 # From this version on QEMU understands SWITCHOVER_ACK; an earlier one fails at it. A machine's type
 # ends in the version that it came with.
 ACK_SINCE = (8, 1)
@@ -200,6 +205,7 @@ class Landing:
         self._ram = self._head = self._early = -1
         self._paged = False
         self._sections: list[StoredSection] = []
+        self._orders = 0
         self._began = 0  # the section that is read, in devices.bin
         self._hash = xxhash.xxh3_128()
         self._description = bytearray()
@@ -267,6 +273,8 @@ class Landing:
     def _take_all(self) -> None:
         parser, stream = self._parser, self._stream
         while not parser.complete:
+            if self._over:
+                raise MigrationError(UNWANTED)
             at, part = parser.step(stream.data, stream.start, stream.end, last=self._last)
             if part is not None:
                 self._take(part, stream.take(at))
@@ -309,16 +317,22 @@ class Landing:
         elif isinstance(part, Body | SectionEnd):
             self._go_on(part, data)
         elif isinstance(part, Order):
-            if part.number == Command.PING:
-                self._say(Reply.PONG, int.from_bytes(part.data[:4], "big"))
-            if part.number not in OF_THE_WAY:
-                self._keep(data)
+            self._obey(part, data)
         elif isinstance(part, Description):
             self._described = self.files.make(DESCRIPTION)
         elif isinstance(part, Text):
             self._description += data
         else:
             assert isinstance(part, End)
+
+    def _obey(self, order: Order, data: memoryview) -> None:
+        self._orders += 1
+        if self._orders > MAX_ORDERS:
+            raise MigrationError(f"the stream has more than {MAX_ORDERS} orders")
+        if order.number == Command.PING:
+            self._say(Reply.PONG, int.from_bytes(order.data[:4], "big"))
+        if order.number not in OF_THE_WAY:
+            self._keep(data)
 
     def _open_blocks(self, part: BlockList) -> None:
         page_size, pages = self._parser.page_size, []
@@ -353,6 +367,9 @@ class Landing:
         if section.name == RAM.decode():
             return
         self._keep(data)
+        if self._at - self._began > MAX_SECTION_BYTES:
+            most = format_size(MAX_SECTION_BYTES)
+            raise MigrationError(f"the section of {section.name} is longer than {most}")
         if isinstance(part, Body):
             return
         if len(self._sections) == MAX_SECTIONS:
@@ -365,6 +382,9 @@ class Landing:
         )  # fmt: skip
 
     def _keep(self, data: memoryview) -> None:
+        if self._at + len(data) > MAX_DEVICES_BYTES:
+            most = format_size(MAX_DEVICES_BYTES)
+            raise MigrationError(f"the state of the devices is longer than {most}")
         write_all(self._devices, data)
         self._hash.update(data)
         self._at += len(data)
@@ -404,7 +424,7 @@ class Landing:
             digest = Hash(size, page_size)
             for _, pages, data in contents(fd, size, page_size, buffer):
                 if self._over:
-                    raise MigrationError("it is not wanted any more")
+                    raise MigrationError(UNWANTED)
                 digest.update(pages, data)
             file = block_file(number, name)
             found.append(StoredBlock(file, size, digest.hexdigest(), name.decode("latin-1")))

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from migrate.address import parse_address
 from migrate.crowd import Crowd
@@ -23,6 +23,7 @@ from migrate.sockets import listen_on
 from migrate.statistics import Statistics
 
 if TYPE_CHECKING:
+    from io import BufferedIOBase
     from wsgiref.simple_server import WSGIServer
 
     from prometheus_client import CollectorRegistry, Metric
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
 TEXTFILE_SECONDS = 5.0
 BACKLOG = 5
-# So many may ask at the same time, and may say or take nothing for so long.
+# So many may ask at the same time, each for so long in all, and with so many bytes.
 MAX_CLIENTS = 32
 CLIENT_SECONDS = 5.0
+MAX_REQUEST = 16 << 10
 STATES = ("none", "setup", "active", "device", "completed", "failed", "cancelled")
 
 
@@ -113,6 +115,25 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"migrate_{name}", text, value=value)
 
 
+class _Request:
+    """A request's lines as they are read. Raises OSError when it has more than MAX_REQUEST bytes.
+
+    http.server would take a hundred of 64 KiB each.
+    """
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._file = file
+        self._left = MAX_REQUEST
+        self.close = file.close
+
+    def readline(self, size: int) -> bytes:
+        line = self._file.readline(min(size, self._left))
+        self._left -= len(line)
+        if not self._left:
+            raise OSError(f"the request has more than {MAX_REQUEST} bytes")
+        return line
+
+
 class _Collector:
     """What a registry asks."""
 
@@ -141,23 +162,35 @@ def server_of(sock: socket.socket) -> WSGIServer:
         def __init__(self, *arguments: Any, **words: Any) -> None:
             super().__init__(*arguments, **words)
             self.clients: Crowd[socket.socket] = Crowd(_hang_up, MAX_CLIENTS)
+            self.ends: dict[socket.socket, float] = {}
             self.turn = threading.Lock()
 
         def process_request(self, request: Any, client_address: Any) -> None:
             with self.turn:
                 self.clients.come(request, client_address)
+                self.ends[request] = time.monotonic() + CLIENT_SECONDS
             super().process_request(request, client_address)
 
         def shutdown_request(self, request: Any) -> None:
             with self.turn:
                 self.clients.go(request)
+                self.ends.pop(request, None)
             super().shutdown_request(request)
+
+        def service_actions(self) -> None:
+            """Twice a second: a time-out of the socket begins anew with each byte."""
+            with self.turn:
+                for client, end in self.ends.items():
+                    if time.monotonic() > end:
+                        _hang_up(client)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """A client that says nothing, or hangs up, is no news."""
 
     class Silent(WSGIRequestHandler):
-        timeout = CLIENT_SECONDS
+        def setup(self) -> None:
+            super().setup()
+            self.rfile = cast("BufferedIOBase", _Request(self.rfile))
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
