@@ -171,8 +171,10 @@ def failure_of(error: BaseException, memory_fault: str) -> MigrationError | None
         return error
     if isinstance(error, ProtoError):
         return PeerError(str(error))
+    if isinstance(error, TimeoutError) and not error.errno:  # asyncio's; it is an OSError
+        return MigrationError(str(error) or "it took too long")
     if isinstance(error, OSError):
-        return MigrationError(f"{memory_fault}: {error.strerror}")
+        return MigrationError(f"{memory_fault}: {error.strerror or error}")
     return MigrationError(f"{type(error).__name__}: {error}")
 
 

@@ -86,6 +86,8 @@ HOME_SECONDS = 20.0
 MAX_PAUSES = 3
 # What an operator over there wishes for is done so often.
 MAX_WISHES = 100
+# Of those that are refused so many are told of.
+MOST_TOLD = 3
 
 Observer = Callable[[str, Statistics], None]
 _TURN = threading.Lock()
@@ -136,7 +138,7 @@ class Migration(ABC):
         """This attempt was let in, and is past what both sides have to say at first."""
         self._fewest_left = 0
         """The least that was to go when the destination said what it holds."""
-        self._begun_again = self._pauses = self._wishes = 0
+        self._begun_again = self._pauses = self._wishes = self._refused_wishes = 0
         self._sent_before = self._lane_bytes = 0
         self._seed = os.urandom(SEED_BYTES)
         self._agreed: caps.Agreement | None = None
@@ -238,7 +240,8 @@ class Migration(ABC):
                 )
         elif message.size <= most:
             self.set_cache_size(message.size)
-        else:
+        elif (refused := self._refused_wishes) < MOST_TOLD:
+            self._refused_wishes = refused + 1
             self._notice(
                 f"the destination asks for a cache of {option_size(message.size)}: no more "
                 f"than {option_size(most)} is given for the asking: --cache-size here sets it"

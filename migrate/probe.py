@@ -43,11 +43,15 @@ class Way:
 
 
 async def greet(link: Link, optional: frozenset[str]) -> tuple[caps.Agreement, Hello]:
-    """The first words. Raises PeerError, CapabilityError, or what the destination says."""
+    """The first words. Raises PeerLost, PeerError, CapabilityError, or what the destination
+    says."""
     hello = caps.offer(optional, frozenset({caps.PROBE}))
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        await link.send(hello)
-        answer = _of_kind(await link.receive_message(), Hello)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await link.send(hello)
+            answer = _of_kind(await link.receive_message(), Hello)
+    except TimeoutError:
+        raise PeerLost(f"{link.peer_name} does not answer within {PATIENCE_SECONDS:g} s") from None
     return caps.agree(hello, answer), answer
 
 

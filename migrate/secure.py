@@ -22,7 +22,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from migrate.errors import ConnectError, MigrationError, PeerLost, TlsError
+from migrate.output import printable
 from migrate.tls import Credentials, is_verdict, no_tls
+from proto.messages import MAX_TEXT
 from proto.ownership import Role
 
 HANDSHAKE_SECONDS = 10.0
@@ -230,7 +232,11 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     @property
     def denial(self) -> str:
         """Why the peer, who has proved who it is, may not bring a guest; or ""."""
-        return self._credentials.denial(self._tls.getpeercert() or {})
+        try:
+            certificate = self._tls.getpeercert() or {}
+        except Exception as error:
+            return f"its certificate cannot be read: {printable(str(error), MAX_TEXT // 2)}"
+        return self._credentials.denial(certificate)
 
     # -- records
 

@@ -30,6 +30,8 @@ from typing import Any, overload
 from migrate.address import Address, ip_of
 from migrate.directory import open_trusted
 from migrate.errors import TlsError, UsageError
+from migrate.output import printable
+from proto.messages import MAX_TEXT
 from proto.ownership import Role
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -163,9 +165,15 @@ class Credentials:
 
     def denial(self, certificate: dict[str, Any]) -> str:
         """Why the holder of this certificate (as `getpeercert` gives it) may not connect, or ""."""
-        if not self.authz or any(_is_of(name, certificate) for name in self.authz):
+        if not self.authz:
             return ""
-        return f"{distinguished_name(certificate)} is none of those who may (--tls-authz)"
+        parts = itertools.chain.from_iterable(certificate.get("subject", ()))
+        if not all(isinstance(value, str) for _, value in parts):
+            return "its certificate has a name that is no text"
+        if any(_is_of(name, certificate) for name in self.authz):
+            return ""
+        name = printable(distinguished_name(certificate), MAX_TEXT // 2)
+        return f"{name or 'who has no name'} is none of those who may (--tls-authz)"
 
     def fault(self, error: ssl.SSLError, name: str = "") -> TlsError:
         """What an error of a handshake means, in one sentence.
@@ -286,12 +294,18 @@ def _escaped(value: str) -> str:
     return text
 
 
+def _same_host(one: str, other: str) -> bool:
+    """DNS folds ASCII alone (RFC 4343): to Python the Kelvin sign in lower case is a k."""
+    return one.isascii() and other.isascii() and one.lower() == other.lower()
+
+
 def _is_of(name: str, certificate: dict[str, Any]) -> bool:
     """Whether it is a certificate's name. What kind of a name it is can be seen from how it is
     written, and it is compared with those alone: a common name may be any text."""
     if name.startswith(DNS):
+        wanted = name.removeprefix(DNS)
         names = (value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS")
-        return name.removeprefix(DNS).lower() in (one.lower() for one in names)
+        return any(_same_host(wanted, one) for one in names)
     if "=" in name:
         return name == distinguished_name(certificate)
     parts = itertools.chain.from_iterable(certificate.get("subject", ()))

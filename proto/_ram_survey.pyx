@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.unistd cimport pread, pwrite
 
-from proto._batch cimport STEP, PageHashes, Record, read_record
+from proto._batch cimport STEP, PageHashes, Record, Rising, read_record
 from proto._bits cimport get_bit, set_bit
 from proto._codec cimport (
     BAD_CHECK,
@@ -39,12 +39,6 @@ from proto._codec import FAULTS
 
 cdef extern from "endian.h" nogil:
     uint64_t be64toh(uint64_t)
-
-cdef extern from *:
-    """
-    #define xb_popcount(x) __builtin_popcountll(x)
-    """
-    int xb_popcount(uint64_t) nogil
 
 cdef packed struct StreamRecord:
     uint64_t page
@@ -468,7 +462,7 @@ cdef class BatchSurvey:
     cdef uint64_t pages
     cdef Py_ssize_t page_size
     cdef PageHashes hashes
-    cdef uint8_t* received
+    cdef Rising received        # nothing where `whole` is not so
     cdef readonly bint whole    # every page that came is known: not of a guest that was resumed
 
     def __cinit__(self, uint64_t pages, Py_ssize_t page_size, bytes seed, *, bint whole=True):
@@ -478,22 +472,12 @@ cdef class BatchSurvey:
         self.page_size = page_size
         self.whole = whole and pages > 0
         self.hashes = PageHashes(1, page_size, seed) if page_size and seed else None
-        if self.whole:
-            self.received = <uint8_t*>calloc(self.pages // 64 + 1, 8)
-            if self.received == NULL:
-                raise MemoryError("no memory to track pages")
-
-    def __dealloc__(self):
-        free(self.received)
+        self.received = Rising(self.pages if self.whole else 1)
 
     @property
     def received_pages(self):
         """Pages that came at least once; 0 where that is not known."""
-        cdef uint64_t i, count = 0
-        if self.received:
-            for i in range(self.pages // 64 + 1):
-                count += xb_popcount((<uint64_t*>self.received)[i])
-        return count
+        return self.received.below + self.received.strays
 
     def read(self, const uint8_t[::1] head not None, const uint8_t[::1] data not None):
         """One body.
@@ -527,14 +511,14 @@ cdef class BatchSurvey:
                         break
                     delta += 1
                     delta_bytes += record.length
-                    if self.received and not get_bit(self.received, record.first):
+                    if self.whole and not self.received.has(record.first):
                         baseless += 1
                 elif record.op == OP_RAW:
                     raw += record.count
                 else:
                     zero += record.count
-                if self.received:
-                    self.note(record.first, record.count)
+                if self.whole:
+                    self.received.add_range(record.first, record.first + record.count)
                 next_page = record.first + record.count
                 i += step
             if step >= 0:
@@ -551,15 +535,3 @@ cdef class BatchSurvey:
             (<uint32_t>head[0] << 24) | (head[1] << 16) | (head[2] << 8) | head[3], first, zero,
             raw, delta, delta_bytes, changed, baseless, i, FAULTS[step] if step < 0 else "",
         )
-
-    cdef void note(self, uint64_t first, uint64_t count) noexcept nogil:
-        cdef uint64_t page = first, end = first + count
-        while page < end and page & 7:
-            set_bit(self.received, page)
-            page += 1
-        if end - page >= 8:
-            memset(self.received + page // 8, 0xFF, (end - page) // 8)
-            page += (end - page) & ~<uint64_t>7
-        while page < end:
-            set_bit(self.received, page)
-            page += 1

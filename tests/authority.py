@@ -9,7 +9,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 PURPOSES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 DAY = datetime.timedelta(days=1)
@@ -54,9 +54,12 @@ class Authority:
 
     def issue(
         self, directory: Path, party: str, *, purpose: str = "", host: str = "127.0.0.1",
-        organization: str = "", begins: float = -1, ends: float = 1,
+        organization: str = "", begins: float = -1, ends: float = 1, alternative: bytes = b"",
     ) -> x509.Certificate:  # fmt: skip
-        """Writes PARTY-cert.pem and PARTY-key.pem; `begins` and `ends` in days from now."""
+        """Writes PARTY-cert.pem and PARTY-key.pem; `begins` and `ends` in days from now.
+
+        alternative -- a DNS name as it stands in the certificate, instead of `host`
+        """
         directory.mkdir(exist_ok=True)
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.UTC)
@@ -64,6 +67,12 @@ class Authority:
             name: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
         except ValueError:
             name = x509.DNSName(host)
+        names: x509.ExtensionType = x509.SubjectAlternativeName([name])
+        if alternative:
+            part = b"\x82" + bytes([len(alternative)]) + alternative
+            names = x509.UnrecognizedExtension(
+                ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x30" + bytes([len(part)]) + part
+            )
         usage = x509.ExtendedKeyUsage([PURPOSES[purpose or party]])
         ours = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         certificate = (
@@ -73,7 +82,7 @@ class Authority:
             .not_valid_after(now + ends * DAY)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(usage, critical=False)
-            .add_extension(x509.SubjectAlternativeName([name]), critical=False)
+            .add_extension(names, critical=False)
             .add_extension(ours, critical=False)
             .sign(self.key, hashes.SHA256())
         )

@@ -20,7 +20,7 @@ from migrate.dialing import connect
 from migrate.errors import UsageError
 from migrate.guests.buffer import BufferPlace
 from migrate.listening import listen
-from migrate.migration import MAX_WISHES
+from migrate.migration import MAX_WISHES, MOST_TOLD
 from migrate.rounds import Decision, Measured, Pending, Verdict
 from migrate.source import Source
 from migrate.tracking import DirtyTracker
@@ -244,7 +244,7 @@ async def test_the_other_side_has_its_wishes_heard_so_often(
                 assert source._aside(CacheSize(1 << 40))
 
     _, notices = await rewritten(migrate.Parameters(cache_size=1 << 20), ask)
-    assert len(notices) == MAX_WISHES + 1
+    assert len(notices) == MOST_TOLD + 1
     assert "no more of that is heard" in notices[-1]
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from migrate import probe
 from migrate.address import Address
 from migrate.destination import Destination
 from migrate.dialing import connect
-from migrate.errors import MigrationError, PeerError, PeerLost
+from migrate.errors import MigrationError, PeerError, PeerLost, failure_of
 from migrate.listening import listen
 from proto import ErrorCode, capabilities
 from proto.errors import CapabilityError
@@ -139,6 +141,24 @@ async def test_a_destination_that_never_answers_is_not_waited_for_for_ever(monke
         source.session.state = far.session.state = State.OPEN
         with pytest.raises(PeerLost, match="could not be measured in 0.2 s"):
             await probe.measure(source, 10)
+
+
+@pytest.mark.asyncio
+async def test_a_destination_that_never_greets_is_said_not_to_answer(monkeypatch):
+    monkeypatch.setattr(probe, "PATIENCE_SECONDS", 0.2)
+    async with pair() as (source, _far):
+        with pytest.raises(PeerLost, match=r"127\.0\.0\.1:\d+ does not answer within 0\.2 s"):
+            await probe.greet(source, frozenset())
+
+
+def test_a_time_out_is_no_fault_of_the_guest():
+    def sentence(error):
+        return str(failure_of(error, "the memory cannot be read"))
+
+    assert sentence(TimeoutError()) == "it took too long"
+    assert sentence(OSError("the disk")) == "the memory cannot be read: the disk"
+    assert sentence(OSError(errno.EIO, os.strerror(errno.EIO))).endswith(": Input/output error")
+    assert sentence(OSError(errno.ETIMEDOUT, "timed out")).endswith("cannot be read: timed out")
 
 
 @pytest.mark.asyncio

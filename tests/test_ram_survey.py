@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -229,6 +230,20 @@ def test_a_batch_is_checked_as_a_receiver_would(kernel) -> None:
     assert "do not match" in what or "does not match" in what
     assert survey.read(batch(100, b"\0\1"), b"")[-2:] == (4, "a page number outside the guest")
     assert "holds no record" in survey.read(b"", b"")[-1]
+
+
+def test_a_run_of_a_large_guest_takes_no_memory() -> None:
+    """The pages of 4 TiB are 512 MiB of bits: one record in a file of some bytes could set them."""
+
+    def resident() -> int:
+        fields = Path("/proc/self/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    survey = _ram_survey.BatchSurvey(1 << 32, 1024, SEED)
+    before = resident()
+    assert survey.read(batch(0, b"\0" + b"\x80\x80\x80\x80\x10"), b"")[2] == 1 << 32
+    assert survey.received_pages == 1 << 32
+    assert resident() - before < 50 << 20
 
 
 def test_of_a_guest_that_is_not_known_records_are_counted(kernel) -> None:

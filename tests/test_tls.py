@@ -34,7 +34,7 @@ from migrate.errors import ConnectError, MigrationError, TlsError, UsageError
 from migrate.handover import Records
 from migrate.listening import Listener, listen
 from proto import ErrorCode, capabilities
-from proto.messages import Error, GuestInfo
+from proto.messages import MAX_TEXT, Error, GuestInfo
 from proto.ownership import Role
 from tests.authority import Authority, name_of
 from tests.network import FAR
@@ -400,6 +400,46 @@ def test_a_name_of_one_kind_passes_for_none_of_another(crafted: str) -> None:
         assert not tls._is_of(name, certificate)
     assert tls._is_of(tls.distinguished_name(certificate), certificate)
     assert tls._is_of(f"DNS:{crafted}", certificate)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Kiosk.example", "kiosk.EXAMPLE", True), ("kiosk", "\u212aiosk", False),
+        ("\u212aiosk", "kiosk", False), ("b\xfccher", "b\xfccher", False),
+    ],
+)  # fmt: skip
+def test_dns_names_are_ascii_and_only_ascii_is_folded(one: str, other: str, same: bool) -> None:
+    assert tls._is_of(f"DNS:{one}", {"subjectAltName": (("DNS", other),)}) == same
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("authz", [(), ("client",)])
+async def test_a_certificate_that_cannot_be_read_is_refused_in_words(
+    authority: Authority, good: SimpleNamespace, authz: tuple[str, ...]
+) -> None:
+    """It is signed, and has a name that is no UTF-8."""
+    authority.issue(good.here, "client", alternative=b"\xff\xfe")
+    there, here = both(good, authz=authz)
+    async with listening(there) as step:
+        fault = await fault_of(step.listener.address, here)
+        said = await step.said()
+    assert isinstance(fault, TlsError)
+    for sentence in (str(fault), said):
+        assert "its certificate cannot be read: 'utf-8' codec can't decode byte 0xff" in sentence
+
+
+def test_what_is_said_of_a_name_is_bounded(good: SimpleNamespace) -> None:
+    there, _ = both(good, authz=("client",))
+
+    def denial(*values: str | None) -> str:
+        return there.denial({"subject": tuple(((("commonName", one),)) for one in values)})
+
+    assert denial("client") == ""
+    assert len(denial("a" * 60_000)) < MAX_TEXT
+    assert denial("a" * 60_000).endswith("... is none of those who may (--tls-authz)")
+    assert denial("client", None) == "its certificate has a name that is no text"
+    assert denial().startswith("who has no name is none")
 
 
 def test_names_are_written_as_the_standard_has_it() -> None:
