@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -506,16 +507,25 @@ def make_trusted(path: str) -> Directory:
 
 
 def _make(path: str) -> None:
-    above, name = os.path.split(path)
+    missing: list[str] = []
+    above = path
+    while True:
+        above, name = os.path.split(above)
+        missing.append(name)
+        try:
+            fd = _walked(above, trusted=True)
+            break
+        except FileNotFoundError:
+            continue
     try:
-        fd = _walked(above, trusted=True)
-    except FileNotFoundError:
-        _make(above)
-        fd = _walked(above, trusted=True)
-    try:
-        with contextlib.suppress(FileExistsError):  # another program of ours was faster
-            os.mkdir(name, 0o700, dir_fd=fd)
-        _sync(fd)
+        for name in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another program of ours was faster
+                os.mkdir(name, 0o700, dir_fd=fd)
+            with contextlib.suppress(PermissionError):  # who may write there need not read it
+                _sync(fd)
+            inner = _walked(name, trusted=True, start=fd)
+            os.close(fd)
+            fd = inner
     finally:
         os.close(fd)
 
@@ -530,7 +540,7 @@ def open_trusted(path: str) -> int:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(there.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file")
-        _check_trusted(held, distrust(held))
+        _check_trusted(held, last=True)
         return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(held)
@@ -555,22 +565,39 @@ def distrust(fd: int, *, sticky: bool = False) -> str:
     sticky -- let a directory pass where each user can replace his own entries only
     """
     there = os.fstat(fd)
-    if there.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {there.st_uid}"
     mode = stat.S_IMODE(there.st_mode)
-    if not mode & 0o022 or (sticky and mode & stat.S_ISVTX):
+    shared = bool(mode & 0o022) and not (sticky and mode & stat.S_ISVTX)
+    if not _is_trusted(there.st_uid) and (shared or not _is_hidden_root(there.st_uid)):
+        return f"it belongs to user {there.st_uid}"
+    if not shared:
         return ""
     if not mode & 0o002 and _is_private(there.st_gid) and not _has_access_list(fd):
         return ""  # what a user with umask 002 makes
     return f"others may write there (mode {mode:o})"
 
 
+def _is_trusted(uid: int) -> bool:
+    return uid in (0, os.geteuid())
+
+
+def _is_hidden_root(uid: int) -> bool:
+    """Whether a user may be root, whom the namespace of users that we are in does not show: what
+    is his there belongs to "nobody", `/` for one."""
+    try:
+        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+    except (OSError, ValueError):
+        return False
+    return uid == overflow and not any(line.split()[1] == "0" for line in lines)
+
+
 def _is_private(gid: int) -> bool:
-    """Whether a group is a user's own, who is us: it has his name, and nobody else in it."""
+    """Whether a group is a user's own, who is us: it has his name, and nobody else is in it."""
     with contextlib.suppress(KeyError):
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
         ours = user.pw_gid == gid and group.gr_name == user.pw_name
-        return ours and user.pw_uid != 0 and set(group.gr_mem) <= {user.pw_name}
+        names = {*group.gr_mem, *(one.pw_name for one in pwd.getpwall() if one.pw_gid == gid)}
+        return ours and user.pw_uid != 0 and names <= {user.pw_name}
     return False
 
 
@@ -583,16 +610,23 @@ def _has_access_list(fd: int) -> bool:
     return True
 
 
-def _check_trusted(fd: int, why: str) -> None:
-    """Raises PermissionError with what makes the open file or directory trusted."""
-    if why:
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        shown = shlex.quote(path)
-        raise PermissionError(
-            errno.EPERM,
-            f"{path} is not trusted, because {why} (`chown {os.geteuid()} {shown}; chmod go-w "
-            f"{shown}` mends that)",
-        )
+def _check_trusted(fd: int, *, last: bool, sticky: bool = False) -> None:
+    """Raises PermissionError, with what to do, where an open file or directory is not trusted.
+
+    last -- it is what was named, and not a directory on the way there
+    """
+    if not (why := distrust(fd, sticky=sticky)):
+        return
+    path, there = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+    shown = shlex.quote(path)
+    remedy = f"`chmod go-w {shown}` mends that"
+    if there.st_uid not in (0, os.geteuid()):
+        remedy = f"`chown {os.geteuid()} {shown}; chmod go-w {shown}` mends that"
+        if not last:
+            remedy = "name another place"
+    elif stat.S_ISDIR(there.st_mode) and there.st_mode & stat.S_ISVTX:
+        remedy = "name a directory in it"
+    raise PermissionError(errno.EPERM, f"{path} is not trusted, because {why}: {remedy}")
 
 
 def _sync(fd: int) -> None:
@@ -614,7 +648,7 @@ def _opened(path: str, *, trusted: bool, start: int = -1) -> int:
         if not stat.S_ISDIR(there.st_mode):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if trusted:
-            _check_trusted(fd, distrust(fd))
+            _check_trusted(fd, last=True)
     except BaseException:
         os.close(fd)
         raise
@@ -631,11 +665,10 @@ def _walked(path: str, *, trusted: bool, start: int = -1) -> int:
     fd = _root() if path.startswith("/") else os.dup(start)
     try:
         while True:
-            there = os.fstat(fd)
-            if trusted and stat.S_ISDIR(there.st_mode):
-                _check_trusted(fd, distrust(fd, sticky=True))
             while names and names[-1] in ("", "."):
                 names.pop()
+            if trusted and stat.S_ISDIR(os.fstat(fd).st_mode):
+                _check_trusted(fd, last=not names, sticky=True)
             if not names:
                 return fd
             inner, target = _step(fd, names.pop())
@@ -663,7 +696,7 @@ def _step(fd: int, name: str) -> tuple[int, str]:
     if not stat.S_ISLNK(there.st_mode):
         return inner, ""
     try:
-        if there.st_uid not in (0, os.geteuid()):
+        if not _is_trusted(there.st_uid) and not _is_hidden_root(there.st_uid):
             raise _foreign_link(name, there.st_uid, "directory")
         target = _target(inner, there)
     finally:

@@ -9,6 +9,7 @@ import pwd
 import resource
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,7 +202,10 @@ def test_a_trusted_directory_is_one_that_nobody_else_can_replace(tmp_path, which
     Directory(str(tmp_path / "above/it"), trusted=True).close()
     wrong = tmp_path / which
     stranger(wrong) if how == "owner" else wrong.chmod(0o777 if how == "mode" else 0o775)
-    why = f"{wrong} is not trusted, because .*`chown 0 {wrong}; chmod go-w {wrong}` mends that"
+    why = f"{wrong} is not trusted, because .*: `chmod go-w {wrong}` mends that"
+    if how == "owner":
+        why = why.replace("`chmod", f"`chown 0 {wrong}; chmod")
+        why = why if which == "above/it" else f"{wrong} is not trusted.*: name another place"
     for way in (tmp_path / "above/it", tmp_path / "above/../above/it"):
         with pytest.raises(PermissionError, match=why):
             Directory(str(way), trusted=True)
@@ -222,6 +226,7 @@ def test_a_group_that_is_a_users_own_is_no_other_user(tmp_path, monkeypatch, nam
     gid = (tmp_path / "it").stat().st_gid
     user = SimpleNamespace(pw_gid=gid, pw_name="anna", pw_uid=1000)
     monkeypatch.setattr(pwd, "getpwuid", lambda _uid: user)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [user])
     monkeypatch.setattr(grp, "getgrgid", lambda _gid: SimpleNamespace(gr_name=name, gr_mem=members))
     if name == "anna" and "bert" not in members:
         Directory(str(tmp_path / "it"), trusted=True).close()
@@ -267,6 +272,42 @@ def test_missing_directories_are_made_for_us_alone_and_on_the_disk(tmp_path, mon
     synced.clear()
     make_trusted(str(tmp_path / "a/b/c")).close()
     assert synced == []
+
+
+def test_as_many_directories_are_made_as_are_missing(tmp_path) -> None:
+    make_trusted(f"{tmp_path}/{'a/' * 1100}b").close()
+    assert os.listdir(tmp_path) == ["a"]
+    with Directory(str(tmp_path)) as directory:
+        directory.drop("a")
+
+
+@need_root
+def test_a_directory_is_made_in_one_that_we_may_not_read() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        os.chmod(top, 0o711)
+        blind = Path(top, "blind")
+        blind.mkdir()
+        blind.chmod(0o1733)
+        os.seteuid(65534)
+        try:
+            make_trusted(f"{blind}/j/k").close()
+        finally:
+            os.seteuid(0)
+        assert os.listdir(blind / "j") == ["k"]
+
+
+def test_who_is_root_may_not_be_seen_from_where_we_are(tmp_path, monkeypatch) -> None:
+    """In a namespace of users without root, `/` belongs to nobody."""
+    (tmp_path / "it").mkdir()
+    hidden = Path("/proc/sys/kernel/overflowuid").read_text()
+    monkeypatch.setattr(directory_module, "_is_trusted", lambda uid: False)
+    monkeypatch.setattr(directory_module, "_is_hidden_root", lambda uid: True)
+    Directory(str(tmp_path / "it"), trusted=True).close()
+    (tmp_path / "it").chmod(0o777)
+    with pytest.raises(PermissionError, match="it belongs to user"):
+        Directory(str(tmp_path / "it"), trusted=True)
+    monkeypatch.undo()
+    assert not directory_module._is_hidden_root(int(hidden)), "root is to be seen here"
 
 
 @need_root
