@@ -5,10 +5,11 @@
     SHOWN   has shown a certificate
 
 Of too many, one without a certificate goes: of the address that has most of those, silent or not,
-a silent one before one that speaks, and the one that has waited longest. So a stranger with one
-address, or one network of IPv6, takes his own places, whatever he says. What an address says counts
-only against itself, for anybody can say it: were all silent ones to go before all that speak, a
-stranger who speaks would push out each source before its first word.
+a silent one before one that speaks, and the one that has waited longest. Among addresses that have
+as many, it is that of who has waited longest. So a stranger with one address, or one network of
+IPv6, takes his own places, whatever he says. What an address says counts only against itself, for
+anybody can say it: were all silent ones to go before all that speak, a stranger who speaks would
+push out each source before its first word.
 """
 
 from __future__ import annotations
@@ -79,19 +80,18 @@ class Crowd(Generic[T]):
         self._ranks[rank].setdefault(address, {})[one] = None
 
     def _make_room(self) -> None:
-        silent, speak, shown = self._ranks
-        nobody: dict[T, None] = {}
-
-        def places(address: str) -> tuple[int, int]:
-            quiet = len(silent.get(address, nobody))
-            return quiet + len(speak.get(address, nobody)), quiet
-
-        if silent or speak:
-            largest = max({**silent, **speak}, key=places)
-            there = silent.get(largest) or speak[largest]
-        else:
-            there = max(shown.values(), key=len)
-        oldest = next(iter(there))
+        *bare, shown = self._ranks
+        ranks = bare if any(bare) else [shown]
+        places: dict[str, int] = {}
+        for rank in ranks:
+            for address, there in rank.items():
+                places[address] = places.get(address, 0) + len(there)
+        most = max(places.values())
+        # Of several such addresses, the one of who is here, or has last said something, longest.
+        largest = next(
+            address for _, address in self._found.values() if places.get(address) == most
+        )
+        oldest = next(iter(next(rank[largest] for rank in ranks if largest in rank)))
         self.go(oldest)
         self._drop(oldest)
 

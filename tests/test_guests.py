@@ -24,6 +24,7 @@ from migrate.cli.program import Stop
 from migrate.directory import Left, identity_of
 from migrate.errors import MigrationError, PeerError, UsageError
 from migrate.guests import buffer as buffer_module
+from migrate.guests import demo as demo_module
 from migrate.guests import moved
 from migrate.guests.buffer import BufferGuest, BufferPlace, GuestMoved
 from migrate.guests.demo import (
@@ -1109,6 +1110,17 @@ place.memory[:] = b"x" * (1 << 20)
     assert list(place.reads.extents(PAGE)) == [(0, 256, True)]
     asyncio.run(place.discard())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_descriptor_has_become_is_not_opened(monkeypatch):
+    """A process may change it between two looks: a device would act on being opened."""
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags: opened.append(flags) or real(path, flags))
+    monkeypatch.setattr(os, "readlink", lambda _path: "/memfd:xbmigrate-demo (deleted)")
+    with open("/dev/zero", "rb") as device:
+        assert demo_module._demo_memory(f"/proc/self/fd/{device.fileno()}") == -1
+    assert all(flags & os.O_PATH for flags in opened[1:] or opened)
 
 
 # ---------------------------------------------------------------- buffers

@@ -286,6 +286,20 @@ def _spawned(fd: int, arguments: list[str]) -> int:
     return process.pid
 
 
+def _demo_memory(path: str) -> int:
+    """What a descriptor of a process is, opened, if it is a demo guest's memory; else -1. It is
+    known what it is before it is opened: the process may make it another one at any time."""
+    held = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        ours = f"/proc/self/fd/{held}"
+        named = os.readlink(ours).startswith("/memfd:xbmigrate-demo")
+        if not named or not stat.S_ISREG(os.fstat(held).st_mode):
+            return -1
+        return os.open(ours, os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.close(held)
+
+
 def _memory_of(process: Process) -> int:
     """The memory of a demo guest, opened. Raises UsageError where the process has none."""
     what, base = f"no demo guest in process {process.pid}", f"/proc/{process.pid}/fd"
@@ -293,10 +307,8 @@ def _memory_of(process: Process) -> int:
     try:
         for name in os.listdir(base):
             with contextlib.suppress(OSError):
-                if os.readlink(f"{base}/{name}").startswith("/memfd:xbmigrate-demo"):
-                    # O_NONBLOCK: should it be a FIFO by now, the open returns all the same.
-                    flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-                    fd = os.open(f"{base}/{name}", flags)
+                fd = _demo_memory(f"{base}/{name}")
+                if fd >= 0:
                     break
     except OSError as error:
         raise UsageError(f"{what}: {error.strerror}") from None
