@@ -14,7 +14,7 @@ from typing import Any
 
 from migrate import tls
 from migrate.address import Address
-from migrate.directory import Directory
+from migrate.directory import Directory, is_trusted
 from migrate.errors import ConnectError, TlsError, UsageError, system_reason
 from migrate.link import SOCKET_TIMEOUT, Link
 from migrate.lookup import Endpoint, look_up, name_of, unanswered
@@ -114,7 +114,7 @@ def check_listener(connection: socket.socket, path: str) -> None:
             owner = os.fstat(directory.fd).st_uid
     except OSError as error:
         raise ConnectError(f"cannot connect to unix:{path}: {error.strerror}") from None
-    if peer not in (0, os.geteuid(), owner):
+    if not is_trusted(peer) and peer != owner:
         raise ConnectError(
             f"cannot connect to unix:{path}: user {peer} listens there, who is neither root nor "
             f"you nor the owner of {where}, and would get the guest: have migrate-dst listen in a "

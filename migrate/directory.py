@@ -480,7 +480,7 @@ def existing_file(path: str) -> Iterator[int]:
             fd = held(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at))
             there = os.fstat(fd)
             if stat.S_ISLNK(there.st_mode):
-                if there.st_uid not in (0, os.geteuid()):
+                if not is_trusted(there.st_uid):
                     theirs[there.st_uid] = name
                 if target := _target(fd, there):
                     directory, name = os.path.split(target)
@@ -567,7 +567,7 @@ def distrust(fd: int, *, sticky: bool = False) -> str:
     there = os.fstat(fd)
     mode = stat.S_IMODE(there.st_mode)
     shared = bool(mode & 0o022) and not (sticky and mode & stat.S_ISVTX)
-    if not _is_trusted(there.st_uid) and (shared or not _is_hidden_root(there.st_uid)):
+    if not is_trusted(there.st_uid) and (shared or not _is_hidden_root(there.st_uid)):
         return f"it belongs to user {there.st_uid}"
     if not shared:
         return ""
@@ -576,7 +576,8 @@ def distrust(fd: int, *, sticky: bool = False) -> str:
     return f"others may write there (mode {mode:o})"
 
 
-def _is_trusted(uid: int) -> bool:
+def is_trusted(uid: int) -> bool:
+    """Whether a user is root, or the one that we run as."""
     return uid in (0, os.geteuid())
 
 
@@ -620,7 +621,7 @@ def _check_trusted(fd: int, *, last: bool, sticky: bool = False) -> None:
     path, there = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
     shown = shlex.quote(path)
     remedy = f"`chmod go-w {shown}` mends that"
-    if there.st_uid not in (0, os.geteuid()):
+    if not is_trusted(there.st_uid):
         remedy = f"`chown {os.geteuid()} {shown}; chmod go-w {shown}` mends that"
         if not last:
             remedy = "name another place"
@@ -696,7 +697,7 @@ def _step(fd: int, name: str) -> tuple[int, str]:
     if not stat.S_ISLNK(there.st_mode):
         return inner, ""
     try:
-        if not _is_trusted(there.st_uid) and not _is_hidden_root(there.st_uid):
+        if not is_trusted(there.st_uid) and not _is_hidden_root(there.st_uid):
             raise _foreign_link(name, there.st_uid, "directory")
         target = _target(inner, there)
     finally:

@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from migrate.directory import Directory, Left, distrust, identity_of, make_trusted
+from migrate.directory import Directory, Left, distrust, identity_of, is_trusted, make_trusted
 from migrate.errors import MigrationError, UsageError
 from migrate.guests.process import state
 from proto.ownership import FINAL, Claim, Event, Role, after
@@ -79,7 +79,7 @@ def state_directory() -> str:
 def is_of_another(path: str) -> bool:
     """Whether a directory is another user's: sudo may leave HOME as it was."""
     with contextlib.suppress(OSError):
-        return os.stat(path).st_uid not in (0, os.geteuid())
+        return not is_trusted(os.stat(path).st_uid)
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import warnings
@@ -224,11 +225,9 @@ class _Coming:
     async def _until_known(self, destination: Destination) -> None:
         """The source was told; where it could not hear, it is let ask."""
         if not destination.acknowledged:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._resolve_timeout):
                     await destination.asked()
-            except TimeoutError:
-                pass
 
 
 async def resolve(

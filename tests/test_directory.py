@@ -300,7 +300,7 @@ def test_who_is_root_may_not_be_seen_from_where_we_are(tmp_path, monkeypatch) ->
     """In a namespace of users without root, `/` belongs to nobody."""
     (tmp_path / "it").mkdir()
     hidden = Path("/proc/sys/kernel/overflowuid").read_text()
-    monkeypatch.setattr(directory_module, "_is_trusted", lambda uid: False)
+    monkeypatch.setattr(directory_module, "is_trusted", lambda uid: False)
     monkeypatch.setattr(directory_module, "_is_hidden_root", lambda uid: True)
     Directory(str(tmp_path / "it"), trusted=True).close()
     (tmp_path / "it").chmod(0o777)

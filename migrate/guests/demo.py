@@ -37,6 +37,7 @@ from typing import Any
 
 from migrate._memory import first_wrong
 from migrate.available import machine_memory
+from migrate.directory import is_trusted
 from migrate.errors import MigrationError, UsageError
 from migrate.guests import isolated
 from migrate.guests.guest import MemoryGuest, Place
@@ -337,7 +338,7 @@ def _shape_of(fd: int, what: str) -> DemoShape:
     fits = page_size in PAGE_SIZES and 0 < hot <= size < MAX_BYTES and stride > 0
     if not fits or shape.total != there.st_size:
         raise UsageError(f"{what}: what it says of its size and pages cannot be")
-    if there.st_uid not in (0, os.geteuid()) and not _keeps_its_size(fd):
+    if not is_trusted(there.st_uid) and not _keeps_its_size(fd):
         raise UsageError(
             f"{what}: user {there.st_uid} could take its memory away while it is read: start the "
             "guest with this release of migrate-src or migrate-dst"

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from migrate.directory import Directory, Identity, identity_of
+from migrate.directory import Directory, Identity, identity_of, is_trusted
 from migrate.errors import MigrationError, UsageError
 from migrate.filesystem import kind_of
 from proto.kernel import RamImage, select_records
@@ -132,7 +132,7 @@ class BlockImage:
             wrong = "is the stream itself"
         elif not stat.S_ISREG(there.st_mode):
             wrong = f"is no regular file, but {kind_of(there.st_mode)}"
-        elif there.st_uid not in (0, os.geteuid(), self._directory.owner):
+        elif not is_trusted(there.st_uid) and there.st_uid != self._directory.owner:
             wrong = f"belongs to user {there.st_uid}, who could read what is written: remove it"
         elif there.st_nlink != 1:
             wrong = "has other names too, and what has those would be overwritten: name another"
