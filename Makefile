@@ -2,15 +2,22 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test fuzz compose soak headline bench lint build wheel clean
+.PHONY: demo test test-all fuzz compose soak headline bench lint build wheel clean
 
 demo: build
 	$(BIN)/python -m tests.demo
 
 # Most tests wait for others: three run at a time. Of xdist's ways to share them out, loadfile waits
 # for ever once a worker has died; worksteal goes on.
+PYTEST = $(BIN)/pytest -q -n 3 --dist worksteal
+
+# The quick ones; the markers are explained in pyproject.toml.
 test: build
-	$(BIN)/pytest -q -n 3 --dist worksteal
+	$(PYTEST) -m "not (programs or kills or qemu or network or emulation or wheel or exhaustive)"
+
+# Everything, on both event loops.
+test-all: build
+	$(PYTEST) --both-loops --durations 25
 
 # What hostile bytes reach, with sanitizers: a minute for each target, or FUZZ='pages --seconds 600'.
 fuzz: build
@@ -28,14 +35,15 @@ soak: build
 headline: build
 	$(BIN)/python -m tests.headline $(HEADLINE)
 
-# BENCH names parts and options: make bench BENCH='bulk --quick'
+# Writes its tables into docs/performance.md. BENCH names parts and options: BENCH='bulk --quick'
+# measures smaller guests once, and writes nothing.
 bench: build
-	$(BIN)/python -m tests.bench $(BENCH)
+	$(BIN)/python -m tests.bench --write docs/performance.md $(BENCH)
 
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint proto/*.pyx proto/*.pxd migrate/*.pyx
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint $(wildcard proto/*/*.pyx proto/*/*.pxd migrate/*/*.pyx)
 	$(BIN)/mypy
 
 # For machines without a compiler: dist/*.whl, for this version of Python. manylinux where auditwheel
@@ -56,10 +64,10 @@ build: .venv/built
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/built: .venv/bin/python pyproject.toml setup.py $(wildcard proto/*.h proto/*.pxd proto/*.pyx migrate/*.pyx)
+.venv/built: .venv/bin/python pyproject.toml setup.py $(wildcard proto/*/*.h proto/*/*.pxd proto/*/*.pyx migrate/*/*.pyx)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv build share *.egg-info proto/*.so proto/*.c migrate/*.so migrate/*.c
+	rm -rf .venv build share *.egg-info proto/*/*.so proto/*/*.c migrate/*/*.so migrate/*/*.c

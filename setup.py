@@ -55,14 +55,29 @@ OPTIONS: dict[str, Any] = {
     "extra_compile_args": [*LEVEL, "-fno-strict-aliasing", "-Wno-unused-function"]
 }
 
+HEADERS = {"proto/codec/_xbzrle": ["proto/codec/_diff.h"]}
 MODULES = [
-    Extension("proto._codec", ["proto/_codec.pyx"], depends=["proto/_diff.h"], **OPTIONS),
-    Extension("proto._cache", ["proto/_cache.pyx"], **OPTIONS),
-    Extension("proto._batch", ["proto/_batch.pyx"], **OPTIONS),
-    Extension("proto._ram", ["proto/_ram.pyx"], **OPTIONS),
-    Extension("proto._ram_apply", ["proto/_ram_apply.pyx"], **OPTIONS),
-    Extension("proto._ram_survey", ["proto/_ram_survey.pyx"], **OPTIONS),
-    Extension("migrate._memory", ["migrate/_memory.pyx"], **OPTIONS),
+    Extension(name.replace("/", "."), [f"{name}.pyx"], depends=HEADERS.get(name, []), **OPTIONS)
+    for name in (
+        "proto/codec/_xbzrle",
+        "proto/codec/_bitmaps",
+        "proto/codec/_hashes",
+        "proto/codec/_cache",
+        "proto/codec/_slab",
+        "proto/codec/_heat",
+        "proto/codec/_peer_copy",
+        "proto/codec/_encoder",
+        "proto/codec/_decoder",
+        "proto/codec/_batch_survey",
+        "proto/qemu/_ram_reader",
+        "proto/qemu/_ram_writer",
+        "proto/qemu/_ram_files",
+        "proto/qemu/_ram_survey",
+        "migrate/memory/_memory",
+        "migrate/runtime/_proc",
+        "migrate/tracking/_injection",
+        "migrate/tracking/_kernel",
+    )
 ]
 DIRECTIVES = {"language_level": "3", "embedsignature": True}
 

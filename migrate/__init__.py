@@ -1,6 +1,6 @@
 """Live memory migration over TCP with XBZRLE deltas: the programs and the library.
 
-A Python program moves a buffer with `send` and takes one with `receive`:
+A Python program moves a buffer with `send` and receives one with `receive`:
 
     guest = migrate.BufferGuest(array)                      # write in: with guest.writing()
     await migrate.send(guest, "tcp:host:4444")
@@ -8,24 +8,24 @@ A Python program moves a buffer with `send` and takes one with `receive`:
     received = await migrate.receive("4444")                # at the other end
     array = numpy.frombuffer(received.memory, dtype=...)
 
-What can be raised, and where the guest is then (`error.guest_is`):
+The exceptions, and where the guest is then (`error.guest_is`):
 
-    MigrationError            it failed. From `send`: the guest is "here", and goes on. From
+    MigrationError            it failed. From `send`: the guest is "here", and runs on. From
     |                         `receive`: it is "there", at the source; nothing was received
-    +-- UsageError            what was asked for cannot be. A guest that has moved is "there"
+    +-- UsageError            an argument is wrong. A guest that has moved is "there"
     |   +-- MemoryInUse       some of the memory is being moved, or was moved
     +-- ConnectError          cannot connect, or listen
     +-- PeerError             the other side broke the protocol
     |   +-- PeerGaveUp        it refused, or gave up, and said why
     |   +-- PeerLost          the connection broke, and did not come back in time
-    |       +-- NoProgress    it came back again and again, and nothing new came through
+    |       +-- NoProgress    it broke again and again, and no new data came through
     +-- TlsError              one side does not trust the other, or may not talk to it
-    +-- MismatchError         the memories differ at the end: somebody wrote past `writing()`
+    +-- MismatchError         the memories differ at the end: a writer did not use `writing()`
     +-- NotConvergedError     the guest writes faster than the link carries, or time was up
-    +-- CancelledByPeer       somebody cancelled at the other side
-    +-- NotStartedError       the destination could not take it: the guest goes on here
-    +-- HandOverUnknown       "unknown": all of it is there, and whether it was taken over is not
-                              known. It is paused here; `await migrate.resolve(guest)` asks again
+    +-- CancelledByPeer       the operator of the other side cancelled
+    +-- NotStartedError       the destination could not start it: the guest runs on here
+    +-- HandOverUnknown       "unknown": all of it is there, and it is not known whether it runs
+                              there. It is paused here; `await migrate.resolve(guest)` asks again
     GuestMoved                from `guest.writing()`: the guest is "there", and nothing failed
 """
 
@@ -46,6 +46,7 @@ if getattr(_proto, "__wire_name__", None) != "xbmigrate":
     )
 
 if _TYPE_CHECKING:
+    from migrate.api import Received, receive, resolve, send
     from migrate.errors import (
         CancelledByPeer,
         ConnectError,
@@ -61,42 +62,46 @@ if _TYPE_CHECKING:
         TlsError,
         UsageError,
     )
-    from migrate.guests.buffer import BufferGuest, GuestMoved
-    from migrate.guests.memory_hold import MemoryInUse
-    from migrate.library import Received, receive, resolve, send
-    from migrate.parameters import Parameters
-    from migrate.rounds import Limits
-    from migrate.statistics import Statistics
-    from migrate.tls import Credentials
-    from proto.ownership import Role
+    from migrate.events import Notice, SourceEvent
+    from migrate.guests.buffer import BufferGuest
+    from migrate.guests.buffer_lock import MemoryInUse
+    from migrate.guests.write_lock import GuestMoved
+    from migrate.policy.downtime import Limits
+    from migrate.policy.parameters import Parameters
+    from migrate.statistics import Statistics, Status
+    from migrate.transport.tls import Credentials
+    from proto.wire.ownership import Role
 
-# Imported when first asked for: the programs and the guests' own processes start faster.
+# Imported when first used, so that the programs and the helper processes start faster.
 _HOMES = {
     "BufferGuest": "migrate.guests.buffer",
     "CancelledByPeer": "migrate.errors",
     "ConnectError": "migrate.errors",
-    "Credentials": "migrate.tls",
-    "GuestMoved": "migrate.guests.buffer",
+    "Credentials": "migrate.transport.tls",
+    "GuestMoved": "migrate.guests.write_lock",
     "HandOverUnknown": "migrate.errors",
-    "Limits": "migrate.rounds",
-    "MemoryInUse": "migrate.guests.memory_hold",
+    "Limits": "migrate.policy.downtime",
+    "MemoryInUse": "migrate.guests.buffer_lock",
     "MigrationError": "migrate.errors",
     "MismatchError": "migrate.errors",
     "NoProgress": "migrate.errors",
     "NotConvergedError": "migrate.errors",
     "NotStartedError": "migrate.errors",
-    "Parameters": "migrate.parameters",
+    "Notice": "migrate.events",
+    "Parameters": "migrate.policy.parameters",
     "PeerError": "migrate.errors",
     "PeerGaveUp": "migrate.errors",
     "PeerLost": "migrate.errors",
-    "Received": "migrate.library",
-    "Role": "proto.ownership",
+    "Received": "migrate.api",
+    "Role": "proto.wire.ownership",
+    "SourceEvent": "migrate.events",
     "Statistics": "migrate.statistics",
+    "Status": "migrate.statistics",
     "TlsError": "migrate.errors",
     "UsageError": "migrate.errors",
-    "receive": "migrate.library",
-    "resolve": "migrate.library",
-    "send": "migrate.library",
+    "receive": "migrate.api",
+    "resolve": "migrate.api",
+    "send": "migrate.api",
 }
 
 __all__ = [
@@ -113,13 +118,16 @@ __all__ = [
     "NoProgress",
     "NotConvergedError",
     "NotStartedError",
+    "Notice",
     "Parameters",
     "PeerError",
     "PeerGaveUp",
     "PeerLost",
     "Received",
     "Role",
+    "SourceEvent",
     "Statistics",
+    "Status",
     "TlsError",
     "UsageError",
     "receive",

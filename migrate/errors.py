@@ -1,19 +1,21 @@
-"""What can go wrong outside the bytes. Each class carries the exit code of the programs, and each
-error where the guest is (`guest_is`).
+"""The errors of a migration. Each class sets the exit code of the programs.
+
+Each error also says where the guest is (`guest_is`).
 
 MigrationError             1  failed; the source's guest is as it was
-├── UsageError             2  what the user asked for cannot be
-├── ConnectError           3  cannot connect or listen: trying again may help
+├── UsageError             2  the user asked for something impossible
+├── ConnectError           3  cannot connect or listen: another attempt may succeed
 ├── PeerError              4  the other side broke the protocol
 │   ├── PeerGaveUp         4  the other side refused, or gave up, and said why
 │   └── PeerLost           1  the connection broke or fell silent
-│       └── NoProgress     1  again and again, and nothing new came through
-├── TlsError               5  a certificate, or who may connect: trying again does not help
+│       └── NoProgress     1  it broke again and again, and no new data came through
+├── TlsError               5  a certificate or permission problem: trying again will not help
 ├── MismatchError          6  the memories differ at the end
 ├── NotConvergedError      7  the guest writes faster than the link carries, or time was up
-├── CancelledByPeer        8  somebody cancelled at the other side
+├── CancelledByPeer        8  the operator of the other side cancelled
 ├── QemuError              1  a QEMU refused a command, or does not answer
 ├── NotStartedError        1  the destination could not start the guest: it runs here again
+├── JournalError           1  the journal cannot be read or written, so the step is not taken
 ├── OnCompleteError       10  the guest arrived, and --on-complete failed
 └── HandOverUnknown        9  GO was sent and no answer came: the guest is paused here
 """
@@ -28,21 +30,21 @@ from migrate.output import printable
 from proto import ErrorCode, ProtoError
 
 if TYPE_CHECKING:
-    from proto.messages import Error
+    from proto.wire.messages import Error
 
 
 class MigrationError(Exception):
-    """A migration that failed, with one sentence for the user.
+    """A migration failed. The error has one sentence for the user.
 
-    The sentence may hold names of files and words of the peer: it is made printable here, for the
+    The sentence may contain file names and the peer's words. It is made printable here, for the
     terminal, the peer, JSON and reports alike.
     """
 
     exit_code = 1
     code = ErrorCode.INTERNAL
+    # Where the guest is, seen from the caller: "here", where it runs as before; "there", at the
+    # other end; "unknown" (see `migrate.resolve`).
     guest_is: Literal["here", "there", "unknown"] = "here"
-    """Where the guest is, seen from who gets this error: "here", at this end, where it runs as
-    before; "there", at the other end; "unknown" (see `migrate.resolve`)."""
 
     def __init__(self, sentence: str = "") -> None:
         super().__init__(printable(sentence))
@@ -68,17 +70,17 @@ class PeerError(MigrationError):
 
 
 class PeerGaveUp(PeerError):  # noqa: N818 - what the peer did, not a kind of exception
-    """The peer said why it gave up."""
+    """The peer refused or gave up, and said why."""
 
 
 class PeerLost(PeerError):  # noqa: N818 - a state of the peer, not a kind of exception
-    """The connection ended or fell silent without a word."""
+    """The connection broke or fell silent."""
 
     exit_code = 1
 
 
 class NoProgress(PeerLost):
-    """The connection breaks again and again, and nothing new comes through."""
+    """The connection breaks again and again, and no new data comes through."""
 
 
 class TlsError(MigrationError):
@@ -96,24 +98,24 @@ class MismatchError(MigrationError):
 
 
 class NotConvergedError(MigrationError):
-    """The policy gave up: see migrate.rounds."""
+    """The policy ended the migration: see migrate.policy.convergence."""
 
     exit_code = 7
     code = ErrorCode.NOT_CONVERGED
 
 
 class CancelledByPeer(MigrationError):  # noqa: N818
-    """The other side's operator cancelled."""
+    """The operator of the other side cancelled."""
 
     exit_code = 8
     code = ErrorCode.CANCELLED
 
 
 class QemuError(MigrationError):
-    """A QEMU that is driven refused a command, broke QMP, or is gone.
+    """A QEMU refused a command, broke the QMP protocol, or has ended.
 
-    command -- which it was; "" where the fault is the connection's
-    desc    -- QEMU's own words; "" where it said none
+    command -- the command that failed; "" if the connection did
+    desc    -- QEMU's own words; "" if there are none
     kind    -- QEMU's class of the error: GenericError, CommandNotFound, ...
     """
 
@@ -130,14 +132,18 @@ class NotStartedError(MigrationError):
     code = ErrorCode.NOT_STARTED
 
 
+class JournalError(MigrationError):
+    """The journal cannot be read or written, so the step that it would allow is not taken."""
+
+
 class OnCompleteError(MigrationError):
-    """The guest arrived, and the command to run then failed."""
+    """The guest arrived, and --on-complete failed."""
 
     exit_code = 10
 
 
 class HandOverUnknown(MigrationError):  # noqa: N818
-    """After GO nobody but the destination may run the guest, and it has not answered.
+    """GO was sent, so that only the destination may run the guest, and it has not answered.
 
     In a Python program `await migrate.resolve(guest)` asks again.
     """
@@ -156,14 +162,14 @@ _REASONS: dict[ErrorCode, type[MigrationError]] = {
 
 
 def peer_error(message: Error) -> MigrationError:
-    """The exception for the reason a peer gave."""
+    """Return the exception for the reason that a peer gave."""
     return _REASONS.get(message.code, PeerGaveUp)(f"the other side gave up: {message.reason}")
 
 
 def failure_of(error: BaseException, memory_fault: str) -> MigrationError | None:
-    """An error as a user sees it; None for a cancellation.
+    """Return an error as a user sees it; None for a cancellation.
 
-    memory_fault -- what an OSError means on this side
+    memory_fault -- how the sentence of an OSError begins on this side
     """
     if isinstance(error, asyncio.CancelledError):
         return None
@@ -179,12 +185,15 @@ def failure_of(error: BaseException, memory_fault: str) -> MigrationError | None
 
 
 def code_of(error: BaseException, failure: MigrationError | None) -> ErrorCode:
-    """What the peer is told of an error and of what `failure_of` made of it."""
+    """Return the code that the peer gets for an error.
+
+    failure -- what `failure_of` made of it
+    """
     if isinstance(error, ProtoError):
         return getattr(error, "code", ErrorCode.PROTOCOL)
     return ErrorCode.CANCELLED if failure is None else failure.code
 
 
 def system_reason(error: OSError) -> str:
-    """What the system says of it; the resolver's errors have numbers of their own."""
+    """Return the system's error text. Resolver errors have numbers that strerror does not know."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

@@ -1,40 +1,64 @@
-"""The numbers of one migration, and the two ways they are printed.
+"""The numbers of one migration, and how they are printed.
 
-`info_migrate` has the seed's lines, in its order and with its meaning; what QEMU has added since
-comes after them. `query_migrate` has QEMU's QMP names. QEMU's own numbers are not always what
-their names say (counters that are never reset, deltas without their headers, skipped pages
-counted as sent); here each is what its name says:
+`info_migrate` prints the seed's lines, in its order and with its meaning, and after them those that
+QEMU has added since. `query_migrate` uses QEMU's QMP names. QEMU's own numbers are not always what
+their names say (counters that are never reset, deltas without their headers, skipped pages counted
+as sent). Here they are:
 
-    transferred   every byte given to the socket, framing and control messages included
-    multifd bytes what of it went over further channels
-    duplicate     pages sent as zero; normal: pages sent whole; xbzrle pages: pages sent as deltas
-    throughput    of the round that goes; of the whole migration when it is over, without its setup
-    skipped       pages that were dirty but equal to what the peer has: they cost nothing
-    cache miss    a page sent before whose old content was not in the cache
-    overflow skipped  pages sent whole without trying, since their last deltas overflowed
-    cpu throttle highest  what the guest was slowed by at most: its percentage is gone in the end
-    xbzrle active whether deltas are made: they are switched off where they cost more than they save
+    transferred           all bytes written to the socket, with framing and control messages
+    multifd bytes         those of them that went over channels other than the first
+    duplicate             pages sent as zero
+    normal                pages sent whole
+    xbzrle pages          pages sent as deltas
+    throughput            of the current round; at the end, of the whole migration without its setup
+    skipped               pages that were dirty but equal to what the peer has: they cost nothing
+    cache miss            pages sent before whose old content was not in the cache
+    overflow skipped      pages sent whole without an attempt, because their last deltas overflowed
+    cpu throttle highest  the highest throttle: the current percentage is 0 in the end
+    xbzrle active         whether deltas are made: they are switched off if they cost more than they
+                          save
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 KIB = 1024
 
 
+class Status(StrEnum):
+    """The state of a migration, by QEMU's names."""
+
+    NONE = "none"
+    SETUP = "setup"
+    ACTIVE = "active"
+    DEVICE = "device"
+    """The guest is stopped for the last round, or about to be."""
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+OVER = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+
 @dataclass(frozen=True)
 class Statistics:
-    """A snapshot. Times in seconds, sizes in bytes, counts in pages."""
+    """A snapshot of the numbers. Times are in seconds, sizes in bytes, counts in pages."""
 
-    status: str = "none"
+    status: Status = Status.NONE
     capabilities: dict[str, bool] = field(default_factory=dict)
     error: str = ""
     total_time: float = 0.0
     setup_time: float = 0.0
     downtime: float | None = None
     expected_downtime: float | None = None
+    downtime_aim: float | None = None
+    tracking: str = ""
+    tracking_time: float = 0.0
     transferred: int = 0
     remaining: int = 0
     total: int = 0
@@ -71,7 +95,7 @@ class Statistics:
 
     @property
     def encoding_rate(self) -> float:
-        """Page bytes per delta byte."""
+        """Bytes of encoded pages per byte of delta."""
         return self.xbzrle_pages * self.page_size / self.xbzrle_bytes if self.xbzrle_bytes else 0.0
 
     @property
@@ -91,7 +115,7 @@ def status_line(s: Statistics) -> str:
 
 
 def info_migrate(s: Statistics) -> str:
-    """The seed's `info migrate`, then QEMU's later lines."""
+    """Return the seed's `info migrate`, followed by QEMU's later lines."""
     switches = " ".join(f"{name}: {'on' if on else 'off'}" for name, on in s.capabilities.items())
     lines = [
         f"capabilities: {switches}",
@@ -116,6 +140,10 @@ def info_migrate(s: Statistics) -> str:
         lines.append(f"downtime: {_milliseconds(s.downtime)} milliseconds")
     if s.expected_downtime is not None:
         lines.append(f"expected downtime: {_milliseconds(s.expected_downtime)} milliseconds")
+    if s.downtime_aim is not None:
+        lines.append(f"downtime aim: {_milliseconds(s.downtime_aim)} milliseconds")
+    if s.tracking:
+        lines.append(f"dirty tracking: {s.tracking}, {s.tracking_time * 1e3:.1f} milliseconds")
     lines += [
         f"setup: {_milliseconds(s.setup_time)} milliseconds",
         f"throughput: {s.mbps:.2f} mbps",
@@ -145,7 +173,7 @@ def info_migrate(s: Statistics) -> str:
 
 
 def _size(count: float) -> str:
-    """As QEMU writes sizes: three digits, 64.5 MiB."""
+    """Return a size as QEMU prints it, with three digits: 64.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1000 or unit == "TiB":
             break
@@ -154,7 +182,7 @@ def _size(count: float) -> str:
 
 
 def info_migrate_all(s: Statistics) -> str:
-    """`info migrate -a`, in the layout of QEMU 10.1, which has the first one no more."""
+    """Return `info migrate -a` in the layout of QEMU 10.1, which has dropped the seed's."""
     down = "" if s.expected_downtime is None else f", exp_down={_milliseconds(s.expected_downtime)}"
     if s.downtime is not None:
         down = f", down={_milliseconds(s.downtime)}"
@@ -186,8 +214,8 @@ def info_migrate_all(s: Statistics) -> str:
 
 
 def query_migrate(s: Statistics) -> dict[str, Any]:
-    """One object with the field names of QMP's query-migrate (MigrationInfo)."""
-    if s.status == "none":
+    """Return an object with the field names of QMP's query-migrate (MigrationInfo)."""
+    if s.status is Status.NONE:
         return {}
     result: dict[str, Any] = {
         "status": s.status,
@@ -198,6 +226,11 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
         result["downtime"] = _milliseconds(s.downtime)
     if s.expected_downtime is not None:
         result["expected-downtime"] = _milliseconds(s.expected_downtime)
+    if s.downtime_aim is not None:
+        result["downtime-aim"] = _milliseconds(s.downtime_aim)
+    if s.tracking:
+        result["dirty-tracking"] = s.tracking
+        result["dirty-tracking-time"] = round(s.tracking_time * 1e3, 3)
     result["ram"] = {
         "transferred": s.transferred,
         "remaining": s.remaining,

@@ -4,7 +4,7 @@ Sans-I/O: bytes in, messages out. Nothing here knows sockets, time, threads or a
 imports `migrate`. The specification is README.md in this folder.
 """
 
-from proto.errors import DecodeError, ErrorCode, LocalError, ProtoError, RemoteError
+from proto.wire.errors import DecodeError, ErrorCode, LocalError, ProtoError, RemoteError
 
 __all__ = ["DecodeError", "ErrorCode", "LocalError", "ProtoError", "RemoteError"]
 

@@ -1,10 +1,10 @@
-"""Makes a test fail that waits in the thread of its own event loop.
+"""Fail a test that blocks the thread of its own event loop.
 
-Such a test hangs whenever what it waits for needs that loop, and otherwise hides how long the
-loop stood still. The loop's own calls do not count: its sockets never block.
+Such a test hangs if what it waits for needs that loop, and otherwise hides how long the loop was
+blocked. The loop's own calls do not count: its sockets never block.
 
-blockbuster does the like, but changes C types by way of a package under the GPL, and takes each
-read of a file for a wait.
+blockbuster does the same, but patches C types through a package under the GPL, and counts each
+read of a file as blocking.
 """
 
 from __future__ import annotations

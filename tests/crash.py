@@ -12,15 +12,15 @@ import signal
 import sys
 from typing import Any
 
-from migrate import journal
-from migrate.cli import destination, source
+from migrate.cli import migrate_dst, migrate_src
+from migrate.ownership.journal import Journal
 
 
 def main() -> None:
     moment, number, program, *arguments = sys.argv[1:]
-    append, written = journal.Journal._append, 0
+    append, written = Journal._append, 0
 
-    def crashing(self: journal.Journal, entry: dict[str, Any]) -> None:
+    def crashing(self: Journal, entry: dict[str, Any]) -> None:
         nonlocal written
         written += 1
         if moment == "before" and written == int(number):
@@ -29,9 +29,9 @@ def main() -> None:
         if moment == "after" and written == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Journal._append = crashing  # type: ignore[method-assign]
+    Journal._append = crashing  # type: ignore[method-assign]
     sys.argv = [program, *arguments]
-    (source if program == "migrate-src" else destination).main()
+    (migrate_src if program == "migrate-src" else migrate_dst).main()
 
 
 if __name__ == "__main__":

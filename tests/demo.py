@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from migrate.guests.demo_check import check
+from migrate.guests.demo.check import check
 from tests.programs import Program, destination, end_guest, guest_pid
 
 GUEST = "demo:256m,hot=64m,fill=random"

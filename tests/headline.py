@@ -22,7 +22,7 @@ from typing import Any
 
 from migrate.cli.control import Control
 from migrate.errors import MigrationError
-from migrate.guests.demo import DemoProcess
+from migrate.guests.demo.handle import DemoProcess
 from tests.bench import machine
 from tests.bench.processes import Measured
 from tests.bench.report import LeftOutError, Table

@@ -1,16 +1,15 @@
-"""Both kernels, side by side: what one of them does the other must do too."""
+"""Both kernels, side by side: they must behave the same."""
 
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
-from proto import _twin
-from tests.fuzz.sides import COMPILED
+from tests.fuzz.sides import COMPILED, TWIN
 
-BOTH = [COMPILED, _twin]
-KERNELS = [pytest.param(COMPILED, id="cython"), pytest.param(_twin, id="python")]
+BOTH = [COMPILED, TWIN]
+KERNELS = [pytest.param(COMPILED, id="cython"), pytest.param(TWIN, id="python")]
 
 
 @pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> ModuleType | SimpleNamespace:
+def kernel(request: pytest.FixtureRequest) -> SimpleNamespace:
     return request.param

@@ -1,4 +1,4 @@
-"""Writes an LMDB database for ever: python -m tests.lmdb_writer DIRECTORY."""
+"""Write to an LMDB database forever: python -m tests.lmdb_writer DIRECTORY."""
 
 from __future__ import annotations
 

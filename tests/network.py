@@ -43,7 +43,7 @@ _numbers = itertools.count(1)
 
 
 def check_usable() -> None:
-    """Raises LeftOutError where there can be no such network."""
+    """Raise LeftOutError if no such network can be made."""
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if missing:
         raise LeftOutError(f"The link needs iproute2: {' and '.join(missing)} not found.")
@@ -277,7 +277,7 @@ def _set_namespace(libc: ctypes.CDLL, descriptor: int) -> None:
 
 
 def call(*command: str, text: str | None = None) -> str:
-    """What a command prints. Raises LeftOutError where it fails."""
+    """Run a command; return its output. Raise LeftOutError if it fails."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LeftOutError(f"No link: {' '.join(command)}: {done.stderr.strip()}.")

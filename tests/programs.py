@@ -1,4 +1,4 @@
-"""Starts the two programs as a user would, for the demo, the headline and the tests."""
+"""Start the two programs as a user would, for the demo, the headline and the tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,15 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from migrate.errors import UsageError
-from migrate.guests.demo import GIVEN_UP, DemoProcess
-from migrate.guests.demo_check import check
+from migrate.guests.demo.check import check
+from migrate.guests.demo.handle import DemoProcess
+from migrate.guests.demo.layout import Owner
 from tests.processes import numbers, stat_of
 
 BIN = Path(sys.executable).parent
 
 
 def breaks_are_final(name: str, arguments: Sequence[str]) -> list[str]:
-    """A connection that breaks is the end of a migration in tests, unless they say otherwise."""
+    """Return `arguments`, with --retry 0 unless they say otherwise: tests do not reconnect."""
     final = name != "migrate-ctl" and not {"--retry", "resolve"} & set(arguments)
     return [*arguments, *(["--retry", "0"] if final else [])]
 
@@ -33,7 +35,7 @@ _begun: list[Program] = []
 
 @contextlib.contextmanager
 def ended() -> Iterator[None]:
-    """In the end, what was begun meanwhile is ended: a test that fails leaves nothing to others."""
+    """End the programs started within, so that a failed test does not disturb the next ones."""
     before = len(_begun)
     yield
     for program in _begun[before:]:
@@ -71,7 +73,7 @@ class Program:
         _begun.append(self)
 
     def end(self) -> None:
-        """Nothing of it is left then, nor a demo guest that it named."""
+        """Kill the program, and each demo guest whose process it printed."""
         self.kill()
         with contextlib.suppress(ValueError, subprocess.TimeoutExpired):  # all of it was read
             self.wait(10)
@@ -81,7 +83,7 @@ class Program:
                 stream.close()
         for pid in re.findall(r"process (\d+)", self.out + self.err):
             with contextlib.suppress(OSError):
-                if b"demo_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"guests.demo.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(int(pid), signal.SIGKILL)
 
     def wait(self, timeout: float = 100) -> int:
@@ -95,7 +97,7 @@ class Program:
             self.process.send_signal(number)
 
     def read_line(self, pattern: str) -> re.Match[str]:
-        """Reads standard error up to a line that matches."""
+        """Read standard error up to a line that matches."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.err += line
@@ -105,7 +107,7 @@ class Program:
 
 
 def crashing(name: str, words: Sequence[str], moment: str, number: str) -> Program:
-    """One that is killed at a line of its journal: see crash.py."""
+    """Start a program that is killed at a line of its journal: see crash.py."""
     program = Program.__new__(Program)
     program.process = subprocess.Popen(
         [sys.executable, "-m", "tests.crash", moment, number, name, *breaks_are_final(name, words)],
@@ -119,13 +121,13 @@ def crashing(name: str, words: Sequence[str], moment: str, number: str) -> Progr
 def destination(
     *arguments: str, listen: str = "127.0.0.1:0", namespace: str = ""
 ) -> tuple[Program, str]:
-    """A migrate-dst and the address it listens on."""
+    """Start a migrate-dst; return it and the address it listens on."""
     program = Program("migrate-dst", "--listen", listen, *arguments, namespace=namespace)
     return program, program.read_line(r"listening on (\S+)")[1]
 
 
 def guest_pid(text: str) -> int:
-    """The demo guest's process, from what a program printed."""
+    """Return the demo guest's process number, from what a program printed."""
     found = re.search(r"process (\d+)", text)
     assert found, text
     return int(found[1])
@@ -147,17 +149,23 @@ def look_at(pid: int, seconds: float = 0.0) -> tuple[int, int, int]:
             time.sleep(0.1)
 
 
+def free_port() -> int:
+    """Return a TCP port of all addresses that was free a moment ago."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def ended_or_given_up(pid: int) -> bool:
-    """Whether a demo guest can no longer run here."""
+    """Return whether a demo guest can no longer run here."""
     try:
         process = DemoProcess.attach(pid)
     except Exception:  # it is gone
         return True
-    return bool(process.words[4] == GIVEN_UP)
+    return process.owner == Owner.RELINQUISHED
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a program has started."""
+    """Return the child processes of a process."""
     found = []
     for other in numbers():
         with contextlib.suppress(OSError):

@@ -57,7 +57,7 @@ class Relay:
 
     @property
     def broken(self) -> bool:
-        """Whether all breaks have happened."""
+        """Return whether all breaks have happened."""
         return not self._breaks
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-/* Compares every kernel of proto/_diff.h with a loop over bytes that says the same in another way.
+/* Compares every kernel of proto/codec/_diff.h with a loop over bytes that says the same in another way.
 
    Usage: simd_kernels [STEP]: small pages of every length, and those about as long as real ones, in
    all patterns; beyond that each STEP-th length in one. Prints "OK" and the kernels. Every page

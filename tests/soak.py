@@ -33,9 +33,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import migrate
-from migrate.address import Address
 from migrate.errors import ConnectError, PeerLost, UsageError
-from migrate.guests.demo import OURS, OWNER, DemoProcess
+from migrate.guests.demo.handle import DemoProcess
+from migrate.guests.demo.layout import Owner
+from migrate.transport.address import Address
 from tests.programs import Program, end_guest, look_at
 from tests.soak_qemu import missing, qemu_round
 from tests.tally import Tally, Wrong, require
@@ -89,7 +90,7 @@ def counts(pid: int) -> bool:
     except UsageError:
         return False
     try:
-        return int(process.words[OWNER]) == OURS and process.alive()
+        return process.owner == Owner.OURS and process.alive()
     finally:
         process.close()
 

@@ -1,12 +1,12 @@
-"""The rounds of a soak whose guest is a virtual machine, carried from one QEMU to another.
+"""Soak rounds with a virtual machine, carried from one QEMU to another.
 
     QEMU --> migrate-src ==> tap ==> migrate-dst --> QEMU -incoming
 
-An attempt breaks as often as it is to, at random moments or as a message of the hand-over passes;
-then it is settled: whatever broke, the guest is in exactly one of the two QEMUs. Where that is the
-first one, another QEMU waits and it is tried again; where it is the second one, all of its memory
-is compared and it counts on. A guest whose QEMU was killed is gone with it; the programs must not
-then say, or make it so, that the other QEMU has it.
+An attempt is broken several times, at random moments or when a message of the hand-over passes.
+Then the owner is resolved: whatever broke, exactly one of the two QEMUs has the guest. If that is
+the first one, a new attempt begins with another incoming QEMU. If it is the second one, all memory
+is compared, and the guest goes on counting. A guest whose QEMU was killed is gone; then the
+programs must not say that the other QEMU has it, nor bring that about.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from migrate.journal import journals
-from proto.messages import MessageType
-from proto.ownership import Claim, Role
+from migrate.ownership.stored_journals import journals
+from proto.wire.messages import MessageType
+from proto.wire.ownership import Claim, Role
 from tests.machine import Machine, Sweep, compare
 from tests.machine.qemu import PROGRAM, MachineError
 from tests.programs import Program
@@ -50,14 +50,14 @@ IN_TWO = "it may run here too"
 
 
 def missing() -> str:
-    """What these rounds need and is not installed; "" where all is there."""
+    """Return what these rounds need that is not installed, or ""."""
     programs = {PROGRAM: "qemu-system-x86", "gcc": "gcc", "setpriv": "util-linux"}
     absent = [f"{name} ({package})" for name, package in programs.items() if not shutil.which(name)]
     return ", ".join(absent)
 
 
 class Attempt:
-    """The QEMU that waits, the two programs, and what has been done to them."""
+    """One attempt: the incoming QEMU, the two programs, and what was done to them."""
 
     def __init__(self, move: QemuMove, target: Machine) -> None:
         self.move, self.target = move, target
@@ -84,7 +84,7 @@ class Attempt:
                                    self.tap.address)  # fmt: skip
 
     async def carry(self) -> int:
-        """Lets it go over, and breaks it; the exit code of migrate-src."""
+        """Migrate, and break it; return the exit code of migrate-src."""
         move, chance, source = self.move, self.move.chance, self.move.source
         letting_go = None
         if not move.driven:
@@ -111,7 +111,10 @@ class Attempt:
         await self.move.source.prepare(max_bandwidth=0, downtime_limit=LET_GO)
 
     def break_(self, kind: str, at: MessageType | None) -> None:
-        """In another thread than the loop's."""
+        """Do one fault. Runs in a thread beside the loop's.
+
+        at -- the message that passes, if that is when it happens
+        """
         move, chance = self.move, self.move.chance
         name = f"{kind} at {at.name}" if at else kind
         move.tally.faults[name] += 1
@@ -146,19 +149,19 @@ class Attempt:
         if not kind.startswith("source"):
             self.receiver.kill(number)
         if number is signal.SIGKILL and self.move.chance.random() < 0.3:
-            self.tap.cut()  # what they had said is lost
+            self.tap.cut()  # what they had sent is lost
         if kind == "destination killed" and self.move.chance.random() < 0.7:
             self.again()
 
     def again(self) -> None:
-        """A migrate-dst is there to be asked."""
+        """Start a migrate-dst again, so that one can be asked."""
         if self.receiver.process.poll() is None:
             self.receiver.kill()
         self.move.ended(self.receiver)
         self.receiver = self.move.listen()
 
     async def resolved(self) -> str:
-        """What `migrate-src resolve` says in the end."""
+        """Run `migrate-src resolve` until it succeeds; return its output."""
         said, end = "", time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < end:
             if self.receiver.process.poll() is not None:
@@ -175,7 +178,7 @@ class Attempt:
         raise Wrong(f"it cannot be resolved: {said}")
 
     async def _look(self, said: str) -> None:
-        """Does what a person is asked to."""
+        """Do what the message asks a person to do."""
         self.move.tally.endings["settled by hand"] += 1
         keep = "destination" if await self.arrived() else "source"
         name = said.partition("migrate-dst resolve ")[2].partition(" ")[0]
@@ -203,7 +206,7 @@ class Attempt:
 
 
 class QemuMove:
-    """One guest, and how it is carried in this round."""
+    """The guest of one round, and the options that were chosen for it."""
 
     def __init__(self, chance: random.Random, tally: Tally, directory: Path) -> None:
         self.chance, self.tally, self.directory = chance, tally, directory
@@ -268,7 +271,7 @@ class QemuMove:
         return Machine(self.sweep, extra=qmp, **options)
 
     async def run(self) -> None:
-        """Moves the guest, come what may."""
+        """Migrate the guest, in as many attempts as that takes. Raises Wrong."""
         async with self.machine("out") as self.source:
             await self.source.wait_for_count(self.sweep.every)
             for number in range(ATTEMPTS):
@@ -278,7 +281,7 @@ class QemuMove:
         raise Wrong(f"it did not arrive in {ATTEMPTS} attempts")
 
     async def _attempt(self, faults: int) -> bool:
-        """Whether the round is over: it has arrived, or is gone with the QEMU that was killed."""
+        """Return whether the round is over: the guest has arrived, or its QEMU was killed."""
         where = {"tcp": "tcp:127.0.0.1:0", "unix": f"unix:{self.directory}/in"}
         incoming = where.get(self.incoming, self.incoming)
         target = self.machine("in", incoming=incoming, before=self.source, paused=True)
@@ -292,7 +295,7 @@ class QemuMove:
                 await attempt.close()
 
     async def _settle(self, attempt: Attempt, code: int) -> bool:
-        """Whose is the guest? One QEMU's."""
+        """Check that one QEMU has the guest; return whether the round is over."""
         if self._in_two(attempt):
             self.tally.endings["cancelled after GO, and said so"] += 1
             await self._verify_alone(attempt.target)
@@ -315,11 +318,17 @@ class QemuMove:
         return not here
 
     def _in_two(self, attempt: Attempt) -> bool:
-        """One that nobody drives can be cancelled after GO: nobody helps that, but it is said."""
+        """Return whether QEMU was cancelled after GO, and migrate-src has said so.
+
+        Without qmp that cannot be prevented.
+        """
         return attempt.cancelled and not self.driven and IN_TWO in attempt.sender.err
 
     async def _which(self, attempt: Attempt) -> tuple[bool, bool]:
-        """Whether it runs here, and whether it is there; both only where that stays so."""
+        """Return whether the guest runs here, and whether it is there.
+
+        Both, or none, are returned only if that does not change for 5 s.
+        """
         end = time.monotonic() + 5
         while True:
             here = bool((await self.source.execute("query-status"))["running"])
@@ -337,7 +346,7 @@ class QemuMove:
         self.tally.compared += self.source.size
 
     async def _verify_alone(self, target: Machine) -> None:
-        """The other one has run on: nothing is to be compared but the guest with itself."""
+        """Check a guest that cannot be compared: the one at the source has run on."""
         await target.wait_run_state("paused")
         memory = await target.read(self.sweep.start, self.sweep.size)
         self.sweep.check(memory)
@@ -345,7 +354,7 @@ class QemuMove:
 
 
 def qemu_round(chance: random.Random, tally: Tally, directory: Path) -> None:
-    """Raises Wrong, with all that was said."""
+    """Run a round. Raises Wrong, with all output."""
     move = QemuMove(chance, tally, directory)
     try:
         asyncio.run(move.run())

@@ -1,7 +1,7 @@
-"""A loop in which something can happen at any one step of what it runs.
+"""An event loop that can call a function at a given step of what it runs.
 
-A step is an await at which a task waits, in whatever task. Work for threads is done by the loop
-itself, between two steps: what happens is the same in each run.
+A step is an await at which a task waits. The steps of all tasks are counted together. Work for
+threads runs in the loop itself, between two steps, so that every run has the same order.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import uvloop
 
 
 class Steps:
-    """Counts steps, and calls of work for threads; at number `at` of them `happens` is called.
+    """Counts steps, and calls of work for threads. At number `at` it calls `fault`.
 
-    What it raises, where calls are counted, is what that work raises.
+    If calls are counted, what `fault` raises is raised in place of that work.
     """
 
     def __init__(self) -> None:
         self.arm(0, lambda: None)
 
-    def arm(self, at: int, happens: Callable[[], object], *, calls: bool = False) -> None:
+    def arm(self, at: int, fault: Callable[[], object], *, calls: bool = False) -> None:
         self.steps = self.calls = 0
-        self._at, self._happens, self._of_calls = at, happens, calls
+        self._at, self._fault, self._count_calls = at, fault, calls
 
     @property
     def over(self) -> bool:
-        """Whether it never got so far."""
-        return (self.calls if self._of_calls else self.steps) < self._at
+        """Return whether everything ended before number `at`."""
+        return (self.calls if self._count_calls else self.steps) < self._at
 
     def step(self) -> None:
         self.steps += 1
-        if self.steps == self._at and not self._of_calls:
-            asyncio.get_running_loop().call_soon(self._happens)
+        if self.steps == self._at and not self._count_calls:
+            asyncio.get_running_loop().call_soon(self._fault)
 
     def call(self) -> None:
         self.calls += 1
-        if self.calls == self._at and self._of_calls:
-            self._happens()
+        if self.calls == self._at and self._count_calls:
+            self._fault()
 
 
-class _Watched(Coroutine[Any, Any, Any]):
-    """A coroutine of which each step is counted."""
+class _Counted(Coroutine[Any, Any, Any]):
+    """A coroutine whose steps are counted."""
 
     def __init__(self, work: Coroutine[Any, Any, Any], steps: Steps) -> None:
         self._work = work
@@ -71,7 +71,7 @@ class _Watched(Coroutine[Any, Any, Any]):
 
 
 class _Inline:
-    """Work for threads is done at once, and what came of it is heard in the next turn."""
+    """A mixin for loops: work for threads runs at once; its future is done in the next turn."""
 
     steps: Steps
 
@@ -89,7 +89,9 @@ class _Inline:
             self.steps.call()
             return func(*args), None
         except Exception as error:
-            return None, error.with_traceback(None)  # a thread would refer to no frame of ours
+            return None, error.with_traceback(
+                None
+            )  # as from a thread: without a reference to our frames
 
 
 def _tell(future: asyncio.Future[Any], result: Any, fault: Exception | None) -> None:
@@ -113,12 +115,12 @@ class UvLoop(_Inline, uvloop.Loop):
 
 
 def stepping(kind: type[AsyncioLoop] | type[UvLoop]) -> AsyncioLoop | UvLoop:
-    """A loop of this kind that counts; its `steps` say at what."""
+    """Return a loop of this kind. Its `steps` are counted."""
     loop = kind()
     loop.steps = steps = Steps()
 
     def task(its: Any, work: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:
-        return asyncio.Task(_Watched(work, steps), loop=its, **options)
+        return asyncio.Task(_Counted(work, steps), loop=its, **options)
 
     loop.set_task_factory(task)
     return loop

@@ -1,4 +1,4 @@
-"""What a soak has done so far, and what it says where something that must hold does not."""
+"""The counts of a soak, and its report if a check fails."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from proto.frames import FrameReader
-from proto.messages import Join, MessageType, Round, unpack
+from proto.wire.frames import FrameReader
+from proto.wire.messages import Join, MessageType, Round, unpack
 
 When = Callable[[MessageType, bytes, int], bool]
 
@@ -42,7 +42,7 @@ class Tap:
         self._act.set_result(act)
 
     def _run(self, server: socket.socket) -> None:
-        """Every connection through the tap has one of its own to the other side."""
+        """Open a connection to the other side for each one to the tap."""
         while True:
             try:
                 near, _ = server.accept()
@@ -60,7 +60,7 @@ class Tap:
             threading.Thread(target=self._serve, args=(near, far), daemon=True).start()
 
     def close(self) -> None:
-        """Nothing passes, and nobody can connect."""
+        """Pass nothing on, and refuse connections."""
         assert self._server is not None
         server, self._server = self._server, None
         server.shutdown(socket.SHUT_RDWR)
@@ -68,12 +68,12 @@ class Tap:
         self.cut()
 
     def open(self) -> None:
-        """As it was before `close`."""
+        """Listen again after `close`."""
         self._server = socket.create_server(self._name)
         threading.Thread(target=self._run, args=(self._server,), daemon=True).start()
 
     def cut(self) -> None:
-        """Breaks all connections there are; new ones can be made."""
+        """Break all connections; new ones can be made."""
         cut, self._open = self._open, []
         for end in cut:
             with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
-"""Addresses: the forms that are understood, on each side, and that they print as they are read."""
+"""Addresses: the accepted forms on each side, and their round trip through text."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.address import Address, parse_address
 from migrate.errors import UsageError
+from migrate.transport.address import Address, parse_address
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from migrate.errors import UsageError
         ("unix:////run/x.sock", Address(path="//run/x.sock")),
     ],
 )
-def test_where_to_connect(text, address):
+def test_parse_connect_address(text, address):
     assert parse_address(text) == address
     assert parse_address(text, listen=True) == address
     assert parse_address(str(address)) == address
@@ -34,7 +34,7 @@ def test_where_to_connect(text, address):
         ("tcp::4444", Address("", 4444)), ("tcp:4444", Address("", 4444)),
     ],
 )  # fmt: skip
-def test_where_to_listen_may_leave_out_host_and_port(text, address):
+def test_listen_address_may_omit_host_and_port(text, address):
     assert parse_address(text, listen=True) == address
 
 
@@ -46,7 +46,7 @@ def test_where_to_listen_may_leave_out_host_and_port(text, address):
      "tcp:]:1", "tcp://host/x:1", "tcp:host..x:1", "tcp:" + "a" * 64 + ":1", "tcp:a\0b:1",
      "tcp:\ud800:1"],
 )  # fmt: skip
-def test_where_nobody_can_connect(text):
+def test_invalid_connect_address_is_refused(text):
     with pytest.raises(UsageError, match="write tcp:HOST:PORT or unix:PATH"):
         parse_address(text)
 
@@ -59,8 +59,8 @@ def test_where_nobody_can_connect(text):
         ("é" * 54, "no more than 107 bytes, this one has 108"),
     ],
 )
-def test_a_path_that_no_socket_can_have_is_refused_before_the_system_is_asked(path, why):
-    """It would connect to what stands before the NUL, or raise what nobody expects."""
+def test_overlong_socket_path_is_refused_by_the_parser(path, why):
+    """The system would use the part before a NUL, or raise an unexpected exception."""
     for listen in (False, True):
         with pytest.raises(UsageError, match=why):
             parse_address(f"unix:{path}", listen=listen)
@@ -68,11 +68,12 @@ def test_a_path_that_no_socket_can_have_is_refused_before_the_system_is_asked(pa
 
 
 @pytest.mark.parametrize("text", ["", "host", "host:", "65536", "tcp:", "-1", "unix:", "4444/tcp"])
-def test_where_nobody_can_listen(text):
+def test_invalid_listen_address_is_refused(text):
     with pytest.raises(UsageError, match=r"write \[HOST:\]PORT or unix:PATH"):
         parse_address(text, listen=True)
 
 
+@pytest.mark.exhaustive
 @settings(deadline=None)
 @given(
     st.one_of(
@@ -89,7 +90,7 @@ def test_where_nobody_can_listen(text):
         ),
     )
 )
-def test_an_address_prints_as_it_is_read(address):
+def test_address_round_trips_through_text(address):
     assert parse_address(str(address)) == address
     assert parse_address(str(address), listen=True) == address
 
@@ -119,7 +120,7 @@ def test_an_address_prints_as_it_is_read(address):
         ("tcp:ho\x1bst:1", "is no name of a host"),
     ],
 )
-def test_what_is_wrong_with_an_address_is_said(text, why):
+def test_invalid_address_is_explained(text, why):
     with pytest.raises(UsageError, match=why):
         parse_address(text)
     with pytest.raises(UsageError, match=why.replace("tcp:", "")):
@@ -138,7 +139,7 @@ def test_what_is_wrong_with_an_address_is_said(text, why):
         ("tcp:[host]:4444", Address("host", 4444)),
     ],
 )
-def test_blanks_around_an_address_do_not_count(text, address):
+def test_blanks_around_an_address_are_ignored(text, address):
     assert parse_address(text) == address
     assert parse_address(text, listen=True) == address
 
@@ -153,7 +154,7 @@ HOSTS = st.one_of(
 
 @settings(deadline=None)
 @given(HOSTS, st.integers(1, 65535), st.sampled_from(["", " ", "\n"]), st.booleans())
-def test_any_host_and_port_is_read_as_it_is_printed(host, port, blank, listen):
+def test_any_host_and_port_round_trips(host, port, blank, listen):
     address = Address(host, port)
     assert parse_address(f"{blank}{address}{blank}", listen=listen) == address
     if listen:
@@ -162,7 +163,7 @@ def test_any_host_and_port_is_read_as_it_is_printed(host, port, blank, listen):
 
 @settings(deadline=None)
 @given(st.ip_addresses(v=6), st.one_of(st.just(""), st.integers(0, 70000).map(":{}".format)))
-def test_an_ipv6_address_without_brackets_is_never_taken_for_another(host, port):
+def test_ipv6_without_brackets_is_never_misread(host, port):
     for listen in (False, True):
         with pytest.raises(UsageError, match="in brackets|too many colons"):
             parse_address(f"tcp:{host}{port}", listen=listen)
@@ -170,7 +171,7 @@ def test_an_ipv6_address_without_brackets_is_never_taken_for_another(host, port)
 
 @settings(deadline=None)
 @given(st.text(max_size=20), st.booleans())
-def test_any_text_is_an_address_or_a_user_error(text, listen):
+def test_any_text_is_an_address_or_a_usage_error(text, listen):
     try:
         address = parse_address(text, listen=listen)
     except UsageError:

@@ -1,4 +1,4 @@
-"""What is said at the end: what the numbers mean, which option to change; else nothing."""
+"""Advice at the end of a migration: what the numbers mean, and which option to change."""
 
 import math
 
@@ -6,29 +6,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.advice import LARGE_CACHE, advice, obstacle, option_size
-from migrate.deltas import DeltaSwitch
-from migrate.quantities import parse_milliseconds, parse_size
-from migrate.rounds import DowntimeModel, Limits, Measured, Pending
-from migrate.statistics import Statistics
-from migrate.workingset import WorkingSet
+from migrate.policy.advice import LARGE_CACHE, advice, obstacle, option_size
+from migrate.policy.delta_switch import DeltaSwitch
+from migrate.policy.downtime import DowntimeModel, Limits, PendingWork, RoundCost
+from migrate.policy.working_set import WorkingSet
+from migrate.statistics import Statistics, Status
+from migrate.units import parse_milliseconds, parse_size
 
 PAGE = 4096
 MIB = 1 << 20
 GUEST = 262_144  # pages: 1 GiB
-RAW = Measured(100_000, 100_000 * PAGE, 4.0, 0.1, 0.1)
-NOTHING = Pending(0, 0)
-MUCH = Pending(100_000, 0)
+RAW = RoundCost(100_000, 100_000 * PAGE, 4.0, 0.1, 0.1)
+NOTHING = PendingWork(0, 0)
+MUCH = PendingWork(100_000, 0)
 DONE = Statistics(
-    status="completed", capabilities={"xbzrle": True}, total=GUEST * PAGE, cache_size=64 * MIB,
+    status=Status.COMPLETED, capabilities={"xbzrle": True}, total=GUEST * PAGE, cache_size=64 * MIB,
     cache_hits=100_000, cache_miss=0, xbzrle_pages=100_000, xbzrle_bytes=2_000_000,
 )  # fmt: skip
-STUCK = DONE.with_(status="failed", cache_hits=50_000, cache_miss=150_000, xbzrle_pages=50_000)
-OFF = DONE.with_(status="failed", capabilities={"xbzrle": False}, cache_hits=0, xbzrle_bytes=0)
+STUCK = DONE.with_(status=Status.FAILED, cache_hits=50_000, cache_miss=150_000, xbzrle_pages=50_000)
+OFF = DONE.with_(status=Status.FAILED, capabilities={"xbzrle": False}, cache_hits=0, xbzrle_bytes=0)
 
 
 def swept(pages: int) -> WorkingSet:
-    """All of so many pages were sent again in one round."""
+    """Return the statistics of a round that sent all of `pages` again."""
     working = WorkingSet(PAGE)
     now = [GUEST - pages, *[0] * 255]
     now[32] = pages
@@ -53,18 +53,18 @@ def one(found: tuple[str, ...]) -> str:
         pytest.param(STUCK.with_(cache_hits=100, cache_miss=300), 100_000, id="few pages"),
         pytest.param(STUCK.with_(cache_size=512 * MIB), 100_000, id="it would fit: it was late"),
         pytest.param(DONE, 10, id="the default size, though it is too large"),
-        pytest.param(OFF.with_(status="completed"), 100_000, id="without deltas it arrived"),
+        pytest.param(OFF.with_(status=Status.COMPLETED), 100_000, id="without deltas it arrived"),
         pytest.param(OFF, 100, id="without deltas, few pages"),
     ],
 )
-def test_where_nothing_is_worth_saying_nothing_is_said(statistics, pages):
+def test_no_advice_if_nothing_would_improve(statistics, pages):
     assert advice(statistics, swept(pages), DeltaSwitch(PAGE), bandwidth=117e6) == ()
 
 
 # ---------------------------------------------------------------- the cache
 
 
-def test_a_cache_that_is_too_small_is_told_what_it_needs():
+def test_small_cache_is_advised_a_size():
     text = one(advice(STUCK, swept(65_536)))
     assert text == (
         "the working set is about 256.0 MiB: a cache of 256m would have hit 100 % of what was "
@@ -72,24 +72,24 @@ def test_a_cache_that_is_too_small_is_told_what_it_needs():
     )
 
 
-def test_a_cache_that_found_its_size_itself_was_not_allowed_more():
+def test_auto_sized_cache_is_advised_cache_max():
     text = one(advice(STUCK, swept(65_536), cache_max=64 * MIB))
     assert text.endswith("use --cache-max 256m")
 
 
-def test_a_cache_that_is_far_too_large_is_told_what_would_do():
+def test_large_cache_is_advised_a_smaller_size():
     large = DONE.with_(cache_size=LARGE_CACHE)
     assert one(advice(large, swept(2000))) == (
         "the working set is about 7.8 MiB: a cache of 8m would have done, it is 256m: use "
         "--cache-size 8m"
     )
     assert advice(large, swept(20_000)) == ()
-    assert advice(large.with_(status="failed"), swept(2000)) == ()
+    assert advice(large.with_(status=Status.FAILED), swept(2000)) == ()
     assert advice(large, swept(2000), cache_max=LARGE_CACHE) == (), "it was not asked for"
 
 
 @pytest.mark.parametrize("size", [1, 512, 4096, 64 * MIB, 256 * MIB, 1 << 30, 3 << 20, 1 << 41])
-def test_sizes_are_named_as_the_option_takes_them(size):
+def test_advised_sizes_parse_as_option_values(size):
     assert parse_size(option_size(size), "size") == size
     assert len(option_size(size)) < 6
 
@@ -101,11 +101,11 @@ def switched_off() -> DeltaSwitch:
     deltas = DeltaSwitch(PAGE)
     for now in range(5):
         wall = 0.65536 if now < 3 else 0.2
-        deltas.decide(Measured(65_536, 65_536 * 3000, wall, 0.4, 0.1), 1e9)
+        deltas.decide(RoundCost(65_536, 65_536 * 3000, wall, 0.4, 0.1), 1e9)
     return deltas
 
 
-def test_deltas_that_were_switched_off_cost_more_than_they_saved():
+def test_switched_off_deltas_are_advised_off():
     deltas = switched_off()
     assert deltas.settled
     assert not deltas.active
@@ -116,7 +116,7 @@ def test_deltas_that_were_switched_off_cost_more_than_they_saved():
     )
 
 
-def test_deltas_that_overflow_cost_more_than_they_save():
+def test_overflowing_deltas_are_advised_off():
     much = DONE.with_(overflow=20_000, overflow_skipped=80_000, cache_hits=21_000,
                       xbzrle_bytes=100_000)  # fmt: skip
     text = one(advice(much, swept(10_000), DeltaSwitch(PAGE)))
@@ -127,7 +127,7 @@ def test_deltas_that_overflow_cost_more_than_they_save():
     assert advice(half, swept(10_000), DeltaSwitch(PAGE)) == (), "the other half pays"
 
 
-def test_without_deltas_a_slow_link_is_told_of_them():
+def test_slow_link_without_deltas_is_advised_deltas():
     text = one(advice(OFF, swept(65_536), bandwidth=117e6))
     assert "256.0 MiB" in text
     assert "--capability xbzrle=on" in text
@@ -141,14 +141,14 @@ counts = st.integers(0, 1 << 50)
 @settings(deadline=None)
 @given(
     st.builds(
-        Statistics, status=st.sampled_from(["completed", "failed", "active"]),
+        Statistics, status=st.sampled_from([Status.COMPLETED, Status.FAILED, Status.ACTIVE]),
         capabilities=st.booleans().map(lambda on: {"xbzrle": on}), total=counts,
         cache_size=st.integers(10, 50).map(lambda n: 1 << n), cache_hits=counts,
         cache_miss=counts, overflow=counts, overflow_skipped=counts, xbzrle_bytes=counts,
     ),
     st.integers(0, GUEST),
 )  # fmt: skip
-def test_whatever_was_counted_it_reads_well(statistics, pages):
+def test_every_advice_is_readable(statistics, pages):
     for sentence in advice(statistics, swept(pages), DeltaSwitch(PAGE)):
         assert "--" in sentence
         assert "nan" not in sentence
@@ -158,19 +158,19 @@ def test_whatever_was_counted_it_reads_well(statistics, pages):
 # ---------------------------------------------------------------- what keeps it from converging
 
 
-def model_of(*rounds: Measured) -> DowntimeModel:
+def model_of(*rounds: RoundCost) -> DowntimeModel:
     model = DowntimeModel()
     for measured in rounds:
         model.learn(measured)
     return model
 
 
-def said(model: DowntimeModel, pending: Pending, **limits) -> str:
+def said(model: DowntimeModel, pending: PendingWork, **limits) -> str:
     bounds = Limits(**limits)
     return obstacle(model, bounds, pending, model.predict(pending, bounds))
 
 
-def test_what_is_written_again_is_compared_with_what_the_link_carries_in_the_limit():
+def test_obstacle_compares_rewritten_bytes_with_link():
     assert said(model_of(RAW), MUCH) == (
         "the guest would be stopped for 4004 ms, the limit is 300 ms; the guest writes 100000 "
         "pages again in each round, 390.6 MiB at 4096 bytes each; within the limit the link "
@@ -178,37 +178,37 @@ def test_what_is_written_again_is_compared_with_what_the_link_carries_in_the_lim
     )
 
 
-def test_a_guest_that_writes_faster_than_the_link_carries_is_told_the_factor():
-    text = said(model_of(RAW), Pending(100_000, 0, dirty_rate=80_000.0))
+def test_obstacle_gives_factor_of_write_rate():
+    text = said(model_of(RAW), PendingWork(100_000, 0, dirty_rate=80_000.0))
     assert "writes 80000 pages a second" in text
     assert "312.5 MiB/s at 4096 bytes each" in text
     assert "the link carries 97.7 MiB/s, 3.2 times less" in text
 
 
-def test_a_limited_bandwidth_is_named():
-    model = model_of(Measured(100_000, 100_000 * 40, 40.0, 0.01, 0.01))
+def test_obstacle_names_max_bandwidth():
+    model = model_of(RoundCost(100_000, 100_000 * 40, 40.0, 0.01, 0.01))
     assert "--max-bandwidth or --downtime-limit" in said(model, MUCH, max_bandwidth=100_000)
 
 
-def test_a_slow_machine_is_not_blamed_on_the_link():
-    text = said(model_of(Measured(100_000, 100_000 * 40, 0.1, 9.0, 1.0)), MUCH)
+def test_obstacle_names_slow_machine():
+    text = said(model_of(RoundCost(100_000, 100_000 * 40, 0.1, 9.0, 1.0)), MUCH)
     assert "this machine's speed" in text
     assert "--downtime-limit" in text
     assert "bandwidth" not in text
 
 
-def test_a_look_at_all_processes_that_eats_the_limit_is_named():
-    text = said(model_of(RAW), Pending(10, 0, check_seconds=0.4))
+def test_obstacle_names_writer_check():
+    text = said(model_of(RAW), PendingWork(10, 0, check_seconds=0.4))
     assert "looking whether any other process writes the guest takes 400 ms of that" in text
 
 
-def test_a_scan_that_eats_the_limit_is_named():
-    text = said(model_of(RAW), Pending(10, 0, scan_seconds=0.4))
+def test_obstacle_names_scan():
+    text = said(model_of(RAW), PendingWork(10, 0, scan_seconds=0.4))
     assert "finding what changed takes 400 ms" in text
     assert "--downtime-limit" in text
 
 
-def test_a_destination_that_is_far_away_is_named():
+def test_obstacle_names_round_trips():
     model = model_of(RAW)
     model.round_trip = 0.2
     text = said(model, NOTHING)
@@ -219,13 +219,13 @@ def test_a_destination_that_is_far_away_is_named():
 
 times = st.floats(0, 1e6)
 rounds = st.lists(
-    st.builds(Measured, st.integers(0, 1 << 32), st.integers(0, 1 << 44), times, times, times)
+    st.builds(RoundCost, st.integers(0, 1 << 32), st.integers(0, 1 << 44), times, times, times)
 )
 
 
 @settings(deadline=None)
-@given(rounds, st.builds(Pending, st.integers(0, 1 << 32), st.integers(0, 9), times, times))
-def test_whatever_was_measured_an_obstacle_reads_well(learnt, pending):
+@given(rounds, st.builds(PendingWork, st.integers(0, 1 << 32), st.integers(0, 9), times, times))
+def test_every_obstacle_is_readable(learnt, pending):
     model = model_of(*learnt)
     expected = model.predict(pending, Limits())
     assert math.isfinite(expected)
@@ -235,17 +235,17 @@ def test_whatever_was_measured_an_obstacle_reads_well(learnt, pending):
     assert "inf" not in text
 
 
-def test_a_check_of_the_whole_that_eats_the_limit_is_named():
-    text = said(model_of(RAW), Pending(10, 0, whole_seconds=0.4))
+def test_obstacle_names_digest_of_whole_guest():
+    text = said(model_of(RAW), PendingWork(10, 0, whole_seconds=0.4))
     assert "checking the whole takes 400 ms" in text
     assert "finding what changed" not in text
-    both = said(model_of(RAW), Pending(10, 0, scan_seconds=0.3, whole_seconds=0.2))
+    both = said(model_of(RAW), PendingWork(10, 0, scan_seconds=0.3, whole_seconds=0.2))
     assert "finding what changed takes 300 ms of that and checking the whole takes 200 ms" in both
 
 
 @pytest.mark.parametrize("seconds", [0.0004, 0.2, 0.31, 0.525, 3.9, 47.0])
-def test_the_limit_that_is_proposed_would_do(seconds):
-    text = said(model_of(RAW), Pending(0, 0, scan_seconds=seconds), downtime_limit=seconds / 2)
+def test_proposed_limit_is_sufficient(seconds):
+    text = said(model_of(RAW), PendingWork(0, 0, scan_seconds=seconds), downtime_limit=seconds / 2)
     limit = parse_milliseconds(text.rpartition("raise --downtime-limit to ")[2], "limit") / 1e3
-    expected = model_of(RAW).predict(Pending(0, 0, scan_seconds=seconds), Limits())
+    expected = model_of(RAW).predict(PendingWork(0, 0, scan_seconds=seconds), Limits())
     assert 1.4 * expected <= limit <= 2 * expected

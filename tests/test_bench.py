@@ -1,8 +1,6 @@
-"""The benchmark's own arithmetic: what a reader of its tables relies on."""
+"""The benchmark's own arithmetic, on which its tables rely."""
 
 import json
-import platform
-import shutil
 import signal
 import sys
 import time
@@ -12,7 +10,6 @@ import pytest
 from tests import network
 from tests.bench import __main__ as program
 from tests.bench import bulk, codec, forecast, rivals, scaling, tls
-from tests.bench.boot_sector import boot_sector
 from tests.bench.guest_files import (
     random_file,
     reading_time,
@@ -34,7 +31,7 @@ QUIET = Options(quick=True)
 # ---------------------------------------------------------------- tables and numbers
 
 
-def test_a_table_is_markdown_and_aligned():
+def test_table_is_markdown_and_aligned():
     table = Table(("", "GB/s"), [("random", "1.50"), ("a|b", "-")])
     lines = table.markdown().splitlines()
     assert lines == [
@@ -45,11 +42,11 @@ def test_a_table_is_markdown_and_aligned():
     ]
 
 
-def test_a_table_says_its_title():
+def test_table_says_its_title():
     assert Table(("",), [], "Full speed").markdown().startswith("**Full speed**\n\n|")
 
 
-def test_a_ragged_table_is_refused():
+def test_ragged_table_is_refused():
     with pytest.raises(ValueError, match="1 cells in a table of 2"):
         Table(("", "s"), [("alone",)])
 
@@ -76,7 +73,7 @@ def test_measurements_are_taken_in_turn():
     assert "".join(taken) == "ABCABC"
 
 
-def test_a_median_needs_values():
+def test_median_needs_values():
     assert median(iter([3.0, 1.0, 2.0])) == 2.0
     with pytest.raises(ValueError, match="no values"):
         median([])
@@ -91,7 +88,7 @@ def test_runs_can_be_set():
 # ---------------------------------------------------------------- the program
 
 
-def test_an_unknown_part_is_refused_with_those_there_are(capsys):
+def test_unknown_benchmark_part_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as ended:
         program.arguments(["nonsense"])
     assert ended.value.code == 2
@@ -114,7 +111,7 @@ class _Done:
         return Part("done", "Done", "How.", [Table(("", "s"), [("x", "1")])], {"x": [1.0]}, ["N."])
 
 
-def test_what_is_left_out_says_why_and_the_rest_is_written(monkeypatch, tmp_path, capsys):
+def test_skipped_part_says_why_and_the_rest_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(program, "PARTS", {"left": _Left(), "done": _Done()})
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -133,7 +130,7 @@ def test_what_is_left_out_says_why_and_the_rest_is_written(monkeypatch, tmp_path
     assert written["parts"]["done"]["tables"][0]["rows"] == [["x", "1"]]
 
 
-def test_the_parts_are_registered():
+def test_parts_are_registered():
     assert {"bulk", "scaling", "rivals"} <= set(PARTS)
     assert all(callable(part.run) for part in PARTS.values())
 
@@ -145,7 +142,7 @@ def raises(says):
     return pytest.raises(ProgramError, match=says)
 
 
-def test_a_measured_program_gives_its_numbers():
+def test_measured_program_reports_its_use_of_resources():
     code = "x = bytearray(b'a') * (64 << 20); import time; time.sleep(0.15); print('out')"
     with Measured([sys.executable, "-c", code]) as running:
         ended = running.expect(20)
@@ -155,7 +152,7 @@ def test_a_measured_program_gives_its_numbers():
     assert ended.wall > 0.15
 
 
-def test_a_failure_says_what_the_program_said():
+def test_failure_includes_the_output_of_the_program():
     with (
         Measured([sys.executable, "-c", "import sys; sys.exit('because')"]) as running,
         raises("status 1: because"),
@@ -163,7 +160,7 @@ def test_a_failure_says_what_the_program_said():
         running.expect(20)
 
 
-def test_a_program_that_never_says_it_is_not_waited_for():
+def test_wait_for_missing_output_fails():
     with Measured([sys.executable, "-c", ""]) as running, raises("does not say 'ready'"):
         running.wait_for("ready")
 
@@ -205,40 +202,9 @@ def test_guest_files_are_what_they_say():
     assert not directory.exists()
 
 
-def test_no_room_is_said():
+def test_missing_space_is_reported():
     with pytest.raises(LeftOutError, match="do not fit"), shelf(1 << 60):
         pass
-
-
-# ---------------------------------------------------------------- the boot sector
-
-needs_assembler = pytest.mark.skipif(
-    platform.machine() != "x86_64" or not shutil.which("as") or not shutil.which("ld"),
-    reason="no x86-64 assembler here",
-)
-
-
-@needs_assembler
-@pytest.mark.parametrize("rate", [0, 80_000])
-def test_the_boot_sector_boots(rate):
-    sector = boot_sector(512 * MIB, 128 * MIB, 4096, rate)
-    assert len(sector) == 512
-    assert sector[-2:] == b"\x55\xaa"
-    assert sector != boot_sector(512 * MIB, 64 * MIB, 4096, rate)
-
-
-@pytest.mark.parametrize(
-    ("size", "hot", "stride", "rate", "says"),
-    [
-        (MIB, 2 * MIB, 4096, 0, "hot set"),
-        (4 << 30, MIB, 4096, 0, "3 GiB"),
-        (MIB, MIB, 0, 0, "stride"),
-        (MIB, MIB, 4096, 1500, "thousands"),
-    ],
-)
-def test_a_boot_sector_that_cannot_be_is_refused(size, hot, stride, rate, says):
-    with pytest.raises(ValueError, match=says):
-        boot_sector(size, hot, stride, rate)
 
 
 # ---------------------------------------------------------------- what the parts make of numbers
@@ -262,7 +228,7 @@ def test_rivals_count_the_runs_that_completed():
     assert gave_up["downtime"] is None
 
 
-def test_rivals_memory_that_differs_once_is_told():
+def test_differing_memory_of_a_rival_is_reported():
     assert rivals.medians([attempt(), attempt(memory="WRONG")])["memory"] == "differs"
 
 
@@ -272,12 +238,12 @@ def test_rivals_say_why_one_gave_up():
     ]
 
 
-def test_a_cache_is_the_hot_set_as_a_power_of_two():
+def test_cache_is_the_hot_set_as_a_power_of_two():
     assert Workload(hot=100 * MIB).cache == 128 * MIB
     assert Workload(hot=128 * MIB).cache == 128 * MIB
 
 
-def test_a_bulk_migration_that_gave_up_has_no_median():
+def test_bulk_migration_that_gave_up_has_no_median():
     runs = [{"completed": False, "seconds": 120.0, "bytes": 1}]
     assert bulk.medians(runs) == {}
 
@@ -285,6 +251,7 @@ def test_a_bulk_migration_that_gave_up_has_no_median():
 # ---------------------------------------------------------------- two parts, tiny
 
 
+@pytest.mark.programs
 def test_bulk_runs():
     part = bulk.measure(4 * MIB, 8 * MIB, QUIET)
     medians = part.data["medians"]
@@ -295,6 +262,7 @@ def test_bulk_runs():
     json.dumps(part.data)
 
 
+@pytest.mark.programs
 def test_scaling_runs():
     part = scaling.measure((MIB, 2 * MIB), QUIET)
     assert list(part.data["medians"]) == [str(MIB), str(2 * MIB)]
@@ -319,6 +287,7 @@ def test_codec_runs(monkeypatch):
     assert any(row[0] == "every 2nd byte of the first half" for row in merging.rows)
 
 
+@pytest.mark.programs
 def test_tls_runs():
     part = tls.measure(MIB, QUIET)
     assert [row[0] for row in part.tables[0].rows] == list(part.data["runs"])
@@ -326,6 +295,7 @@ def test_tls_runs():
     assert part.tables[0].rows[0][-1] == "1.00"
 
 
+@pytest.mark.programs
 def test_forecast_runs(monkeypatch):
     monkeypatch.setattr(forecast, "LOADS", {"small": ("hot=1m,stride=4096", [])})
     part = forecast.run(QUIET)
@@ -334,7 +304,7 @@ def test_forecast_runs(monkeypatch):
     assert part.data["small"]["predicted"]["dry-run"] is True
 
 
-def test_a_case_is_left_as_it_was():
+def test_benchmark_case_can_be_repeated():
     case = codec.Case.make(codec.PATTERNS[1])
     old = bytes(case.old)
     assert case.encode() == 15 * codec.PAGES
@@ -350,17 +320,17 @@ def test_each_source_port_has_a_class_of_its_own():
     assert len({line.rpartition("flowid")[2] for line in lines if "flowid" in line}) == 256
 
 
-def test_the_readme_is_rewritten_between_its_marks(tmp_path):
-    readme, output = tmp_path / "README.md", tmp_path / "out"
+def test_tables_replace_the_sections_between_the_marks(tmp_path):
+    page, output = tmp_path / "performance.md", tmp_path / "out"
     output.mkdir()
-    readme.write_text(f"before\n{program.BEGIN}\n{program.END}\nafter\n")
+    page.write_text(f"before\n{program.BEGIN}\n{program.END}\nafter\n")
     facts = program.machine.describe()
     for title in ("Old", "New"):
         part = Part("codec", title, "How.", [Table(("", "s"), [("row", "1")])], {}, ["A note."])
         other = Part("bulk", f"{title} bulk", "How.", [], {})
         program.write(output, facts, QUIET, [part, other] if title == "Old" else [part])
-        assert program.main(["--readme", str(readme), "--output", str(output)]) == 0
-    text = readme.read_text()
+        program.rewrite(page, output / "bench.json")
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{program.END}\nafter\n")
     assert "### New\n" in text
@@ -368,5 +338,6 @@ def test_the_readme_is_rewritten_between_its_marks(tmp_path):
     assert "### Old bulk\n" in text, "a part that was not measured again keeps its section"
     assert "- A note." in text
     assert "| row |   1 |" in text
-    readme.write_text("no marks")
-    assert program.main(["--readme", str(readme), "--output", str(output)]) == 1
+    page.write_text("no marks")
+    with pytest.raises(ProgramError, match="has no marks"):
+        program.rewrite(page, output / "bench.json")

@@ -43,13 +43,13 @@ BLOCKS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("name", BLOCKS)
-async def test_what_waits_in_the_thread_of_a_loop_fails_by_name(name: str) -> None:
+async def test_blocking_call_in_a_loop_thread_fails_by_name(name: str) -> None:
     with pytest.raises(pytest.fail.Exception, match=f"{name} blocks the event loop"):
         BLOCKS[name]()
 
 
 @pytest.mark.asyncio
-async def test_what_does_not_wait_there_may_be_called() -> None:
+async def test_nonblocking_call_in_a_loop_thread_is_allowed() -> None:
     await asyncio.to_thread(time.sleep, 0)
     subprocess.run(["sleep", "0.1"], check=True, timeout=60)  # noqa: ASYNC221 - it has a limit
     near, far = socket.socketpair()

@@ -1,4 +1,4 @@
-"""Cancelled twice is cancelled once: by an operator or a signal, in any order, at either side."""
+"""A second cancellation changes nothing, by command or signal, at either side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 
 from migrate.cli.control import Control
 from migrate.errors import MigrationError
+from proto.wire.errors import ErrorCode
+from proto.wire.messages import Error, GuestInfo, Hello
+from tests.hostile_peer import GUEST, HELLO, Peer, framed
 from tests.programs import Program, destination
 
 SIZE = 8 << 20
@@ -26,13 +29,14 @@ def cancel(program: Program, control: Control, way: str | signal.Signals) -> Non
     if isinstance(way, signal.Signals):
         program.kill(way)
     else:
-        with contextlib.suppress(MigrationError):  # it may be over
+        with contextlib.suppress(MigrationError):  # the program may have ended
             control.execute(way)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_a_program_that_is_cancelled_twice_cleans_up_once(tmp_path: Path, side: str) -> None:
-    """What was begun with the guest is undone by one command, and nothing is left over there."""
+def test_program_that_is_cancelled_twice_cleans_up_once(tmp_path: Path, side: str) -> None:
+    """One --resume-cmd undoes the pause, and nothing is left at the destination."""
     guest, calls = tmp_path / "guest", tmp_path / "calls"
     guest.write_bytes(os.urandom(SIZE))
     for number, (first, second, gap) in enumerate(TWICE):
@@ -67,3 +71,20 @@ def test_a_program_that_is_cancelled_twice_cleans_up_once(tmp_path: Path, side: 
         assert (sender if side == "source" else receiver).err.count("cancelled") == 1, said
         lines = calls.read_text().split()
         assert lines in ([], ["resume"], ["pause", "resume"]), said
+
+
+@pytest.mark.programs
+def test_source_that_gives_up_before_accept_ends_the_destination(tmp_path: Path) -> None:
+    """Its ERROR is there before ACCEPT is sent; a destination that goes on listening is alone."""
+    output = tmp_path / "there" / "out"
+    output.parent.mkdir()
+    receiver, address = destination("--output", str(output), "--journal", str(tmp_path / "j"))
+    peer = Peer(address)
+    guest = GuestInfo("file", GUEST.size, GUEST.page_size, GUEST.hash_seed)
+    peer.send(HELLO)
+    assert isinstance(peer.receive(), Hello)
+    peer.send(framed(guest) + framed(Error(ErrorCode.CANCELLED, "cancelled")))
+    assert receiver.wait() == 8, receiver.err
+    assert "the other side gave up: cancelled" in receiver.err
+    assert os.listdir(output.parent) == os.listdir(tmp_path / "j") == []
+    peer.close()

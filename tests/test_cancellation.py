@@ -1,4 +1,4 @@
-"""What a cancellation interrupts, and what it does not."""
+"""Cancellation: which calls it interrupts, and which it does not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from migrate.cancellation import finished, forget, once, undisturbed
-from migrate.threads import in_thread
+from migrate.runtime.cancellation import cancel_once, finish, ignore_cancellation, release_frames
+from migrate.runtime.threads import in_thread
 
 
 async def turns(count: int) -> None:
@@ -20,7 +20,7 @@ async def turns(count: int) -> None:
 
 
 class Work:
-    """Takes ten turns, and five more to end when it is cancelled."""
+    """Work of ten turns of the loop; it needs five more to end after a cancellation."""
 
     def __init__(self) -> None:
         self.cancelled = 0
@@ -41,7 +41,7 @@ class Work:
 async def cancelled_at(
     way: Callable[[Awaitable[str]], Awaitable[str]], *at: int
 ) -> tuple[Work, object]:
-    """What comes of work that is waited for in this way, by who is cancelled in these turns."""
+    """Await work in one of the ways, cancelled in turns `at`; return the work and its outcome."""
     work = Work()
     task = asyncio.ensure_future(way(work.run()))
     for turn in range(30):
@@ -56,27 +56,27 @@ async def cancelled_at(
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", [(3,), (3, 4), (3, 4, 5, 6), (1, 9)])
-async def test_what_is_finished_ends_before_the_cancellation_is_raised(at: tuple[int, ...]) -> None:
-    work, result = await cancelled_at(finished, *at)
+async def test_finish_raises_the_cancellation_after_the_work(at: tuple[int, ...]) -> None:
+    work, result = await cancelled_at(finish, *at)
     assert (work.cancelled, work.ended, result) == (0, True, asyncio.CancelledError)
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", [(3,), (3, 4), (3, 4, 5, 6), (1, 9)])
-async def test_what_is_undisturbed_hears_nothing_and_has_its_result(at: tuple[int, ...]) -> None:
-    work, result = await cancelled_at(undisturbed, *at)
+async def test_ignore_cancellation_returns_the_result(at: tuple[int, ...]) -> None:
+    work, result = await cancelled_at(ignore_cancellation, *at)
     assert (work.cancelled, work.ended, result) == (0, True, "done")
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", [(3,), (3, 4), (3, 5, 7), (3, 4, 5, 6, 7, 8)])
-async def test_who_is_cancelled_again_and_again_is_cancelled_once(at: tuple[int, ...]) -> None:
-    work, result = await cancelled_at(once, *at)
+async def test_cancel_once_passes_on_one_cancellation(at: tuple[int, ...]) -> None:
+    work, result = await cancelled_at(cancel_once, *at)
     assert (work.cancelled, work.ended, result) == (1, True, asyncio.CancelledError)
 
 
 @pytest.mark.asyncio
-async def test_a_result_outdoes_a_cancellation_and_a_timeout_does_not_fire() -> None:
+async def test_cancel_once_returns_a_result_in_spite_of_a_timeout() -> None:
     async def stubborn() -> str:
         try:
             await asyncio.sleep(10)
@@ -85,12 +85,14 @@ async def test_a_result_outdoes_a_cancellation_and_a_timeout_does_not_fire() -> 
         return "not reached"
 
     async with asyncio.timeout(0.01):
-        assert await once(stubborn()) == "here all the same"
+        assert await cancel_once(stubborn()) == "here all the same"
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("way", [finished, undisturbed, once])
-async def test_a_failure_is_raised_as_it_is(way: Callable[[Awaitable[None]], Awaitable]) -> None:
+@pytest.mark.parametrize("way", [finish, ignore_cancellation, cancel_once])
+async def test_failure_of_the_work_is_raised_unchanged(
+    way: Callable[[Awaitable[None]], Awaitable],
+) -> None:
     async def fails() -> None:
         await asyncio.sleep(0)
         raise LookupError("nothing there")
@@ -100,73 +102,73 @@ async def test_a_failure_is_raised_as_it_is(way: Callable[[Awaitable[None]], Awa
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
-def test_who_wants_to_leave_the_program_is_heard_by_the_caller(kind: type[BaseException]) -> None:
+def test_exit_reaches_the_caller(kind: type[BaseException]) -> None:
     async def leave() -> None:
         raise kind("enough")
 
     async def main() -> str:
         with pytest.raises(kind, match="enough"):
-            await once(leave())
+            await cancel_once(leave())
         return "went on"
 
     assert asyncio.run(main()) == "went on"
 
 
-class Held:
-    """Something that a frame refers to."""
+class Local:
+    """An object that a frame refers to."""
 
 
 @pytest.mark.asyncio
-async def test_an_error_that_leaves_refers_to_nothing_but_lines() -> None:
-    gone: list[weakref.ref[Held]] = []
+async def test_cancel_once_releases_the_frames_of_an_error() -> None:
+    gone: list[weakref.ref[Local]] = []
 
     async def fails() -> None:
-        held = Held()
-        gone.append(weakref.ref(held))
+        local = Local()
+        gone.append(weakref.ref(local))
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(wrong(held))
+                group.create_task(wrong(local))
                 await asyncio.sleep(1)
         except BaseExceptionGroup as several:
             error = several.exceptions[0]
             raise error from None
 
-    async def wrong(held: Held) -> None:
-        raise LookupError(f"in a circle with {type(held).__name__}")
+    async def wrong(local: Local) -> None:
+        raise LookupError(f"in a circle with {type(local).__name__}")
 
     gc.disable()
     try:
         with pytest.raises(LookupError) as raised:
-            await once(fails())
+            await cancel_once(fails())
         assert gone[0]() is None
-        assert raised.traceback[-1].name == "wrong", "where it was can still be seen"
+        assert raised.traceback[-1].name == "wrong", "the traceback has its lines"
         del raised
     finally:
         gc.enable()
 
 
-def test_an_error_that_is_dealt_with_can_be_forgotten() -> None:
+def test_release_frames_of_a_handled_error() -> None:
     def fails() -> None:
-        held = Held()
-        gone.append(weakref.ref(held))
+        local = Local()
+        gone.append(weakref.ref(local))
         error = LookupError("in a circle with its frame")
         raise error
 
-    gone: list[weakref.ref[Held]] = []
+    gone: list[weakref.ref[Local]] = []
     gc.disable()
     try:
         try:
             fails()
         except LookupError as error:
             assert gone[0]() is not None
-            forget(error)
+            release_frames(error)
         assert gone[0]() is None
     finally:
         gc.enable()
 
 
 @pytest.mark.asyncio
-async def test_work_has_a_thread_though_all_of_the_loops_are_busy() -> None:
+async def test_in_thread_works_while_all_threads_of_the_loop_are_busy() -> None:
     loop, release = asyncio.get_running_loop(), threading.Event()
     busy = [loop.run_in_executor(None, release.wait) for _ in range(64)]
     before = threading.active_count()

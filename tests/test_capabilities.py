@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from proto import capabilities as caps
-from proto.errors import CapabilityError, ErrorCode, LocalError
-from proto.messages import BATCH_BYTES, PROTOCOL_VERSION, Hello
+from proto.wire import capabilities as caps
+from proto.wire.errors import CapabilityError, ErrorCode, LocalError
+from proto.wire.messages import BATCH_BYTES, PROTOCOL_VERSION, Hello
 
 REQUIRED = tuple(sorted(caps.REQUIRED))
 XBZRLE = frozenset({"xbzrle"})
@@ -44,13 +44,13 @@ def test_merging_needs_both_names(used, xbzrle, merge):
     assert (agreement.xbzrle, agreement.merge) == (xbzrle, merge)
 
 
-def test_all_is_on_that_is_not_switched_off():
+def test_optional_capabilities_are_on_by_default():
     assert caps.switched_on({}) == caps.OPTIONAL
     assert caps.switched_on(dict.fromkeys(caps.OPTIONAL, False)) == frozenset()
 
 
 @pytest.mark.parametrize("name", [caps.PROBE, caps.STREAM])
-def test_what_a_source_requires_of_every_destination_is_there(name):
+def test_every_destination_knows_probe_and_stream(name):
     offer = caps.offer(XBZRLE, frozenset({name}))
     assert offer.required == (*REQUIRED, name)
     answer, there = caps.answer(offer, frozenset())
@@ -66,12 +66,12 @@ def test_what_a_source_requires_of_every_destination_is_there(name):
 
 
 @pytest.mark.parametrize("name", ["zstd", "page-hash-nh", ""])
-def test_an_unknown_switch_is_refused_with_the_known_ones(name):
+def test_unknown_capability_switch_is_refused_with_the_known_ones(name):
     with pytest.raises(LocalError, match=f"no capability '{name}': known are xbzrle, xbzrle-merge"):
         caps.switched_on({name: True})
 
 
-def test_an_unknown_optional_capability_is_dropped_and_reported():
+def test_unknown_optional_capability_is_dropped_and_reported():
     offer = hello(optional=("postcopy", "xbzrle"))
     answer, there = caps.answer(offer, caps.OPTIONAL)
     assert answer.optional == ("xbzrle",)
@@ -80,12 +80,12 @@ def test_an_unknown_optional_capability_is_dropped_and_reported():
 
 
 @pytest.mark.parametrize("optional", [caps.OPTIONAL, frozenset()])
-def test_an_unknown_required_capability_is_refused_by_name(optional):
+def test_unknown_required_capability_is_refused_by_name(optional):
     with pytest.raises(CapabilityError, match="source requires capability 'postcopy'"):
         caps.answer(hello(required=(*REQUIRED, "postcopy")), optional)
 
 
-def test_an_optional_capability_may_be_required_by_the_source():
+def test_optional_capability_may_be_required_by_the_source():
     offer = hello(required=(*REQUIRED, "xbzrle"))
     answer, there = caps.answer(offer, XBZRLE)
     assert caps.agree(offer, answer) == there
@@ -94,7 +94,7 @@ def test_an_optional_capability_may_be_required_by_the_source():
         caps.answer(offer, frozenset())
 
 
-def test_what_is_required_here_may_be_optional_there():
+def test_required_capability_may_be_optional_at_the_peer():
     offer = hello(required=(), optional=REQUIRED)
     answer, there = caps.answer(offer, frozenset())
     assert there.used == caps.REQUIRED
@@ -102,26 +102,26 @@ def test_what_is_required_here_may_be_optional_there():
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_a_source_without_what_is_required_here_is_refused_by_name(name):
+def test_source_without_required_capability_is_refused_by_name(name):
     with pytest.raises(CapabilityError, match=f"source lacks capability '{name}'"):
         caps.answer(hello(required=set(REQUIRED) - {name}), caps.OPTIONAL)
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_an_answer_without_what_is_required_here_is_refused_by_name(name):
+def test_answer_without_required_capability_is_refused_by_name(name):
     with pytest.raises(CapabilityError, match=f"destination lacks capability '{name}'"):
         caps.agree(caps.offer(XBZRLE), hello(required=set(REQUIRED) - {name}))
 
 
 @pytest.mark.parametrize("where", ["required", "optional"])
-def test_an_answer_with_what_was_not_offered_is_refused_by_name(where):
+def test_answer_with_unoffered_capability_is_refused_by_name(where):
     lists = {"required": REQUIRED, "optional": ()}
     lists[where] = (*lists[where], "xbzrle")
     with pytest.raises(CapabilityError, match="wants capability 'xbzrle', which was not offered"):
         caps.agree(caps.offer(frozenset()), hello(**lists))
 
 
-def test_it_makes_no_difference_in_which_list_the_answer_names_it():
+def test_answer_may_use_either_list():
     offer = caps.offer(XBZRLE)
     assert caps.agree(offer, hello(required=(*REQUIRED, "xbzrle"))).xbzrle
     assert caps.agree(offer, hello(required=(), optional=(*REQUIRED, "xbzrle"))).xbzrle
@@ -139,15 +139,15 @@ def test_another_version_is_refused_on_both_sides(version):
         assert info.value.code is ErrorCode.CAPABILITY
 
 
-def test_a_destination_that_takes_no_whole_batch_is_refused():
+def test_destination_with_small_max_body_is_refused():
     offer = caps.offer(frozenset())
     caps.agree(offer, hello(max_body=BATCH_BYTES))
     with pytest.raises(CapabilityError, match=f"takes batches of {BATCH_BYTES - 1} bytes"):
         caps.agree(offer, hello(max_body=BATCH_BYTES - 1))
 
 
-def test_zeros_are_left_out_where_both_sides_know_how():
-    """Nobody switches it; a peer that does not know the word is spoken to as before."""
+def test_sparse_is_used_if_both_sides_know_it():
+    """It has no switch. A peer without it is served as before."""
     assert caps.SPARSE not in caps.OPTIONAL
     sparse = frozenset({caps.SPARSE})
     for source, destination in itertools.product([XBZRLE, XBZRLE | sparse], repeat=2):

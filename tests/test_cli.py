@@ -1,4 +1,4 @@
-"""What a user meets: one sentence for each mistake, the right exit code, never a traceback."""
+"""Command lines: one sentence per mistake, the right exit code, never a traceback."""
 
 import os
 import re
@@ -10,15 +10,17 @@ import time
 
 import pytest
 
-from migrate.cli import control, destination, program, source
-from migrate.cli.source_words import parameters_of, source_parser
+from migrate.cli import exit_codes, migrate_ctl, migrate_dst, migrate_src
+from migrate.cli.source_options import parameters_of, source_parser
 from tests.programs import Program
 
 NOWHERE = "tcp:127.0.0.1:1"
 SIGNALS = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 MAIN = {
-    "migrate-src": source.main, "migrate-dst": destination.main, "migrate-ctl": control.main,
-}  # fmt: skip
+    "migrate-src": migrate_src.main,
+    "migrate-dst": migrate_dst.main,
+    "migrate-ctl": migrate_ctl.main,
+}
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def one_sentence(program: str, err: str) -> str:
         (["--capability", "auto-converge=off"], False),
     ],
 )  # fmt: skip
-def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
+def test_auto_converge_is_off_by_default(arguments, on):
     args = source_parser().parse_args([*arguments, "--max-cpu-throttle", "80", NOWHERE])
     parameters = parameters_of(args)
     assert parameters.auto_converge is on
@@ -76,7 +78,7 @@ def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "migrate-src tcp:HOST:PORT; or how it will be said"),
+        ([], "missing destination: give tcp:HOST:PORT, or --monitor stdio"),
         (["--nonsense", NOWHERE], "unrecognized arguments: --nonsense"),
         (["--progress", "loud", NOWHERE], "invalid choice: 'loud'"),
         (["--cpu-throttle-initial", "0", NOWHERE],
@@ -90,7 +92,7 @@ def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
         (["--cache-size", "512", NOWHERE], "did you mean 512m?"),
         (["--cache-size", "1k", NOWHERE], "at least one page (4096 bytes)"),
         (["--cache-size", "much", NOWHERE], "cache size: 'much' is not a size"),
-        (["--cache-max", "64m", NOWHERE], "--cache-max: it is for --cache-size auto only"),
+        (["--cache-max", "64m", NOWHERE], "--cache-max: it limits --cache-size auto"),
         (
             ["--cache-size", "auto", "--cache-max", "100m", NOWHERE],
             "--cache-max: '100m' is not a power of two",
@@ -118,8 +120,8 @@ def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
         (["--capability", "rdma=on", NOWHERE], "there is no capability 'rdma': known are xbzrle"),
         (["--capability", "xbzrle", NOWHERE], "write NAME=on or NAME=off"),
         (["--capability", "xbzrle=1", NOWHERE], "write NAME=on or NAME=off"),
-        (["--guest", "xen", NOWHERE], "--guest 'xen': there are demo[:...], file:PATH"),
-        (["--guest", "qemu", NOWHERE], "--guest qemu: say where it is: qemu:tcp:HOST:PORT"),
+        (["--guest", "xen", NOWHERE], "--guest 'xen' is not understood: write demo[:...], file"),
+        (["--guest", "qemu", NOWHERE], "--guest qemu: missing address: write qemu:tcp:HOST:PORT"),
         (["--guest", "demo:lots", NOWHERE], "guest demo: size: 'lots' is not a size"),
         (["--guest", "demo:1m,colour=red", NOWHERE], "'colour=red' is not understood"),
         (["--guest", "demo:1m,hot=2m", NOWHERE], "hot must be 1 byte to the whole size"),
@@ -149,7 +151,7 @@ def test_auto_converge_is_off_unless_it_is_switched_on(arguments, on):
         (["--journal", "{file}", NOWHERE], "Not a directory"),
     ],
 )  # fmt: skip
-def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
+def test_source_usage_errors(call, guest_file, tmp_path, arguments, says):
     empty = tmp_path / "empty"
     empty.touch()
     arguments = [item.format(file=guest_file, empty=empty) for item in arguments]
@@ -161,7 +163,7 @@ def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "--listen 4444; or how it will be said: --monitor stdio"),
+        ([], "missing address: give --listen 4444, or --monitor stdio"),
         (["--listen", "here"], "write [HOST:]PORT or unix:PATH"),
         (["--listen", "99999"], "write [HOST:]PORT or unix:PATH"),
         (["--listen", "0", "--cache-size", "100m"], "'100m' is not a power of two"),
@@ -169,7 +171,7 @@ def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
         (["--listen", "0", "--output", "{file}"], "it exists: remove it or give --overwrite"),
         (["--listen", "0", "--output", "{file}/x"], "there is no directory {file}"),
         (["--listen", "0", "--output", "/no/where/x"], "there is no directory /no/where"),
-        (["--listen", "0", "--output", "{dir}", "--overwrite"], "it is no plain file"),
+        (["--listen", "0", "--output", "{dir}", "--overwrite"], "it is not a regular file"),
         (["--listen", "0", "--output", "{dir}/x/"], "it ends in a slash: name the file"),
         (["--listen", "0", "--output", "{dir}/" + "n" * 256], "the name has 256 bytes"),
         (["--listen", "0", "--output", "/dev/null"], "but a character device"),
@@ -184,7 +186,7 @@ def test_what_the_source_cannot_do(call, guest_file, tmp_path, arguments, says):
         (["--listen", "0", "--guest", "qemu", "--output", "/dev/null"], "a character device"),
     ],
 )  # fmt: skip
-def test_what_the_destination_cannot_do(call, guest_file, tmp_path, arguments, says):
+def test_destination_usage_errors(call, guest_file, tmp_path, arguments, says):
     names = {"file": guest_file, "dir": tmp_path}
     code, text = call("migrate-dst", *(item.format(**names) for item in arguments))
     assert says.format(**names) in text
@@ -192,7 +194,7 @@ def test_what_the_destination_cannot_do(call, guest_file, tmp_path, arguments, s
     assert guest_file.read_bytes() == b"guest" * 2000
 
 
-def test_a_mistake_from_the_shell():
+def test_usage_error_from_the_shell():
     """As above, by the installed programs."""
     for name, arguments in (
         ("migrate-src", ["--cache-size", "100m", NOWHERE]),
@@ -207,7 +209,7 @@ def test_a_mistake_from_the_shell():
 # ---------------------------------------------------------------- exit code 3
 
 
-def test_nobody_listening(call, guest_file):
+def test_connection_refused(call, guest_file):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     code, text = call(
@@ -218,14 +220,14 @@ def test_nobody_listening(call, guest_file):
     assert "is migrate-dst listening there?" in text
 
 
-def test_nobody_listening_starts_no_demo_guest():
+def test_connection_refused_starts_no_demo_guest():
     """A new one would be left behind, burning a core, at each try."""
     program = Program("migrate-src", "--guest", "demo:1m", "--connect-timeout", "100ms", NOWHERE)
     assert program.wait() == 3
     assert "process" not in program.err
 
 
-def test_an_address_that_is_taken(call):
+def test_listen_address_in_use(call):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, text = call("migrate-dst", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
     assert code == 3
@@ -250,7 +252,7 @@ def test_help_and_version(name, monkeypatch, capsys):
         assert err == ""
 
 
-def test_help_names_every_exit_code_there_is():
+def test_help_lists_every_exit_code():
     from migrate import errors
 
     codes = {
@@ -258,14 +260,15 @@ def test_help_names_every_exit_code_there_is():
         if isinstance(kind, type) and issubclass(kind, errors.MigrationError)
     }  # fmt: skip
     for code in codes | {0, 129, 130, 143}:
-        assert re.search(rf"\b{code} [a-zA-Z]", program.CODES), code
+        assert re.search(rf"\b{code} [a-zA-Z]", exit_codes.CODES), code
 
 
 # ---------------------------------------------------------------- signals
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_while_connecting(guest_file, number, code):
+def test_signal_while_connecting(guest_file, number, code):
     program = Program(
         "migrate-src", "--guest", f"file:{guest_file}", "--connect-timeout", "60s", NOWHERE
     )
@@ -273,12 +276,13 @@ def test_a_signal_while_connecting(guest_file, number, code):
     program.kill(number)
     assert program.wait(20) == code
     assert "Traceback" not in program.err
-    assert "migrate-src: cancelled before it was connected" in program.err
+    assert "migrate-src: cancelled while connecting" in program.err
     assert program.out == ""
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_while_listening(tmp_path, number, code):
+def test_signal_while_listening(tmp_path, number, code):
     output = tmp_path / "out"
     program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", str(output))
     program.read_line(r"listening on")
@@ -289,10 +293,11 @@ def test_a_signal_while_listening(tmp_path, number, code):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("who", ["migrate-src", "migrate-dst"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_after_the_end_does_not_change_the_exit_code(tmp_path, guest_file, who, number):
-    """Whoever reads 143 of migrate-src takes the guest for his."""
+def test_signal_after_the_end_keeps_the_exit_code(tmp_path, guest_file, who, number):
+    """An exit code of 143 would mean that the guest is still at the source."""
     output = tmp_path / "out"
     receiver = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", str(output))
     address = receiver.read_line(r"listening on (\S+)")[1]
@@ -305,7 +310,8 @@ def test_a_signal_after_the_end_does_not_change_the_exit_code(tmp_path, guest_fi
     assert (source.wait(20), receiver.wait(20)) == (0, 0), told.err
 
 
-def test_who_is_told_twice_says_nothing_of_a_guest_it_has_not(tmp_path, guest_file):
+@pytest.mark.programs
+def test_second_signal_to_a_destination_mentions_no_guest(tmp_path, guest_file):
     command = "kill $PPID; sleep 0.3; kill $PPID; sleep 1"
     receiver = Program(
         "migrate-dst", "--listen", "127.0.0.1:0", "--output", str(tmp_path / "out"),
@@ -314,10 +320,10 @@ def test_who_is_told_twice_says_nothing_of_a_guest_it_has_not(tmp_path, guest_fi
     address = receiver.read_line(r"listening on (\S+)")[1]
     assert Program("migrate-src", "--guest", f"file:{guest_file}", address).wait(20) == 0
     assert receiver.wait(20) == 10
-    assert "put back to work" not in receiver.err
+    assert "run on here" not in receiver.err
 
 
-def test_a_program_that_nohup_has_started_outlives_its_terminal(tmp_path):
+def test_nohup_ignores_sighup(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--output", f"{tmp_path}/out")
@@ -332,17 +338,17 @@ def test_a_program_that_nohup_has_started_outlives_its_terminal(tmp_path):
 
 ENDS = """
 import atexit, os, sys
-from migrate import output
-from migrate.cli import program
+from migrate.output.run import run_program
+from migrate.cli import options, program
 async def done(_args):
     return 9
 atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
-output.program("migrate-src", lambda: program.run(program.Parser(), done, []))
+run_program("migrate-src", lambda: program.run(options.Parser(), done, []))
 """
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_when_all_is_over_changes_no_exit_code(number, code):
+def test_signal_at_exit_keeps_the_exit_code(number, code):
     """A guest that is handed over would pass for one that runs on."""
     ended = subprocess.run(
         [sys.executable, "-c", ENDS, str(int(number))], capture_output=True, text=True, check=False
@@ -351,26 +357,26 @@ def test_a_signal_when_all_is_over_changes_no_exit_code(number, code):
     assert ended.stderr == ""
 
 
-def test_the_memory_in_a_stream_is_in_no_core_dump() -> None:
+def test_migrate_stream_dumps_no_core() -> None:
     code = """
 import ctypes
-from migrate.cli import stream
-stream.survey = lambda _args: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
-stream.run(["-"])
+from migrate.cli import migrate_stream
+migrate_stream.survey = lambda _args: print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
+migrate_stream.run(["-"])
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "0\n", said.stderr
 
 
 @pytest.mark.parametrize("asked", ["", "0", "1"])
-def test_a_program_that_holds_a_guest_leaves_its_memory_in_no_core_dump(tmp_path, asked):
+def test_programs_dump_no_core_unless_asked(tmp_path, asked):
     code = """
 import ctypes, sys
-from migrate.cli import program
+from migrate.cli import options, program
 async def done(_args):
     print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))  # PR_GET_DUMPABLE
     return 0
-sys.exit(program.run(program.Parser(), done, []))
+sys.exit(program.run(options.Parser(), done, []))
 """
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -382,8 +388,8 @@ sys.exit(program.run(program.Parser(), done, []))
 # Prints which modules are loaded between a connection and the first word over it.
 LOADED_LATE = """
 import os, sys
-from migrate.cli import source
-from migrate.link import Link
+from migrate.cli import migrate_src
+from migrate.transport.link import Link
 
 before = set()
 made, send = Link.connection_made, Link.send
@@ -398,12 +404,13 @@ def spoken(self, message):
     os._exit(0)
 
 Link.connection_made, Link.send = connection_made, spoken
-source.main()
+migrate_src.main()
 """
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-def test_nothing_is_loaded_between_the_connection_and_the_first_word(guest_file, more) -> None:
+def test_nothing_is_imported_between_connect_and_hello(guest_file, more) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"tcp:127.0.0.1:{server.getsockname()[1]}"
         told = subprocess.run(

@@ -1,4 +1,4 @@
-"""Commands of the user: what can be known of them at the start, and who ends them."""
+"""Commands of the user: how they are checked at the start, and how they end."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ async def until(condition) -> None:
     ["", "true", "no-such-program-perhaps-later", "/bin/sh -c :", "  /bin/sh", "A=1 /no/such",
      "if true; then /no/such; fi", "$HOME/x", "'/no/such/thing'", "/no/such* now", "~/x", "(:)"],
 )  # fmt: skip
-def test_what_may_run_is_not_refused(text):
+def test_check_accepts_commands_that_may_run(text):
     check_command(text, "--on-complete")
 
 
@@ -33,24 +33,24 @@ def test_what_may_run_is_not_refused(text):
     [
         ("if", "the shell does not understand it"), ("(", "does not understand"),
         ("echo 'x", "does not understand"), ("/no/such now", "/no/such: No such file"),
-        ("/etc/passwd", "/etc/passwd is no program that can be run here"),
-        (" /etc x", "/etc is no program"), ("/etc/passwd/x", "Not a directory"),
+        ("/etc/passwd", "/etc/passwd is not a program that can be run here"),
+        (" /etc x", "/etc is not a program"), ("/etc/passwd/x", "Not a directory"),
     ],
 )  # fmt: skip
-def test_what_cannot_run_is_refused(text, says):
+def test_check_refuses_commands_that_cannot_run(text, says):
     with pytest.raises(UsageError, match=f"^--pause-cmd .*{says}"):
         check_command(text, "--pause-cmd")
 
 
 @pytest.mark.asyncio
-async def test_a_service_may_take_longer_than_other_commands(monkeypatch):
+async def test_service_may_take_longer_than_other_commands(monkeypatch):
     monkeypatch.setattr(command, "COMMAND_PATIENCE", 0.01)
     await start_service("sleep 0.3", "x", 0, asyncio.Event())
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("why", ["time", "told"])
-async def test_a_service_that_is_not_waited_for_goes_on(tmp_path, why):
+async def test_service_that_is_not_waited_for_runs_on(tmp_path, why):
     up, go = tmp_path / "up", tmp_path / "go"
     told = asyncio.Event()
     text = f"while [ ! -e {go} ]; do sleep 0.05; done; touch {up}"
@@ -64,7 +64,7 @@ async def test_a_service_that_is_not_waited_for_goes_on(tmp_path, why):
 
 
 @pytest.mark.asyncio
-async def test_a_service_gets_its_environment_and_its_status_is_told(tmp_path):
+async def test_service_gets_its_environment_and_its_status_is_checked(tmp_path):
     told = asyncio.Event()
     await start_service(f'echo "$WHERE" > {tmp_path}/x', "x", 0, told, WHERE="here")
     assert (tmp_path / "x").read_text() == "here\n"
@@ -72,8 +72,8 @@ async def test_a_service_gets_its_environment_and_its_status_is_told(tmp_path):
         await start_service("exit 3", "x", 0, told)
 
 
-def test_what_a_service_has_started_outlives_the_loop(tmp_path):
-    """Processes of a loop are killed as it is closed."""
+def test_service_outlives_the_event_loop(tmp_path):
+    """The loop kills its own processes when it is closed."""
     pid, go = tmp_path / "pid", tmp_path / "go"
     text = f"echo $$ > {pid}; while [ ! -e {go} ]; do sleep 0.05; done"
     with pytest.raises(MigrationError, match="goes on"):
@@ -83,8 +83,8 @@ def test_what_a_service_has_started_outlives_the_loop(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_another_command_is_ended_with_all_it_has_started(tmp_path):
-    """Asked first: it may undo what it has begun. A child that does not listen goes too."""
+async def test_command_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    """SIGTERM comes first, so that it can clean up. A child that ignores it is killed."""
     asked, child = tmp_path / "asked", tmp_path / "child"
     text = (
         f"trap 'touch {asked}; exit 1' TERM; (trap '' TERM; echo $$ >/dev/null; "
@@ -103,7 +103,7 @@ async def test_another_command_is_ended_with_all_it_has_started(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_command_that_does_not_listen_is_killed(monkeypatch):
+async def test_command_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr(command, "END_SECONDS", 0.2)
     async with asyncio.timeout(PATIENCE):
         with pytest.raises(MigrationError, match="did not end"):

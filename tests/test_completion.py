@@ -1,4 +1,4 @@
-"""Completion, by asking real shells: what a user gets who presses the tabulator."""
+"""Completion, by asking real shells what they offer when a user presses Tab."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import pytest
 
 from migrate.manual.__main__ import write
 from migrate.manual.parsers import Program, programs
-from proto.capabilities import OPTIONAL
+from proto.wire.capabilities import OPTIONAL
+from tests.requirements import need_program
 
 PROGRAMS = programs()
 BRANCHES = [branch for one in PROGRAMS for branch in (one, *one.subcommands)]
@@ -73,7 +73,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def bash(share: Path, line: str) -> set[str]:
-    """The whole words that bash would make of the last one."""
+    """Return the words that bash would complete the last one to."""
     program = line.split(maxsplit=1)[0]
     found = subprocess.run(
         ["bash", "--norc", "-c", BASH, "ask", share / "bash-completion/completions" / program,
@@ -98,7 +98,7 @@ def fish(share: Path, line: str) -> set[str]:
 
 
 def zsh(share: Path, line: str) -> set[str]:
-    """Types the line and a tabulator on a terminal of its own."""
+    """Type the line and a Tab on a new terminal; return the words that zsh offers."""
     home = share / "zsh-home"
     home.mkdir(exist_ok=True)
     answers = home / "answers"
@@ -122,7 +122,7 @@ def zsh(share: Path, line: str) -> set[str]:
 
 
 def _read_until(terminal: int, there: Callable[[str], bool]) -> str:
-    """What a terminal shows until something holds; the limit is for a shell that hangs."""
+    """Return what a terminal shows until `there` holds for it. Fail if the shell hangs."""
     seen, end = "", time.monotonic() + 60
     while not there(seen):
         assert time.monotonic() < end, seen
@@ -133,12 +133,12 @@ def _read_until(terminal: int, there: Callable[[str], bool]) -> str:
 
 @pytest.fixture(params=[bash, zsh, fish], ids=lambda shell: shell.__name__)
 def ask(request, share, place) -> Callable[[str], set[str]]:
-    """Asks a shell what a line can go on with; directories without the / at their end."""
-    if shutil.which(request.param.__name__) is None:
-        pytest.skip(f"{request.param.__name__} is not installed")
+    """Return a function that asks a shell how to complete a line; directories have no final /."""
+    need_program(request.param.__name__)
     return lambda line: {one.removesuffix("/") for one in request.param(share, line)}
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: branch.page)
 def test_every_option_is_offered(ask, branch: Program):
     expected = {n for option in branch.options for n in option.names if n.startswith("--")}
@@ -147,8 +147,9 @@ def test_every_option_is_offered(ask, branch: Program):
     assert {one.removesuffix("=") for one in answered} == expected
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: branch.page)
-def test_a_choice_is_one_of_those_there_are(ask, branch: Program):
+def test_choices_are_offered(ask, branch: Program):
     for option in branch.options:
         if option.values.words and not option.values.found:
             for line in (f"{option.names[-1]} ", f"{option.names[-1]}="):
@@ -157,6 +158,7 @@ def test_a_choice_is_one_of_those_there_are(ask, branch: Program):
                 assert whole == set(option.values.words), line
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("line", "answers"),
     [
@@ -181,7 +183,7 @@ def test_a_choice_is_one_of_those_there_are(ask, branch: Program):
         ("migrate-ctl crate.mem query-s", {"query-status"}),
     ],
 )  # fmt: skip
-def test_a_line_goes_on(ask, line, answers):
+def test_completion_of_a_line(ask, line, answers):
     answered = ask(line)
     if "cmd" in line:  # this system has others too
         assert answers & {re.sub(r"python3.*", "python3", one) for one in answered}
@@ -189,17 +191,17 @@ def test_a_line_goes_on(ask, line, answers):
         assert answered == answers
 
 
-def test_a_process_is_one_that_runs(ask):
+def test_pid_offers_running_processes(ask):
     assert str(os.getpid()) in ask(f"migrate-src --pid {str(os.getpid())[0]}")
 
 
-def test_the_ways_to_find_a_pace_are_those_of_this_system(ask):
+def test_congestion_offers_what_the_kernel_has(ask):
     known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
     assert ask("migrate-src --congestion ") == set(known)
 
 
-def test_the_commands_are_those_of_who_listens(ask, place, monkeypatch):
-    """A program that knows a command that nobody has heard of."""
+def test_commands_are_asked_of_the_running_program(ask, place, monkeypatch):
+    """The program that answers knows commands that our parser does not."""
     program = place / "bin" / "migrate-ctl"
     program.parent.mkdir()
     program.write_text(
@@ -212,17 +214,17 @@ def test_the_commands_are_those_of_who_listens(ask, place, monkeypatch):
     assert ask("migrate-ctl crate.mem ") >= {"dance", "sing", "wait"}
 
 
-def test_nothing_is_offered_where_nothing_can_be_known(ask):
+def test_nothing_is_offered_for_free_values(ask):
     assert ask("migrate-src --cache-size 6") == set()
 
 
-def test_the_capabilities_are_all_that_there_are():
+def test_all_capabilities_are_offered():
     offered = next(one for one in PROGRAMS[0].options if "--capability" in one.names)
     assert {word.partition("=")[0] for word in offered.values.words} == OPTIONAL
 
 
-def test_names_are_quoted_as_a_person_would_by_bash_itself(share, place):
-    """On a terminal, where readline does it."""
+def test_bash_quotes_file_names(share, place):
+    """On a terminal, since readline quotes them."""
     (place / "two words").mkdir()
     child, terminal = pty.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""Block devices: read as they are, whatever is in a cache, and held by one mover."""
+"""Block devices: read as they are, whatever is in a cache, and locked by one migration."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 
 from migrate.errors import UsageError
-from migrate.guests import file as file_module
-from migrate.guests import moved
+from migrate.guests import moved_mark, opened_file
 from migrate.guests.device import BLKSSZGET, mounts_of, number_of, open_direct
 from migrate.guests.file import FileGuest
-from migrate.guests.process import start_time, state
-from migrate.memory import Memory, private_buffer
-from proto.pageset import PageSet
+from migrate.memory.memory import Memory, private_buffer
+from migrate.runtime.processes import start_time_of, state
+from proto.codec.pageset import PageSet
 from tests.programs import Program, destination
 from tests.requirements import need
+
+pytestmark = pytest.mark.programs
 
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
@@ -118,7 +119,7 @@ def test_device_is_read_past_the_cache_in_pages_of_any_size(tmp_path, block, pag
 
 
 def test_frozen_file_system_is_read_as_it_is_on_the_device(loop):
-    """It does not write through the device's page cache, which has what was read before."""
+    """It does not write through the device's page cache, which may hold older content."""
     mounted = loop.mount()
     guest = FileGuest(loop.path, (), "true", "true")
     file = mounted / "file"
@@ -132,7 +133,7 @@ def test_frozen_file_system_is_read_as_it_is_on_the_device(loop):
     asyncio.run(guest.close())
 
 
-def test_device_that_moves_with_a_mounted_file_system_arrives_as_it_was_frozen(loop, shm):
+def test_mounted_device_arrives_as_it_was_frozen(loop, shm):
     mounted = loop.mount()
     writer = subprocess.Popen(
         [sys.executable, "-c",
@@ -157,27 +158,27 @@ def test_device_that_moves_with_a_mounted_file_system_arrives_as_it_was_frozen(l
         writer.wait()
 
 
-def test_mounted_device_that_nothing_freezes_is_warned_of(loop):
+def test_unfrozen_mounted_device_causes_a_warning(loop):
     mounted = loop.mount()
     for words, warned in ((((), "", ""), 1), (((), "true", "true"), 0)):
         guest = FileGuest(loop.path, *words)
-        asyncio.run(guest.hold())
+        asyncio.run(guest.lock())
         assert len(guest.cautions) == warned
         for caution in guest.cautions:
             assert f"mounted at {mounted} and writes to it: freeze it" in caution
         asyncio.run(guest.close())
     run("mount", "-o", "remount,ro", mounted)
     guest = FileGuest(loop.path)
-    asyncio.run(guest.hold())
+    asyncio.run(guest.lock())
     assert not guest.cautions
     asyncio.run(guest.close())
 
 
-def test_device_that_has_no_direct_reads_is_refused_while_it_is_mounted(loop, monkeypatch):
+def test_mounted_device_without_direct_reads_is_refused(loop, monkeypatch):
     def refuse(_fd: int) -> tuple[int, int]:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(file_module, "open_direct", refuse)
+    monkeypatch.setattr(opened_file, "open_direct", refuse)
     guest = FileGuest(loop.path)
     assert (guest.memory.align, content(guest.memory)) == (0, loop.image.read_bytes())
     asyncio.run(guest.close())
@@ -191,21 +192,21 @@ def test_block_device_as_an_output_is_refused_in_words(loop):
         refused = Program("migrate-dst", "--listen", "0", "--output", loop.path,
                           *more)  # fmt: skip
         assert refused.wait() == 2
-        assert "it is a block device, and a guest lands in a file" in refused.err
+        assert "it is a block device, and a guest arrives in a file" in refused.err
 
 
-# ---------------------------------------------------------------- holding
+# ---------------------------------------------------------------- locking
 
-MOVER = """
+MIGRATION = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[2])
 from migrate.errors import UsageError
 from migrate.guests.file import FileGuest
 try:
     guest = FileGuest(sys.argv[1])
-    asyncio.run(guest.hold())
-    guest.confirm_hold()
-    print("held", flush=True)
+    asyncio.run(guest.lock())
+    guest.confirm_lock()
+    print("locked", flush=True)
     sys.stdin.readline()
 except UsageError as error:
     print(error, flush=True)
@@ -213,10 +214,10 @@ except UsageError as error:
 
 
 @contextlib.contextmanager
-def mover(path: object, *words: str) -> Iterator[str]:
-    """What a mover says; it has the device until the context ends, with SIGKILL."""
+def migration(path: object, *words: str) -> Iterator[str]:
+    """Run a migration that locks the device, and is killed at the end; yield its output."""
     process = subprocess.Popen(
-        [*words, sys.executable, "-c", MOVER, str(path), str(ROOT)], text=True,
+        [*words, sys.executable, "-c", MIGRATION, str(path), str(ROOT)], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -232,7 +233,7 @@ OTHER_SYSFS = ["unshare", "-n", "-m", "sh", "-c", 'mount -t sysfs none /sys; exe
 
 @pytest.mark.parametrize("mounted", [False, True])
 @pytest.mark.parametrize("apart", [(), OTHER_SYSFS], ids=["", "container"])
-def test_second_mover_of_a_device_is_refused_by_any_node(loop, tmp_path, mounted, apart):
+def test_second_migration_of_a_device_is_refused_by_any_node(loop, tmp_path, mounted, apart):
     if mounted:
         loop.mount()
     fd = os.open(loop.path, os.O_RDONLY)
@@ -240,13 +241,13 @@ def test_second_mover_of_a_device_is_refused_by_any_node(loop, tmp_path, mounted
     os.mknod(node, 0o60600, os.fstat(fd).st_rdev)
     os.close(fd)
     for first, second in ((loop.path, node), (node, loop.path)):
-        with mover(first) as said:
-            assert said == "held"
-            with mover(second, *apart) as other:
+        with migration(first) as said:
+            assert said == "locked"
+            with migration(second, *apart) as other:
                 assert "is moving it" in other or "has claimed it" in other
-        with mover(second, *apart) as said:
-            assert said == "held", "the first was killed"
-            with mover(first) as other:
+        with migration(second, *apart) as said:
+            assert said == "locked", "the first was killed"
+            with migration(first) as other:
                 assert "is moving it" in other or "has claimed it" in other
 
 
@@ -266,17 +267,17 @@ def test_disk_and_its_partition_are_not_moved_at_once(tmp_path, mounted):
             assert [mount.point for mount in mounts_of(number_of(fd))] == [str(loop.mounted)]
             os.close(fd)
         for first, second in ((loop.path, one), (one, loop.path), (loop.path, two)):
-            with mover(first) as said:
-                assert said == "held"
-                with mover(second) as other:
+            with migration(first) as said:
+                assert said == "locked"
+                with migration(second) as other:
                     assert "is moving it" in other or "has claimed it" in other
-        with mover(one) as said, mover(two) as other:
-            assert (said, other) == ("held", "held")
+        with migration(one) as said, migration(two) as other:
+            assert (said, other) == ("locked", "locked")
     finally:
         loop.close()
 
 
-def test_file_moves_by_one_of_its_loop_devices_or_by_its_own_name(tmp_path):
+def test_file_moves_once_by_loop_device_or_name(tmp_path):
     """Two loop devices on it are two devices to the kernel."""
     loop = Loop(tmp_path / "image", 16 * MIB)
     opened = []
@@ -294,28 +295,28 @@ def test_file_moves_by_one_of_its_loop_devices_or_by_its_own_name(tmp_path):
             (loop.path, above), (above, same), (same, above), (loop.path, loop.image),
             (loop.image, loop.path),
         ):  # fmt: skip
-            with mover(one) as said:
-                assert said == "held", (one, two)
-                with mover(two) as other:
+            with migration(one) as said:
+                assert said == "locked", (one, two)
+                with migration(two) as other:
                     assert "is moving it" in other or "has claimed it" in other, (one, two)
-        with mover(first) as said, mover(second) as other:
-            assert (said, other) == ("held", "held")
+        with migration(first) as said, migration(second) as other:
+            assert (said, other) == ("locked", "locked")
     finally:
         for device in reversed(opened):
             run("losetup", "-d", device)
         loop.close()
 
 
-def test_loop_device_whose_file_cannot_be_opened_is_held_by_itself_and_that_is_said(loop):
+def test_loop_device_without_its_file_is_locked_alone_with_a_warning(loop):
     loop.image.unlink()
     guest = FileGuest(loop.path)
-    asyncio.run(guest.hold())
-    assert "cannot be opened from here, so it is not held" in guest.cautions[0]
-    guest.confirm_hold()
+    asyncio.run(guest.lock())
+    assert "cannot be opened from here, so it is not locked" in guest.cautions[0]
+    guest.confirm_lock()
     asyncio.run(guest.close())
 
 
-def test_device_that_another_program_has_claimed_is_refused_but_for_the_guests_writer(loop):
+def test_claimed_device_is_refused_unless_by_named_writer(loop):
     program = (
         "import os, sys\nos.open(sys.argv[1], os.O_RDONLY | os.O_EXCL)\nprint(flush=True)\n"
         "sys.stdin.readline()\n"
@@ -325,27 +326,27 @@ def test_device_that_another_program_has_claimed_is_refused_but_for_the_guests_w
     )
     assert claiming.stdout is not None
     claiming.stdout.readline()
-    with mover(loop.path) as said:
+    with migration(loop.path) as said:
         assert f"has claimed it for itself (open in process {claiming.pid})" in said
     guest = FileGuest(loop.path, [claiming.pid])
-    asyncio.run(guest.hold())
+    asyncio.run(guest.lock())
     asyncio.run(guest.close())
     claiming.communicate()
 
 
-def test_device_that_was_handed_over_does_not_move_again_while_its_writer_is_stopped(loop):
+def test_moved_device_is_refused_while_its_writer_is_stopped(loop):
     writer = subprocess.Popen(["sleep", "100"])
     fd = os.open(loop.path, os.O_RDONLY)
     try:
-        moved.mark(fd, [(writer.pid, start_time(writer.pid))])
-        moved.refuse_if_moved(fd, "guest")
+        moved_mark.mark(fd, [(writer.pid, start_time_of(writer.pid))])
+        moved_mark.refuse_if_moved(fd, "guest")
         writer.send_signal(signal.SIGSTOP)
         while state(writer.pid) != "T":
             time.sleep(0.01)
         with pytest.raises(UsageError, match="handed over to another machine"):
-            moved.refuse_if_moved(fd, "guest")
-        moved.unmark(fd)
-        moved.refuse_if_moved(fd, "guest")
+            moved_mark.refuse_if_moved(fd, "guest")
+        moved_mark.unmark(fd)
+        moved_mark.refuse_if_moved(fd, "guest")
     finally:
         os.close(fd)
         writer.kill()

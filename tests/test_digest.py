@@ -1,47 +1,23 @@
 """The digest equals its definition, whatever was hashed before, and pays only for stale pages."""
 
-import hashlib
 import os
 import random
 import struct
 from array import array
 
-import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.digest import SETTLE_BYTES, Digest
-from migrate.memory import Memory
-from proto.pageset import PageSet
+from migrate.memory.digest import SETTLE_BYTES, Digest
+from migrate.memory.memory import Memory
+from proto.codec.pageset import PageSet
+from tests.definition import by_definition, page_hash
 from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
 PAGE = 4096
 SEED = b"a seed of one migration"
-
-
-def page_hash(page: bytes, seed: bytes) -> bytes:
-    """NH with a sum of 128 bits, then multiply-shift to 64 bits, as 8 bytes, little-endian."""
-    count = len(page) // 8
-    key = hashlib.shake_256(seed).digest(len(page) + 32)
-    words = np.frombuffer(page, "<u8") + np.frombuffer(key, "<u8", count)
-    total = sum(int(a) * int(b) for a, b in words.reshape(-1, 2).tolist()) % 2**128
-    a, b = (int.from_bytes(key[at : at + 16], "little") for at in (8 * count, 8 * count + 16))
-    value = (a * (total % 2**64) + b * (total >> 64)) % 2**128 >> 64
-    return struct.pack("<Q", value)
-
-
-def by_definition(content: bytes, page: int, seed: bytes) -> bytes:
-    """XXH3-128 of the hashes of all pages, the last one filled up with zeros."""
-    known: dict[bytes, bytes] = {}
-    table = b""
-    for at in range(0, len(content), page):
-        whole = bytes(content[at : at + page]).ljust(page, b"\0")
-        if whole not in known:
-            known[whole] = page_hash(whole, seed)
-        table += known[whole]
-    return xxhash.xxh3_128(table).digest()
 
 
 class Guest:
@@ -70,7 +46,7 @@ class Guest:
 
 @pytest.mark.parametrize("size", [1, 100, PAGE, (1 << 16) - 1, 1 << 16, 3 * (1 << 16) + 777])
 @pytest.mark.parametrize("page", [1024, 4096, 16384])
-def test_it_is_what_the_definition_says(kernel, tmp_path, size, page):
+def test_digest_equals_its_definition(kernel, tmp_path, size, page):
     content = bytearray(os.urandom(size))
     guest = Guest(kernel, content, page)
     assert guest.digest.digest() == guest.expected()
@@ -81,8 +57,8 @@ def test_it_is_what_the_definition_says(kernel, tmp_path, size, page):
         assert guest.digest.digest() == guest.expected()
 
 
-def test_a_page_nobody_touched_is_zero(kernel):
-    """So a guest of zeros needs no hashing at all."""
+def test_untouched_page_is_zero(kernel):
+    """So a guest of zeros needs no hashing."""
     for pages in (1, 7, 1000):
         hashes = kernel.PageHashes(pages, PAGE, SEED)
         digest = Digest(Memory(pages * PAGE), hashes)
@@ -90,7 +66,7 @@ def test_a_page_nobody_touched_is_zero(kernel):
         assert digest.hashed == 0
 
 
-def test_a_destination_padded_to_whole_pages_has_the_same_digest(kernel):
+def test_destination_padded_to_whole_pages_has_the_same_digest(kernel):
     """There the last page is whole; what the guest does not have of it reads as zeros."""
     content = bytearray(os.urandom(16 * PAGE + 5))
     padded = bytearray(bytes(content).ljust(17 * PAGE, b"\0"))
@@ -114,7 +90,7 @@ def test_another_seed_gives_another_digest(kernel):
 
 @settings(deadline=None)
 @given(st.integers(1, 90 * PAGE), st.data())
-def test_after_any_writes_it_is_of_the_content_if_they_were_told(size, data):
+def test_digest_follows_any_reported_writes(size, data):
     guest = Guest(COMPILED, bytearray(size))
     for _ in range(3):
         dirty = PageSet(guest.pages)
@@ -163,7 +139,7 @@ def test_more_stale_pages_than_are_read_at_a_time(page):
     guest.touch(*range(0, pages, 2))
     assert guest.digest.settle() == (pages + 1) // 2
     truth = COMPILED.PageHashes(pages, page, SEED)
-    truth.note_pages(array("Q", range(pages)), pages, guest.content)
+    truth.hash_pages(array("Q", range(pages)), pages, guest.content)
     assert guest.hashes.table == truth.table
 
 
@@ -185,7 +161,7 @@ def sum_by_definition(content: bytes, page: int, seed: bytes) -> bytes:
 
 @pytest.mark.parametrize("size", [1, PAGE, 3 * (1 << 16) + 777])
 @pytest.mark.parametrize("page", [1024, 4096, 16384])
-def test_the_sum_is_what_the_definition_says(kernel, size, page):
+def test_sum_equals_its_definition(kernel, size, page):
     content = bytearray(os.urandom(size))
     content[: size // 2] = bytes(size // 2)
     guest = Guest(kernel, content, page)
@@ -214,7 +190,7 @@ def test_after_any_writes_the_sum_is_of_the_content(size, data):
             assert guest.digest.digest() == guest.expected()
 
 
-def test_the_sum_tells_pages_that_changed_places(kernel):
+def test_sum_detects_swapped_pages(kernel):
     """A sum does not know order by itself: the number of the page is in each term."""
     one, other = os.urandom(PAGE), os.urandom(PAGE)
     sums = set()
@@ -226,7 +202,7 @@ def test_the_sum_tells_pages_that_changed_places(kernel):
 
 
 @pytest.mark.parametrize("by_sum", [False, True])
-def test_a_rehearsal_is_timed_and_changes_nothing(kernel, by_sum):
+def test_rehearsal_is_timed_and_changes_nothing(kernel, by_sum):
     guest = Guest(kernel, bytearray(os.urandom(70 * PAGE)))
     guest.digest.by_sum = by_sum
     guest.digest.settle()
@@ -237,7 +213,7 @@ def test_a_rehearsal_is_timed_and_changes_nothing(kernel, by_sum):
     assert (guest.stale(), guest.digest.hashed) == ({3, 69}, 70)
 
 
-def test_a_digest_without_the_sum_is_made_of_parts(monkeypatch):
-    monkeypatch.setattr("migrate.digest.PART", 16)
+def test_digest_without_sum_is_made_of_parts(monkeypatch):
+    monkeypatch.setattr("migrate.memory.digest.PART", 16)
     guest = Guest(COMPILED, bytearray(os.urandom(70 * PAGE)))
     assert guest.digest.digest() == guest.expected()

@@ -1,4 +1,4 @@
-"""A directory that another user may own: what is done in it is done in it, and to our own files."""
+"""Operations in a directory that another user may own stay in it, and touch only our files."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ import pwd
 import resource
 import stat
 import struct
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from migrate import directory as directory_module
-from migrate.directory import (
-    SUFFIX,
-    Directory,
-    Left,
-    existing_file,
-    identity_of,
-    leads_to,
-    make_trusted,
-    open_trusted,
-)
-from migrate.filesystem import check_file, write_whole
-from tests.requirements import need
+from migrate.errors import UsageError
+from migrate.files import filesystem, removal, trust, walk
+from migrate.files.directory import SUFFIX, Directory
+from migrate.files.filesystem import check_file, try_directory, write_whole
+from migrate.files.identity import identity_of
+from migrate.files.partial_output import PartialOutput
+from migrate.files.trusted_places import leads_to, make_trusted, open_trusted
+from migrate.files.walk import existing_file
+from migrate.ownership.journal_directory import check_directory
+from tests.requirements import need, need_root
+from tests.trees import DEEP, access_list, deep_tree
 
 
 @pytest.fixture
@@ -37,12 +39,12 @@ def here(tmp_path: Path) -> Iterator[Directory]:
         yield directory
 
 
-WAYS = ["_rename_noreplace", "_link_and_unlink", "_take_and_rename"]
+WAYS = ["_renameat2", "_link_and_unlink", "_reserve_and_rename"]
 
 
 @pytest.fixture(params=range(len(WAYS)), ids=WAYS)
 def way(request, monkeypatch):
-    """The first way of rename_new that the file system has."""
+    """Make this way of rename_new the first one that the file system supports."""
 
     def lacking(_self, _old, _new):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -52,16 +54,16 @@ def way(request, monkeypatch):
     return WAYS[request.param]
 
 
-def test_what_is_renamed_has_its_new_name_and_no_other(way, here, tmp_path):
+def test_rename_leaves_only_the_new_name(way, here, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_bytes(b"content")
-    here.rename_new("old", "new")
+    here.rename_noreplace("old", "new")
     assert [item.name for item in tmp_path.iterdir()] == ["new"]
     assert new.read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("kind", ["file", "empty", "directory", "link"])
-def test_nothing_that_is_there_is_replaced(way, here, tmp_path, kind):
+def test_rename_noreplace_replaces_nothing(way, here, tmp_path, kind):
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_bytes(b"content")
     if kind == "directory":
@@ -71,12 +73,12 @@ def test_nothing_that_is_there_is_replaced(way, here, tmp_path, kind):
     else:
         new.write_bytes(b"precious" if kind == "file" else b"")
     with pytest.raises(FileExistsError):
-        here.rename_new("old", "new")
+        here.rename_noreplace("old", "new")
     assert old.read_bytes() == b"content"
     assert kind != "file" or new.read_bytes() == b"precious"
 
 
-def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(here, tmp_path, monkeypatch):
+def test_name_reserved_before_a_crash_is_reused(here, tmp_path, monkeypatch):
     old, new = tmp_path / ".new.12345678.xbmigrate", tmp_path / "new"
     old.write_bytes(b"content")
 
@@ -86,23 +88,22 @@ def test_a_name_that_a_crash_left_taken_is_known_by_what_is_in_it(here, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", crash)
         with pytest.raises(KeyboardInterrupt):
-            here._take_and_rename(old.name, "new")
+            here._reserve_and_rename(old.name, "new")
     assert new.exists()
-    here._take_and_rename(old.name, "new")
+    here._reserve_and_rename(old.name, "new")
     assert new.read_bytes() == b"content"
     assert not old.exists()
 
 
-def test_a_name_that_was_taken_is_given_back_where_the_rename_fails(here, tmp_path):
+def test_reserved_name_is_removed_when_rename_fails(here, tmp_path):
     with pytest.raises(FileNotFoundError):
-        here._take_and_rename("gone", "new")
+        here._reserve_and_rename("gone", "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_nameless_file_gets_a_name_later(here, tmp_path):
-    fd = here.make_nameless()
-    if fd < 0:
-        pytest.skip("no O_TMPFILE here")
+def test_unnamed_file_gets_a_name_later(here, tmp_path):
+    fd = here.create_unnamed_file()
+    need(fd >= 0, f"O_TMPFILE in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
     os.write(fd, b"x")
     here.link(fd, "name")
@@ -112,10 +113,8 @@ def test_a_nameless_file_gets_a_name_later(here, tmp_path):
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("where", [Directory, os], ids=["link", "open"])
-def test_where_a_nameless_file_cannot_be_or_get_a_name_there_is_none(
-    here, tmp_path, monkeypatch, where, error
-):
-    """It would be found when the first guest comes, and refused."""
+def test_no_unnamed_file_where_it_could_not_be_named(here, tmp_path, monkeypatch, where, error):
+    """Otherwise the failure would only show when the first guest arrives."""
     opened = os.open
 
     def lacking(*arguments, **directory):
@@ -124,7 +123,7 @@ def test_where_a_nameless_file_cannot_be_or_get_a_name_there_is_none(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(where, "open" if where is os else "link", lacking)
-    assert here.make_nameless() == -1
+    assert here.create_unnamed_file() == -1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,33 +131,30 @@ def test_where_a_nameless_file_cannot_be_or_get_a_name_there_is_none(
 
 
 def stranger(path: Path) -> None:
-    """Gives it to another user."""
+    """Give a file to another user."""
     os.chown(path, 65534, 65534, follow_symlinks=False)
 
 
-need_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-
-
-def test_the_directory_is_held_whatever_its_name_leads_to_later(here, tmp_path) -> None:
+def test_directory_stays_open_when_its_path_is_replaced(here, tmp_path) -> None:
     moved, elsewhere = tmp_path.with_name("moved"), tmp_path.with_name("elsewhere")
     elsewhere.mkdir()
     tmp_path.rename(moved)
     tmp_path.symlink_to(elsewhere)
-    os.close(here.make("new"))
-    here.make_directory("inner").close()
+    os.close(here.create_file("new"))
+    here.create_directory("inner").close()
     assert sorted(os.listdir(moved)) == ["inner", "new"]
     assert os.listdir(elsewhere) == []
     tmp_path.unlink()
     moved.rename(tmp_path)
 
 
-@need_root
-def test_a_directory_behind_a_link_is_used_where_the_link_can_be_trusted(tmp_path) -> None:
+@need_root("give files away")
+def test_link_to_directory_is_followed_only_if_trusted(tmp_path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "one").symlink_to("real")
     (tmp_path / "two").symlink_to(tmp_path / "one")
     with Directory(str(tmp_path / "two")) as directory:
-        os.close(directory.make("x"))
+        os.close(directory.create_file("x"))
     assert (tmp_path / "real/x").exists()
     stranger(tmp_path / "one")
     for name in ("one", "two"):
@@ -174,7 +170,7 @@ def test_a_directory_behind_a_link_is_used_where_the_link_can_be_trusted(tmp_pat
         Directory(str(tmp_path / "file"))
 
 
-def test_links_on_the_way_lead_where_the_kernel_has_them_lead(tmp_path, monkeypatch) -> None:
+def test_links_on_the_way_resolve_as_in_the_kernel(tmp_path, monkeypatch) -> None:
     (tmp_path / "real/inner/deep").mkdir(parents=True)
     (tmp_path / "up").symlink_to("real/inner/..")
     (tmp_path / "whole").symlink_to(tmp_path / "up")
@@ -194,10 +190,10 @@ def test_links_on_the_way_lead_where_the_kernel_has_them_lead(tmp_path, monkeypa
 # ---------------------------------------------------------------- what programs obey
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("which", ["above", "above/it"])
 @pytest.mark.parametrize("how", ["owner", "mode", "group"])
-def test_a_trusted_directory_is_one_that_nobody_else_can_replace(tmp_path, which, how) -> None:
+def test_trusted_directory_cannot_be_replaced_by_other_users(tmp_path, which, how) -> None:
     (tmp_path / "above/it").mkdir(parents=True)
     Directory(str(tmp_path / "above/it"), trusted=True).close()
     wrong = tmp_path / which
@@ -214,13 +210,13 @@ def test_a_trusted_directory_is_one_that_nobody_else_can_replace(tmp_path, which
         Directory(str(tmp_path / "link"), trusted=True)
     assert not leads_to(f"{tmp_path}/above/it", identity_of(os.stat(tmp_path / "above/it")))
     with Directory(str(tmp_path / "above/it")) as directory:  # whoever owns it
-        os.close(directory.make("file"))
+        os.close(directory.create_file("file"))
 
 
 @pytest.mark.parametrize("members", [[], ["anna"], ["bert"]])
 @pytest.mark.parametrize("name", ["anna", "staff"])
-def test_a_group_that_is_a_users_own_is_no_other_user(tmp_path, monkeypatch, name, members) -> None:
-    """With umask 002, which goes with such groups, his directories are theirs to write."""
+def test_own_group_of_a_user_is_trusted(tmp_path, monkeypatch, name, members) -> None:
+    """With umask 002, as usual with private groups, a user's directories are group-writable."""
     (tmp_path / "it").mkdir()
     (tmp_path / "it").chmod(0o775)
     gid = (tmp_path / "it").stat().st_gid
@@ -238,12 +234,12 @@ def test_a_group_that_is_a_users_own_is_no_other_user(tmp_path, monkeypatch, nam
     try:
         os.setxattr(tmp_path / "it", "system.posix_acl_access", acl)
     except OSError as error:
-        pytest.skip(f"there are no access lists here: {error}")
+        need(False, f"access lists in {tmp_path}: {error.strerror}")
     with pytest.raises(PermissionError, match="others may write there"):
         Directory(str(tmp_path / "it"), trusted=True)
 
 
-def test_a_sticky_directory_may_be_above_a_trusted_one_and_is_none(tmp_path) -> None:
+def test_sticky_directory_is_accepted_above_a_trusted_one_only(tmp_path) -> None:
     (tmp_path / "above/it").mkdir(parents=True)
     (tmp_path / "above").chmod(0o1777)
     Directory(str(tmp_path / "above/it"), trusted=True).close()
@@ -253,7 +249,7 @@ def test_a_sticky_directory_may_be_above_a_trusted_one_and_is_none(tmp_path) -> 
     assert not leads_to(f"{tmp_path}/above/it", identity_of(os.stat(tmp_path)))
 
 
-def test_missing_directories_are_made_for_us_alone_and_on_the_disk(tmp_path, monkeypatch) -> None:
+def test_missing_directories_are_made_private_and_synced(tmp_path, monkeypatch) -> None:
     real, synced = os.fsync, []
 
     def sync(fd: int) -> None:
@@ -274,15 +270,15 @@ def test_missing_directories_are_made_for_us_alone_and_on_the_disk(tmp_path, mon
     assert synced == []
 
 
-def test_as_many_directories_are_made_as_are_missing(tmp_path) -> None:
-    make_trusted(f"{tmp_path}/{'a/' * 1100}b").close()
-    assert os.listdir(tmp_path) == ["a"]
-    with Directory(str(tmp_path)) as directory:
-        directory.drop("a")
+def test_make_trusted_makes_deep_paths(deep_path) -> None:
+    make_trusted(f"{deep_path}/{'a/' * DEEP}b").close()
+    assert os.listdir(deep_path) == ["a"]
+    with Directory(str(deep_path)) as directory:
+        directory.remove_tree("a", identity_of(directory.lstat("a")))
 
 
-@need_root
-def test_a_directory_is_made_in_one_that_we_may_not_read() -> None:
+@need_root("give files away")
+def test_make_trusted_in_unreadable_directory() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as top:
         os.chmod(top, 0o711)
         blind = Path(top, "blind")
@@ -296,22 +292,23 @@ def test_a_directory_is_made_in_one_that_we_may_not_read() -> None:
         assert os.listdir(blind / "j") == ["k"]
 
 
-def test_who_is_root_may_not_be_seen_from_where_we_are(tmp_path, monkeypatch) -> None:
+def test_root_hidden_by_user_namespace_is_trusted(tmp_path, monkeypatch) -> None:
     """In a namespace of users without root, `/` belongs to nobody."""
     (tmp_path / "it").mkdir()
     hidden = Path("/proc/sys/kernel/overflowuid").read_text()
-    monkeypatch.setattr(directory_module, "is_trusted", lambda uid: False)
-    monkeypatch.setattr(directory_module, "_is_hidden_root", lambda uid: True)
+    for module in (walk, trust):
+        monkeypatch.setattr(module, "is_trusted", lambda uid: False)
+        monkeypatch.setattr(module, "may_be_root", lambda uid: True)
     Directory(str(tmp_path / "it"), trusted=True).close()
     (tmp_path / "it").chmod(0o777)
     with pytest.raises(PermissionError, match="it belongs to user"):
         Directory(str(tmp_path / "it"), trusted=True)
     monkeypatch.undo()
-    assert not directory_module._is_hidden_root(int(hidden)), "root is to be seen here"
+    assert not trust.may_be_root(int(hidden)), "root is to be seen here"
 
 
-@need_root
-def test_nothing_is_made_behind_a_link_of_another_user_or_in_a_directory_of_his(tmp_path) -> None:
+@need_root("give files away")
+def test_make_trusted_refuses_links_and_directories_of_other_users(tmp_path) -> None:
     for name in ("etc", "home"):
         (tmp_path / name).mkdir()
     (tmp_path / "home/x").symlink_to(tmp_path / "etc")
@@ -329,8 +326,8 @@ def test_nothing_is_made_behind_a_link_of_another_user_or_in_a_directory_of_his(
         make_trusted(str(tmp_path / "ours/deep"))
 
 
-@need_root
-def test_a_trusted_file_is_plain_and_nobody_elses(tmp_path) -> None:
+@need_root("give files away")
+def test_open_trusted_refuses_special_and_foreign_files(tmp_path) -> None:
     file = tmp_path / "file"
     file.write_text("ours")
     (tmp_path / "..data").symlink_to(".")
@@ -346,29 +343,29 @@ def test_a_trusted_file_is_plain_and_nobody_elses(tmp_path) -> None:
     with pytest.raises(PermissionError, match="it belongs to user 65534"):
         open_trusted(str(file))
     os.mkfifo(tmp_path / "fifo")
-    for path, kind in ((tmp_path / "fifo", "no plain file"), (tmp_path, "Is a directory")):
+    for path, kind in ((tmp_path / "fifo", "not a regular file"), (tmp_path, "Is a directory")):
         with pytest.raises(OSError, match=kind):
             open_trusted(str(path))
-    with pytest.raises(OSError, match="no plain file"):
+    with pytest.raises(OSError, match="not a regular file"):
         open_trusted("/dev/null")
 
 
-def test_a_new_file_is_new(here, tmp_path) -> None:
+def test_create_file_refuses_existing_names(here, tmp_path) -> None:
     (tmp_path / "there").touch()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("there", "link"):
         with pytest.raises(FileExistsError):
-            here.make(name)
+            here.create_file(name)
     assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("swap", ["link", "copy", "second name", "fifo", "directory", "gone"])
-def test_only_the_very_file_is_taken_over(here, tmp_path, swap) -> None:
+def test_reopen_file_refuses_another_file(here, tmp_path, swap) -> None:
     left, victim = tmp_path / "left", tmp_path / "victim"
     left.write_bytes(b"ours")
     victim.write_bytes(b"root's own")
     known = identity_of(os.stat(left))
-    os.close(here.take("left", known))
+    os.close(here.reopen_file("left", known))
     kept = tmp_path / "kept"
     if swap == "second name":
         os.link(left, kept)
@@ -383,26 +380,26 @@ def test_only_the_very_file_is_taken_over(here, tmp_path, swap) -> None:
     elif swap == "directory":
         left.mkdir()
     with pytest.raises(OSError):  # noqa: PT011 - of many kinds
-        here.take("left", known)
+        here.reopen_file("left", known)
     assert victim.read_bytes() == b"root's own"
 
 
-@need_root
-def test_a_file_of_another_user_is_not_taken_over_though_it_has_the_inode(here, tmp_path) -> None:
+@need_root("give files away")
+def test_reopen_file_refuses_file_of_another_user(here, tmp_path) -> None:
     (tmp_path / "left").write_bytes(b"")
     known = identity_of(os.stat(tmp_path / "left"))
     stranger(tmp_path / "left")
     with pytest.raises(OSError, match="removed or replaced"):
-        here.take("left", known)
-    os.close(here.take("left", known, 65534))  # we had given it to him
+        here.reopen_file("left", known)
+    os.close(here.reopen_file("left", known, 65534))  # we had given it to him
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_who_has_the_name_in_the_end_is_looked_at(here, tmp_path, monkeypatch, overwrite) -> None:
+def test_rename_notices_a_file_swapped_before_it(here, tmp_path, monkeypatch, overwrite) -> None:
     """The hidden file is swapped just before it is renamed."""
     (tmp_path / "hidden").write_bytes(b"verified")
     known = identity_of(os.stat(tmp_path / "hidden"))
-    real, way = os.rename, Directory.rename_new
+    real, way = os.rename, Directory.rename_noreplace
 
     def swap() -> None:
         real(tmp_path / "hidden", tmp_path / "away")
@@ -412,71 +409,179 @@ def test_who_has_the_name_in_the_end_is_looked_at(here, tmp_path, monkeypatch, o
         swap()
         real(old, new, **directories)
 
-    def rename_new(self: Directory, old: str, new: str) -> None:
+    def rename_noreplace(self: Directory, old: str, new: str) -> None:
         swap()
         way(self, old, new)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(Directory, "rename_new", rename_new)
+    monkeypatch.setattr(Directory, "rename_noreplace", rename_noreplace)
     with pytest.raises(OSError, match="out was removed or replaced"):
-        here.give_name(known, "hidden", "out", overwrite=overwrite)
+        here.rename(known, "hidden", "out", overwrite=overwrite)
     with pytest.raises(OSError, match="hidden was removed or replaced"):
-        here.give_name(known, "hidden", "out", overwrite=overwrite)
+        here.rename(known, "hidden", "out", overwrite=overwrite)
 
 
-def test_what_is_removed_is_the_very_one_and_no_link_is_followed(here, tmp_path) -> None:
+def test_remove_file_removes_no_other_entry(here, tmp_path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/precious").touch()
+    (tmp_path / "ours").touch()
+    (tmp_path / "other").touch()
+    (tmp_path / "link").symlink_to("ours")
+    ours = identity_of(os.stat(tmp_path / "ours"))
+    for name in ("tree", "other", "link", "missing"):
+        here.remove_file(name, ours)
+    here.remove_file("tree", identity_of(os.stat(tmp_path / "tree")))
+    assert sorted(os.listdir(tmp_path)) == ["link", "other", "ours", "tree"]
+    here.remove_file("ours", ours)
+    assert sorted(os.listdir(tmp_path)) == ["link", "other", "tree"]
+    assert (tmp_path / "tree/precious").exists()
+
+
+def test_remove_file_removes_no_full_directory_after_its_check(here, tmp_path, monkeypatch) -> None:
+    """The name is given to a directory between the check and the removal."""
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/precious").touch()
+    (tmp_path / "ours").touch()
+    ours, real = identity_of(os.stat(tmp_path / "ours")), os.unlink
+
+    def unlink(name: str, **directory: int) -> None:
+        os.rename(tmp_path / "ours", tmp_path / "away")
+        os.rename(tmp_path / "tree", tmp_path / "ours")
+        real(name, **directory)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    here.remove_file("ours", ours)
+    assert (tmp_path / "ours/precious").exists()
+
+
+def test_remove_tree_checks_identity_and_follows_no_link(here, tmp_path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").touch()
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/link").symlink_to(victim)
     known = identity_of(os.stat(tmp_path / "tree"))
-    here.drop("victim", known)
+    here.remove_tree("victim", known)
     assert (victim / "file").exists()
     (tmp_path / "link").symlink_to(victim)
-    here.drop("link")
-    here.drop("tree", known)
-    here.drop("tree", known)
-    assert sorted(os.listdir(tmp_path)) == ["victim"]
+    here.remove_tree("link", identity_of(os.stat(victim)))
+    here.remove_tree("tree", known)
+    here.remove_tree("tree", known)
+    assert sorted(os.listdir(tmp_path)) == ["link", "victim"]
     assert (victim / "file").exists()
 
 
-def deep_tree(path: Path, depth: int) -> None:
-    """Directories in one another, each with a file and an empty directory beside it."""
-    path.mkdir()
-    fd = os.open(path, os.O_PATH)
-    for _ in range(depth):
-        for name in ("deeper", "empty"):
-            os.mkdir(name, dir_fd=fd)
-        os.close(os.open("file", os.O_CREAT, dir_fd=fd))
-        inner = os.open("deeper", os.O_PATH, dir_fd=fd)
-        os.close(fd)
-        fd = inner
-    os.close(fd)
-
-
-def test_a_tree_is_removed_however_deep_it_is(here, tmp_path) -> None:
-    """Deeper than Python recurses, and with fewer descriptors than it is deep."""
-    deep_tree(tmp_path / "tree", 2000)
+def test_remove_deep_tree(deep_path) -> None:
+    """Remove a tree deeper than Python recurses, with fewer descriptors than it has levels."""
+    deep_tree(deep_path / "tree", DEEP)
     most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 256), hard))
     try:
-        here.drop("tree", identity_of(os.stat(tmp_path / "tree")))
+        with Directory(str(deep_path)) as directory:
+            directory.remove_tree("tree", identity_of(os.stat(deep_path / "tree")))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(deep_path) == []
 
 
-def test_what_cannot_be_removed_in_time_stays(here, tmp_path, monkeypatch) -> None:
+def test_removal_ends_after_its_time(here, tmp_path, monkeypatch) -> None:
     """Its owner may add to it as fast as it is removed."""
     deep_tree(tmp_path / "tree", 3)
-    monkeypatch.setattr(directory_module, "DROP_SECONDS", -1.0)
-    here.drop("tree")
+    monkeypatch.setattr(removal, "REMOVAL_SECONDS", -1.0)
+    here.remove_tree("tree", identity_of(os.stat(tmp_path / "tree")))
     assert (tmp_path / "tree/deeper/deeper").is_dir()
 
 
-def test_a_rename_that_was_done_though_it_failed_counts(here, tmp_path, monkeypatch) -> None:
-    """A file server may have lost its answer, and been asked again."""
+class Slowly:
+    """Make each unlink wait until `go` is set, or for `most` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: float = 60.0) -> None:
+        self.began, self.go = threading.Event(), threading.Event()
+        self._real, self._end = os.unlink, time.monotonic() + most
+        monkeypatch.setattr(os, "unlink", self._unlink)
+
+    def _unlink(self, path: str, **directory: int) -> None:
+        self.began.set()
+        while not self.go.wait(0.01) and time.monotonic() < self._end:
+            if time.monotonic() > removal._TreeRemoval.all_end:
+                raise OSError(errno.EIO, "nothing is removed any more")
+        self._real(path, **directory)
+
+
+def test_finish_removals_waits_no_longer_than_end_seconds(here, tmp_path, monkeypatch) -> None:
+    deep_tree(tmp_path / "tree", 3)
+    monkeypatch.setattr(removal, "END_SECONDS", 0.2)
+    slowly, began = Slowly(monkeypatch), time.monotonic()
+    here.remove_later("tree", identity_of(os.stat(tmp_path / "tree")))
+    assert slowly.began.wait(60)
+    assert removal.finish_removals() == [str(tmp_path / "tree")]
+    assert time.monotonic() - began < 30
+    assert (tmp_path / "tree").is_dir()
+    assert removal.finish_removals() == [], "it is told once"
+
+
+def test_finish_removals_waits_for_a_removal_in_time(here, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(removal, "END_SECONDS", 60.0)
+    deep_tree(tmp_path / "tree", 30)
+    slowly = Slowly(monkeypatch)
+    here.remove_later("tree", identity_of(os.stat(tmp_path / "tree")))
+    assert slowly.began.wait(60)
+    threading.Timer(0.2, slowly.go.set).start()
+    assert removal.finish_removals() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_remove_later_without_threads_is_reported(here, tmp_path, monkeypatch) -> None:
+    def full(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    (tmp_path / "tree").mkdir()
+    known, before = identity_of(os.stat(tmp_path / "tree")), len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        here.remove_later("tree", known)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert removal.finish_removals() == [str(tmp_path / "tree")]
+
+
+def test_program_ends_while_tree_grows_and_names_the_rest(tmp_path) -> None:
+    """Its owner adds to it as fast as it is removed."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    program = f"""
+import argparse, os, sys, time
+from migrate.files import removal
+from migrate.files.directory import Directory
+from migrate.files.identity import identity_of
+from migrate.cli import options, program
+from migrate.cli.log_options import add_log_options
+removal.END_SECONDS = 0.3
+real = os.unlink
+def unlink(name, **where):
+    real(name, **where)
+    time.sleep(0.01)
+    os.close(os.open("one more", os.O_CREAT, dir_fd=where["dir_fd"]))
+os.unlink = unlink
+open({str(tree / "file")!r}, "x").close()
+async def run(_args):
+    with Directory({str(tmp_path)!r}) as here:
+        here.remove_later("tree", identity_of(os.stat({str(tree)!r})))
+    return 7
+parser = options.Parser("prog")
+add_log_options(parser)
+sys.exit(program.run(parser, run, []))
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    assert done.stderr == f"prog: the replaced output is not wholly removed: remove {tree}\n"
+    assert time.monotonic() - began < 30
+
+
+def test_rename_done_despite_an_error_counts(here, tmp_path, monkeypatch) -> None:
+    """A file server's answer may be lost, and the request repeated."""
     (tmp_path / "hidden").write_bytes(b"verified")
     known, real = identity_of(os.stat(tmp_path / "hidden")), os.rename
 
@@ -485,35 +590,28 @@ def test_a_rename_that_was_done_though_it_failed_counts(here, tmp_path, monkeypa
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     monkeypatch.setattr(os, "rename", rename)
-    here.give_name(known, "hidden", "out", overwrite=True)
+    here.rename(known, "hidden", "out", overwrite=True)
     assert (tmp_path / "out").read_bytes() == b"verified"
 
 
-def access_list(user: int) -> bytes:
-    """One that lets a user do everything, and its own owner and group too."""
-    nobody = 0xFFFFFFFF
-    entries = ((1, 7, nobody), (2, 7, user), (4, 5, nobody), (16, 7, nobody), (32, 5, nobody))
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-def test_what_is_made_inherits_no_access_list(here, tmp_path) -> None:
-    """It has no effect on a file of mode 600, and comes to effect with --mode 640."""
+def test_new_files_inherit_no_access_list(here, tmp_path) -> None:
+    """The list has no effect on a file of mode 600, but would with --mode 640."""
     try:
         os.setxattr(tmp_path, "system.posix_acl_default", access_list(65534))
     except OSError as error:
         need(False, f"access lists in {tmp_path}: {error.strerror}")
-    made = [here.make("file"), here.make_nameless()]
-    with here.make_directory("directory") as inner:
-        made += [inner.make("file"), os.open(tmp_path / "directory", os.O_RDONLY)]
+    made = [here.create_file("file"), here.create_unnamed_file()]
+    with here.create_directory("directory") as inner:
+        made += [inner.create_file("file"), os.open(tmp_path / "directory", os.O_RDONLY)]
     for fd in made:
         if fd >= 0:
             assert os.listxattr(fd) == []
             os.close(fd)
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("kind", ["ours", "stranger's", "stranger's to his own", "/proc", "round"])
-def test_a_link_at_the_end_is_followed_where_its_owner_may_say_what_it_is(tmp_path, kind) -> None:
+def test_existing_file_follows_link_of_the_files_owner_only(tmp_path, kind) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/file").write_bytes(b"content")
     (tmp_path / "up").symlink_to("real")
@@ -536,10 +634,12 @@ def test_a_link_at_the_end_is_followed_where_its_owner_may_say_what_it_is(tmp_pa
     os.close(held)
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("kind", ["stranger's", "full", "link"])
-def test_a_new_directory_is_ours_and_empty(here, tmp_path, monkeypatch, kind) -> None:
-    """Another one is put in its place between the two calls that make and open it."""
+def test_create_directory_refuses_foreign_or_filled_directory(
+    here, tmp_path, monkeypatch, kind
+) -> None:
+    """Another directory takes its place between mkdir and open."""
     his = tmp_path / "his"
     if kind == "link":
         his.symlink_to("/")
@@ -558,7 +658,7 @@ def test_a_new_directory_is_ours_and_empty(here, tmp_path, monkeypatch, kind) ->
 
     monkeypatch.setattr(os, "mkdir", make)
     with pytest.raises(OSError):  # noqa: PT011 - of two kinds
-        here.make_directory("new")
+        here.create_directory("new")
 
 
 # ---------------------------------------------------------------- what a journal says
@@ -577,12 +677,12 @@ HIDDEN = f".out.12345678{SUFFIX}"
         ("/d/out", 7, [1, 2]), ("/d/out", f"/d/x{SUFFIX}", [1, 2]),
     ],
 )  # fmt: skip
-def test_what_a_program_of_ours_would_not_have_written_is_not_read(path, temporary, inode) -> None:
+def test_partial_output_refuses_foreign_facts(path, temporary, inode) -> None:
     with pytest.raises(ValueError, match="no "):
-        Left.read({"path": path, "temporary": temporary, "inode": inode})
+        PartialOutput.from_facts({"path": path, "temporary": temporary, "inode": inode})
 
 
-def test_what_is_left_is_there_while_it_is_the_same(tmp_path) -> None:
+def test_partial_output_exists_while_identity_matches(tmp_path) -> None:
     hidden = tmp_path / HIDDEN
     hidden.touch()
     facts = {
@@ -590,19 +690,34 @@ def test_what_is_left_is_there_while_it_is_the_same(tmp_path) -> None:
         "temporary": str(hidden),
         "inode": [*identity_of(hidden.stat())],
     }
-    left = Left.read(facts)
-    assert left.there
+    left = PartialOutput.from_facts(facts)
+    assert left.exists
     hidden.rename(tmp_path / "away")
     hidden.touch()
-    assert not left.there
-    left.drop()
+    assert not left.exists
+    left.remove()
     assert hidden.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "snapshot"])
+def test_partial_output_empties_a_directory_only_if_it_was_one(tmp_path, kind) -> None:
+    """A directory of others may have the inode by now that a removed file had."""
+    tree = tmp_path / HIDDEN
+    tree.mkdir()
+    (tree / "inner").touch()
+    facts = {
+        "kind": kind, "path": f"{tmp_path}/out", "temporary": str(tree),
+        "inode": [*identity_of(tree.stat())],
+    }  # fmt: skip
+    PartialOutput.from_facts(facts).remove()
+    assert tree.exists() == (kind == "file")
+    assert kind != "file" or (tree / "inner").exists()
 
 
 # ---------------------------------------------------------------- small files, whole
 
 
-def test_a_file_is_put_in_place_whole_and_through_no_link(tmp_path) -> None:
+def test_write_whole_replaces_atomically_and_follows_no_link(tmp_path) -> None:
     victim, file = tmp_path / "victim", tmp_path / "report"
     victim.write_bytes(b"root's own")
     file.symlink_to(victim)
@@ -615,8 +730,83 @@ def test_a_file_is_put_in_place_whole_and_through_no_link(tmp_path) -> None:
     check_file(str(file), "--report")
 
 
-def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path) -> None:
+def test_failed_write_whole_leaves_nothing(tmp_path) -> None:
     (tmp_path / "report").mkdir()
     with pytest.raises(IsADirectoryError):
         write_whole(str(tmp_path / "report"), b"a report", "--report")
     assert os.listdir(tmp_path) == ["report"]
+
+
+class SwappedIn:
+    """A full directory that its finder cannot empty, and that the owner of the directory above can
+    rename: `swap` gives it the name of our hidden file."""
+
+    def __init__(self, above: Path) -> None:
+        self._above = above
+        (above / "precious").mkdir()
+        (above / "precious/data").touch()
+
+    def swap(self) -> None:
+        [hidden] = [name for name in os.listdir(self._above) if name.startswith(".")]
+        os.rename(self._above / hidden, self._above / "old")
+        os.rename(self._above / "precious", self._above / hidden)
+
+    @property
+    def whole(self) -> bool:
+        return [*self._above.glob("**/data")] != []
+
+    def before(self, monkeypatch: pytest.MonkeyPatch, where: object, name: str) -> None:
+        """Swap before the first call of a function, or method."""
+        real = getattr(where, name)
+
+        def method(*arguments: object, **named: object) -> object:
+            monkeypatch.setattr(where, name, real)
+            self.swap()
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(where, name, method)
+
+
+@pytest.fixture
+def swapped_in(tmp_path: Path) -> SwappedIn:
+    return SwappedIn(tmp_path)
+
+
+def test_failed_write_whole_removes_no_directory_of_others(
+    tmp_path, monkeypatch, swapped_in
+) -> None:
+    swapped_in.before(monkeypatch, Directory, "rename")
+    with pytest.raises(OSError, match="removed or replaced"):
+        write_whole(str(tmp_path / "report"), b"a report", "--report")
+    assert swapped_in.whole
+
+
+def test_check_file_removes_no_directory_of_others(tmp_path, monkeypatch, swapped_in) -> None:
+    swapped_in.before(monkeypatch, filesystem, "remove_file")
+    check_file(str(tmp_path / "report"), "--report")
+    assert swapped_in.whole
+
+
+@pytest.mark.parametrize("operation", ["pwrite", "fsync", "close"])
+def test_try_directory_removes_no_directory_of_others(
+    tmp_path, monkeypatch, swapped_in, operation
+) -> None:
+    if operation == "close":
+        swapped_in.before(monkeypatch, Directory, "remove_file")
+        try_directory(str(tmp_path / "out"), "--output out")
+    else:
+        swapped_in.before(monkeypatch, os, operation)
+        with pytest.raises(
+            UsageError, match="rename a file in .* removed or replaced.* no other user"
+        ):
+            try_directory(str(tmp_path / "out"), "--output out")
+    assert swapped_in.whole
+
+
+def test_trial_of_journals_removes_no_directory_of_others(
+    tmp_path, monkeypatch, swapped_in
+) -> None:
+    tmp_path.chmod(0o700)
+    swapped_in.before(monkeypatch, os, "write")
+    check_directory(str(tmp_path))
+    assert swapped_in.whole

@@ -9,13 +9,14 @@ import os
 import select
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from migrate.directory import SUFFIX, Directory
 from migrate.errors import UsageError
-from migrate.filesystem import (
+from migrate.files.directory import SUFFIX, Directory
+from migrate.files.filesystem import (
     NAME_MAX,
     PATH_MAX,
     check_file,
@@ -26,12 +27,13 @@ from migrate.filesystem import (
     try_directory,
     unchangeable,
 )
+from migrate.files.mounts import Mount, parse_mount
 from tests.requirements import need
 
 
 @pytest.mark.parametrize("count", [1, 234, 235, 236, 254, 255])
 @pytest.mark.parametrize("letter", ["n", "é", "\U0001f600", "\udcff"])
-def test_every_name_has_a_hidden_one_beside_it(tmp_path, count, letter):
+def test_hidden_name_exists_for_every_name(tmp_path, count, letter):
     name = (letter * count).encode("utf-8", "surrogateescape")[:NAME_MAX]
     while letter != "\udcff" and name.decode(errors="ignore").encode() != name:
         name = name[:-1]
@@ -47,11 +49,11 @@ def test_every_name_has_a_hidden_one_beside_it(tmp_path, count, letter):
         bare.decode()  # no character is cut in two
     Path(hidden).touch()
     with Directory(str(tmp_path)) as directory:
-        directory.rename_new(os.path.basename(hidden), os.path.basename(path))
+        directory.rename_noreplace(os.path.basename(hidden), os.path.basename(path))
     assert [os.fsencode(one.name) for one in tmp_path.iterdir()] == [name]
 
 
-def test_a_name_or_a_path_that_cannot_be_is_said(tmp_path):
+def test_impossible_name_or_path_is_refused(tmp_path):
     with pytest.raises(UsageError, match="the name has 256 bytes, and no more than 255"):
         hidden_name(str(tmp_path / ("n" * 256)))
     room = PATH_MAX - len(str(tmp_path)) - 2
@@ -69,10 +71,11 @@ def test_a_name_or_a_path_that_cannot_be_is_said(tmp_path):
     [
         (os, "pwrite", "write"), (os, "ftruncate", "set the size of"),
         (os, "posix_fallocate", "give a file its room"), (mmap, "mmap", "map a file"),
-        (os, "fdatasync", "fsync"), (os, "fsync", "fsync"), (Directory, "rename_new", "rename"),
+        (os, "fdatasync", "fsync"), (os, "fsync", "fsync"),
+        (Directory, "rename_noreplace", "rename"),
     ],
 )  # fmt: skip
-def test_what_the_file_system_cannot_do_is_named(tmp_path, monkeypatch, where, name, says):
+def test_missing_file_system_operation_is_named(tmp_path, monkeypatch, where, name, says):
     def lacking(*_arguments):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
@@ -82,7 +85,7 @@ def test_what_the_file_system_cannot_do_is_named(tmp_path, monkeypatch, where, n
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_try_leaves_nothing_and_may_have_a_part_of_its_own(tmp_path):
+def test_try_directory_leaves_nothing_and_runs_callers_attempt(tmp_path):
     try_directory(str(tmp_path / "x"), "--output x")
     with pytest.raises(UsageError, match="^--output x: not like that$"):
         try_directory(str(tmp_path / "x"), "--output x", lambda _fd: "not like that")
@@ -109,12 +112,12 @@ def mounted(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_read_only_mount_is_named(mounted):
+def test_read_only_mount_is_named(mounted):
     with pytest.raises(UsageError, match=r"^x: .* mounted read-only$"):
         check_writable(str(mounted("tmpfs", "-o", "ro")), "x")
 
 
-def test_a_full_file_system_is_named(mounted):
+def test_full_file_system_is_named(mounted):
     place = mounted("tmpfs", "-o", "size=4k")
     (place / "all").write_bytes(bytes(4096))
     with pytest.raises(UsageError, match="No space left on device: make room"):
@@ -126,7 +129,7 @@ def test_hugetlbfs_is_named(mounted):
         try_directory(str(mounted("hugetlbfs") / "x"), "--output x")
 
 
-def test_a_file_that_is_mounted_cannot_be_replaced(tmp_path):
+def test_mounted_file_cannot_be_replaced(tmp_path):
     need(os.geteuid() == 0, "root, to mount a file")
     file = tmp_path / "a file"
     file.touch()
@@ -141,7 +144,7 @@ def test_a_file_that_is_mounted_cannot_be_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(("flag", "says"), [("i", "immutable"), ("a", "append-only")])
-def test_what_cannot_be_changed_is_named(tmp_path, flag, says):
+def test_immutable_and_append_only_are_named(tmp_path, flag, says):
     need(os.geteuid() == 0, "root, to set attributes")
     need(shutil.which("chattr"), "chattr (e2fsprogs)")
     file = tmp_path / "file"
@@ -155,8 +158,8 @@ def test_what_cannot_be_changed_is_named(tmp_path, flag, says):
         subprocess.run(["chattr", f"-{flag}", file], check=True)
 
 
-def test_what_is_checked_is_not_opened(tmp_path, monkeypatch):
-    """What has the name by then may be a link to a device that acts on being opened."""
+def test_check_file_does_not_open_the_file(tmp_path, monkeypatch):
+    """The name may be a link to a device that reacts to being opened."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("fifo")
     reading = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -171,16 +174,24 @@ def test_what_is_checked_is_not_opened(tmp_path, monkeypatch):
     assert unchangeable(str(tmp_path / "link")) == ""
 
 
-def test_a_file_that_is_read_only_is_refused(tmp_path):
-    file = tmp_path / "file"
-    file.touch(0o400)
-    if os.access(file, os.W_OK):
-        pytest.skip("root writes to any file")
-    with pytest.raises(UsageError, match="it cannot be written: Permission denied"):
-        check_file(str(file), "--report")
+def test_check_file_refuses_read_only_file():
+    """Root may write to any file, so that root becomes another user for this."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        file = Path(directory, "file")
+        file.touch(0o400)
+        before = os.geteuid()
+        if before == 0:
+            for path in (directory, file):
+                os.chown(path, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UsageError, match="it cannot be written: Permission denied"):
+                check_file(str(file), "--report")
+        finally:
+            os.seteuid(before)
 
 
-def test_a_file_that_cannot_be_written_later_is_refused_and_stays_as_it_is(tmp_path):
+def test_check_file_refuses_unwritable_file_and_leaves_it(tmp_path):
     file = tmp_path / "file"
     check_file(str(file), "--report")
     assert list(tmp_path.iterdir()) == []
@@ -189,3 +200,16 @@ def test_a_file_that_cannot_be_written_later_is_refused_and_stays_as_it_is(tmp_p
     assert file.read_bytes() == b"before"
     with pytest.raises(UsageError, match="^--report .*: it cannot be written: Not a directory$"):
         check_file(str(file / "x"), "--report")
+
+
+def test_mount_with_blanks_in_its_path() -> None:
+    line = rb"36 35 98:0 /m /mnt\040a\134b rw,noatime master:1 shared:2 - ext3 /dev/r rw,errors=x"
+    assert parse_mount(line) == Mount(
+        36, "98:0", "/mnt a\\b", ["rw", "noatime"], "ext3", "/dev/r", ["rw", "errors=x"]
+    )
+
+
+def test_mount_without_a_source() -> None:
+    """As by mount -t tmpfs "" /mnt: the kernel writes two blanks."""
+    mount = parse_mount(b"40 35 0:43 / /mnt ro,relatime - tmpfs  rw,size=4k")
+    assert (mount.source, mount.super_options, mount.read_only) == ("", ["rw", "size=4k"], True)

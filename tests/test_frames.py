@@ -1,4 +1,4 @@
-"""Cutting frames out of a stream: any split, hostile headers, and bodies that stay valid."""
+"""Reading frames from a stream: any split, hostile headers, and the lifetime of bodies."""
 
 import struct
 from collections import deque
@@ -9,9 +9,9 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proto.errors import ErrorCode, FrameError, LocalError
-from proto.frames import ARENAS_KEPT, HEADER_BYTES, LEAST_READ, MAGIC, FrameReader, seal
-from proto.messages import (
+from proto.wire.errors import ErrorCode, FrameError, LocalError
+from proto.wire.frames import ARENAS_KEPT, HEADER_BYTES, LEAST_READ, MAGIC, FrameReader, seal
+from proto.wire.messages import (
     BATCH_SLACK,
     BODY_LIMITS,
     LEAST_BATCH,
@@ -20,6 +20,7 @@ from proto.messages import (
     MAX_STATE,
     MessageType,
 )
+from tests.cells import check_each
 
 M = MessageType
 
@@ -31,14 +32,14 @@ def framed(kind, body=b"", channel=0, data=b""):
 
 
 def header(kind=M.PING, flags=0, channel=0, length=0, head=None, body=b""):
-    """A header with anything in it, and the right check of `body` as the head."""
+    """Return a header with any values, and the right check for `body` as the head."""
     middle = struct.pack(">BBHI", kind, flags, channel, length)
     check = xxhash.xxh3_64_intdigest(body, int.from_bytes(middle, "big"))
     return MAGIC + middle + struct.pack(">IQ", length if head is None else head, check)
 
 
 def frames_of(reader):
-    """All whole frames, as (type, body), each released."""
+    """Return all complete frames as (type, body), released."""
     found = []
     while (frame := reader.next_frame()) is not None:
         found.append((frame.type, bytes(frame.head) + bytes(frame.data)))
@@ -57,7 +58,7 @@ STREAM = b"".join(framed(*frame) for frame in SOME)
 # ---------------------------------------------------------------- splits
 
 
-def test_a_header_is_twenty_four_bytes():
+def test_header_is_twenty_four_bytes():
     assert HEADER_BYTES == 24
     assert framed(M.GO, b"ab") == header(M.GO, length=2, body=b"ab") + b"ab"
     pages = header(M.PAGES, channel=7, length=5, head=2, body=b"ab") + b"abcde"
@@ -65,7 +66,7 @@ def test_a_header_is_twenty_four_bytes():
 
 
 @pytest.mark.parametrize("channel", [0, 1, 63, 0xFFFF])
-def test_the_head_and_the_data_of_a_batch_come_apart(channel):
+def test_head_and_data_of_a_batch_are_separate_views(channel):
     reader = FrameReader()
     reader.channel = channel
     reader.feed(framed(M.PAGES, b"records", channel, b"raw pages" * 1000))
@@ -75,7 +76,7 @@ def test_the_head_and_the_data_of_a_batch_come_apart(channel):
     frame.release()
 
 
-def test_whole():
+def test_frame_arrives_whole():
     reader = FrameReader()
     reader.feed(STREAM)
     assert frames_of(reader) == SOME
@@ -83,7 +84,7 @@ def test_whole():
 
 
 def test_byte_by_byte():
-    """A frame is there with its last byte, not before it."""
+    """A frame is complete with its last byte, not before."""
     reader, found, ends, at = FrameReader(), [], [], 0
     for at, byte in enumerate(STREAM, 1):
         reader.feed(bytes([byte]))
@@ -96,7 +97,7 @@ def test_byte_by_byte():
 
 
 @pytest.mark.parametrize("spare", [1, 4, 16, 23, 24, 25])
-def test_with_bytes_to_spare(spare):
+def test_frames_with_bytes_to_spare(spare):
     more = framed(M.PONG, b"rest")
     reader = FrameReader()
     reader.feed(STREAM + more[:spare])
@@ -122,7 +123,7 @@ def test_arbitrary_splits(frames, data):
     assert reader.partial == 0
 
 
-def test_the_largest_body_by_small_reads():
+def test_largest_body_in_small_reads():
     body = bytes(range(251)) * (MAX_BODY // 251 + 1)
     batch = framed(M.PAGES, body[:300_000], data=body[300_000:MAX_BODY])
     stream = framed(M.PING, b"first") + batch + framed(M.GO)
@@ -159,7 +160,7 @@ def test_wrong_magic_at_its_first_wrong_byte(at):
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-OpenSSH", b"\x16\x03\x01"])
-def test_another_protocol(data):
+def test_other_protocols_are_refused(data):
     refused(data, "not an xbmigrate stream")
 
 
@@ -174,7 +175,7 @@ def test_flags_are_not_in_use(flags):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 1), (0, 256), (1, 0), (1, 2), (63, 0xFFFF)])
-def test_a_frame_of_another_channel_is_refused(ours, theirs):
+def test_frame_of_another_channel_is_refused(ours, theirs):
     reader = FrameReader()
     reader.channel = ours
     reader.feed(framed(M.PING, b"", ours) + header(M.PING, channel=theirs))
@@ -184,15 +185,15 @@ def test_a_frame_of_another_channel_is_refused(ours, theirs):
 
 
 @pytest.mark.parametrize("channel", [0, 1, 0xFFFF])
-def test_an_error_may_name_any_channel(channel):
-    """Who hangs up may not know yet which channel the connection was to be."""
+def test_error_frame_may_name_any_channel(channel):
+    """A peer that hangs up may not know yet which channel the connection is."""
     reader = FrameReader()
     reader.channel = 5
     reader.feed(framed(M.ERROR, b"why", channel))
     assert frames_of(reader) == [(M.ERROR, b"why")]
 
 
-def test_the_channel_changes_between_two_frames():
+def test_channel_changes_between_two_frames():
     reader = FrameReader()
     reader.feed(framed(M.JOIN, b"") + framed(M.PAGES, b"abc", 9))
     assert reader.next_frame().type is M.JOIN
@@ -212,18 +213,18 @@ def test_only_a_batch_has_data_behind_its_head(kind):
 
 
 @pytest.mark.parametrize("head", [6, 7, 0xFFFFFFFF])
-def test_a_head_longer_than_its_body_is_refused(head):
+def test_head_longer_than_its_body_is_refused(head):
     refused(header(M.PAGES, length=5, head=head), f"PAGES: a head of {head} bytes in a body of 5")
 
 
-def test_a_damaged_head_is_found_before_its_data_has_come():
+def test_damaged_head_is_found_before_its_data_arrives():
     data = bytearray(framed(M.PAGES, b"records", data=bytes(100_000)))
     data[HEADER_BYTES] ^= 1
     refused(bytes(data[: HEADER_BYTES + 7]), "PAGES: the check of its 7 bytes does not match")
 
 
-def test_the_check_leaves_the_data_to_the_kernel():
-    """It has a check of its own, in the head: see proto/README.md, "PAGES"."""
+def test_frame_check_excludes_batch_data():
+    """The data's check is in the head: see proto/README.md, "PAGES"."""
     data = bytearray(framed(M.PAGES, b"records", data=b"abc"))
     data[-1] ^= 1
     reader = FrameReader()
@@ -232,7 +233,7 @@ def test_the_check_leaves_the_data_to_the_kernel():
 
 
 @pytest.mark.parametrize("kind", M)
-def test_a_length_over_the_limit_is_refused_from_the_header_alone(kind):
+def test_excessive_length_is_refused_from_the_header(kind):
     limit = BODY_LIMITS[kind]
     for length in (limit + 1, 0xFFFFFFFF):
         refused(header(kind, length=length), f"{kind.name}: {length} bytes are over {limit}")
@@ -242,7 +243,7 @@ def test_a_length_over_the_limit_is_refused_from_the_header_alone(kind):
 
 
 @pytest.mark.parametrize("kind", M)
-def test_a_body_at_the_limit_passes_and_one_past_it_is_not_sent(kind):
+def test_body_at_the_limit_passes_and_longer_one_is_not_sent(kind):
     limit = BODY_LIMITS[kind]
     reader = FrameReader()
     reader.feed(framed(kind, bytes(limit)))
@@ -253,46 +254,52 @@ def test_a_body_at_the_limit_passes_and_one_past_it_is_not_sent(kind):
         seal(bytearray(HEADER_BYTES + 1), kind, 0, limit)
 
 
-def test_an_incomplete_header_is_not_judged():
-    """Its check may still come; only the magic can be wrong by then."""
+def test_incomplete_header_is_not_judged():
+    """Before the check has arrived, only the magic can be wrong."""
     reader = FrameReader()
     reader.feed(header(255, flags=1)[:23])
     assert reader.next_frame() is None
 
 
-@pytest.mark.parametrize("bit", range(8 * (HEADER_BYTES + 3)))
-def test_any_bit_that_flips_is_found(bit):
-    """Nothing of a damaged frame is given out."""
-    data = bytearray(framed(M.PING, b"abc"))
-    data[bit // 8] ^= 1 << bit % 8
-    refused(bytes(data), ".")
+def test_flipped_bit_is_found():
+    """No part of a damaged frame is returned."""
+
+    def check(bit):
+        data = bytearray(framed(M.PING, b"abc"))
+        data[bit // 8] ^= 1 << bit % 8
+        refused(bytes(data), ".")
+
+    check_each(check, range(8 * (HEADER_BYTES + 3)))
 
 
-@pytest.mark.parametrize("bit", range(8 * (HEADER_BYTES + 3)))
-def test_any_bit_that_flips_before_the_data_of_a_batch_is_found(bit):
-    """As above. A longer length, or a longer head, only waits for more."""
-    data = bytearray(framed(M.PAGES, b"abc", data=b"de"))
-    data[bit // 8] ^= 1 << bit % 8
-    reader = FrameReader()
-    reader.feed(bytes(data))
-    try:
-        assert reader.next_frame() is None
-    except FrameError:
-        return
-    assert int.from_bytes(data[8:12], "big") > 5 or int.from_bytes(data[12:16], "big") > 3
-    reader.feed(bytes(BODY_LIMITS[M.PAGES]))
-    with pytest.raises(FrameError, match="check"):
-        reader.next_frame()
+def test_flipped_bit_before_batch_data_is_found():
+    """As above, but a flip that makes the body or its head longer only waits for more input."""
+
+    def check(bit):
+        data = bytearray(framed(M.PAGES, b"abc", data=b"de"))
+        data[bit // 8] ^= 1 << bit % 8
+        reader = FrameReader()
+        reader.feed(bytes(data))
+        try:
+            assert reader.next_frame() is None
+        except FrameError:
+            return
+        assert int.from_bytes(data[8:12], "big") > 5 or int.from_bytes(data[12:16], "big") > 3
+        reader.feed(bytes(BODY_LIMITS[M.PAGES]))
+        with pytest.raises(FrameError, match="check"):
+            reader.next_frame()
+
+    check_each(check, range(8 * (HEADER_BYTES + 3)))
 
 
-def test_the_check_covers_what_stands_in_the_header():
+def test_check_covers_the_header():
     """The same body under another type has another check."""
     as_ping, as_pong = framed(M.PING, b"abc"), framed(M.PONG, b"abc")
     assert as_ping[16:24] != as_pong[16:24]
     refused(as_pong[:16] + as_ping[16:], "PONG: the check of its 3 bytes does not match")
 
 
-def test_a_frame_before_the_fault_still_comes():
+def test_frame_before_a_fault_is_returned():
     reader = FrameReader()
     reader.feed(STREAM + b"junk")
     found = [reader.next_frame().type for _ in SOME]
@@ -322,7 +329,7 @@ def nearly_frames(draw):
 @settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=200), nearly_frames()), st.integers(1, 64))
 @example(b"", 1)
-def test_arbitrary_bytes_are_frames_a_fault_or_the_want_of_more(data, step):
+def test_arbitrary_bytes_give_frames_a_fault_or_nothing_yet(data, step):
     reader = FrameReader()
     for at in range(0, len(data), step):
         reader.feed(data[at : at + step])
@@ -336,7 +343,7 @@ def test_arbitrary_bytes_are_frames_a_fault_or_the_want_of_more(data, step):
 # ---------------------------------------------------------------- memory
 
 
-def test_many_frames_do_not_take_more_arenas():
+def test_many_frames_reuse_two_arenas():
     reader = FrameReader()
     frame = framed(M.PAGES, bytes(1_000_003))
     for _ in range(40):
@@ -347,7 +354,7 @@ def test_many_frames_do_not_take_more_arenas():
 
 
 def test_kept_frames_are_not_overwritten():
-    """Frames kept while ten times an arena goes by; each of the others is released at once."""
+    """Keep some frames while ten arenas of others arrive and are released."""
     reader, kept = FrameReader(), []
     for number in range(48):
         body = bytes([number]) * 900_000
@@ -365,7 +372,7 @@ def test_kept_frames_are_not_overwritten():
 
 
 def test_arenas_are_used_again_when_their_frames_are_released():
-    """A window of four frames, as a worker that lags behind the wire keeps them."""
+    """Keep a window of four frames, as a worker does that lags behind the wire."""
     reader, window, seen = FrameReader(), deque(), {}
     for number in range(60):
         body = bytes([number]) * 900_000
@@ -386,14 +393,14 @@ def test_frames_may_be_released_by_another_thread():
             reader.feed(framed(M.PING) * 10)
             while (frame := reader.next_frame()) is not None:
                 pool.submit(frame.release)
-    assert not reader._arena.lent
-    assert all(not arena.lent for arena in reader._kept)
+    assert not reader._arena.in_use
+    assert all(not arena.in_use for arena in reader._kept)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, MAX_BODY), st.integers(0, 5)), max_size=30))
 def test_any_order_of_releases(plan):
-    """Each frame is released after some more have come, and is whole until then."""
+    """Each frame is released after later ones have arrived, and is intact until then."""
     reader, kept = FrameReader(), []
 
     def let_go(frame, head, data):
@@ -413,7 +420,7 @@ def test_any_order_of_releases(plan):
         let_go(*due[1:])
 
 
-def test_a_partial_frame_moves_along_while_others_are_kept():
+def test_partial_frame_moves_to_a_new_arena():
     reader = FrameReader()
     body = bytes(range(256)) * 4000
     stream = framed(M.PAGES, body) * 12
@@ -428,7 +435,7 @@ def test_a_partial_frame_moves_along_while_others_are_kept():
 
 @pytest.mark.parametrize("piece", [1000, 60_000, 1 << 20])
 def test_arenas_grow_for_a_longer_frame_that_is_admitted(piece):
-    """In the middle of it, with frames before it that are kept."""
+    """It arrives in pieces, while the frames before it are kept."""
     reader, kept = FrameReader(MAX_CONTROL), []
     bodies = [bytes([number]) * size for number, size in enumerate((9, 50_000, 50_000, MAX_BODY))]
     stream = b"".join(framed(M.PAGES, body) for body in bodies)
@@ -443,7 +450,7 @@ def test_arenas_grow_for_a_longer_frame_that_is_admitted(piece):
     assert reader._arena.largest == MAX_BODY
 
 
-def test_a_released_body_cannot_be_read():
+def test_released_body_cannot_be_read():
     reader = FrameReader()
     reader.feed(framed(M.PING, b"abc"))
     frame = reader.next_frame()
@@ -453,7 +460,7 @@ def test_a_released_body_cannot_be_read():
             bytes(part)
 
 
-def test_there_is_always_room_for_the_rest_of_a_frame():
+def test_get_buffer_always_fits_the_rest_of_a_frame():
     reader = FrameReader()
     for size in (1, 100_000, MAX_BODY, 3, MAX_BODY - 1, MAX_BODY):
         frame = framed(M.PAGES, bytes(size))
@@ -464,8 +471,8 @@ def test_there_is_always_room_for_the_rest_of_a_frame():
         assert frames_of(reader) == [(M.PAGES, bytes(size))]
 
 
-def test_more_than_an_arena_of_untaken_frames_is_our_own_fault():
-    """Without this, whoever feeds and never asks would wait for ever."""
+def test_full_arena_of_unread_frames_is_a_local_error():
+    """Without the error, a caller that feeds and never reads frames would wait forever."""
     reader = FrameReader()
     with pytest.raises(LocalError, match="take the frames that are whole"):
         reader.feed(framed(M.PAGES, bytes(100_000)) * ((2 * MAX_BODY + LEAST_READ) // 100_000 + 1))
@@ -477,11 +484,11 @@ def test_more_than_an_arena_of_untaken_frames_is_our_own_fault():
 
 @pytest.mark.parametrize("channels", [2, 3, 8, 64])
 def test_channels_share_the_memory_of_one(channels):
-    """Bodies are shorter, and so are arenas; the last frame that fits still comes through."""
+    """Bodies and arenas are smaller; the largest frame that fits still passes."""
     limit = max(MAX_BODY // channels, LEAST_BATCH + BATCH_SLACK)
     reader = FrameReader()
     reader.channel = 1
-    reader.share(channels)
+    reader.limit_bodies(channels)
     assert len(reader.get_buffer()) == 2 * limit + LEAST_READ
     for length in (limit, 5, limit, limit):
         frame = bytearray(HEADER_BYTES) + bytes(length)
@@ -497,9 +504,9 @@ def test_channels_share_the_memory_of_one(channels):
         reader.next_frame()
 
 
-def test_complete_is_as_long_as_ever_on_the_first_of_many_channels():
+def test_channel_0_keeps_the_limit_of_complete():
     reader = FrameReader()
-    reader.share(64)
+    reader.limit_bodies(64)
     frame = bytearray(HEADER_BYTES) + bytes(MAX_STATE + 1024)
     seal(frame, M.COMPLETE)
     reader.feed(bytes(frame))

@@ -1,7 +1,7 @@
-"""What the fuzzer begins with, and what it has found, through the same functions, uninstrumented.
+"""The fuzzer's seeds and its past findings, run through the same targets without instrumentation.
 
 `make fuzz` looks for more (tests/fuzz). A file in tests/fuzz/cases/TARGET is an input that once
-broke something, named for what that was.
+broke something, and is named after what it broke.
 """
 
 from pathlib import Path
@@ -16,38 +16,38 @@ CASES = sorted((Path(__file__).parent / "fuzz/cases").glob("*/*"))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_seeds(target):
+def test_fuzz_targets_accept_their_seeds(target):
     for seed in seeds(target):
         TARGETS[target](seed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.parent.name}-{case.name}" for case in CASES])
-def test_cases(case):
+def test_recorded_fuzz_cases_pass(case):
     TARGETS[case.parent.name](case.read_bytes())
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_any_bytes_are_an_input(target):
+def test_any_bytes_are_valid_fuzz_input(target):
     for data in (b"", b"\0", b"\xff" * 40, bytes(range(256))):
         TARGETS[target](data)
 
 
-def test_pieces_are_cut_as_they_were_joined():
+def test_fuzz_input_splits_as_it_was_joined():
     pieces = [Piece(1, b"abc"), Piece(255, b""), Piece(0, bytes(70))]
     assert split(join(b"ctrl", pieces)) == (b"ctrl", pieces)
     assert split(join(b"ctrl", pieces)[:-1])[1][-1] == Piece(0, bytes(69))
 
 
-def test_the_targets_do_compare(monkeypatch):
-    """A twin that differs in one byte fails them."""
+def test_fuzz_targets_detect_a_difference(monkeypatch):
+    """A twin whose result differs in one byte makes the target fail."""
     from tests.fuzz import sides
 
-    right = sides._twin.decode
+    right = sides.TWIN.decode
 
     def wrong(change, page):
         right(change, page)
         page[0] ^= 1
 
-    monkeypatch.setattr(sides._twin, "decode", wrong)
+    monkeypatch.setattr(sides.TWIN, "decode", wrong)
     with pytest.raises(AssertionError):
         TARGETS["delta"](seeds("delta")[0])

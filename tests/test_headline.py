@@ -24,7 +24,8 @@ def usable() -> None:
         need(False, str(error))
 
 
-def test_a_guest_that_never_arrives_without_xbzrle_does_with_it(usable, tmp_path) -> None:
+@pytest.mark.exhaustive
+def test_headline_guest_converges_only_with_xbzrle(usable, tmp_path) -> None:
     runs = [headline.measure(name, GUEST, "--max-rounds", "6") for name in headline.RUNS]
     off, on = runs
     assert off.status == 7

@@ -1,15 +1,13 @@
-"""A destination among hostile peers says what is wrong, stays small, and serves the true source.
+"""A destination among hostile peers reports errors, stays small, and serves the true source.
 
-Real programs over loopback. The stream itself, every field and every length at its bounds, has
-tests of its own (test_frames, test_messages, test_session, test_pages, test_channels).
+These tests run real programs over loopback. Fields and lengths at their bounds are covered by
+test_frames, test_messages, test_session, test_pages and test_channels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -17,20 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from migrate.handover import MAX_QUESTIONS
-from migrate.rationed import LINES
-from proto.errors import ErrorCode
-from proto.frames import HEADER_BYTES, FrameReader, seal
-from proto.messages import (
-    TYPE_OF,
+from migrate.cli.log_limit import LINES
+from migrate.ownership.records import MAX_QUESTIONS
+from proto.wire.errors import ErrorCode
+from proto.wire.frames import HEADER_BYTES, seal
+from proto.wire.messages import (
     Accept,
     Complete,
     Error,
     Go,
-    GuestInfo,
     Hello,
     Join,
-    Message,
     MessageType,
     Ownership,
     Ping,
@@ -38,74 +33,13 @@ from proto.messages import (
     Probed,
     Query,
     Round,
-    pack,
-    unpack,
 )  # fmt: skip
-from proto.ownership import Claim
+from proto.wire.ownership import Claim
 from tests.bench.processes import private_memory
+from tests.hostile_peer import GUEST, HELLO, MIB, Peer, framed
 from tests.programs import Program, destination, end_guest, guest_pid, look_at
 
-MIB = 1 << 20
 WIRE = json.loads((Path(__file__).parent / "vectors/wire.json").read_text())
-SEED = bytes(range(16))
-HELLO = Hello(1, ("page-hash-nh",), ("xbzrle",))
-GUEST = GuestInfo("demo", MIB, 4096, SEED)
-
-
-def framed(message: Message, channel: int = 0) -> bytes:
-    frame = pack(message, HEADER_BYTES)
-    seal(frame, TYPE_OF[type(message)], channel)
-    return bytes(frame)
-
-
-class Peer:
-    """A hostile source, by hand."""
-
-    def __init__(self, address: str) -> None:
-        host, port = address.removeprefix("tcp:").rsplit(":", 1)
-        self.sock = socket.create_connection((host, int(port)), timeout=20)
-        self.reader = FrameReader()
-
-    def send(self, *pieces: Message | bytes) -> None:
-        with contextlib.suppress(ConnectionError):
-            for piece in pieces:
-                self.sock.sendall(piece if isinstance(piece, bytes) else framed(piece))
-
-    def receive(self) -> Message | None:
-        """The next message; None at the end of the connection."""
-        while True:
-            frame = self.reader.next_frame()
-            if frame is not None:
-                return unpack(frame.type, frame.head)
-            try:
-                data = self.sock.recv(1 << 16)
-            except ConnectionError:
-                return None
-            if not data:
-                return None
-            self.reader.feed(data)
-
-    def reason(self) -> str:
-        """What it is told before the other side hangs up; "" for nothing."""
-        while (message := self.receive()) is not None:
-            if isinstance(message, Error):
-                return message.reason
-        return ""
-
-    def describe(self) -> None:
-        """Goes as far as a source whose guest was accepted."""
-        self.send(HELLO)
-        assert isinstance(self.receive(), Hello)
-        self.send(GUEST)
-        assert isinstance(self.receive(), Accept)
-
-    def hang_up(self) -> None:
-        """Says nothing more, in order; the other side may have had enough before."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self.sock.close()
 
 
 @pytest.fixture
@@ -118,7 +52,7 @@ def there() -> Iterator[tuple[Program, str]]:
 
 
 def assert_serves(program: Program, address: str) -> None:
-    """The true source still comes through, and all is right."""
+    """Assert that the true source still migrates its guest, intact."""
     source = Program("migrate-src", "--guest", "demo:1m", address)
     assert source.wait() == 0, source.err
     assert program.wait() == 0, program.err
@@ -137,13 +71,13 @@ def batch(head: bytes, data: bytes = b"") -> bytes:
 
 
 def header(kind: int, length: int, head: int | None = None, channel: int = 0) -> bytes:
-    """A header alone, with a check that does not matter."""
+    """Return a header without a body; its check does not matter."""
     return struct.pack(
         ">4sBBHIIQ", b"XBM1", kind, 0, channel, length, length if head is None else head, 0
     )
 
 
-# What a stranger says first, and what it is told.
+# The first bytes of an unknown peer, and the reason that it gets in ERROR.
 FIRST_WORDS = {
     "http": (b"GET / HTTP/1.1\r\n\r\n", "not an xbmigrate stream"),
     "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), "the source speaks TLS"),
@@ -163,8 +97,9 @@ FIRST_WORDS = {
 }
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("first", FIRST_WORDS)
-def test_a_strangers_first_words(there, first: str) -> None:
+def test_invalid_first_bytes_are_refused(there, first: str) -> None:
     program, address = there
     said, answer = FIRST_WORDS[first]
     peer = Peer(address)
@@ -175,7 +110,7 @@ def test_a_strangers_first_words(there, first: str) -> None:
     assert answer in program.err
 
 
-# What a source says that was let in: after HELLO, GUEST and ACCEPT.
+# Frames of a source that was accepted, after HELLO, GUEST and ACCEPT.
 BREACHES = {
     "a page outside the guest": batch(struct.pack(">IQQ", 1, 256, 0) + b"\x00\x01"),
     "a run over the end": batch(struct.pack(">IQQ", 1, 255, 0) + b"\x00\x02"),
@@ -199,9 +134,10 @@ BREACHES = {
 }
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("breach", BREACHES)
-def test_a_source_that_breaks_the_protocol(there, breach: str) -> None:
-    """It is told so, what it brought is thrown away, and the true source is served."""
+def test_protocol_violation_is_refused(there, breach: str) -> None:
+    """The peer gets ERROR, its pages are discarded, and the true source is served."""
     program, address = there
     peer = Peer(address)
     peer.describe()
@@ -215,8 +151,8 @@ def test_a_source_that_breaks_the_protocol(there, breach: str) -> None:
     assert "refused" in program.err
 
 
-def test_every_truncation_of_a_migration(there) -> None:
-    """The exchange of the specification, cut off within each frame up to the description."""
+def test_truncated_handshake_is_refused(there) -> None:
+    """Cut the specification's exchange within each frame up to GUEST."""
     program, address = there
     frames = [bytes.fromhex(one["frame"]) for one in WIRE["exchange"]["frames"]
               if one["from"] == "source"][:2]  # fmt: skip
@@ -229,7 +165,7 @@ def test_every_truncation_of_a_migration(there) -> None:
     assert_serves(program, address)
 
 
-def test_random_bytes(there) -> None:
+def test_random_bytes_are_refused(there) -> None:
     program, address = there
     chance = random.Random(5)
     for turn in range(60):
@@ -242,8 +178,9 @@ def test_random_bytes(there) -> None:
     assert_serves(program, address)
 
 
-def test_a_thousand_that_say_nothing_and_a_hundred_that_say_half(there) -> None:
-    """Its memory stays where it was, give or take, and the true source need not wait for them."""
+@pytest.mark.programs
+def test_thousand_silent_and_hundred_partial_connections(there) -> None:
+    """The destination's memory stays about the same, and the true source does not wait for them."""
     program, address = there
     before = private_memory(program.process.pid)
     crowd = []
@@ -256,14 +193,14 @@ def test_a_thousand_that_say_nothing_and_a_hundred_that_say_half(there) -> None:
         crowd.append(Peer(address))
         crowd[-1].send(HELLO)  # and never describes a guest
     time.sleep(0.5)
-    # 128 stand at most, each with 64 KiB of a first word at most, and what an object costs.
+    # At most 128 connections stay, each with up to 64 KiB of a first message, and its objects.
     assert private_memory(program.process.pid) - before < 128 * (64 << 10) + 16 * MIB
     assert_serves(program, address)
     for peer in crowd:
         peer.close()
 
 
-def test_one_who_speaks_a_byte_at_a_time_does_not_keep_the_door(there) -> None:
+def test_slow_peer_does_not_block_the_true_source(there) -> None:
     program, address = there
     slow = [Peer(address) for _ in range(3)]
     for byte in framed(HELLO)[:20]:
@@ -275,7 +212,8 @@ def test_one_who_speaks_a_byte_at_a_time_does_not_keep_the_door(there) -> None:
         peer.close()
 
 
-def test_who_asks_for_what_is_not_there_is_told_so(there) -> None:
+@pytest.mark.programs
+def test_query_of_unknown_token_is_answered(there) -> None:
     program, address = there
     peer = Peer(address)
     peer.send(Query(bytes(16)))
@@ -288,7 +226,7 @@ def test_who_asks_for_what_is_not_there_is_told_so(there) -> None:
     assert_serves(program, address)
 
 
-def test_who_asks_for_ever_is_hung_up_on(there) -> None:
+def test_endless_queries_are_disconnected(there) -> None:
     program, address = there
     peer = Peer(address)
     for _ in range(MAX_QUESTIONS):
@@ -302,6 +240,7 @@ def test_who_asks_for_ever_is_hung_up_on(there) -> None:
 PROBING = Hello(1, ("page-hash-nh", "probe"), ("xbzrle",))
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("hello", "said", "answer"),
     [
@@ -314,7 +253,7 @@ PROBING = Hello(1, ("page-hash-nh", "probe"), ("xbzrle",))
     ],
     ids=["not agreed on", "an answer", "an acceptance", "too long", "damaged", "a reason"],
 )
-def test_one_who_wants_to_know_the_way_and_breaks_the_protocol(there, hello, said, answer) -> None:
+def test_protocol_violation_in_a_probe_is_refused(there, hello, said, answer) -> None:
     program, address = there
     peer = Peer(address)
     peer.send(hello)
@@ -327,8 +266,9 @@ def test_one_who_wants_to_know_the_way_and_breaks_the_protocol(there, hello, sai
     assert answer in reason + program.err
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("goes", ["at once", "after some", "in the middle", "and brings a guest"])
-def test_who_wanted_to_know_the_way_is_no_failure(there, goes: str) -> None:
+def test_probe_is_not_counted_as_failed_migration(there, goes: str) -> None:
     program, address = there
     peer = Peer(address)
     peer.send(PROBING)
@@ -347,11 +287,11 @@ def test_who_wanted_to_know_the_way_is_no_failure(there, goes: str) -> None:
         assert program.wait() == 1
         return
     assert_serves(program, address)
-    assert "measured the way here: nothing was moved" in program.err
+    assert "measured the path to here: nothing was moved" in program.err
     assert "refused" not in program.err
 
 
-def test_nobody_measures_the_way_while_a_guest_comes(there) -> None:
+def test_probe_is_refused_during_a_migration(there) -> None:
     program, address = there
     first = Peer(address)
     first.describe()
@@ -363,7 +303,8 @@ def test_nobody_measures_the_way_while_a_guest_comes(there) -> None:
     assert program.wait() == 1
 
 
-def test_a_second_guest_is_told_that_another_one_is_being_received(there) -> None:
+@pytest.mark.programs
+def test_second_guest_is_refused_during_a_migration(there) -> None:
     program, address = there
     first = Peer(address)
     first.describe()
@@ -377,7 +318,8 @@ def test_a_second_guest_is_told_that_another_one_is_being_received(there) -> Non
     assert_serves(program, address)
 
 
-def test_guests_that_come_and_go_do_not_fill_the_log() -> None:
+@pytest.mark.programs
+def test_repeated_failed_guests_do_not_fill_the_log() -> None:
     program, address = destination("--retry", "10s")
     for _ in range(8 * LINES):
         peer = Peer(address)
@@ -388,4 +330,4 @@ def test_guests_that_come_and_go_do_not_fill_the_log() -> None:
     program.process.terminate()
     program.wait()
     assert program.err.count("receiving a demo guest") <= 2 * LINES
-    assert "more lines on guests that came" in program.err
+    assert "more lines about guests" in program.err

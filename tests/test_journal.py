@@ -1,4 +1,4 @@
-"""Journals as files: what a crash leaves, what damage looks like, and whose they are."""
+"""Journals as files: crashes, damage, and files of other users."""
 
 import errno
 import os
@@ -8,23 +8,19 @@ import zlib
 
 import pytest
 
-from migrate.errors import UsageError
-from migrate.journal import (
-    MAX_BYTES,
-    Journal,
-    JournalError,
+from migrate.errors import JournalError, UsageError
+from migrate.ownership.journal import Journal, name_of
+from migrate.ownership.journal_directory import (
     check_directory,
     check_trusted,
-    claim_in,
-    damaged,
     default_directory,
     journal_directory,
-    journals,
-    name_of,
     state_directory,
 )
-from migrate.journal import stored as journal_of
-from proto.ownership import Claim, Event, Role
+from migrate.ownership.journal_lines import MAX_BYTES
+from migrate.ownership.stored_journals import claim_in, damaged, find_journal, journals
+from proto.wire.ownership import Claim, Event, Role
+from tests.requirements import need_root
 
 TOKEN = bytes(16)
 
@@ -50,7 +46,7 @@ def journal(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, len(OWNER) + 1))
-def test_what_a_crash_cut_off_is_gone_and_the_next_line_stands(tmp_path, journal, cut):
+def test_line_truncated_by_a_crash_is_dropped(tmp_path, journal, cut):
     path = stored(tmp_path, PREPARED + OWNER[:-cut])
     journal.open()
     assert journal.claim is Claim.PREPARED
@@ -59,7 +55,7 @@ def test_what_a_crash_cut_off_is_gone_and_the_next_line_stands(tmp_path, journal
 
 
 @pytest.mark.parametrize("torn", [bytes(40) + b"\n", OWNER[:20] + bytes(20) + b"\n"])
-def test_a_torn_last_line_may_have_its_end(tmp_path, journal, torn):
+def test_torn_last_line_with_line_end_is_dropped(tmp_path, journal, torn):
     path = stored(tmp_path, PREPARED + torn)
     journal.open()
     assert journal.claim is Claim.PREPARED
@@ -68,8 +64,8 @@ def test_a_torn_last_line_may_have_its_end(tmp_path, journal, torn):
 
 
 @pytest.mark.parametrize("at", range(0, len(PREPARED) - 1, 5))
-def test_a_claim_behind_damage_is_not_forgotten(tmp_path, journal, at):
-    """OWNER, forgotten for a bit that flipped in the line before it, would be given up."""
+def test_claim_after_damaged_line_is_refused(tmp_path, journal, at):
+    """Ignoring OWNER after a flipped bit in the line before it would abandon the only guest."""
     content = bytearray(PREPARED + OWNER)
     content[at] ^= 1
     path = stored(tmp_path, bytes(content))
@@ -91,7 +87,7 @@ def test_a_claim_behind_damage_is_not_forgotten(tmp_path, journal, at):
      '{"facts": {"address": []}}', '{"started": "yes"}', "[" * 100_000,
      '{"claim": ' + "9" * 5000 + "}", '{"x": "\udcff"}'],
 )  # fmt: skip
-def test_a_line_of_anything_else_is_refused(tmp_path, journal, text):
+def test_malformed_line_is_refused(tmp_path, journal, text):
     bare = text.encode(errors="surrogateescape")
     path = stored(tmp_path, PREPARED + f"{zlib.crc32(bare):08x} ".encode() + bare + b"\n")
     with pytest.raises(JournalError, match="not understood"):
@@ -101,7 +97,7 @@ def test_a_line_of_anything_else_is_refused(tmp_path, journal, text):
     assert list(journals(Role.DESTINATION, str(tmp_path))) == []
 
 
-def test_a_file_that_is_too_long_keeps_its_end(tmp_path, journal):
+def test_oversized_journal_keeps_its_end(tmp_path, journal):
     path = stored(tmp_path, PREPARED * (MAX_BYTES // len(PREPARED) + 1) + OWNER)
     with pytest.raises(JournalError, match="longer than any journal"):
         journal.open()
@@ -109,12 +105,12 @@ def test_a_file_that_is_too_long_keeps_its_end(tmp_path, journal):
         assert file.read().endswith(OWNER)
 
 
-def test_the_journal_of_another_program_is_not_removed(tmp_path, journal):
-    """It would be the only record of whose the guest is."""
+def test_journal_in_use_by_another_program_is_not_opened(tmp_path, journal):
+    """It may be the only record of who owns the guest."""
     journal.begin(place={})
     journal.move(Event.VERIFIED)
     other = Journal(Role.DESTINATION, TOKEN, str(tmp_path))
-    with pytest.raises(JournalError, match="in the hands of another program"):
+    with pytest.raises(JournalError, match="in use by another program"):
         other.open(create=False)
     other.close()
     [found] = journals(Role.DESTINATION, str(tmp_path))
@@ -126,7 +122,7 @@ def test_the_journal_of_another_program_is_not_removed(tmp_path, journal):
 
 @pytest.fixture
 def user(monkeypatch):
-    """A user that has no entry in the password file, and no environment."""
+    """A user without an entry in the password file and without an environment."""
 
     def unknown(_uid):
         raise KeyError
@@ -139,8 +135,8 @@ def user(monkeypatch):
 
 
 @pytest.mark.parametrize("home", [None, "", "relative", "~"])
-def test_a_user_without_a_home_is_told_to_name_a_directory(user, home):
-    """Journals in a directory called ~ would be found by nobody who starts elsewhere."""
+def test_missing_home_asks_for_a_journal_directory(user, home):
+    """Journals in a directory called ~ would not be found from another working directory."""
     if home is not None:
         user.setenv("HOME", home)
     with pytest.raises(UsageError, match=r"has no home directory .*--journal DIR"):
@@ -158,13 +154,13 @@ def test_a_user_without_a_home_is_told_to_name_a_directory(user, home):
         ({"MIGRATE_JOURNAL": "/j", "XDG_STATE_HOME": "/s"}, "/j"),
     ],
 )
-def test_the_usual_places(user, names, expected):
+def test_default_journal_directories(user, names, expected):
     for name, value in names.items():
         user.setenv(name, value)
     assert default_directory() == expected
 
 
-def test_a_home_may_be_known_from_the_password_file_alone(user):
+def test_home_is_read_from_the_password_file(user):
     user.setattr(pwd, "getpwuid", lambda _uid: pwd.struct_passwd(("u", "", 1, 1, "", "/h", "")))
     assert default_directory() == "/h/.local/state/xbmigrate"
 
@@ -176,24 +172,24 @@ def test_a_home_may_be_known_from_the_password_file_alone(user):
         ("./~/x", "/e", "./~/x"), ("/a/~", "/e", "/a/~"), ("~x", "/e", "~x"),
     ],
 )  # fmt: skip
-def test_a_tilde_is_the_home_also_where_no_shell_has_seen_it(user, named, environment, expected):
+def test_tilde_is_expanded_without_a_shell(user, named, environment, expected):
     user.setenv("HOME", "/h")
     user.setenv("MIGRATE_JOURNAL", environment)
     assert journal_directory(named) == expected
 
 
-def test_a_tilde_without_a_home_is_refused(user):
+def test_tilde_without_home_is_refused(user):
     with pytest.raises(UsageError, match="has no home directory"):
         journal_directory("~/x")
 
 
-def test_a_relative_directory_is_made_absolute(tmp_path, monkeypatch):
+def test_relative_directory_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert check_directory("a/b") == str(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_directory_that_takes_no_journal_is_refused_at_the_start(tmp_path, monkeypatch):
+def test_unwritable_directory_is_refused_at_start(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     for path in (file, file / "below"):
@@ -210,8 +206,8 @@ def test_a_directory_that_takes_no_journal_is_refused_at_the_start(tmp_path, mon
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_nothing_is_claimed_in_a_journal_that_was_removed(tmp_path, journal):
-    """What is written to a file without a name is gone with the program."""
+def test_no_claim_is_written_to_a_removed_journal(tmp_path, journal):
+    """Data written to an unlinked file is lost when the program ends."""
     journal.begin(place={})
     shutil.rmtree(tmp_path)
     with pytest.raises(JournalError, match="removed or replaced meanwhile"):
@@ -222,11 +218,8 @@ def test_nothing_is_claimed_in_a_journal_that_was_removed(tmp_path, journal):
 # ---------------------------------------------------------------- who may have written them
 
 
-need_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-
-
-def test_the_token_stands_in_no_name_and_in_no_journal_of_a_destination(tmp_path, journal):
-    """Whoever has it may take the guest over."""
+def test_token_is_in_no_file_name_and_no_destination_journal(tmp_path, journal):
+    """Anyone who has the token may take over the guest."""
     token = os.urandom(16)
     for role in Role:
         written = Journal(role, token, str(tmp_path))
@@ -247,9 +240,9 @@ def test_the_token_stands_in_no_name_and_in_no_journal_of_a_destination(tmp_path
     assert not found.is_of(b"")
 
 
-@need_root
-def test_a_link_of_another_user_leads_to_no_journals_of_ours(tmp_path) -> None:
-    """He could have it lead to those of other migrations."""
+@need_root("give files away")
+def test_link_of_another_user_is_not_followed(tmp_path) -> None:
+    """That user could make it lead to the journals of other migrations."""
     (tmp_path / "ours").mkdir(mode=0o700)
     (tmp_path / "theirs").symlink_to("ours")
     check_directory(str(tmp_path / "theirs"))
@@ -260,9 +253,9 @@ def test_a_link_of_another_user_leads_to_no_journals_of_ours(tmp_path) -> None:
         check_trusted(str(tmp_path / "theirs"))
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("how", ["mode", "owner", "group"])
-def test_a_directory_that_others_may_write_holds_no_journals(tmp_path, how):
+def test_directory_writable_by_others_is_refused(tmp_path, how):
     here = tmp_path / "journals"
     here.mkdir(0o700)
     if how == "owner":
@@ -277,10 +270,10 @@ def test_a_directory_that_others_may_write_holds_no_journals(tmp_path, how):
     check_directory(str(here))
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("how", ["owner", "mode"])
-def test_a_directory_that_another_can_replace_holds_no_journals(tmp_path, how):
-    """Who may write in the one above it puts another one in its place."""
+def test_directory_replaceable_by_others_is_refused(tmp_path, how):
+    """A user who may write in its parent can put another directory in its place."""
     above, here = tmp_path / "above", tmp_path / "above" / "journals"
     here.mkdir(0o700, parents=True)
     stored(here, PREPARED)
@@ -295,7 +288,7 @@ def test_a_directory_that_another_can_replace_holds_no_journals(tmp_path, how):
         with pytest.raises(JournalError, match=why):
             Journal(Role.DESTINATION, TOKEN, str(here)).open(create=create)
     with pytest.raises(JournalError, match=why):
-        journal_of(Role.DESTINATION, name_of(TOKEN), str(here))
+        find_journal(Role.DESTINATION, name_of(TOKEN), str(here))
     assert list(journals(Role.DESTINATION, str(here))) == []
     assert [why in said for said in damaged(Role.DESTINATION, str(here))] == [True]
     above.chmod(0o1777)
@@ -303,9 +296,9 @@ def test_a_directory_that_another_can_replace_holds_no_journals(tmp_path, how):
     assert len(list(journals(Role.DESTINATION, str(here)))) == 1
 
 
-@need_root
-def test_only_the_very_journal_is_removed(tmp_path, journal):
-    """Not what stands at its name by then."""
+@need_root("give files away")
+def test_replaced_journal_is_not_removed(tmp_path, journal):
+    """Another file may have taken its name."""
     journal.begin(place={})
     path = tmp_path / f"{name_of(TOKEN)}.destination"
     path.rename(tmp_path / "moved")
@@ -314,10 +307,10 @@ def test_only_the_very_journal_is_removed(tmp_path, journal):
     assert path.read_text() == "another's"
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("name", ["HOME", "XDG_STATE_HOME"])
-def test_a_home_of_another_user_is_not_ours(monkeypatch, tmp_path, name):
-    """sudo may leave them as they were."""
+def test_home_of_another_user_is_not_used(monkeypatch, tmp_path, name):
+    """sudo may leave HOME and XDG_STATE_HOME as they were."""
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/nowhere")
     monkeypatch.setenv(name, str(tmp_path))
@@ -327,9 +320,9 @@ def test_a_home_of_another_user_is_not_ours(monkeypatch, tmp_path, name):
     assert state_directory() == f"{home}/.local/state/xbmigrate"
 
 
-@need_root
+@need_root("give files away")
 @pytest.mark.parametrize("how", ["owner", "mode", "link", "fifo"])
-def test_a_journal_that_another_may_have_written_is_not_obeyed(tmp_path, how):
+def test_journal_writable_by_others_is_ignored(tmp_path, how):
     path = tmp_path / f"{name_of(TOKEN)}.destination"
     path.write_bytes(PREPARED)
     [found] = journals(Role.DESTINATION, str(tmp_path))

@@ -1,26 +1,17 @@
-"""The switch between the kernels: what is demanded is what one gets, or an ImportError."""
+"""The switch between the kernels: the requested kernel, or an ImportError."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from proto import (
-    _batch,
-    _cache,
-    _codec,
-    _ram,
-    _ram_apply,
-    _ram_survey,
-    _twin,
-    _twin_ram,
-    _twin_ram_apply,
-    _twin_ram_survey,
-    kernel,
-)
-from proto._codec import SIMD, encode, simd_kernels, use_simd
+from proto.codec import faults, kernel
+from proto.codec._xbzrle import SIMD, encode, simd_kernels, use_simd
+from proto.qemu import kernel as stream_kernel
+from tests.fuzz.sides import COMPILED_MODULES, TWIN_MODULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,35 +25,35 @@ def run(code, **environment):
 
 
 SHOW = (
-    "from proto import kernel as k; "
+    "from proto.codec import kernel as k; from proto.qemu import kernel as q; "
     "print(k.NAME, k.PageCache.__module__, k.PageEncoder.__module__, k.encode.__module__, "
-    "k.RamReader.__module__)"
+    "q.RamReader.__module__)"
 )
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, "cython proto._cache proto._batch proto._codec proto._ram"),
+        ({}, "cython codec._cache codec._encoder codec._xbzrle qemu._ram_reader"),
         (
             {"XBMIGRATE_KERNEL": "cython"},
-            "cython proto._cache proto._batch proto._codec proto._ram",
+            "cython codec._cache codec._encoder codec._xbzrle qemu._ram_reader",
         ),
         (
             {"XBMIGRATE_KERNEL": "python"},
-            "python proto._twin proto._twin proto._twin proto._twin_ram",
+            "python codec._cache_twin codec._encoder_twin codec._xbzrle_twin qemu._ram_reader_twin",
         ),
     ],
     ids=["default", "cython", "python"],
 )
-def test_the_demanded_kernel_is_the_one_that_runs(environment, expected):
+def test_requested_kernel_is_used(environment, expected):
     done = run(SHOW, **environment)
     assert done.stderr == ""
-    assert done.stdout.strip() == expected
+    assert done.stdout.replace("proto.", "").strip() == expected
 
 
 @pytest.mark.parametrize("value", ["nonsense", "", "Cython"])
-def test_another_kernel_is_an_import_error_that_names_the_choices(value):
+def test_unknown_kernel_is_an_import_error(value):
     done = run(SHOW, XBMIGRATE_KERNEL=value)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
@@ -73,39 +64,41 @@ def test_another_kernel_is_an_import_error_that_names_the_choices(value):
 
 
 @pytest.mark.parametrize(
-    "module", ["_batch", "_cache", "_codec", "_ram", "_ram_apply", "_ram_survey"]
+    "module",
+    [module.__name__ for module in COMPILED_MODULES],
 )
-def test_a_missing_extension_is_an_import_error_not_the_twin(module):
-    done = run(f"import sys; sys.modules['proto.{module}'] = None; {SHOW}")
+def test_missing_extension_is_an_import_error(module):
+    """The slow twin never takes its place without being asked for."""
+    done = run(f"import sys; sys.modules['{module}'] = None; {SHOW}")
     assert done.returncode != 0
-    assert f"ImportError: the compiled kernel is missing (proto.{module}): build it" in done.stderr
+    assert f"ImportError: the compiled kernel is missing ({module}): build it" in done.stderr
 
 
-def test_without_a_demand_the_best_way_to_compare_pages_is_taken():
-    done = run("from proto import kernel; print(kernel.SIMD)")
+def test_best_simd_is_the_default():
+    done = run("from proto.codec import kernel; print(kernel.SIMD)")
     assert done.stdout.strip() == next(name for name, can in simd_kernels().items() if can)
 
 
 @pytest.mark.parametrize("name", [name for name, can in simd_kernels().items() if can])
-def test_the_demanded_way_to_compare_pages_is_the_one_that_runs(name):
-    done = run("from proto import kernel; print(kernel.SIMD)", XBMIGRATE_SIMD=name)
+def test_demanded_simd_is_used(name):
+    done = run("from proto.codec import kernel; print(kernel.SIMD)", XBMIGRATE_SIMD=name)
     assert (done.stdout.strip(), done.stderr) == (name, "")
 
 
-def test_one_that_the_processor_lacks_is_an_import_error():
+def test_simd_that_the_processor_lacks_is_an_import_error():
     lacking = [name for name, can in simd_kernels().items() if not can]
     if not lacking:
         pytest.skip("this processor has all kernels of this build")
     for name in lacking:
-        done = run("import proto.kernel", XBMIGRATE_SIMD=name)
+        done = run("import proto.codec.kernel", XBMIGRATE_SIMD=name)
         assert done.returncode != 0
         last = done.stderr.strip().splitlines()[-1]
         assert last == f"ImportError: this processor cannot run XBMIGRATE_SIMD={name!r}"
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", "AVX2", "sse2"])
-def test_an_unknown_one_is_an_import_error_that_names_the_choices(name):
-    done = run("import proto.kernel", XBMIGRATE_SIMD=name)
+def test_unknown_simd_is_an_import_error(name):
+    done = run("import proto.codec.kernel", XBMIGRATE_SIMD=name)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
@@ -114,7 +107,7 @@ def test_an_unknown_one_is_an_import_error_that_names_the_choices(name):
     )
 
 
-def test_another_can_be_chosen_while_it_runs():
+def test_simd_can_be_changed_at_run_time():
     with pytest.raises(ImportError, match="'nonsense' is not a kernel"):
         use_simd("nonsense")
     try:
@@ -124,12 +117,16 @@ def test_another_can_be_chosen_while_it_runs():
         assert use_simd(SIMD) == SIMD
 
 
-COMPILED = (_batch, _cache, _codec, _ram, _ram_apply, _ram_survey)
-TWINS = (_twin, _twin_ram, _twin_ram_apply, _twin_ram_survey)
+@pytest.mark.parametrize("name", [*kernel.__all__, *stream_kernel.__all__])
+def test_kernels_and_twins_have_the_same_names(name):
+    if name not in ("NAME", "missing"):
+        assert any(hasattr(module, name) for module in COMPILED_MODULES)
+        assert any(hasattr(module, name) for module in TWIN_MODULES)
 
 
-@pytest.mark.parametrize("name", kernel.__all__)
-def test_both_have_what_is_imported_from_them(name):
-    if name != "NAME":
-        assert any(hasattr(module, name) for module in COMPILED)
-        assert any(hasattr(module, name) for module in TWINS)
+def test_fault_numbers_match_both_kernels():
+    header = (ROOT / "proto/codec/_faults.pxd").read_text()
+    numbers = {name: int(number) for name, number in re.findall(r"(\w+) = (-\d+)", header)}
+    assert {getattr(faults, name): number for name, number in numbers.items()} == {
+        sentence: number for number, sentence in faults.FAULTS.items()
+    }

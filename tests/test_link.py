@@ -1,34 +1,36 @@
-"""The connection: frames in order, bounded both ways, and what a peer can do to it."""
+"""The connection: frames in order, bounded queues both ways, and hostile peers."""
 
 import asyncio
 import contextlib
-import itertools
 import os
 import socket
 import stat
 import weakref
-from types import SimpleNamespace
 
 import pytest
 
-from migrate import link
-from migrate.address import Address
-from migrate.dialing import connect
-from migrate.errors import ConnectError, PeerLost
-from migrate.link import (
+from migrate.errors import CancelledByPeer, ConnectError, PeerGaveUp, PeerLost
+from migrate.transport import link, receive_queue
+from migrate.transport.address import Address
+from migrate.transport.connect import connect
+from migrate.transport.keepalive import TCP_RTO_MAX_MS
+from migrate.transport.link import (
+    SEND_HIGH,
+    Link,
+)
+from migrate.transport.listen import MAX_WAITING, listen
+from migrate.transport.receive_queue import (
     EARLY_AHEAD_BYTES,
     MAX_ASIDE,
     RECEIVE_AHEAD,
     RECEIVE_AHEAD_BYTES,
-    SEND_HIGH,
-    Link,
-    RateLimit,
 )
-from migrate.listening import MAX_WAITING, listen
-from proto import LocalError, RemoteError, capabilities
-from proto.frames import HEADER_BYTES, seal
-from proto.kernel import PageEncoder, PageHashes
-from proto.messages import (
+from proto import LocalError, RemoteError
+from proto.codec.kernel import PageEncoder, PageHashes
+from proto.codec.pageset import PageSet
+from proto.wire import capabilities
+from proto.wire.frames import HEADER_BYTES, seal
+from proto.wire.messages import (
     BATCH_BYTES,
     MAX_BODY,
     MAX_CONTROL,
@@ -50,8 +52,8 @@ from proto.messages import (
     Round,
     pack,
 )
-from proto.pageset import PageSet
-from proto.session import Role
+from proto.wire.session import State
+from tests.requirements import need_root
 
 LOCAL = Address("127.0.0.1", 0)
 MIB = 1 << 20
@@ -139,7 +141,7 @@ async def until(condition, busy: asyncio.Task | None = None) -> None:
 
 def blocked(source: Link) -> bool:
     """Whether the queue is so full that the sender waits."""
-    return not source._writable.is_set()
+    return not source.is_writable
 
 
 # ---------------------------------------------------------------- frames
@@ -171,7 +173,7 @@ async def test_messages_and_batches_arrive_whole_and_in_order(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_message_out_of_turn_is_ours_to_see_before_it_is_sent():
+async def test_illegal_message_is_refused_before_it_is_sent():
     async with pair() as (source, _):
         with pytest.raises(LocalError, match="PAGES cannot be sent in state START"):
             await source.send_batch(*batch(b""))
@@ -181,7 +183,7 @@ async def test_a_message_out_of_turn_is_ours_to_see_before_it_is_sent():
 
 
 @pytest.mark.asyncio
-async def test_an_encoded_batch_is_private_memory_until_the_transport_is_done_with_it():
+async def test_sent_batch_is_not_reused_while_it_is_buffered():
     """Live memory changes, and new batches are made, while old ones wait in a queue.
 
     A transport keeps a reference to what it is given. The receiver reads nothing until the queue
@@ -206,7 +208,7 @@ async def test_an_encoded_batch_is_private_memory_until_the_transport_is_done_wi
                     snapshot[: count * 4096] = bytes([number, 7]) * (count * 2048)
                     encoder.feed(count, everything)
                     done += count
-                head, data = encoder.take()
+                head, data = encoder.finish_batch()
                 seal(head, MessageType.PAGES, 0, len(data))
                 sent.append((bytes(head[HEADER_BYTES:]), bytes(data)))
                 assert len(data) == pages * 4096
@@ -227,7 +229,7 @@ async def test_an_encoded_batch_is_private_memory_until_the_transport_is_done_wi
 
 
 @pytest.mark.asyncio
-async def test_a_lost_connection_gives_its_memory_back_though_the_link_is_kept():
+async def test_lost_connection_releases_its_arena():
     async with pair() as (source, destination):
         await source.send(capabilities.offer(frozenset()))
         await destination.receive_message()
@@ -238,7 +240,7 @@ async def test_a_lost_connection_gives_its_memory_back_though_the_link_is_kept()
 
 
 @pytest.mark.asyncio
-async def test_a_stranger_may_have_little_waiting():
+async def test_peer_that_is_not_admitted_is_read_little_ahead():
     async with pair() as (source, destination):
         await source.send(capabilities.offer(frozenset({capabilities.PROBE})))
         await destination.receive_message()
@@ -246,15 +248,15 @@ async def test_a_stranger_may_have_little_waiting():
         await source.receive_message()
         for _ in range(RECEIVE_AHEAD):
             await source.send(Probe(bytes(PROBE_BYTES)))
-        await until(lambda: not destination._reading)
-        assert destination._ahead < EARLY_AHEAD_BYTES + MAX_CONTROL
+        await until(lambda: not destination.is_reading)
+        assert destination.waiting_bytes < EARLY_AHEAD_BYTES + MAX_CONTROL
         destination.share_receiving(1)
         for _ in range(RECEIVE_AHEAD):
             assert await destination.receive_message() == Probe(bytes(PROBE_BYTES))
 
 
 @pytest.mark.asyncio
-async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
+async def test_slow_receiver_stops_the_sender(tmp_path):
     async with pair(Address(path=str(tmp_path / "socket"))) as (source, destination):
         await greet(source, destination)
         destination.share_receiving(1)
@@ -264,28 +266,28 @@ async def test_a_slow_reader_bounds_the_senders_queue(tmp_path):
             nonlocal largest, sent
             for number in range(count):
                 await source.send_batch(*batch(bytes([number]) * MIB))
-                largest = max(largest, source._transport.get_write_buffer_size())
+                largest = max(largest, source.write_buffer_size)
                 sent += 1
 
         sender = asyncio.create_task(send())
         await until(lambda: blocked(source), sender)
-        await until(lambda: destination._ahead >= RECEIVE_AHEAD_BYTES, sender)
+        await until(lambda: destination.waiting_bytes >= RECEIVE_AHEAD_BYTES, sender)
         await asyncio.sleep(0.1)
         assert not sender.done()
-        assert source._transport.get_write_buffer_size() <= SEND_HIGH + MIB + HEADER_BYTES
-        assert destination._ahead < RECEIVE_AHEAD_BYTES + BATCH_BYTES
+        assert source.write_buffer_size <= SEND_HIGH + MIB + HEADER_BYTES
+        assert destination.waiting_bytes < RECEIVE_AHEAD_BYTES + BATCH_BYTES
         assert sent <= count // 2, "more was sent than queues and socket may hold"
         for number in range(count):
             frame = await destination.receive()
             assert bytes(frame.data[:1]) == bytes([number])
-            assert destination._ahead < RECEIVE_AHEAD_BYTES + BATCH_BYTES
+            assert destination.waiting_bytes < RECEIVE_AHEAD_BYTES + BATCH_BYTES
             frame.release()
         await sender
         assert largest <= SEND_HIGH + MIB + HEADER_BYTES
 
 
 @pytest.mark.asyncio
-async def test_a_sender_that_waits_hears_that_the_peer_is_gone():
+async def test_waiting_sender_raises_peer_lost():
     async with pair() as (source, destination):
         await greet(source, destination)
 
@@ -303,60 +305,7 @@ async def test_a_sender_that_waits_hears_that_the_peer_is_gone():
 
 
 @pytest.mark.asyncio
-async def test_small_messages_pass_the_rate_limit_and_batches_keep_to_it(monkeypatch):
-    """Time is passed in: ten batches at 1 MiB/s go out evenly, whatever this machine does."""
-    now, asked = 1000.0, []
-
-    async def wait(_limit: RateLimit, seconds: float) -> None:
-        nonlocal now
-        assert seconds > 0
-        now += seconds
-        asked.append(seconds)
-
-    monkeypatch.setattr(link, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(RateLimit, "_wait", wait)
-    limit = RateLimit(MIB)
-    went = []
-    for _ in range(10):
-        await limit.take(MIB // 4)
-        went.append(now - 1000.0)
-    assert went[-1] == pytest.approx(10 / 4, abs=2 * RateLimit.BURST_SECONDS)
-    gaps = [b - a for a, b in itertools.pairwise(went)]
-    assert gaps == pytest.approx([0.25] * 9)
-
-    now += 3600  # an idle hour earns no more than a short burst
-    began = now
-    for _ in range(4):
-        await limit.take(MIB // 4)
-    assert now - began >= 1 - RateLimit.BURST_SECONDS - 1e-6
-
-    limit.rate = 4 * MIB
-    began = now
-    for _ in range(4):
-        await limit.take(MIB)
-    assert now - began == pytest.approx(1, abs=2 * RateLimit.BURST_SECONDS)
-
-    limit.rate = 0
-    asked.clear()
-    await limit.take(1 << 40)
-    assert asked == []
-
-
-@pytest.mark.asyncio
-async def test_a_new_rate_holds_for_those_who_wait_too():
-    """A batch that would have taken seventeen minutes goes at once; the next obey the new rate."""
-    for rate in (0, 1024 * MIB):
-        limit = RateLimit(1024)
-        waiting = [asyncio.create_task(limit.take(MIB)) for _ in range(3)]
-        await asyncio.sleep(0.01)
-        assert not any(task.done() for task in waiting)
-        limit.rate = rate
-        async with asyncio.timeout(60):
-            await asyncio.gather(*waiting)
-
-
-@pytest.mark.asyncio
-async def test_a_limited_link_still_delivers_everything():
+async def test_rate_limited_link_delivers_everything():
     async with pair() as (source, destination):
         await greet(source, destination)
         source.limit.rate = 20 * MIB
@@ -381,7 +330,7 @@ async def test_a_limited_link_still_delivers_everything():
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("cut", [1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 3])
-async def test_a_peer_that_closes_inside_a_frame_is_lost(cut):
+async def test_peer_that_closes_inside_a_frame_is_lost(cut):
     async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
         await reader.readexactly(source.sent_bytes)
@@ -394,7 +343,7 @@ async def test_a_peer_that_closes_inside_a_frame_is_lost(cut):
 
 
 @pytest.mark.asyncio
-async def test_what_came_before_the_peer_closed_is_still_given():
+async def test_messages_before_the_end_are_received():
     """The last word of a peer is often the reason why it hangs up."""
     async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
@@ -411,6 +360,29 @@ async def test_what_came_before_the_peer_closed_is_still_given():
 
 
 @pytest.mark.asyncio
+async def test_sender_whose_peer_has_given_up_gets_the_reason():
+    """The ERROR waits to be received: what may not be sent any more is not our own mistake."""
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        await source.send(Error(ErrorCode.CANCELLED, "the user has changed her mind"))
+        await until(lambda: destination.session.state is State.FAILED)
+        with pytest.raises(CancelledByPeer, match="changed her mind"):
+            await destination.send(CacheSize(MIB))
+        assert isinstance(await destination.receive_message(), Error)
+
+
+@pytest.mark.asyncio
+async def test_batch_for_a_peer_that_has_given_up_raises_its_reason():
+    async with pair() as (source, destination):
+        await greet(source, destination)
+        await destination.send(Error(ErrorCode.NO_PLACE, "the disk is full"))
+        await until(lambda: source.session.state is State.FAILED)
+        with pytest.raises(PeerGaveUp, match="the disk is full"):
+            await source.send_batch(*batch(b""))
+        await source.give_reason(ErrorCode.INTERNAL, "too late")
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -421,7 +393,7 @@ async def test_what_came_before_the_peer_closed_is_still_given():
     ],
     ids=["ssh", "http", "zeros", "flood", "flipped", "out-of-turn"],
 )  # fmt: skip
-async def test_garbage_from_the_peer_is_a_remote_error(garbage):
+async def test_garbage_is_a_remote_error(garbage):
     faults = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
     async with raw_peer() as (source, _, writer):
@@ -436,7 +408,7 @@ async def test_garbage_from_the_peer_is_a_remote_error(garbage):
 
 
 @pytest.mark.asyncio
-async def test_a_silent_peer_is_lost():
+async def test_silent_peer_is_lost():
     async with asyncio.timeout(60):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = Address(*server.getsockname()[:2])
@@ -449,7 +421,7 @@ async def test_a_silent_peer_is_lost():
 
 
 @pytest.mark.asyncio
-async def test_a_living_peer_with_nothing_to_say_is_not_lost():
+async def test_idle_peer_is_kept_by_pings():
     """Both sides ping. Two peer timeouts pass; were there no pings, both links would have ended."""
     async with pair(peer_timeout=1.0) as (source, destination):
         await greet(source, destination)
@@ -460,89 +432,8 @@ async def test_a_living_peer_with_nothing_to_say_is_not_lost():
         assert await destination.receive_message() == CacheSize(4096)
 
 
-class Timer:
-    def cancel(self) -> None:
-        pass
-
-
-class Clock:
-    """Time that passes when somebody sleeps; `at` says what happens when."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.now = 1000.0
-        self.at: list = []
-        self.due: list = []
-        loop = SimpleNamespace(call_later=lambda *call: self.due.append(call) or Timer())
-        monkeypatch.setattr(link, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(link, "asyncio", SimpleNamespace(get_running_loop=lambda: loop))
-
-    def run(self, lone: Link) -> None:
-        """Lets the heart of a link beat until it stops."""
-        lone._ping_at = self.now + lone.peer_timeout / link.BEATS
-        lone._wait_for_beat()
-        while self.due:
-            seconds, call, *args = self.due.pop()
-            self.sleep(seconds)
-            call(*args)
-
-    def sleep(self, seconds: float) -> None:
-        end = self.now + max(seconds, 0.0)
-        while self.at and self.at[0][0] <= end:
-            self.now, happens = self.at.pop(0)
-            happens()
-        self.now = max(end, self.now)
-
-
-def unconnected(peer_timeout: float) -> tuple[Link, list[float]]:
-    """A link without a connection, and the times at which it says that it lives."""
-    lone = Link(Role.SOURCE, peer_timeout)
-    pings: list[float] = []
-    lone._ping = lambda: pings.append(link.time.monotonic() - 1000)  # type: ignore[method-assign]
-    return lone, pings
-
-
-@pytest.mark.parametrize("last_word", [0.0, 0.1, 2.5, 7.4, 9.9])
-def test_a_silence_is_noticed_the_moment_it_is_too_long(last_word, monkeypatch):
-    """Whenever the last word came: not at the next ping, which may be a quarter later."""
-    lone, pings = unconnected(10)
-    clock = Clock(monkeypatch)
-    lone._heard_at = clock.now
-    clock.at = [(1000 + last_word, lambda: setattr(lone, "_heard_at", clock.now))]
-    clock.run(lone)
-    assert clock.now - 1000 - last_word == pytest.approx(10)
-    assert isinstance(lone._fault, PeerLost)
-    assert "has said nothing for 10 s" in str(lone._fault)
-    assert pings[:3] == pytest.approx([2.5, 5.0, 7.5])
-
-
-def test_who_was_stopped_itself_reads_first_what_the_peer_has_said(monkeypatch):
-    """SIGSTOP, or a machine that stood still: an hour passes in one sleep, and nobody is lost."""
-    lone, _ = unconnected(10)
-    clock = Clock(monkeypatch)
-    lone._heard_at = clock.now
-    sleep = clock.sleep
-    clock.sleep = lambda seconds: sleep(3600 if clock.now == 1000 else seconds)
-    clock.run(lone)
-    assert clock.now == pytest.approx(1000 + 3600 + 10)
-
-
-def test_who_does_not_read_says_all_the_same_that_it_lives(monkeypatch):
-    """Silence that we do not listen to is no silence; ours would be one to the peer."""
-    lone, pings = unconnected(10)
-    clock = Clock(monkeypatch)
-    lone._heard_at, lone._reading = clock.now, False
-
-    def read_again() -> None:
-        lone._reading, lone._heard_at = True, clock.now
-
-    clock.at = [(1000 + 100, read_again)]
-    clock.run(lone)
-    assert clock.now - 1000 == pytest.approx(110)
-    assert pings[:40] == pytest.approx([2.5 * n for n in range(1, 41)])
-
-
 @pytest.mark.asyncio
-async def test_the_kernel_is_told_to_watch_too():
+async def test_tcp_keepalive_options_are_set():
     async with pair(peer_timeout=30) as ends:
         for end in ends:
             sock = end._transport.get_extra_info("socket")
@@ -555,11 +446,11 @@ async def test_the_kernel_is_told_to_watch_too():
                 "TCP_USER_TIMEOUT": 30_000, "TCP_KEEPIDLE": 7, "TCP_KEEPINTVL": 7, "TCP_KEEPCNT": 3
             }  # fmt: skip
             with contextlib.suppress(OSError):  # a kernel that does not have it
-                assert sock.getsockopt(socket.IPPROTO_TCP, link.TCP_RTO_MAX_MS) == 7500
+                assert sock.getsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS) == 7500
 
 
 @pytest.mark.asyncio
-async def test_many_channels_to_a_peer_that_takes_nothing_are_closed_in_a_second():
+async def test_channels_to_a_stuck_peer_close_at_the_same_time():
     """One after the other, they would keep the program for as many seconds."""
     async with contextlib.AsyncExitStack() as stack:
         pairs = [await stack.enter_async_context(pair()) for _ in range(6)]
@@ -576,7 +467,7 @@ async def test_many_channels_to_a_peer_that_takes_nothing_are_closed_in_a_second
 
 
 @pytest.mark.asyncio
-async def test_a_peer_that_is_lost_is_not_waited_for():
+async def test_close_does_not_wait_for_a_lost_peer():
     async with pair() as (source, destination):
         await greet(source, destination)
         destination._transport.pause_reading()
@@ -588,24 +479,24 @@ async def test_a_peer_that_is_lost_is_not_waited_for():
         await source.close()
         assert source._transport.is_closing()
         assert source._closed.is_set()
-        source.bound_sending(MIB)  # of no more use, and no error
+        source.limit_write_buffer(MIB)  # of no more use, and no error
 
 
 @pytest.mark.asyncio
-async def test_silence_of_a_peer_that_we_do_not_read_does_not_count():
-    """While the destination is busy with what came, it does not read, and cannot hear pings."""
+async def test_silence_does_not_count_while_we_do_not_read():
+    """A destination that is busy with received data does not read, and cannot hear pings."""
     async with pair(peer_timeout=0.4) as (source, destination):
         await greet(source, destination)
         for _ in range(RECEIVE_AHEAD + 2):
             await source.send_batch(*batch(b"x" * 1000))
-        await until(lambda: not destination._reading)
+        await until(lambda: not destination.is_reading)
         await asyncio.sleep(1.0)
         for _ in range(RECEIVE_AHEAD + 2):
             (await destination.receive()).release()
 
 
 @pytest.mark.asyncio
-async def test_a_round_trip_is_measured_by_ping_and_pong():
+async def test_round_trip_is_measured():
     async with pair() as (source, destination):
         await greet(source, destination)
         assert 0 < await source.round_trip() < 30
@@ -613,7 +504,7 @@ async def test_a_round_trip_is_measured_by_ping_and_pong():
 
 
 @pytest.mark.asyncio
-async def test_a_round_trip_ends_where_the_peer_dies():
+async def test_round_trip_raises_if_the_peer_is_lost():
     async with raw_peer() as (source, reader, writer):
         await source.send(capabilities.offer(frozenset()))
         hello = Hello(1, ("page-hash-nh",), ())
@@ -636,8 +527,8 @@ async def hear_only(source: Link, word: Message) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("word", [Ping(1), Pong(1), CacheSize(4096)])
-async def test_a_peer_that_says_too_much_that_moves_nothing_is_heard_no_more(word):
-    """Tens of thousands come with one look at the socket: nobody else had his turn meanwhile."""
+async def test_flood_of_side_messages_is_refused(word):
+    """One read of the socket can bring tens of thousands, before any other task runs."""
     async with raw_peer() as (source, _, writer):
         await source.send(capabilities.offer(frozenset()))
         hello, accept = Hello(1, ("page-hash-nh",), ()), Accept(bytes(16))
@@ -652,13 +543,13 @@ async def test_a_peer_that_says_too_much_that_moves_nothing_is_heard_no_more(wor
 
 
 @pytest.mark.asyncio
-async def test_what_moves_nothing_may_be_said_now_and_then(monkeypatch):
-    monkeypatch.setattr(link, "MAX_ASIDE", 4)
+async def test_side_messages_now_and_then_are_accepted(monkeypatch):
+    monkeypatch.setattr(receive_queue, "MAX_ASIDE", 4)
     async with pair() as (source, destination):
         await greet(source, destination)
         for _ in range(3):
-            source._aside_since -= 1
-            destination._aside_since -= 1
+            source._aside._since -= 1
+            destination._aside._since -= 1
             for _ in range(3):
                 await source.round_trip()
 
@@ -667,7 +558,7 @@ async def test_what_moves_nothing_may_be_said_now_and_then(monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_port_0_picks_a_free_port_and_says_which():
+async def test_port_0_picks_a_free_port():
     listener = await listen(LOCAL)
     assert listener.address.host == "127.0.0.1"
     assert listener.address.port > 0
@@ -678,7 +569,7 @@ async def test_port_0_picks_a_free_port_and_says_which():
 
 
 @pytest.mark.asyncio
-async def test_a_unix_socket_is_there_while_somebody_listens(tmp_path):
+async def test_unix_socket_exists_while_it_is_listened_on(tmp_path):
     path = tmp_path / "socket"
     async with pair(Address(path=str(path))) as (source, destination):
         assert path.is_socket()
@@ -688,7 +579,7 @@ async def test_a_unix_socket_is_there_while_somebody_listens(tmp_path):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
+async def test_connect_fails_within_the_timeout_if_nothing_listens(kind, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     address = Address("127.0.0.1", port) if kind == "tcp" else Address(path=str(tmp_path / "no"))
@@ -699,7 +590,7 @@ async def test_nobody_listening_is_an_error_within_the_timeout(kind, tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
+async def test_connect_waits_for_a_destination_that_starts_late(tmp_path):
     address = Address(path=str(tmp_path / "socket"))
     async with asyncio.timeout(60):
         connecting = asyncio.create_task(connect(address, timeout=15))
@@ -712,14 +603,14 @@ async def test_a_destination_that_starts_late_is_waited_for(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_host_that_does_not_exist_is_an_error_at_once():
+async def test_unknown_host_is_an_error_at_once():
     async with asyncio.timeout(60):
         with pytest.raises(ConnectError, match=r"cannot connect to tcp:nowhere\.invalid:1"):
             await connect(Address("nowhere.invalid", 1), timeout=1000)
 
 
 @pytest.mark.asyncio
-async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
+async def test_listening_on_an_address_in_use_is_an_error(tmp_path):
     listener = await listen(LOCAL)
     with pytest.raises(ConnectError, match="cannot listen on"):
         await listen(listener.address)
@@ -730,7 +621,7 @@ async def test_an_address_that_is_taken_cannot_be_listened_on(tmp_path):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-async def test_a_unix_socket_of_a_busy_program_is_not_taken_from_it(tmp_path, kind):
+async def test_unix_socket_of_a_busy_program_is_not_replaced(tmp_path, kind):
     """Its queue is full: nothing that connects gets an answer."""
     path = str(tmp_path / "socket")
     with contextlib.ExitStack() as stack:
@@ -748,7 +639,7 @@ async def test_a_unix_socket_of_a_busy_program_is_not_taken_from_it(tmp_path, ki
 
 
 @pytest.mark.asyncio
-async def test_a_unix_socket_is_for_its_owner_whatever_the_umask(tmp_path):
+async def test_unix_socket_is_private_whatever_the_umask(tmp_path):
     path = tmp_path / "socket"
     umask = os.umask(0)
     try:
@@ -762,12 +653,13 @@ async def test_a_unix_socket_is_for_its_owner_whatever_the_umask(tmp_path):
     assert path.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
+@need_root("be another user for a while")
 @pytest.mark.asyncio
-@pytest.mark.parametrize("whose", ["root's", "the listener's"])
-async def test_a_unix_socket_that_a_stranger_listens_on_gets_no_guest(tmp_path, whose):
-    """In /tmp he may have been there first; his own directory is named by who trusts him."""
-    tmp_path.chmod(0o777)
+@pytest.mark.parametrize("whose", ["anybody's", "root's", "the listener's"])
+async def test_unix_socket_of_a_stranger_is_refused(tmp_path, whose):
+    """In /tmp he may have been there first; his own directory is named by who trusts him, and in
+    root's he was given the socket."""
+    tmp_path.chmod(0o777 if whose != "root's" else 0o755)
     if whose == "the listener's":
         os.chown(tmp_path, 65534, 65534)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -777,7 +669,7 @@ async def test_a_unix_socket_that_a_stranger_listens_on_gets_no_guest(tmp_path, 
             listener.listen()
         finally:
             os.seteuid(0)
-        if whose == "root's":
+        if whose == "anybody's":
             with pytest.raises(ConnectError, match="user 65534 listens there, who is neither"):
                 await connect(Address(path=f"{tmp_path}/s"), timeout=5)
         else:
@@ -786,7 +678,7 @@ async def test_a_unix_socket_that_a_stranger_listens_on_gets_no_guest(tmp_path, 
 
 
 @pytest.mark.asyncio
-async def test_a_unix_socket_of_a_dead_program_is_taken(tmp_path):
+async def test_unix_socket_of_a_dead_program_is_replaced(tmp_path):
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
@@ -796,7 +688,7 @@ async def test_a_unix_socket_of_a_dead_program_is_taken(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_so_many_wait_and_the_next_is_turned_away():
+async def test_connection_beyond_the_accept_queue_is_closed():
     async with asyncio.timeout(60):
         listener = await listen(LOCAL)
         waiting = []
@@ -820,7 +712,7 @@ async def test_so_many_wait_and_the_next_is_turned_away():
 
 
 @contextlib.asynccontextmanager
-async def lane_pair(channel: int):
+async def channel_pair(channel: int):
     """The two ends of a further channel."""
     async with pair() as (source, destination):
         await source.send(Join(TOKEN, channel))
@@ -834,8 +726,8 @@ async def lane_pair(channel: int):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("channel", [1, 63])
-async def test_a_further_channel_carries_batches_rounds_and_pings(channel):
-    async with lane_pair(channel) as (source, destination):
+async def test_further_channel_carries_batches_rounds_and_pings(channel):
+    async with channel_pair(channel) as (source, destination):
         sender = asyncio.create_task(source.send_batch(*batch(b"x" * MIB, channel)))
         frame = await destination.receive()
         assert (frame.type, bytes(frame.data)) == (MessageType.PAGES, b"x" * MIB)
@@ -845,13 +737,13 @@ async def test_a_further_channel_carries_batches_rounds_and_pings(channel):
         assert await destination.receive_message() == Round(1, 2, 3)
         assert 0 < await source.round_trip() < 30
         assert 0 < await destination.round_trip() < 30
-        with pytest.raises(LocalError, match="CACHE_SIZE cannot be sent in state LANE"):
+        with pytest.raises(LocalError, match="CACHE_SIZE cannot be sent in state CHANNEL"):
             await source.send(CacheSize(4096))
 
 
 @pytest.mark.asyncio
-async def test_a_batch_sealed_for_another_channel_is_refused():
-    async with lane_pair(1) as (source, destination):
+async def test_batch_for_another_channel_is_refused():
+    async with channel_pair(1) as (source, destination):
         await source.send_batch(*batch(b"x", 2))
         with pytest.raises(RemoteError, match="PAGES: channel 2 on the connection of 1"):
             await destination.receive()
@@ -859,27 +751,27 @@ async def test_a_batch_sealed_for_another_channel_is_refused():
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("most", [MIB, SEND_HIGH])
-async def test_the_bound_of_what_a_channel_queues_can_be_lowered(most):
-    async with lane_pair(1) as (source, _):
-        source.bound_sending(most)
+async def test_write_buffer_limit_can_be_lowered(most):
+    async with channel_pair(1) as (source, _):
+        source.limit_write_buffer(most)
         largest = 0
 
         async def send():
             nonlocal largest
             while True:
                 await source.send_batch(*batch(bytes(MIB), 1))
-                largest = max(largest, source._transport.get_write_buffer_size())
+                largest = max(largest, source.write_buffer_size)
 
         sender = asyncio.create_task(send())
         await until(lambda: blocked(source), sender)
         await asyncio.sleep(0.05)
-        assert source._transport.get_write_buffer_size() <= most + MIB + 100
+        assert source.write_buffer_size <= most + MIB + 100
         assert largest <= most + MIB + 100
         sender.cancel()
 
 
 @pytest.mark.asyncio
-async def test_the_end_is_seen_without_receiving():
+async def test_end_is_noticed_without_receiving():
     async with pair() as (source, destination):
         await greet(source, destination)
         waiting = asyncio.create_task(destination.ended())
@@ -897,14 +789,14 @@ async def test_the_end_is_seen_without_receiving():
 
 
 @pytest.mark.asyncio
-async def test_who_gives_its_reason_hears_the_peer_hang_up_behind_all_that_is_unread():
+async def test_reason_reaches_a_peer_that_is_still_sending():
     """What the peer still says must not reset the connection: the reason would be lost with it."""
     async with pair() as (source, destination):
         await greet(source, destination)
-        for _ in range(2 * link.RECEIVE_AHEAD):
+        for _ in range(2 * RECEIVE_AHEAD):
             await destination.send(CacheSize(4096))
         await source.give_reason(ErrorCode.CANCELLED, "enough")
-        waiting = asyncio.create_task(source.hung_up(60))
+        waiting = asyncio.create_task(source.until_peer_closes(60))
         await destination.send(CacheSize(8192))
         assert await destination.receive_message() == Error(ErrorCode.CANCELLED, "enough")
         assert not waiting.done()
@@ -913,15 +805,15 @@ async def test_who_gives_its_reason_hears_the_peer_hang_up_behind_all_that_is_un
 
 
 @pytest.mark.asyncio
-async def test_a_peer_that_does_not_hang_up_is_not_waited_for_any_longer():
+async def test_wait_for_the_peer_to_close_is_bounded():
     async with pair() as (source, destination):
         await greet(source, destination)
-        await source.hung_up(0.01)
+        await source.until_peer_closes(0.01)
         assert destination._fault is None
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("seconds", [30.0, 1e9, 1e15])
-async def test_any_peer_timeout_a_user_may_write_can_be_set(seconds):
+async def test_any_peer_timeout_can_be_set(seconds):
     async with pair(peer_timeout=seconds) as (source, destination):
         await greet(source, destination)

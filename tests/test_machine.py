@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from qemu.qmp import ExecuteError
 
 from tests.machine import Machine, MachineError, Sweep, SweepError, compare
+from tests.machine import qemu as qemu_module
 from tests.machine.capture import capture, is_end
 from tests.machine.qemu import DIMM_AT, PROGRAM
 from tests.machine.sweep import BASE, differing
@@ -22,8 +25,11 @@ from tests.requirements import need
 
 MIB = 1 << 20
 SWEEP = Sweep(4 * MIB, fill=6 * MIB, rate=1_000_000)
-# The machine's loop is not what most of these are about.
-one_loop = pytest.mark.asyncio(loop_factories=["asyncio"])
+
+
+def one_loop(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a test of a QEMU that need not run on both event loops."""
+    return pytest.mark.qemu(pytest.mark.asyncio(loop_factories=["asyncio"])(test))
 
 
 @pytest.fixture
@@ -67,9 +73,10 @@ async def unharmed(source: Machine, destination: Machine) -> None:
 # ---------------------------------------------------------------- moved by QEMU alone
 
 
+@pytest.mark.qemu
 @pytest.mark.asyncio
-async def test_a_guest_moves_and_counts_on(qemu: None) -> None:
-    async with pair() as (source, destination):
+async def test_qemu_pair_migrates_and_keeps_counting(qemu: None, accel: str) -> None:
+    async with pair(accel=accel) as (source, destination):
         info = await moved(source, destination, await destination.uri(), "xbzrle", "return-path")
         assert info["xbzrle-cache"]["pages"] > 0
         parts = [await machine.ram_hash(BASE, 8 * MIB) for machine in (source, destination)]
@@ -87,7 +94,9 @@ async def test_a_guest_moves_and_counts_on(qemu: None) -> None:
     [("unix", ()), ("tcp", ("return-path",)), ("unix", ("xbzrle",))],
     ids=["unix", "tcp, return path", "unix, xbzrle"],
 )
-async def test_whatever_the_way(qemu: None, tmp_path, transport, capabilities) -> None:
+async def test_qemu_pair_migrates_over_each_transport(
+    qemu: None, tmp_path, transport, capabilities
+) -> None:
     where = f"unix:{tmp_path}/socket" if transport == "unix" else "tcp:127.0.0.1:0"
     async with pair(incoming=where) as (source, destination):
         uri = await destination.uri()
@@ -110,7 +119,7 @@ async def test_several_blocks_and_devices(qemu: None) -> None:
 
 
 @one_loop
-async def test_a_captured_stream_is_a_guest(qemu: None, tmp_path) -> None:
+async def test_captured_stream_is_a_guest(qemu: None, tmp_path) -> None:
     stream, all_ways = tmp_path / "stream", ("xbzrle", "return-path")
     async with Machine(SWEEP) as source:
         await source.wait_for_count(SWEEP.every)
@@ -130,7 +139,7 @@ async def test_a_captured_stream_is_a_guest(qemu: None, tmp_path) -> None:
 
 
 @one_loop
-async def test_a_migration_that_fails_is_not_waited_for(qemu: None) -> None:
+async def test_failed_migration_ends_the_wait(qemu: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nowhere = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
     async with Machine(SWEEP) as source:
@@ -145,7 +154,7 @@ async def test_a_migration_that_fails_is_not_waited_for(qemu: None) -> None:
 
 
 @one_loop
-async def test_a_destination_that_ends_says_why(qemu: None) -> None:
+async def test_destination_that_ends_says_why(qemu: None) -> None:
     async with Machine(SWEEP, incoming="tcp:127.0.0.1:0") as destination:
         host, _, port = (await destination.uri()).removeprefix("tcp:").rpartition(":")
         _, writer = await asyncio.open_connection(host, int(port))
@@ -159,7 +168,7 @@ async def test_a_destination_that_ends_says_why(qemu: None) -> None:
 
 
 @one_loop
-async def test_a_qemu_that_does_not_start_says_why(qemu: None) -> None:
+async def test_qemu_that_does_not_start_says_why(qemu: None) -> None:
     machine = Machine(SWEEP, devices=["flux-capacitor"])
     with pytest.raises(MachineError, match="does not start.*status 1.*flux-capacitor"):
         async with machine:
@@ -180,13 +189,26 @@ async def test_nothing_is_left(qemu: None) -> None:
 
 
 @one_loop
-async def test_a_machine_that_is_killed_says_so(qemu: None) -> None:
+async def test_machine_that_is_killed_says_so(qemu: None) -> None:
     async with Machine(SWEEP) as machine:
         await machine.kill()
         with pytest.raises(MachineError, match="status -9"):
             await machine.stop()
         with pytest.raises(MachineError, match="has not counted to 1000000"):
             await machine.wait_for_count(1_000_000)
+
+
+def test_missing_kvm_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(qemu_module, "KVM", "/nowhere/kvm")
+    assert qemu_module.kvm_trouble.__wrapped__() == "/nowhere/kvm cannot be used"
+
+
+def test_kvm_that_does_not_run_the_guest_is_named(qemu: None, monkeypatch) -> None:
+    monkeypatch.setattr(qemu_module, "KVM", os.devnull)
+    monkeypatch.setattr(qemu_module, "Machine", partial(Machine, extra=("-S",)))
+    monkeypatch.setattr(qemu_module, "KVM_PATIENCE", 0.1)
+    said = qemu_module.kvm_trouble.__wrapped__()
+    assert re.search("has not counted to 64|does not start.*[kK][vV][mM]", said)
 
 
 # ---------------------------------------------------------------- harm is noticed
@@ -208,7 +230,7 @@ def memory(*values: int) -> bytes:
         ((1,) * 4 + (0,) * 4, (254, 256), 1),
     ],
 )
-def test_a_sweep_at_any_moment(values, counts, value) -> None:
+def test_sweep_is_consistent_at_any_moment(values, counts, value) -> None:
     assert SMALL.check(memory(*values), counts) == value
 
 
@@ -228,12 +250,12 @@ def test_a_sweep_at_any_moment(values, counts, value) -> None:
     ],
     ids=["stale", "swapped", "ahead", "stale, at the end", "processor behind", "memory behind"],
 )
-def test_a_wrong_page_is_found(values, counts, says) -> None:
+def test_sweep_finds_a_wrong_page(values, counts, says) -> None:
     with pytest.raises(SweepError, match=says):
         SMALL.check(memory(*values), counts)
 
 
-def test_every_swept_byte_counts() -> None:
+def test_sweep_covers_every_byte() -> None:
     sweep = Sweep(4096, stride=1024)
     page = bytearray(4096)
     page[0] = page[1024] = 1
@@ -261,7 +283,7 @@ def test_counts_are_read() -> None:
         b"00000000\nFFFFFFFF\n",
     ],
 )
-def test_a_gap_or_a_repetition_is_found(serial) -> None:
+def test_sweep_finds_a_gap_or_a_repetition(serial) -> None:
     with pytest.raises(SweepError, match="is due"):
         SMALL.counted(serial)
 
@@ -282,18 +304,18 @@ def test_pages_that_differ_are_named() -> None:
         ({"rate": 50}, "thousands"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(values, says) -> None:
+def test_impossible_sweep_is_refused(values, says) -> None:
     with pytest.raises(ValueError, match=says):
         Sweep(MIB, **values)
 
 
-def test_a_sweep_fits_its_machine() -> None:
+def test_sweep_fits_its_machine() -> None:
     with pytest.raises(ValueError, match="2 GiB"):
         Machine(Sweep(64 * MIB), size=64 * MIB)
 
 
 @pytest.mark.parametrize("length", [2, 0x7B, 0x100, 0x7B00, 0x10000, 0x17B7B])
-def test_the_end_of_a_stream_is_known(length) -> None:
+def test_end_of_stream_is_found(length) -> None:
     text = b"{" + b"x" * (length - 2) + b"}"
     assert is_end(b"\x7e\0\0\0\1\0\x06" + length.to_bytes(4) + text)
     assert not is_end(b"\x7e\0\0\0\1\0\x06" + (length + 1).to_bytes(4) + text)

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.memory import Memory
-from proto.pageset import PageSet
+from migrate.memory.memory import Memory
+from migrate.source.batches import BatchMaker
+from proto.codec.kernel import PageEncoder, PageHashes
+from proto.codec.pageset import PageSet
+from proto.wire.frames import HEADER_BYTES
+from proto.wire.messages import SEED_BYTES, batch_bytes
 
 PAGE = 4096
 
@@ -48,7 +52,7 @@ def gathered(memory: Memory, dirty: PageSet, per_turn: int = 8) -> dict[int, byt
 # ---------------------------------------------------------------- extents
 
 
-def test_a_buffer_is_one_stretch_of_data():
+def test_buffer_is_one_stretch_of_data():
     memory = Memory(5 * PAGE + 1, memoryview(bytearray(5 * PAGE + 1)))
     assert list(memory.extents(PAGE)) == [(0, 6, True)]
     assert memory.extent(4, PAGE) == (6, True)
@@ -70,7 +74,7 @@ def test_extents_of_a_sparse_file_tell_holes_from_data(shm):
         assert memory.extent(page, PAGE) == stretch
 
 
-def test_a_page_that_is_partly_data_is_data(shm):
+def test_page_that_is_partly_data_is_data(shm):
     """Pages larger than the file system's blocks: data anywhere in them counts."""
     os.ftruncate(shm, 16 * PAGE)
     os.pwrite(shm, b"x", 6 * PAGE)
@@ -78,12 +82,12 @@ def test_a_page_that_is_partly_data_is_data(shm):
     assert list(memory.extents(4 * PAGE)) == [(0, 1, False), (1, 1, True), (2, 2, False)]
 
 
-def test_a_file_without_data_is_one_hole(shm):
+def test_file_without_data_is_one_hole(shm):
     os.ftruncate(shm, 10 * PAGE)
     assert list(Memory(10 * PAGE, fd=shm).extents(PAGE)) == [(0, 10, False)]
 
 
-def test_a_walk_finds_data_where_the_last_one_found_a_hole(shm):
+def test_walk_finds_data_in_a_former_hole(shm):
     """The answers are kept for a walk, not beyond it: a write to the hole would be lost."""
     os.ftruncate(shm, 10 * PAGE)
     memory = Memory(10 * PAGE, fd=shm)
@@ -179,7 +183,7 @@ def test_gather_takes_exactly_the_dirty_pages_however_few_fit(size, members, per
     assert all(copy == whole[n * PAGE : (n + 1) * PAGE] for n, copy in found.items())
 
 
-def test_what_follows_a_partial_last_page_in_the_file_is_not_the_guest(shm):
+def test_bytes_after_the_guest_in_its_file_are_not_read(shm):
     """The size is taken once: a file that grows meanwhile does not change the last page."""
     os.pwrite(shm, b"x" * 3 * PAGE, 0)
     memory = Memory(PAGE + 10, fd=shm)
@@ -188,7 +192,7 @@ def test_what_follows_a_partial_last_page_in_the_file_is_not_the_guest(shm):
     assert memory.read(PAGE, into) == 10
 
 
-def test_a_file_that_shrinks_reads_as_zeros_not_as_a_crash(shm):
+def test_shrunken_file_reads_as_zeros(shm):
     os.pwrite(shm, b"x" * 4 * PAGE, 0)
     memory = Memory(4 * PAGE, fd=shm)
     os.ftruncate(shm, PAGE + 1)
@@ -201,7 +205,7 @@ def test_a_file_that_shrinks_reads_as_zeros_not_as_a_crash(shm):
     assert sum(count for _, count, _ in memory.extents(PAGE)) == 4
 
 
-def test_a_file_that_cannot_be_read_is_an_error():
+def test_file_that_cannot_be_read_is_an_error():
     read_end, write_end = os.pipe()
     try:
         with pytest.raises(OSError, match=r"."):
@@ -211,3 +215,34 @@ def test_a_file_that_cannot_be_read_is_an_error():
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def test_guest_may_begin_within_its_file(shm):
+    base, data = 3 * PAGE, content(2 * PAGE + 100)
+    os.pwrite(shm, content(base, 2), 0)
+    os.ftruncate(shm, base + 5 * PAGE)
+    os.pwrite(shm, data, base + PAGE)
+    memory, page = Memory(4 * PAGE, fd=shm, base=base), bytearray(PAGE)
+    assert list(memory.extents(PAGE)) == [(0, 1, False), (1, 3, True)]
+    found = gathered(memory, PageSet.full(4))
+    assert b"".join(found[number] for number in range(4)) == (bytes(PAGE) + data).ljust(
+        4 * PAGE, b"\0"
+    )
+    assert memory.read(PAGE, memoryview(page)) == PAGE
+    assert page == data[:PAGE]
+    assert not memory.threaded, "the scanner's threads know nothing of it"
+
+
+def test_each_round_looks_for_holes_again(shm):
+    """A guest that marks what it writes clears no mark of before: a hole may be none by then."""
+    os.ftruncate(shm, 4 * PAGE)
+    encoder = PageEncoder(
+        PageHashes(4, PAGE, bytes(SEED_BYTES)), None, headroom=HEADER_BYTES, room=batch_bytes(1)
+    )
+    batches = BatchMaker(Memory(4 * PAGE, fd=shm), encoder)
+    normal = []
+    for number in (1, 2):
+        batches.begin_round(number)
+        normal.append(batches.turn(PageSet.full(4), 0, holes=True).counts.normal)
+        os.pwrite(shm, content(PAGE), 2 * PAGE)
+    assert normal == [0, 1]

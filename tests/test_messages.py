@@ -1,5 +1,6 @@
-"""Each field of each message at its bounds and past them, and nothing but MessageError for rest."""
+"""Each field of each message at and past its bounds; anything else raises MessageError."""
 
+import itertools
 import math
 
 import msgspec
@@ -7,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proto import messages
-from proto.errors import ErrorCode, MessageError
-from proto.messages import (
+from proto.wire import messages
+from proto.wire.errors import ErrorCode, MessageError
+from proto.wire.messages import (
     BATCH_BYTES,
     HELD_PAGES,
     MAX_BLOCK_LIST,
@@ -56,7 +57,8 @@ from proto.messages import (
     pack,
     unpack,
 )
-from proto.ownership import Claim
+from proto.wire.ownership import Claim
+from tests.cells import check_each
 
 M = MessageType
 encode = msgspec.msgpack.encode
@@ -197,16 +199,14 @@ DEFAULTS = {
 }
 
 
-def cases(which):
-    return [
-        pytest.param(kind, field, value, id=f"{kind.name}-{field}-{str(value)[:20]!r}-{i}")
-        for (kind, field), values in FIELDS.items()
-        for i, value in enumerate(values[which])
-    ]
+LEGAL, ILLEGAL = (
+    [(kind, field, value) for (kind, field), values in FIELDS.items() for value in values[which]]
+    for which in (0, 1)
+)
 
 
 def plain(value):
-    """As MessagePack gives it: arrays are lists, codes are numbers."""
+    """Return a value as MessagePack decodes it: arrays are lists, codes are numbers."""
     return msgspec.msgpack.decode(encode(value))
 
 
@@ -214,7 +214,7 @@ def fields_of(kind):
     return plain(EXAMPLES[kind])
 
 
-def test_the_tables_of_this_test_are_complete():
+def test_tables_cover_all_messages_and_fields():
     assert set(EXAMPLES) == set(MAPS)
     declared = {(k, name) for k, m in EXAMPLES.items() for name in m.__struct_fields__}
     assert set(FIELDS) == declared
@@ -234,35 +234,41 @@ def test_headroom_is_left_before_the_body():
 
 
 @pytest.mark.parametrize("body", [b"", b"abc", bytes(MAX_BODY)])
-def test_a_batch_is_not_read_here(body):
+def test_batch_body_is_not_unpacked(body):
     message = unpack(M.PAGES, memoryview(body))
     assert isinstance(message, Pages)
 
 
-@pytest.mark.parametrize(("kind", "field", "value"), cases(0))
-def test_at_its_bounds(kind, field, value):
-    message = unpack(kind, encode(fields_of(kind) | {field: value}))
-    assert plain(getattr(message, field)) == value
-    assert len(pack(message)) <= messages.BODY_LIMITS[kind]
+def test_values_at_their_bounds_are_accepted():
+    def check(kind, field, value):
+        message = unpack(kind, encode(fields_of(kind) | {field: value}))
+        assert plain(getattr(message, field)) == value
+        assert len(pack(message)) <= messages.BODY_LIMITS[kind]
+
+    check_each(check, LEGAL)
 
 
-@pytest.mark.parametrize(("kind", "field", "value"), cases(1))
-def test_past_its_bounds(kind, field, value):
-    with pytest.raises(MessageError, match=f"^{kind.name}: ") as info:
-        unpack(kind, encode(fields_of(kind) | {field: value}))
-    assert info.value.code is ErrorCode.PROTOCOL
-    assert str(info.value).isprintable()
+def test_values_past_their_bounds_are_refused():
+    def check(kind, field, value):
+        with pytest.raises(MessageError, match=f"^{kind.name}: ") as info:
+            unpack(kind, encode(fields_of(kind) | {field: value}))
+        assert info.value.code is ErrorCode.PROTOCOL
+        assert str(info.value).isprintable()
+
+    check_each(check, ILLEGAL)
 
 
-@pytest.mark.parametrize(("kind", "field"), FIELDS, ids=lambda value: getattr(value, "name", value))
-def test_a_missing_field_is_refused_or_has_its_default(kind, field):
-    fields = fields_of(kind)
-    del fields[field]
-    if (kind, field) in DEFAULTS:
-        assert getattr(unpack(kind, encode(fields)), field) == DEFAULTS[kind, field]
-    else:
-        with pytest.raises(MessageError, match=f"{kind.name}: .*missing.*`{field}`"):
-            unpack(kind, encode(fields))
+def test_missing_field_is_refused_or_has_its_default():
+    def check(kind, field):
+        fields = fields_of(kind)
+        del fields[field]
+        if (kind, field) in DEFAULTS:
+            assert getattr(unpack(kind, encode(fields)), field) == DEFAULTS[kind, field]
+        else:
+            with pytest.raises(MessageError, match=f"{kind.name}: .*missing.*`{field}`"):
+                unpack(kind, encode(fields))
+
+    check_each(check, FIELDS)
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -272,7 +278,7 @@ def test_unknown_fields_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-def test_cut_short_or_with_bytes_to_spare(kind):
+def test_truncated_or_extended_bodies_are_refused(kind):
     body = bytes(pack(EXAMPLES[kind]))
     for length in range(len(body)):
         with pytest.raises(MessageError):
@@ -281,14 +287,16 @@ def test_cut_short_or_with_bytes_to_spare(kind):
         unpack(kind, body + b"\xc0")
 
 
-@pytest.mark.parametrize("kind", MAPS)
-@pytest.mark.parametrize("value", [None, 1, "text", b"bin", [], [1], [{}], 1.5], ids=repr)
-def test_anything_but_a_map_is_refused(kind, value):
-    with pytest.raises(MessageError):
-        unpack(kind, encode(value))
+def test_anything_but_a_map_is_refused():
+    def check(kind, value):
+        with pytest.raises(MessageError):
+            unpack(kind, encode(value))
+
+    others = [None, 1, "text", b"bin", [], [1], [{}], 1.5]
+    check_each(check, itertools.product(MAPS, others))
 
 
-def test_the_order_of_fields_is_free():
+def test_fields_may_come_in_any_order():
     fields = fields_of(M.ROUND_ACK)
     assert unpack(M.ROUND_ACK, encode(dict(reversed(fields.items())))) == EXAMPLES[M.ROUND_ACK]
 
@@ -338,6 +346,7 @@ def nearly_messages(draw):
     return kind, bytes(body)
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=500)
 @given(st.one_of(st.tuples(st.sampled_from(MAPS), st.binary(max_size=200)), nearly_messages()))
 @example((M.GO, b"\x80"))
@@ -352,21 +361,21 @@ def test_arbitrary_bytes_are_a_message_or_a_message_error(case):
 
 @given(st.sampled_from([1 << n for n in range(10, 15)]), st.integers(1, 1 << 42), st.integers(0, 1))
 @example(1024, 1 << 42, 0)
-def test_a_guest_has_as_many_pages_as_it_needs(page_size, size, whole):
+def test_page_count_of_a_guest(page_size, size, whole):
     size = max(size // page_size, 1) * page_size if whole else size
     info = unpack(M.GUEST, pack(GuestInfo("demo", size, page_size, bytes(16))))
     assert (info.pages - 1) * page_size < size <= info.pages * page_size
     assert info.pages <= MAX_PAGES
 
 
-def test_the_longest_bodies_come_on_the_first_channel_alone():
+def test_complete_and_blocks_are_long_on_channel_0_only():
     for channels in (1, 2, 64):
         assert body_limits(channels, 0)[M.BLOCKS] == MAX_BLOCK_LIST
         for kind in (M.BLOCKS, M.COMPLETE, M.BYTES):
             assert body_limits(channels, 1)[kind] == MAX_CONTROL
 
 
-def test_a_batch_has_room_for_a_page():
+def test_shortest_batch_holds_a_page():
     assert BATCH_BYTES <= MAX_BODY
     assert MAX_BODY >= MAX_CONTROL, "HELLO may say less than is always taken"
     assert BATCH_BYTES >= 2 * MAX_PAGE_SIZE

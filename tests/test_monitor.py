@@ -22,7 +22,8 @@ import pytest
 import qemu.qmp
 
 from migrate.cli.control import Control
-from migrate.guests.demo import DemoProcess
+from migrate.guests.demo.handle import DemoProcess
+from migrate.guests.demo.layout import State
 from tests.programs import BIN, Program, children, destination, end_guest, guest_pid, look_at
 
 GUEST = "demo:32m,hot=8m,stride=4096"
@@ -141,7 +142,7 @@ class Screen:
         self.shown = ""
 
     def until(self, pattern: str) -> str:
-        """What was shown since the last call, up to what matches."""
+        """Return the output since the last call, up to a match."""
         end = time.monotonic() + 60
         while not (found := re.search(pattern, self.shown)):
             assert time.monotonic() < end, self.shown
@@ -150,13 +151,13 @@ class Screen:
         return shown
 
     def type(self, line: str) -> str:
-        """What is said to a line, up to the next prompt."""
+        """Type a line; return the output up to the next prompt."""
         os.write(self.master, f"{line}\n".encode())
         self.until(re.escape(line) + "\n")
         return self.until(r"\(migrate-...\) ").rpartition("(migrate-")[0]
 
 
-def test_the_usage_section_word_for_word_on_a_terminal() -> None:
+def test_documented_commands_on_a_terminal() -> None:
     receiver = Screen("migrate-dst", "--monitor", "stdio")
     source = Screen("migrate-src", "--monitor", "stdio", "--guest", GUEST)
     arrived = 0
@@ -197,7 +198,8 @@ def test_the_usage_section_word_for_word_on_a_terminal() -> None:
             end_guest(arrived)
 
 
-def test_a_script_on_standard_input_is_done_to_its_end() -> None:
+@pytest.mark.programs
+def test_script_on_standard_input_runs_to_its_end() -> None:
     """The end of it ends the program, but not before the migration."""
     receiver = subprocess.Popen(
         [BIN / "migrate-dst", "--listen", "127.0.0.1:0", "--retry", "0"],
@@ -218,7 +220,7 @@ def test_a_script_on_standard_input_is_done_to_its_end() -> None:
     end_guest(pid)
 
 
-def test_lines_that_nobody_can_read_end_nothing() -> None:
+def test_overlong_lines_end_nothing() -> None:
     """Neither one that is too long nor one that the terminal has no letters for."""
     source = Program(
         "migrate-src", "--monitor", "stdio", "--guest", GUEST,
@@ -232,7 +234,8 @@ def test_lines_that_nobody_can_read_end_nothing() -> None:
     assert gone(guest_pid(source.err))
 
 
-def test_a_terminal_that_is_stopped_stops_no_migration(tmp_path: Path) -> None:
+@pytest.mark.programs
+def test_stopped_terminal_does_not_stop_migration(tmp_path: Path) -> None:
     """^S, and then commands whose answers it does not take."""
     screen = Screen(
         "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--qmp", f"unix:{tmp_path}/src"
@@ -263,9 +266,10 @@ def test_a_terminal_that_is_stopped_stops_no_migration(tmp_path: Path) -> None:
             end_guest(arrived)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("last", ["migrate_cancel\nquit\n", "quit\n", "migrate_cancel\n"])
-def test_what_is_asked_for_in_one_breath_is_done_in_order(last: str) -> None:
-    """A migration that has not begun is called off at once; nobody listens there."""
+def test_pipelined_commands_run_in_order(last: str) -> None:
+    """A migration that has not begun is cancelled at once; no destination listens there."""
     source = Program(
         "migrate-src", "--monitor", "stdio", "--guest", GUEST, "--connect-timeout", "100s",
         stdin=f"migrate -d tcp:127.0.0.1:1\n{last}info migrate\n",
@@ -277,7 +281,8 @@ def test_what_is_asked_for_in_one_breath_is_done_in_order(last: str) -> None:
     assert gone(guest_pid(source.err))
 
 
-def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
+@pytest.mark.programs
+def test_migrate_without_d_waits_on_monitor_socket(idle) -> None:
     both = idle("--connect-timeout", "0.5s")
     path = both.directory / "monitor"
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
@@ -303,7 +308,8 @@ def test_migrate_without_d_waits_on_the_socket_for_people(idle) -> None:
     both.verified()
 
 
-def test_the_prompt_of_migrate_ctl(idle, tmp_path: Path) -> None:
+@pytest.mark.programs
+def test_migrate_ctl_prompt(idle, tmp_path: Path) -> None:
     """Completion, an error that ends nothing, a history for the next one, and the end of input."""
     both = idle()
     first = Screen("migrate-ctl", f"{both.directory}/src", XDG_STATE_HOME=str(tmp_path / "state"))
@@ -329,12 +335,13 @@ def test_the_prompt_of_migrate_ctl(idle, tmp_path: Path) -> None:
     assert both.sender.wait(20) == 0
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     "line",
     ["migrate_set_cache_size", "migrate_set_cache_size 1 2", "info status now", "info fly", "fly",
      "help fly", "migrate_set_parameter max-bandwidth x"],
 )  # fmt: skip
-def test_what_is_refused_in_whatever_words_is_a_failure_for_a_script(idle, line: str) -> None:
+def test_refused_commands_fail_for_scripts(idle, line: str) -> None:
     both = idle()
     program = Program("migrate-ctl", f"{both.directory}/src", *line.split())
     assert program.wait() == 1
@@ -344,8 +351,9 @@ def test_what_is_refused_in_whatever_words_is_a_failure_for_a_script(idle, line:
 # ---------------------------------------------------------------- QEMU's own client
 
 
+@pytest.mark.programs
 @pytest.mark.asyncio
-async def test_qemus_client_drives_a_whole_migration(idle) -> None:
+async def test_qemu_qmp_client_drives_a_migration(idle) -> None:
     both = await asyncio.to_thread(idle)
     address = await asyncio.to_thread(both.listen)
     source, destination = qemu.qmp.QMPClient("src"), qemu.qmp.QMPClient("dst")
@@ -412,7 +420,7 @@ async def test_qemus_client_drives_a_whole_migration(idle) -> None:
         await client.disconnect()
 
 
-def test_qemus_shell(idle) -> None:
+def test_qmp_shell(idle) -> None:
     both = idle()
     lines = ["query-status", "migrate-set-parameters max-bandwidth=1000000", "query-migrate"]
     done = subprocess.run(
@@ -427,7 +435,8 @@ def test_qemus_shell(idle) -> None:
 # ---------------------------------------------------------------- again and again
 
 
-def test_a_migration_that_is_cancelled_or_fails_can_be_tried_again(idle, tmp_path: Path) -> None:
+@pytest.mark.programs
+def test_migrate_again_after_cancel_or_failure(idle, tmp_path: Path) -> None:
     both = idle("--max-bandwidth", SLOW, "--connect-timeout", "1s")
     both.src.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
     assert "cannot connect" in both.until("failed")["error-desc"]
@@ -441,7 +450,7 @@ def test_a_migration_that_is_cancelled_or_fails_can_be_tried_again(idle, tmp_pat
     both.until("cancelled")
     assert other.wait() == 8
     assert both.src.execute("query-status") == {"running": True, "status": "running"}
-    assert DemoProcess.attach(both.pid).words[1] == 1  # it counts on here
+    assert DemoProcess.attach(both.pid).state == State.RUNNING  # it counts on here
     assert both.src.execute("migrate_cancel") == {}  # succeeds when there is nothing to cancel
 
     both.src.execute("migrate", {"uri": both.listen()})
@@ -469,7 +478,7 @@ class Ear:
         assert json.loads(self._lines.readline()) == {"return": {}}
 
     def until(self, last: str) -> list[str]:
-        """What was told since the last call, up to this status; STOP and RESUME are told too."""
+        """Return the events since the last call, up to this status, STOP and RESUME included."""
         told: list[str] = []
         while last not in told:
             message = json.loads(self._lines.readline())
@@ -482,8 +491,8 @@ class Ear:
         self._sock.close()
 
 
-def test_what_ends_early_tells_its_states_in_order(idle) -> None:
-    """As QEMU does, from setup on, also where there was no connection yet."""
+def test_events_of_a_migration_that_ends_early(idle) -> None:
+    """As in QEMU, events begin with setup, even without a connection."""
     both = idle("--max-bandwidth", "2m", "--connect-timeout", "100s")
     ear = Ear(f"{both.directory}/src")
     early, cancelled = ["setup", "cancelling", "cancelled"], {"status": "cancelled"}
@@ -504,7 +513,7 @@ def test_what_ends_early_tells_its_states_in_order(idle) -> None:
     ear.close()
 
 
-def test_the_numbers_of_what_ended_early_are_those_of_what_was_sent(idle, tmp_path: Path) -> None:
+def test_statistics_of_a_migration_that_ends_early(idle, tmp_path: Path) -> None:
     """In the first round each page has gone in one way, or remains; the next begins anew."""
     both = idle("--max-bandwidth", "2m")
     ear = Ear(f"{both.directory}/src")
@@ -534,7 +543,7 @@ def test_the_numbers_of_what_ended_early_are_those_of_what_was_sent(idle, tmp_pa
     ear.close()
 
 
-def test_limits_change_while_it_runs(idle) -> None:
+def test_limits_change_during_migration(idle) -> None:
     """At 64 KiB/s it would take eight minutes; the new rate holds at once."""
     both = idle("--max-bandwidth", "64k")
     both.src.execute("migrate", {"uri": both.listen()})
@@ -546,7 +555,7 @@ def test_limits_change_while_it_runs(idle) -> None:
     both.verified()
 
 
-def test_nothing_that_was_set_meanwhile_is_lost_by_the_next_change(idle) -> None:
+def test_parameters_set_during_migration_persist(idle) -> None:
     """Neither a capability, nor the cache size that the other side has asked for."""
     both = idle("--max-bandwidth", "4m")
     both.src.execute("migrate", {"uri": both.listen()})
@@ -569,7 +578,7 @@ def test_nothing_that_was_set_meanwhile_is_lost_by_the_next_change(idle) -> None
     assert both.src.execute("query-migrate-cache-size") == 1 << 23
 
 
-def test_an_address_that_is_not_to_be_had_can_be_replaced_by_another(idle) -> None:
+def test_migrate_incoming_again_after_listen_failure(idle) -> None:
     both = idle()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = f"tcp:127.0.0.1:{taken.getsockname()[1]}"
@@ -585,7 +594,7 @@ def test_an_address_that_is_not_to_be_had_can_be_replaced_by_another(idle) -> No
     both.verified()
 
 
-def test_a_script_is_told_where_nobody_can_listen() -> None:
+def test_script_fails_if_destination_cannot_listen() -> None:
     receiver = Program(
         "migrate-dst", "--monitor", "stdio",
         stdin="migrate_incoming unix:/nonexistent/x\nmigrate_incoming nowhere\ninfo migrate\n",
@@ -596,7 +605,7 @@ def test_a_script_is_told_where_nobody_can_listen() -> None:
     assert "Error: address 'nowhere' is not understood" in receiver.out
 
 
-def test_a_lower_round_limit_ends_it(idle) -> None:
+def test_lower_round_limit_ends_migration(idle) -> None:
     both = idle("--max-bandwidth", "32m", "--capability", "xbzrle=off", "--downtime-limit", "1")
     both.src.execute("migrate", {"uri": both.listen()})
     both.until("active")
@@ -605,7 +614,7 @@ def test_a_lower_round_limit_ends_it(idle) -> None:
     assert both.src.execute("query-status")["running"]
 
 
-def test_fifty_cache_sizes_in_one_migration_from_both_sides(idle) -> None:
+def test_fifty_cache_resizes_from_both_sides(idle) -> None:
     """Under the working set and past it: the source confirms each, and the memory stays equal."""
     both = idle(
         "--max-bandwidth", "16m", "--downtime-limit", "0", guest="demo:4m,hot=2m,stride=4096"
@@ -638,7 +647,7 @@ def test_fifty_cache_sizes_in_one_migration_from_both_sides(idle) -> None:
 
 
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
-def test_without_an_address_somebody_must_be_able_to_say_it(name: str) -> None:
+def test_missing_address_needs_a_monitor(name: str) -> None:
     program = Program(name)
     assert program.wait() == 2
     assert "--monitor stdio" in program.err
@@ -656,7 +665,7 @@ def gone(pid: int) -> bool:
     return not os.path.exists(f"/proc/{pid}")
 
 
-def test_quit_ends_the_guest_that_was_never_moved_and_no_other(idle, tmp_path: Path) -> None:
+def test_quit_ends_only_an_unmoved_guest(idle, tmp_path: Path) -> None:
     both = idle()
     other = Program(
         "migrate-src", "--qmp", f"unix:{tmp_path}/other", "--guest", f"demo:pid={both.pid}"
@@ -671,7 +680,7 @@ def test_quit_ends_the_guest_that_was_never_moved_and_no_other(idle, tmp_path: P
     assert gone(both.pid)
 
 
-def test_a_signal_before_the_guest_is_ready_leaves_none_behind() -> None:
+def test_signal_before_guest_is_ready_leaves_no_guest() -> None:
     source = Program("migrate-src", "--monitor", "stdio", "--guest", "demo:2g,fill=random")
     deadline = time.monotonic() + 60
     while not (guests := [pid for pid in children(source.process.pid) if not gone_already(pid)]):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from migrate.monitor.commands import commands
-from migrate.monitor.node import IN_PROGRESS, Refused
-from tests.node import NotingNode
+from migrate.monitor.monitored import IN_PROGRESS, CommandError
+from tests.recording_program import RecordingProgram
 
 INET = {"transport": "socket", "type": "inet", "host": "a", "port": "1"}
 INET6 = {"transport": "socket", "type": "inet", "host": "::1", "port": "1"}
@@ -29,10 +29,10 @@ def main(address: object) -> dict[str, Any]:
         (main(UNIX), "unix:/x"),
     ],
 )
-def test_where_to(arguments: dict[str, Any], uri: str) -> None:
-    node = NotingNode()
-    assert commands(node)["migrate"](arguments) is None
-    assert node.done == [f"migrate {uri}"]
+def test_migrate_uri_and_channels(arguments: dict[str, Any], uri: str) -> None:
+    program = RecordingProgram()
+    assert commands(program)["migrate"](arguments) is None
+    assert program.done == [f"migrate {uri}"]
 
 
 @pytest.mark.parametrize(
@@ -65,22 +65,20 @@ def test_where_to(arguments: dict[str, Any], uri: str) -> None:
         ("migrate-set-cache-size", {"value": 3}, "power of two"),
     ],
 )
-def test_what_is_wrong_is_refused_and_nothing_is_done(
-    command: str, arguments: dict[str, Any], says: str
-) -> None:
-    node = NotingNode()
-    before = node.parameters
-    with pytest.raises(Refused, match=says):
-        commands(node)[command](arguments)
-    assert node.done == []
-    assert node.parameters == before
+def test_wrong_arguments_are_refused(command: str, arguments: dict[str, Any], says: str) -> None:
+    program = RecordingProgram()
+    before = program.parameters
+    with pytest.raises(CommandError, match=says):
+        commands(program)[command](arguments)
+    assert program.done == []
+    assert program.parameters == before
 
 
-def test_all_capabilities_of_a_command_are_taken_or_none() -> None:
-    node = NotingNode()
-    known = commands(node)
+def test_capabilities_are_set_all_or_none() -> None:
+    program = RecordingProgram()
+    known = commands(program)
     both = [{"capability": "xbzrle", "state": False}, {"capability": "events", "state": True}]
-    with pytest.raises(Refused, match="foo"):
+    with pytest.raises(CommandError, match="foo"):
         known["migrate-set-capabilities"](
             {"capabilities": [*both, {"capability": "foo", "state": True}]}
         )
@@ -88,14 +86,14 @@ def test_all_capabilities_of_a_command_are_taken_or_none() -> None:
     known["migrate-set-capabilities"]({"capabilities": both})
     for one in both:
         assert one in known["query-migrate-capabilities"]({})
-    node.busy = True
-    with pytest.raises(Refused, match=IN_PROGRESS):
+    program.busy = True
+    with pytest.raises(CommandError, match=IN_PROGRESS):
         known["migrate-set-capabilities"]({"capabilities": both})
 
 
-def test_parameters_are_read_as_they_were_set() -> None:
-    node = NotingNode()
-    known = commands(node)
+def test_parameters_read_back() -> None:
+    program = RecordingProgram()
+    known = commands(program)
     values = {"max-bandwidth": 1 << 20, "downtime-limit": 100, "cpu-throttle-tailslow": True}
     known["migrate-set-parameters"](values)
     assert values.items() <= known["query-migrate-parameters"]({}).items()
@@ -103,10 +101,10 @@ def test_parameters_are_read_as_they_were_set() -> None:
     assert known["query-migrate-cache-size"]({}) == 1 << 28
 
 
-def test_what_is_set_of_tls_is_told_and_stays() -> None:
-    node = NotingNode()
-    node.tls = {"tls-creds": "/etc/pki/x"}
-    known = commands(node)
+def test_tls_parameters_are_read_only() -> None:
+    program = RecordingProgram()
+    program.tls = {"tls-creds": "/etc/pki/x"}
+    known = commands(program)
     told = known["query-migrate-parameters"]({})
     assert list(told)[4:9] == [
         "max-cpu-throttle", "tls-creds", "tls-hostname", "tls-authz", "max-bandwidth",
@@ -115,30 +113,30 @@ def test_what_is_set_of_tls_is_told_and_stays() -> None:
     same = {"tls-creds": "/etc/pki/x", "tls-hostname": "", "tls-authz": None}
     known["migrate-set-parameters"](same)
     for name, value in (("tls-creds", ""), ("tls-hostname", "there"), ("tls-authz", False)):
-        with pytest.raises(Refused, match=rf"'{name}' cannot change while .* \(--{name}\)"):
+        with pytest.raises(CommandError, match=rf"'{name}' cannot change while .* \(--{name}\)"):
             known["migrate-set-parameters"]({"max-bandwidth": 1, name: value})
     assert known["query-migrate-parameters"]({}) == told
-    receives = commands(NotingNode(receives=True))["query-migrate-parameters"]({})
+    receives = commands(RecordingProgram(receives=True))["query-migrate-parameters"]({})
     assert list(receives) == ["tls-creds", "tls-hostname", "tls-authz", "xbzrle-cache-size"]
 
 
-def test_the_monitor_for_people_is_within_reach() -> None:
-    node = NotingNode()
-    said = commands(node)["human-monitor-command"]({"command-line": "info status"})
+def test_human_monitor_command() -> None:
+    program = RecordingProgram()
+    said = commands(program)["human-monitor-command"]({"command-line": "info status"})
     assert said == "VM status: running\r\n"
 
 
-def test_setting_nothing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_no_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """A destination that takes parameters asks the source for its cache size."""
-    node = NotingNode(receives=True)
-    monkeypatch.setattr(node, "take", lambda parameters: pytest.fail(f"{parameters} are taken"))
-    commands(node)["migrate-set-parameters"]({})
+    program = RecordingProgram(receives=True)
+    monkeypatch.setattr(program, "apply", lambda parameters: pytest.fail(f"{parameters} are taken"))
+    commands(program)["migrate-set-parameters"]({})
 
 
-def test_a_destination_does_not_promise_to_outlive_its_failure() -> None:
-    node = NotingNode(receives=True)
-    command = commands(node)["migrate-incoming"]
-    with pytest.raises(Refused, match="exit-on-error cannot be off"):
+def test_exit_on_error_off_is_refused() -> None:
+    program = RecordingProgram(receives=True)
+    command = commands(program)["migrate-incoming"]
+    with pytest.raises(CommandError, match="exit-on-error cannot be off"):
         command({"uri": "tcp::1", "exit-on-error": False})
     command({"uri": "tcp::1", "exit-on-error": True})
-    assert node.done == ["incoming tcp::1"]
+    assert program.done == ["incoming tcp::1"]

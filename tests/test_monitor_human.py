@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.monitor.human import Human
-from migrate.monitor.node import IN_PROGRESS
-from tests.node import NotingNode
+from migrate.monitor.human import HumanMonitor
+from migrate.monitor.monitored import IN_PROGRESS
+from tests.recording_program import RecordingProgram
 
 
 @pytest.mark.parametrize(
@@ -22,23 +22,23 @@ from tests.node import NotingNode
         ('migrate_set_parameter "multifd-channels"  "4"', "channels", 4),
     ],
 )
-def test_what_is_set_is_in_the_parameters(line: str, name: str, value: int) -> None:
-    node = NotingNode()
-    assert Human(node).execute(line) == ""
-    assert getattr(node.parameters, name) == value
+def test_commands_set_parameters(line: str, name: str, value: int) -> None:
+    program = RecordingProgram()
+    assert HumanMonitor(program).execute(line) == ""
+    assert getattr(program.parameters, name) == value
 
 
-def test_limits_in_their_units() -> None:
-    node = NotingNode()
-    human = Human(node)
+def test_units_of_limits() -> None:
+    program = RecordingProgram()
+    human = HumanMonitor(program)
     for line in ("migrate_set_speed 1.5g", "migrate_set_downtime 0.5"):
         assert human.execute(line) == ""
-    assert node.parameters.limits.max_bandwidth == 3 << 29
+    assert program.parameters.limits.max_bandwidth == 3 << 29
     assert human.execute("migrate_set_parameter max-bandwidth 1.5") == ""
-    assert node.parameters.limits.max_bandwidth == 3 << 19
+    assert program.parameters.limits.max_bandwidth == 3 << 19
     assert human.execute("migrate_set_speed 16") == ""
-    assert node.parameters.limits.max_bandwidth == 16 << 20
-    assert node.parameters.limits.downtime_limit == 0.5
+    assert program.parameters.limits.max_bandwidth == 16 << 20
+    assert program.parameters.limits.downtime_limit == 0.5
     assert human.execute("migrate_set_parameter downtime-limit 250") == ""
     said = human.execute("info migrate_parameters")
     assert "max-bandwidth: 16777216 bytes/second\n" in said
@@ -48,10 +48,10 @@ def test_limits_in_their_units() -> None:
     assert human.execute("info migrate_cache_size") == "xbzrle cache size: 65536 kbytes\n"
 
 
-def test_tls_as_qemu_prints_it() -> None:
-    node = NotingNode()
-    node.tls = {"tls-creds": "/etc/pki/x"}
-    human = Human(node)
+def test_info_tls_parameters() -> None:
+    program = RecordingProgram()
+    program.tls = {"tls-creds": "/etc/pki/x"}
+    human = HumanMonitor(program)
     said = human.execute("info migrate_parameters")
     assert (
         "max-cpu-throttle: 99\ntls-creds: '/etc/pki/x'\ntls-hostname: ''\ntls-authz: ''\n" in said
@@ -62,12 +62,12 @@ def test_tls_as_qemu_prints_it() -> None:
     )
 
 
-def test_capabilities_on_one_line_and_xbzrle_first() -> None:
-    node = NotingNode()
-    human = Human(node)
+def test_info_capabilities() -> None:
+    program = RecordingProgram()
+    human = HumanMonitor(program)
     assert human.execute("migrate_set_capability xbzrle off") == ""
     assert human.execute("info migrate_capabilities").startswith("xbzrle: off , xbzrle-merge: on")
-    node.busy = True
+    program.busy = True
     assert human.execute("migrate_set_capability xbzrle on") == f"Error: {IN_PROGRESS}\n"
     assert human.execute("migrate_set_capability events on") == ""
 
@@ -93,41 +93,44 @@ def test_capabilities_on_one_line_and_xbzrle_first() -> None:
         ('migrate "tcp:a\\x:1"', "Error: unsupported escape code: '\\x'"),
     ],
 )
-def test_what_is_wrong_is_said(line: str, says: str) -> None:
-    node = NotingNode()
-    assert says in Human(node).execute(line)
-    assert node.done == []
+def test_wrong_lines_are_answered(line: str, says: str) -> None:
+    program = RecordingProgram()
+    assert says in HumanMonitor(program).execute(line)
+    assert program.done == []
 
 
-def test_a_word_in_quotes_may_have_blanks() -> None:
-    node = NotingNode()
-    assert Human(node).execute(r'migrate -d "unix:/tmp/a \"b\" c"') == ""
-    assert node.done == ['migrate unix:/tmp/a "b" c']
+def test_quoted_word_with_blanks() -> None:
+    program = RecordingProgram()
+    assert HumanMonitor(program).execute(r'migrate -d "unix:/tmp/a \"b\" c"') == ""
+    assert program.done == ['migrate unix:/tmp/a "b" c']
 
 
 @pytest.mark.asyncio
-async def test_migrate_waits_and_says_why_it_failed_and_with_d_it_does_not() -> None:
-    node = NotingNode()
-    human = Human(node)
+async def test_migrate_waits_unless_detached() -> None:
+    program = RecordingProgram()
+    human = HumanMonitor(program)
     assert await human.run("migrate -d tcp:a:1") == ""
-    assert node.done == ["migrate tcp:a:1"]
+    assert program.done == ["migrate tcp:a:1"]
     assert await human.run("migrate tcp:a:1") == ""
-    assert node.done[-1] == "ended"
-    node.why = "the link is down"
+    assert program.done[-1] == "ended"
+    program.why = "the link is down"
     assert await human.run("migrate tcp:a:1") == "Error: the link is down\n"
     assert human.execute("migrate_cancel") == human.execute("q") == ""
-    assert node.done[-2:] == ["cancel", "quit"]
+    assert program.done[-2:] == ["cancel", "quit"]
 
 
-def test_two_layouts() -> None:
-    human = Human(NotingNode())
+def test_info_migrate_layouts() -> None:
+    human = HumanMonitor(RecordingProgram())
     assert human.execute("info migrate") == "Migration status: active\n"
     assert human.execute("info migrate -a") == "Status: \t\tactive\n"
     assert "extraneous" in human.execute("info status -a")
 
 
-def test_each_side_has_its_own_commands() -> None:
-    source, destination = Human(NotingNode()), Human(NotingNode(receives=True))
+def test_commands_of_each_side() -> None:
+    source, destination = (
+        HumanMonitor(RecordingProgram()),
+        HumanMonitor(RecordingProgram(receives=True)),
+    )
     assert "unknown command" in source.execute("migrate_incoming tcp:a:1")
     assert "unknown command" in destination.execute("migrate tcp:a:1")
     assert destination.execute("migrate_incoming tcp:a:1") == ""
@@ -142,8 +145,8 @@ def test_each_side_has_its_own_commands() -> None:
     )
 
 
-def test_help_names_every_command_and_each_alone() -> None:
-    human = Human(NotingNode())
+def test_help() -> None:
+    human = HumanMonitor(RecordingProgram())
     assert len(human.execute("help").splitlines()) == len(human.commands)
     for name in human.commands:
         assert human.execute(f"help {name}").startswith(name)
@@ -155,6 +158,6 @@ def test_help_names_every_command_and_each_alone() -> None:
     "migrate", "-d", "info", "help", "migrate_set_parameter", "max-bandwidth", "10", "on", "xbzrle",
     "migrate_set_capability", "tcp:a:1", "-a", "quit", "\0", "q", "migrate_set_cache_size", "٣",
 ])))  # fmt: skip
-def test_any_words_get_an_answer_that_ends_with_a_line_end(words: list[str]) -> None:
-    said = Human(NotingNode()).execute(" ".join(words))
+def test_every_answer_ends_with_a_line_end(words: list[str]) -> None:
+    said = HumanMonitor(RecordingProgram()).execute(" ".join(words))
     assert said == "" or said.endswith("\n")

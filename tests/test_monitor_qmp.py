@@ -1,4 +1,4 @@
-"""The control socket: QEMU's protocol as its own client speaks it, and as nobody should."""
+"""The control socket: QMP as QEMU's own client speaks it, and malformed input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.errors import ConnectError, UsageError
-from migrate.monitor.node import Refused
+from migrate.monitor.monitored import CommandError
 from migrate.monitor.qmp import MAX_REQUEST_BYTES, Conversation, JsonStream, version_of
 from migrate.monitor.server import MAX_CLIENTS, MAX_WAITING, Server, parse_path
 
@@ -38,9 +38,7 @@ objects = st.dictionaries(st.text(), values)
     st.lists(st.tuples(objects, st.sampled_from(["", " ", "\r\n", "\n\t "]))),
     st.lists(st.integers(1, 9)),
 )
-def test_objects_are_found_however_the_stream_is_cut(
-    sent: list[tuple[Any, str]], cuts: list[int]
-) -> None:
+def test_json_stream_split_anywhere(sent: list[tuple[Any, str]], cuts: list[int]) -> None:
     """There need be no line ends between them, and a piece may end anywhere, inside a character
     too."""
     data = "".join(
@@ -53,19 +51,19 @@ def test_objects_are_found_however_the_stream_is_cut(
     assert found == [one for one, _ in sent]
 
 
-def test_0xff_throws_away_what_is_unfinished() -> None:
+def test_0xff_discards_unfinished_text() -> None:
     assert list(JsonStream().feed(b'{"execute": "half\xff{}')) == [b"{}"]
 
 
-def test_a_request_that_never_ends_is_bounded() -> None:
+def test_endless_request_is_bounded() -> None:
     stream = JsonStream()
     assert not list(stream.feed(b"[" * MAX_REQUEST_BYTES))
-    with pytest.raises(Refused, match="no more than 65536 bytes"):
+    with pytest.raises(CommandError, match="no more than 65536 bytes"):
         list(stream.feed(b"["))
 
 
 @given(st.binary())
-def test_any_bytes_give_texts_or_nothing(data: bytes) -> None:
+def test_json_stream_of_any_bytes(data: bytes) -> None:
     assert sum(map(len, JsonStream().feed(data))) <= len(data)
 
 
@@ -74,14 +72,14 @@ def test_any_bytes_give_texts_or_nothing(data: bytes) -> None:
 
 def talk(*requests: bytes) -> list[dict[str, Any]]:
     def refuse(arguments: dict[str, Any]) -> None:
-        raise Refused("not today")
+        raise CommandError("not today")
 
     commands = {"echo": lambda arguments: arguments, "refuse": refuse}
     conversation = Conversation(commands, VERSION)
     return [answer for request in requests for answer in conversation.answers(request)]
 
 
-def test_an_answer_has_the_identity_of_its_request() -> None:
+def test_answer_repeats_id() -> None:
     for identity in (7, "x", None, [1, {"a": 2}]):
         request = {"execute": "echo", "arguments": {"n": 1}, "id": identity}
         _, answer = talk(HELLO, json.dumps(request).encode())
@@ -100,18 +98,18 @@ def test_an_answer_has_the_identity_of_its_request() -> None:
         (rb"""{'a}': "'", "b'": ']', 'c\n': '\\'}""", {"a}": "'", "b'": "]", "c\n": "\\"}),
     ],
 )
-def test_strings_in_single_quotes(written: bytes, meant: object) -> None:
+def test_single_quoted_strings(written: bytes, meant: object) -> None:
     _, answer = talk(b"{'execute': 'qmp_capabilities'}", b"{'execute':'echo','id':%b}" % written)
     assert answer == {"return": {}, "id": meant}
 
 
-def test_a_long_text_of_quotes_is_read_in_one_go() -> None:
+def test_long_text_of_quotes_is_read_in_linear_time() -> None:
     text = b"{'execute':'echo','arguments':{'a':[%b'']}}" % (b"'',\"\"," * 9_000)
     assert len(talk(HELLO, text)[1]["return"]["a"]) == 18_001
 
 
-def test_an_identity_that_can_be_read_can_be_written() -> None:
-    """However deep Python's stack is where it is read: a client must not be dropped for it."""
+def test_any_accepted_id_can_be_sent_back() -> None:
+    """At any depth of Python's stack: a client must not be dropped because of its id."""
     for depth in range(800, 1000):
         identity = b"[" * depth + b"]" * depth
         said = talk(HELLO, b'{"execute": "echo", "id": ' + identity + b"}")
@@ -125,7 +123,8 @@ def test_an_identity_that_can_be_read_can_be_written() -> None:
         (b"nonsense ", "GenericError", "JSON parse error, expecting value"),
         (b"{'execute': 'echo\\x'}", "GenericError", "JSON parse error"),
         (b'{"execute": ]', "GenericError", "JSON parse error"),
-        (b"[" * 20_000 + b"]" * 20_000, "GenericError", "JSON parse error"),
+        # Python 3.14 reads lists this deep; earlier ones give up.
+        (b"[" * 20_000 + b"]" * 20_000, "GenericError", "JSON"),
         (b"[1]", "GenericError", "QMP input must be a JSON object"),
         (b"{}", "GenericError", "lacks member 'execute'"),
         (b'{"execute": 3}', "GenericError", "lacks member 'execute'"),
@@ -136,16 +135,14 @@ def test_an_identity_that_can_be_read_can_be_written() -> None:
         (HELLO, "CommandNotFound", "Capabilities negotiation is already complete"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_next_request_is_served(
-    request_: bytes, kind: str, says: str
-) -> None:
+def test_error_does_not_end_conversation(request_: bytes, kind: str, says: str) -> None:
     _, error, after = talk(HELLO, request_, b'{"execute": "echo"}')
     assert error["error"]["class"] == kind
     assert says in error["error"]["desc"]
     assert after == {"return": {}}
 
 
-def test_nothing_is_served_before_the_negotiation() -> None:
+def test_commands_need_negotiation() -> None:
     refused, greeted, version, commands = talk(
         b'{"execute": "echo"}', HELLO, b'{"execute": "query-version"}',
         b'{"execute": "query-commands"}',
@@ -157,7 +154,7 @@ def test_nothing_is_served_before_the_negotiation() -> None:
     assert names == {"qmp_capabilities", "query-commands", "query-version", "echo", "refuse"}
 
 
-def test_a_capability_that_is_not_offered_cannot_be_enabled() -> None:
+def test_unknown_qmp_capability() -> None:
     refused, _ = talk(
         b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}', HELLO
     )  # fmt: skip
@@ -183,7 +180,7 @@ async def serving(path: str) -> AsyncIterator[Server]:
 
 
 @pytest.mark.asyncio
-async def test_qemus_own_client_is_served_many_at_once(tmp_path) -> None:
+async def test_many_qemu_qmp_clients_at_once(tmp_path) -> None:
     path = str(tmp_path / "socket")
     async with serving(path):
         clients = [qemu.qmp.QMPClient(f"test-{number}") for number in range(3)]
@@ -199,13 +196,13 @@ async def test_qemus_own_client_is_served_many_at_once(tmp_path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_nobody_but_the_owner_may_connect(tmp_path) -> None:
+async def test_socket_is_private_to_its_owner(tmp_path) -> None:
     async with serving(str(tmp_path / "socket")):
         assert stat.S_IMODE(os.stat(tmp_path / "socket").st_mode) == 0o600
 
 
 @pytest.mark.asyncio
-async def test_a_socket_that_a_dead_program_left_is_replaced_and_a_living_one_is_not(
+async def test_stale_socket_is_replaced(
     tmp_path,
 ) -> None:
     path = str(tmp_path / "socket")
@@ -220,17 +217,15 @@ async def test_a_socket_that_a_dead_program_left_is_replaced_and_a_living_one_is
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("file", "what stands there is no socket, and is left as it is"),
-        ("dir", "what stands there is no socket"),
-        ("link", "what stands there is no socket"),
+        ("file", "the file there is not a socket, and is left as it is"),
+        ("dir", "the file there is not a socket"),
+        ("link", "the file there is not a socket"),
         ("no/socket", "no socket can be made in .*/no: No such file or directory"),
         ("file/socket", "no socket can be made in .*/file: Not a directory"),
         ("x" * 200, "too long"),
     ],
 )
-async def test_a_path_that_cannot_be_is_a_mistake_and_nothing_is_removed(
-    tmp_path, name: str, says: str
-) -> None:
+async def test_wrong_socket_path_is_a_usage_error(tmp_path, name: str, says: str) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "dir").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
@@ -241,7 +236,7 @@ async def test_a_path_that_cannot_be_is_a_mistake_and_nothing_is_removed(
 
 
 @pytest.mark.asyncio
-async def test_what_another_program_has_put_there_stays(tmp_path) -> None:
+async def test_close_leaves_foreign_file_at_path(tmp_path) -> None:
     path = tmp_path / "socket"
     async with serving(str(path)):
         path.unlink()
@@ -250,14 +245,14 @@ async def test_what_another_program_has_put_there_stays(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_what_is_no_json_is_not_given_back(number: str) -> None:
+def test_nan_id_is_refused(number: str) -> None:
     [said] = Conversation({}, VERSION).answers(f'{{"execute": "x", "id": {number}}}'.encode())
     assert said["error"]["desc"].startswith("JSON parse error")
     assert "id" not in said
 
 
 @pytest.mark.asyncio
-async def test_a_client_that_sends_without_end_is_dropped_with_a_reason(tmp_path) -> None:
+async def test_endless_sender_is_dropped_with_a_reason(tmp_path) -> None:
     path = str(tmp_path / "socket")
     async with serving(path):
         reader, writer = await asyncio.open_unix_connection(path)
@@ -269,8 +264,8 @@ async def test_a_client_that_sends_without_end_is_dropped_with_a_reason(tmp_path
 
 
 @pytest.mark.asyncio
-async def test_who_comes_late_is_served_and_who_never_asked_makes_room(tmp_path) -> None:
-    """Clients that somebody forgot must not keep out the one that cancels."""
+async def test_silent_client_makes_room_for_a_new_one(tmp_path) -> None:
+    """Forgotten clients must not keep out the one that cancels."""
     path = str(tmp_path / "socket")
     async with serving(path) as server:
         clients = [await asyncio.open_unix_connection(path) for _ in range(MAX_CLIENTS)]
@@ -295,9 +290,9 @@ async def test_who_comes_late_is_served_and_who_never_asked_makes_room(tmp_path)
 
 
 @pytest.mark.asyncio
-async def test_a_client_that_asks_and_never_reads_is_dropped(tmp_path, monkeypatch) -> None:
+async def test_client_that_never_reads_is_dropped(tmp_path, monkeypatch) -> None:
     """Its answers are not kept without bound."""
-    monkeypatch.setattr("migrate.monitor.server.SEND_PATIENCE", 0.2)
+    monkeypatch.setattr("migrate.monitor.server.SEND_SECONDS", 0.2)
     path = str(tmp_path / "socket")
     request = json.dumps({"execute": "echo", "arguments": {"x": "y" * 4000}}).encode()
     async with serving(path) as server:
@@ -311,7 +306,7 @@ async def test_a_client_that_asks_and_never_reads_is_dropped(tmp_path, monkeypat
         writer.close()
 
 
-def test_the_address_of_a_socket() -> None:
+def test_parse_socket_address() -> None:
     assert parse_path("unix:/run/x.sock") == "/run/x.sock"
     for wrong in ("", "unix:", "/run/x.sock", "tcp:localhost:1"):
         with pytest.raises(UsageError, match="write unix:PATH"):
@@ -319,7 +314,7 @@ def test_the_address_of_a_socket() -> None:
 
 
 @pytest.mark.asyncio
-async def test_events_reach_all_who_have_negotiated_and_one_who_reads_none_is_dropped(
+async def test_events_reach_negotiated_clients(
     tmp_path,
 ) -> None:
     path = str(tmp_path / "socket")

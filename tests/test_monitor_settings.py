@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from migrate.errors import UsageError
 from migrate.monitor import settings
 from migrate.monitor.settings import SETTINGS, Kind
-from migrate.parameters import Parameters
+from migrate.policy.parameters import Parameters
 
 ALL = st.sampled_from(list(SETTINGS.values()))
 
@@ -25,7 +25,7 @@ def some_value(setting: settings.Setting) -> st.SearchStrategy[int | bool]:
 
 
 @given(st.data())
-def test_what_is_set_is_read_and_nothing_else_changes(data: st.DataObject) -> None:
+def test_setting_changes_one_value(data: st.DataObject) -> None:
     parameters = Parameters()
     setting = data.draw(ALL)
     value = data.draw(some_value(setting))
@@ -36,8 +36,9 @@ def test_what_is_set_is_read_and_nothing_else_changes(data: st.DataObject) -> No
             assert other.read(after) == other.read(parameters)
 
 
+@pytest.mark.exhaustive
 @given(ALL, st.none() | st.text() | st.floats() | st.integers(max_value=-1) | st.lists(st.none()))
-def test_a_value_of_another_type_is_refused(setting: settings.Setting, value: object) -> None:
+def test_wrong_type_is_refused(setting: settings.Setting, value: object) -> None:
     with pytest.raises(UsageError, match="expects (uint64|a boolean)"):
         settings.changed(Parameters(), {setting.name: value})
 
@@ -56,7 +57,7 @@ def test_a_value_of_another_type_is_refused(setting: settings.Setting, value: ob
         ({"max-bandwidth": 1, "downtime-limit": "x"}, "expects uint64"),
     ],
 )
-def test_what_cannot_be_is_refused_in_qemus_words(values: dict[str, object], says: str) -> None:
+def test_wrong_value_is_refused_in_qemus_words(values: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         settings.changed(Parameters(), values)
 
@@ -75,12 +76,12 @@ def test_what_cannot_be_is_refused_in_qemus_words(values: dict[str, object], say
         ("max-rounds", "7", 7),
     ],
 )
-def test_how_people_write_values(name: str, text: str, value: int | bool) -> None:
+def test_parse_typed_values(name: str, text: str, value: int | bool) -> None:
     assert settings.parse(name, text) == value
 
 
 @given(ALL, st.text())
-def test_any_text_is_a_value_or_an_error(setting: settings.Setting, text: str) -> None:
+def test_parse_any_text(setting: settings.Setting, text: str) -> None:
     try:
         value = settings.parse(setting.name, text)
     except UsageError:
@@ -88,11 +89,11 @@ def test_any_text_is_a_value_or_an_error(setting: settings.Setting, text: str) -
     assert isinstance(value, bool if setting.kind is Kind.SWITCH else int)
 
 
-def test_every_setting_has_its_place() -> None:
+def test_order_has_every_setting() -> None:
     assert sorted(settings.ORDER) == sorted([*SETTINGS, *settings.TLS])
 
 
-def test_capabilities() -> None:
+def test_switch_capabilities() -> None:
     parameters = Parameters()
     assert settings.switches(parameters) == {
         "xbzrle": True, "xbzrle-merge": True, "auto-converge": False, "events": False,
@@ -110,7 +111,7 @@ def test_capabilities() -> None:
         settings.switched(parameters, "xbzrle", "on")
 
 
-def test_a_size_that_is_set_ends_the_search_for_one() -> None:
+def test_cache_size_ends_auto_sizing() -> None:
     parameters = Parameters(cache_max=1 << 30)
     assert settings.changed(parameters, {"xbzrle-cache-size": 1 << 26}).cache_max == 0
     assert settings.changed(parameters, {"max-bandwidth": 1 << 26}).cache_max == 1 << 30

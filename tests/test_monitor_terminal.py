@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.monitor.terminal import MAX_LINE_BYTES, Lines, Talk
-from tests.node import NotingNode
+from migrate.monitor.terminal import MAX_LINE_BYTES, HumanConversation, Lines
+from tests.recording_program import RecordingProgram
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n"))), st.integers(1, 9))
-def test_lines_are_found_however_they_are_cut(lines: list[str], size: int) -> None:
+def test_lines_split_anywhere(lines: list[str], size: int) -> None:
     data = "".join(f"{line}\n" for line in lines).encode()
     taken = Lines()
     found = [line for at in range(0, len(data), size) for line in taken.feed(data[at : at + size])]
@@ -19,7 +19,7 @@ def test_lines_are_found_however_they_are_cut(lines: list[str], size: int) -> No
 
 
 @given(st.integers(1, 5000))
-def test_a_line_that_is_too_long_is_thrown_away_and_the_next_one_read(size: int) -> None:
+def test_overlong_line_is_discarded(size: int) -> None:
     lines, found = Lines(), []
     data = b"x" * MAX_LINE_BYTES + b"\n" + b"y" * (MAX_LINE_BYTES + 1) + b"\nz\n"
     for at in range(0, len(data), size):
@@ -29,8 +29,8 @@ def test_a_line_that_is_too_long_is_thrown_away_and_the_next_one_read(size: int)
 
 
 @pytest.mark.asyncio
-async def test_a_talk_prompts_after_each_answer() -> None:
-    talk = Talk(NotingNode(), "1.2.3")
+async def test_prompt_after_each_answer() -> None:
+    talk = HumanConversation(RecordingProgram(), "1.2.3")
     assert talk.begin().endswith(b"for more information\r\n(migrate-src) ")
     said = [reply async for reply in talk.replies(b"info status\n\nfo")]
     assert said == [b"VM status: running\r\n(migrate-src) ", b"(migrate-src) "]

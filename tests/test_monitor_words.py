@@ -19,23 +19,23 @@ from migrate.monitor.words import line_of, words_of
         (r"a\n", [r"a\n"]),
     ],
 )  # fmt: skip
-def test_blanks_part_words_and_quotes_hold_them_together(line, words):
+def test_split_words(line, words):
     assert words_of(line) == words
 
 
 @pytest.mark.parametrize("line", ['"', 'a "b', '"a\\"', '"\\x"', 'a "'])
-def test_a_quote_that_does_not_end_and_an_unknown_escape_are_mistakes(line):
+def test_wrong_quotes_and_escapes(line):
     with pytest.raises(UsageError, match="unterminated string|unsupported escape"):
         words_of(line)
 
 
 @given(st.lists(st.text()))
-def test_a_line_of_words_has_these_words(words):
+def test_quoted_words_split_again(words):
     assert words_of(line_of(words)) == words
 
 
 @given(st.text())
-def test_any_line_has_words_or_a_mistake(line):
+def test_split_any_line(line):
     try:
         assert all(isinstance(word, str) for word in words_of(line))
     except UsageError:

@@ -1,6 +1,6 @@
-"""What holds on networks that are slow, lossy, cut in silence, or blocked at the other end.
+"""Migrations over networks that are slow, lossy, silently cut, or blocked at the other end.
 
-Each test has hosts of its own (tests/network.py), and the programs run on them as a user's would.
+Each test has its own hosts (tests/network.py), on which the programs run as a user runs them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from types import TracebackType
 import pytest
 import uvloop
 
-from migrate.address import Address
-from migrate.dialing import connect
 from migrate.errors import PeerLost
-from migrate.guests.demo import GIVEN_UP, OWNER, PAUSED, DemoProcess
-from migrate.link import RECEIVE_AHEAD_BYTES, SEND_HIGH
-from proto.messages import BATCH_BYTES, MAX_BODY
+from migrate.guests.demo.handle import DemoProcess
+from migrate.guests.demo.layout import Owner, State
+from migrate.transport.address import Address
+from migrate.transport.connect import connect
+from migrate.transport.link import SEND_HIGH
+from migrate.transport.receive_queue import RECEIVE_AHEAD_BYTES
+from proto.wire.messages import BATCH_BYTES, MAX_BODY
 from tests.bench.processes import Measured, private_memory
 from tests.bench.report import LeftOutError
 from tests.network import FAR, FAR6, Link, call
@@ -49,7 +51,7 @@ PATIENCE = 60.0
 
 @pytest.fixture(scope="module", autouse=True)
 def network() -> None:
-    """Skips where there can be no network of our own, but not where CI relies on it."""
+    """Skip without network namespaces; fail in CI."""
     try:
         with Link(delay=0.001):
             pass
@@ -71,7 +73,7 @@ def assert_guest_is_right(pid: int) -> None:
 
 
 class Move:
-    """A demo guest on its way from near to far. Whatever it starts ends with the link."""
+    """A migration of a demo guest from near to far. Its programs end with the link."""
 
     def __init__(
         self, link: Link, guest: str, *options: str, there: tuple[str, ...] = (), host: str = FAR,
@@ -102,7 +104,7 @@ class Move:
                 program.wait(PATIENCE)
 
     def assert_arrives(self) -> dict[str, object]:
-        """It completes, and every byte is right at the destination alone."""
+        """Assert that it completes, and that the guest is intact at the destination only."""
         assert self.source.wait(PATIENCE) == 0, self.source.err
         assert self.receiver.wait(PATIENCE) == 0, self.receiver.err
         assert_guest_is_right(guest_pid(self.receiver.out))
@@ -110,7 +112,7 @@ class Move:
         return dict(json.loads(self.source.out))
 
     def assert_kept(self, since: float, timeout: float = PEER_TIMEOUT) -> None:
-        """Both ends notice in time; the guest runs on at the source, whole, and only there."""
+        """Assert that both ends notice in time, and that the guest is intact at the source only."""
         landed = self.landed()
         assert self.source.wait(PATIENCE) == 1, self.source.err
         assert time.monotonic() - since < timeout + SLACK
@@ -122,7 +124,7 @@ class Move:
             until(lambda pid=pid: gone(pid), "the end of what had arrived")
 
     def landed(self) -> list[int]:
-        """The processes that the destination has made for the guest."""
+        """Return the processes that the destination has started for the guest."""
         return [
             int(pid)
             for task in Path(f"/proc/{self.receiver.process.pid}/task").iterdir()
@@ -140,8 +142,8 @@ def gone(pid: int) -> bool:
 # ---------------------------------------------------------------- the network itself
 
 
-def test_the_network_does_what_it_is_told() -> None:
-    """Else the other tests show nothing: delay, loss, silence, and its end."""
+def test_emulated_network_applies_its_settings() -> None:
+    """The other tests rely on delay, loss, silence, and the end of silence."""
     with Link(delay=0.05, loss=0.2) as link:
         with link.inside("far"):
             receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -182,9 +184,10 @@ def test_the_network_does_what_it_is_told() -> None:
 # ---------------------------------------------------------------- delay and loss
 
 
-def test_a_path_that_loses_packets_is_filled_by_several_channels() -> None:
-    """50 ms of round trip and 1 % of loss each way leave one connection 2 to 4 Mbit/s, whatever
-    the link carries. It completes with the guest at work, and channels multiply the speed."""
+@pytest.mark.network
+def test_several_channels_fill_a_lossy_path() -> None:
+    """50 ms of round trip and 1 % of loss each way limit one connection to 2 to 4 Mbit/s, whatever
+    the link carries. The migration of a busy guest completes, and channels multiply the speed."""
     with (
         Link(20_000_000, delay=0.025, loss=0.01) as link,
         Move(link, "demo:64m,hot=1m,rate=20000,fill=random") as lone,
@@ -205,8 +208,9 @@ def test_a_path_that_loses_packets_is_filled_by_several_channels() -> None:
     assert 8 * MIB / took > 1.5 * single
 
 
-def test_one_connection_fills_a_path_that_loses_packets_where_tcp_takes_no_loss_for_a_jam() -> None:
-    """--congestion bbr: the same path as above, where a single connection carries 2 to 4 Mbit/s."""
+@pytest.mark.network
+def test_bbr_fills_a_lossy_path_with_one_channel() -> None:
+    """--congestion bbr fills the same path, where a single cubic connection gets 2 to 4 Mbit/s."""
     known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
     need("bbr" in known, "this kernel has no bbr")
     with (
@@ -218,8 +222,9 @@ def test_one_connection_fills_a_path_that_loses_packets_where_tcp_takes_no_loss_
     assert 8 * MIB * 8 / took > 6_000_000  # 16 Mbit/s when nothing disturbs it
 
 
-def test_frames_that_come_twice_late_and_not_at_all_over_ipv6() -> None:
-    """Each of these only costs time; the addresses of a host may be of either kind."""
+@pytest.mark.network
+def test_duplicated_late_and_lost_packets_over_ipv6() -> None:
+    """Each of these only costs time, over IPv4 and IPv6 alike."""
     with (
         Link(delay=0.01, loss=0.01, duplicates=0.05, reordered=0.2) as link,
         Move(
@@ -240,7 +245,7 @@ def test_frames_that_come_twice_late_and_not_at_all_over_ipv6() -> None:
 
 
 def in_round(link: Link, move: Move, number: int) -> None:
-    """Waits until it is in the middle of that round."""
+    """Wait until the middle of that round."""
     if number > 1:
         move.source.read_line(rf"round {number}: ")
     carried = link.carried()
@@ -248,8 +253,8 @@ def in_round(link: Link, move: Move, number: int) -> None:
 
 
 def in_pause(link: Link, move: Move, number: int) -> None:
-    """Waits until the guest is paused: there is a round trip over the long way to go to READY."""
-    until(lambda: move.guest.state() == PAUSED, "the pause")
+    """Wait until the guest is paused. READY is then still a long round trip away."""
+    until(lambda: move.guest.state == State.PAUSED, "the pause")
 
 
 MOMENTS = {"round 1": (in_round, 1), "round 2": (in_round, 2), "pause": (in_pause, 0)}
@@ -259,9 +264,10 @@ ENDLESS = ("demo:24m,hot=16m,fill=random", "--capability", "xbzrle=off", "--prog
 SHORT = ("demo:4m,hot=1m,rate=20000,fill=random", "--downtime-limit", "3000")
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_silence_before_the_commit_leaves_the_guest_at_the_source(moment: str) -> None:
-    """Both ends notice within --peer-timeout, say so, and end with 1; nobody else was told."""
+def test_silence_before_commit_leaves_guest_at_source(moment: str) -> None:
+    """Both ends notice within --peer-timeout, report it, and exit with 1."""
     wait_for, number = MOMENTS[moment]
     slow = moment != "pause"
     with (
@@ -271,23 +277,25 @@ def test_a_silence_before_the_commit_leaves_the_guest_at_the_source(moment: str)
         wait_for(link, move, number)
         link.cut()
         cut_at = time.monotonic()
-        assert move.guest.words[OWNER] != GIVEN_UP
+        assert move.guest.owner != Owner.RELINQUISHED
         move.assert_kept(cut_at)
         for program in (move.source, move.receiver):
             assert re.search(r"has said nothing for 3(\.\d+)? s", program.err), program.err
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("deaf", ["near", "far"])
-def test_a_line_that_works_one_way_only_is_no_line(deaf: str) -> None:
-    """Who still hears the other is told, or finds that nothing it sends is acknowledged."""
+def test_one_way_path_is_detected(deaf: str) -> None:
+    """The side that still receives is told by the other, or finds its data unacknowledged."""
     with Link(60_000_000) as link, Move(link, *ENDLESS, "--channels", "4") as move:
         in_round(link, move, 1)
         link.cut(deaf)
         move.assert_kept(time.monotonic())
 
 
-def test_a_path_that_swallows_large_packets_alone_is_noticed() -> None:
-    """The handshake and the pings pass: nothing is silent, and nothing moves."""
+@pytest.mark.network
+def test_path_that_drops_large_packets_is_detected() -> None:
+    """The handshake and the pings pass, but no data does."""
     with Link() as link:
         link.cut("far", above=1000)
         with Move(link, *SHORT) as move:
@@ -298,12 +306,13 @@ def test_a_path_that_swallows_large_packets_alone_is_noticed() -> None:
 CUT_AFTER_COMMIT = {"GO": ["far", "near"], "RUNNING": ["near"]}
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("lost", CUT_AFTER_COMMIT)
-def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
-    """The source asks in vain, and ends with 9, its guest paused; the destination runs it if GO
-    came, and else gives it up."""
+def test_silence_after_commit_never_makes_two_owners(lost: str) -> None:
+    """The source asks in vain and exits with 9, its guest paused. The destination runs the guest if
+    GO arrived, and else aborts."""
     with Link(delay=LONG_WAY) as link, Move(link, *SHORT) as move:
-        until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
+        until(lambda: move.guest.owner == Owner.RELINQUISHED, "the commit")
         link.cut(*CUT_AFTER_COMMIT[lost])  # GO is on its way
         cut_at = time.monotonic()
         landed = move.landed()
@@ -326,19 +335,21 @@ def test_a_silence_after_the_commit_never_makes_two_owners(lost: str) -> None:
             until(lambda: gone(landed[0]), "the end of what had arrived")
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("lost", CUT_AFTER_COMMIT)
-def test_a_silence_after_the_commit_that_ends_in_time_ends_well(lost: str) -> None:
-    """Both have noticed that the connection is dead; then the link is back, and the source asks."""
+def test_short_silence_after_commit_completes(lost: str) -> None:
+    """Both sides notice the dead connection; then the link is back, and the source asks."""
     with Link(delay=LONG_WAY) as link, Move(link, *SHORT) as move:
-        until(lambda: move.guest.words[OWNER] == GIVEN_UP, "the commit")
+        until(lambda: move.guest.owner == Owner.RELINQUISHED, "the commit")
         link.cut(*CUT_AFTER_COMMIT[lost])
         move.source.read_line("asking whose the guest is")
         link.mend()
         move.assert_arrives()
 
 
-def test_a_silence_in_the_handshake_ends_it() -> None:
-    """And the destination waits for the next source: nothing was described to it."""
+@pytest.mark.network
+def test_silence_in_the_handshake_times_out() -> None:
+    """The destination then waits for the next source, since no guest was described to it."""
     with Link(delay=LONG_WAY) as link, Move(link, *SHORT) as move:
         there = Path(f"/proc/{move.receiver.process.pid}/net/tcp")
         until(lambda: f" {ESTABLISHED} " in there.read_text(), "the connection")
@@ -351,7 +362,7 @@ def test_a_silence_in_the_handshake_ends_it() -> None:
         assert_guest_is_right(move.pid)
 
 
-def test_a_host_that_does_not_answer_is_given_up_in_time() -> None:
+def test_unresponsive_host_times_out() -> None:
     with Link() as link:
         link.cut()
         began = time.monotonic()
@@ -363,8 +374,9 @@ def test_a_host_that_does_not_answer_is_given_up_in_time() -> None:
         assert f"no answer from tcp:{FAR}:4444 within 1 s" in source.err
 
 
-def test_a_link_that_comes_back_before_the_timeout_is_used_again() -> None:
-    """Down for almost half of --peer-timeout: nobody gives up, and nothing is lost."""
+@pytest.mark.network
+def test_link_restored_before_timeout_is_reused() -> None:
+    """The link is down for almost half of --peer-timeout; neither side gives up."""
     with (
         Link(20_000_000, delay=0.1) as link,
         Move(
@@ -389,17 +401,16 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("mechanism", ["TCP_USER_TIMEOUT", "keepalive"])
-def test_the_kernel_notices_too(loop: str, mechanism: str) -> None:
-    """With our own pings switched off, what is not acknowledged ends a link, and so does silence
-    where nothing is under way."""
+def test_kernel_timeout_detects_lost_peer(loop: str, mechanism: str) -> None:
+    """Without our own pings, unacknowledged data ends a link, and so does an idle silence."""
     with Link() as link:
         with link.inside("far"):
             server = socket.create_server((FAR, 0))
 
         async def lose() -> float:
             peer = await connect(Address(*server.getsockname()), peer_timeout=PEER_TIMEOUT)
-            assert peer._heart is not None
-            peer._heart.cancel()
+            assert peer._timer is not None
+            peer._timer.cancel()
             await asyncio.sleep(0.1)
             await asyncio.to_thread(link.cut)
             began = time.monotonic()
@@ -427,7 +438,7 @@ BIG = "demo:128m,hot=1m,rate=20000,fill=random"
 
 
 def peak(pid: int, seconds: float) -> int:
-    """The most memory beyond shared memory that a process has in the next seconds."""
+    """Return the peak private memory of a process, in bytes, over the next `seconds`."""
     most, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
         most = max(most, private_memory(pid))
@@ -435,8 +446,9 @@ def peak(pid: int, seconds: float) -> int:
     return most
 
 
-def test_a_slow_link_does_not_fill_the_sources_memory() -> None:
-    """128 MiB for a link that would need 9 minutes: what waits is bounded."""
+@pytest.mark.network
+def test_source_memory_is_bounded_on_a_slow_link() -> None:
+    """128 MiB on a link that would need 9 minutes: the send queue is bounded."""
     with Link(2_000_000) as link, Move(link, BIG, "--capability", "xbzrle=off", timeout=30) as move:
         move.receiver.read_line("receiving a demo guest")
         base = private_memory(move.source.process.pid)
@@ -446,8 +458,9 @@ def test_a_slow_link_does_not_fill_the_sources_memory() -> None:
         assert_guest_is_right(move.pid)
 
 
-def test_a_destination_that_stops_reading_does_not_fill_the_sources_memory() -> None:
-    """It is under SIGSTOP for less than --peer-timeout; then it goes on, and all is right."""
+@pytest.mark.network
+def test_source_memory_is_bounded_when_destination_stops_reading() -> None:
+    """It is stopped for less than --peer-timeout, then completes."""
     with Link() as link, Move(link, BIG, "--capability", "xbzrle=off", timeout=30) as move:
         move.receiver.read_line("receiving a demo guest")
         base = private_memory(move.source.process.pid)
@@ -464,13 +477,14 @@ def test_a_destination_that_stops_reading_does_not_fill_the_sources_memory() -> 
 
 SLOW_WORKER = """
 import itertools, sys, time
-from migrate import reception
-from migrate.cli.destination import main
-apply, numbers = reception.Pages._apply, itertools.count(1)
-def slowly(*arguments):
-    time.sleep({stall} if next(numbers) == 3 else {usual})
-    apply(*arguments)
-reception.Pages._apply = slowly
+from migrate.destination import page_receiver
+from migrate.cli.migrate_dst import main
+numbers = itertools.count(1)
+class SlowDecoder(page_receiver.PageDecoder):
+    def apply(self, *arguments):
+        time.sleep({stall} if next(numbers) == 3 else {usual})
+        super().apply(*arguments)
+page_receiver.PageDecoder = SlowDecoder
 main()
 """
 
@@ -479,14 +493,15 @@ main()
 def slow_destination(
     *options: str, usual: float = 0.0, stall: float = 0.0
 ) -> Iterator[tuple[Measured, str]]:
-    """A migrate-dst that takes so long to put a batch into memory, as on a slow disk, and so long
-    for the third."""
+    """Start a migrate-dst that takes `usual` seconds to apply a batch, as on a slow disk, and
+    `stall` seconds for the third one."""
     program = [sys.executable, "-c", SLOW_WORKER.format(usual=usual, stall=stall)]
     with Measured([*program, "--listen", "127.0.0.1:0", *options]) as receiver:
         yield receiver, receiver.wait_for(r"listening on (\S+)")[1]
 
 
-def test_a_slow_disk_does_not_fill_the_destinations_memory(shm: Path) -> None:
+@pytest.mark.network
+def test_destination_memory_is_bounded_on_a_slow_disk(shm: Path) -> None:
     (shm / "memory").write_bytes(os.urandom(64 * MIB))
     with slow_destination("--output", str(shm / "output"), usual=0.05) as (receiver, address):
         base = private_memory(receiver.pid)
@@ -498,7 +513,8 @@ def test_a_slow_disk_does_not_fill_the_destinations_memory(shm: Path) -> None:
     assert (shm / "memory").read_bytes() == (shm / "output").read_bytes()
 
 
-def test_a_destination_that_is_busy_for_longer_than_the_timeout_is_not_lost(shm: Path) -> None:
+@pytest.mark.network
+def test_destination_busy_beyond_the_timeout_is_not_lost(shm: Path) -> None:
     """A disk that stalls keeps it from reading, not from saying that it lives. All of the guest
     has been sent: six batches, of which four may wait, so that the destination does not read, and
     the source has nothing to do but to listen. (With more to send, it would find that nothing is

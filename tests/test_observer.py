@@ -1,4 +1,4 @@
-"""An observer that raises changes nothing for the guest, at whatever moment."""
+"""An observer that raises changes nothing for the guest, whenever it raises."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 import migrate
-from migrate.address import parse_address
-from migrate.destination import Destination
-from migrate.dialing import connect
 from migrate.guests.buffer import BufferPlace
-from migrate.link import Link
-from migrate.listening import listen
-from migrate.observer import Watched
-from migrate.source import Source
+from migrate.runtime.observer import SafeObserver
+from migrate.source.options import SourceOptions
+from migrate.source.precopy import Source
+from migrate.transport.address import parse_address
+from migrate.transport.connect import connect
+from migrate.transport.link import Link
+from migrate.transport.listen import listen
+from tests.receiving import receive
 
 SIZE = 300_000
 SOURCE = ["setup", "active", "pass", "progress", "round", "device", "paused", "completed", "all"]
@@ -24,7 +25,7 @@ DESTINATION = ["accepted", "round", "running", "all"]
 
 
 class Broken:
-    """An observer that raises at one event (of a status: its name), or at all of them."""
+    """An observer that raises at one event (a status event is named by its status), or at all."""
 
     def __init__(self, at: str, error: BaseException) -> None:
         self.at, self.error, self.raised = at, error, 0
@@ -35,8 +36,8 @@ class Broken:
             raise self.error
 
 
-class Both:
-    """A buffer that moves between two links here."""
+class Migration:
+    """A migration of a buffer within this process."""
 
     def __init__(self) -> None:
         self.guest = migrate.BufferGuest(bytearray(b"x" * SIZE))
@@ -45,7 +46,7 @@ class Both:
     async def run(
         self, source: Broken | None = None, destination: Broken | None = None
     ) -> list[Any]:  # fmt: skip
-        """What came of it at the source and at the destination."""
+        """Return the result or the exception of the source, and of the destination."""
         listener = await listen(parse_address("127.0.0.1:0", listen=True))
         link = await connect(listener.address)
         far: Link = await listener.accept()
@@ -56,8 +57,8 @@ class Both:
             return self.place
 
         ends = (
-            asyncio.create_task(Source(self.guest, link, observer=source).run()),
-            asyncio.create_task(Destination(far, placer, observer=destination).run()),
+            asyncio.create_task(Source(self.guest, link, options=SourceOptions(source)).run()),
+            asyncio.create_task(receive(far, placer, observer=destination)),
         )
         await asyncio.wait(ends)
         return [task.exception() or task.result() for task in ends]
@@ -68,7 +69,7 @@ class Both:
 
 
 async def writes(guest: migrate.BufferGuest) -> bool:
-    """Whether its writers go on here; else they are told that it has moved."""
+    """Return whether writers are admitted here; False if they learn that the guest moved."""
     try:
         async with guest.writing():
             return True
@@ -78,62 +79,66 @@ async def writes(guest: migrate.BufferGuest) -> bool:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", SOURCE)
-async def test_a_source_does_not_fail_with_its_observer(at: str, caplog: Any) -> None:
-    both, observer = Both(), Broken(at, BrokenPipeError("the view is gone"))
-    statistics, arrival = await both.run(source=observer)
+async def test_source_survives_a_failing_observer(at: str, caplog: Any) -> None:
+    migration, observer = Migration(), Broken(at, BrokenPipeError("the view is gone"))
+    statistics, arrival = await migration.run(source=observer)
     assert observer.raised
     assert statistics.status == arrival.status == "completed"
-    assert both.arrived
-    assert not await writes(both.guest)
-    said = [one for one in caplog.records if one.name == "migrate.observer"]
-    assert [one.levelno for one in said] == [logging.ERROR], "said once"
+    assert migration.arrived
+    assert not await writes(migration.guest)
+    said = [one for one in caplog.records if one.name == "migrate.runtime.observer"]
+    assert [one.levelno for one in said] == [logging.ERROR], "logged once"
     assert said[0].exc_info is not None
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", DESTINATION)
-async def test_a_destination_does_not_fail_with_its_observer(at: str) -> None:
-    both, observer = Both(), Broken(at, ValueError("no such view"))
-    statistics, arrival = await both.run(destination=observer)
+async def test_destination_survives_a_failing_observer(at: str) -> None:
+    migration, observer = Migration(), Broken(at, ValueError("no such view"))
+    statistics, arrival = await migration.run(destination=observer)
     assert observer.raised
     assert statistics.status == arrival.status == "completed"
-    assert both.arrived
-    assert not await writes(both.guest)
+    assert migration.arrived
+    assert not await writes(migration.guest)
 
 
-class Leave(BaseException):
-    """As SystemExit, which would end the loop of this test too."""
+class Exit(BaseException):
+    """Stands for SystemExit, which would end the loop of this test too."""
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", SOURCE)
-async def test_an_observer_that_wants_to_leave_has_the_migration_cancelled_or_done(
+async def test_exit_of_a_source_observer_ends_the_migration(
     at: str,
 ) -> None:
-    both, error = Both(), Leave()
-    came, arrival = await both.run(source=Broken(at, error))
+    migration, error = Migration(), Exit()
+    came, arrival = await migration.run(source=Broken(at, error))
     assert came is error
     if at == "completed":
-        assert both.arrived
+        assert migration.arrived
         assert arrival.status == "completed"
-        assert not await writes(both.guest)
+        assert not await writes(migration.guest)
     else:
         assert isinstance(arrival, migrate.MigrationError)
-        assert await writes(both.guest), "it runs on here"
+        assert await writes(migration.guest), "it runs on here"
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("at", DESTINATION)
-async def test_an_observer_at_the_destination_may_leave_too(at: str) -> None:
-    both, error = Both(), Leave()
-    statistics, came = await both.run(destination=Broken(at, error))
+async def test_exit_of_a_destination_observer_ends_the_migration(at: str) -> None:
+    migration, error = Migration(), Exit()
+    statistics, came = await migration.run(destination=Broken(at, error))
     assert came is error
     moved = at == "running"
-    assert both.arrived or not moved
-    assert await writes(both.guest) == isinstance(statistics, migrate.MigrationError) == (not moved)
+    assert migration.arrived or not moved
+    assert (
+        await writes(migration.guest)
+        == isinstance(statistics, migrate.MigrationError)
+        == (not moved)
+    )
 
 
-def test_no_observer_is_an_observer() -> None:
-    watched: Watched[int] = Watched(None, lambda: None)
+def test_safe_observer_without_an_observer() -> None:
+    watched: SafeObserver[str, int] = SafeObserver(None, lambda: None)
     watched("event", 1)
-    watched.raise_leaving()
+    watched.raise_exit()

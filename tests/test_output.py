@@ -1,4 +1,4 @@
-"""What is printed changes neither what a program does nor its exit code."""
+"""Printing affects neither a program's work nor its exit code."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.output import MAX_WAITING_BYTES, Outlet, Output, behind, printable
-
-# No text, a command to the terminal, a line end, and a mark that turns what follows around.
-NASTY = b"\xff\x1b[2J\n\xe2\x80\xae"
-SHOWN = r"\xff\x1b[2J\n\u202e"
-
+from migrate.output import printable
+from migrate.output.outlet import MAX_WAITING_BYTES, Outlet
+from migrate.output.streams import Output, behind
+from tests.outlets import NASTY, SHOWN, full_pipe
 
 # ---------------------------------------------------------------- text
 
@@ -51,7 +47,7 @@ def test_names_of_any_bytes_are_printable(name: bytes) -> None:
         assert shown.encode("latin-1").decode("unicode_escape").encode("latin-1") == name
 
 
-def test_each_escape_tells_what_stood_there() -> None:
+def test_printable_escapes_can_be_read_back() -> None:
     assert printable(os.fsdecode(NASTY)) == SHOWN
     assert printable("größe → 1\xa0kB \x7f\x9b\ud800\U000e0001") == (
         r"größe → 1\xa0kB \x7f\x9b\ud800\U000e0001"
@@ -61,24 +57,8 @@ def test_each_escape_tells_what_stood_there() -> None:
 # ---------------------------------------------------------------- an outlet
 
 
-@contextmanager
-def full_pipe() -> Iterator[tuple[int, int]]:
-    """A pipe that takes nothing: (reading, writing); writing blocks."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    with suppress(BlockingIOError):
-        while os.write(writing, b"x" * 4096):
-            pass
-    os.set_blocking(writing, True)
-    try:
-        yield reading, writing
-    finally:
-        os.close(reading)
-        os.close(writing)
-
-
 def emptied(reading: int) -> bytes:
-    """What is in a pipe now."""
+    """Return the current content of a pipe."""
     taken = b""
     while select.select([reading], [], [], 0)[0]:
         taken += os.read(reading, 1 << 16)
@@ -86,7 +66,7 @@ def emptied(reading: int) -> bytes:
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_what_a_full_pipe_does_not_take_comes_later(blocking: bool) -> None:
+def test_text_that_a_full_pipe_refuses_is_written_later(blocking: bool) -> None:
     with full_pipe() as (reading, writing):
         os.set_blocking(writing, blocking)
         stream = Output(writing)
@@ -100,7 +80,7 @@ def test_what_a_full_pipe_does_not_take_comes_later(blocking: bool) -> None:
         stream.outlet.close()
 
 
-def test_of_too_many_lines_the_oldest_are_left_out() -> None:
+def test_oldest_of_too_many_lines_are_left_out() -> None:
     with full_pipe() as (reading, writing):
         stream = Output(writing)
         for number in range(3000):
@@ -117,20 +97,20 @@ def test_of_too_many_lines_the_oldest_are_left_out() -> None:
         stream.outlet.close()
 
 
-def test_a_reader_that_comes_back_at_the_end_gets_all() -> None:
+def test_reader_that_resumes_at_the_end_gets_all() -> None:
     with full_pipe() as (reading, writing):
         stream = Output(writing)
         print("the result", file=stream)
         taken = []
         reader = threading.Thread(target=lambda: taken.append(os.read(reading, 1 << 20)))
         reader.start()
-        stream.give(60.0)
+        stream.flush_for(60.0)
         reader.join()
         assert emptied(reading) == b"the result\n"
         stream.outlet.close()
 
 
-def test_a_stopped_terminal_gets_all_of_it_later() -> None:
+def test_stopped_terminal_gets_all_later() -> None:
     leader, follower = pty.openpty()
     attributes = termios.tcgetattr(follower)
     attributes[1] &= ~termios.OPOST
@@ -153,7 +133,7 @@ def test_a_stopped_terminal_gets_all_of_it_later() -> None:
     os.close(leader)
 
 
-def test_a_descriptor_that_fails_takes_nothing_and_says_why(tmp_path: Path) -> None:
+def test_failing_descriptor_keeps_its_error(tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     os.close(leader)
     reading, gone = os.pipe()
@@ -185,7 +165,7 @@ def test_a_descriptor_that_fails_takes_nothing_and_says_why(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8", "cp1252"])
-def test_what_an_encoding_lacks_is_escaped(encoding: str, tmp_path: Path) -> None:
+def test_characters_that_the_encoding_lacks_are_escaped(encoding: str, tmp_path: Path) -> None:
     with open(tmp_path / "f", "wb") as file:
         stream = Output(file.fileno(), encoding=encoding)
         print("größe → \udcff", file=stream)
@@ -194,7 +174,7 @@ def test_what_an_encoding_lacks_is_escaped(encoding: str, tmp_path: Path) -> Non
                     "größe → \\udcff\n")  # fmt: skip
 
 
-def test_a_stream_that_waits_raises_once_where_it_cannot_be_written() -> None:
+def test_waiting_stream_raises_once() -> None:
     with open("/dev/full", "wb") as full:
         stream = Output(full.fileno(), waits=True)
         stream.write("kept until there is more of it")
@@ -203,7 +183,7 @@ def test_a_stream_that_waits_raises_once_where_it_cannot_be_written() -> None:
         print("nothing is heard of this", file=stream, flush=True)
 
 
-def test_a_stream_that_waits_does_so() -> None:
+def test_waiting_stream_waits_for_its_reader() -> None:
     with full_pipe() as (reading, writing):
         stream = Output(writing, waits=True)
         text = "a line\n" * 100_000
@@ -221,7 +201,7 @@ def test_a_stream_that_waits_does_so() -> None:
 
 
 def run(code: str, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code as a program of its own, with its descriptors as `shell` says."""
+    """Run code as a program of its own, with descriptors redirected by `shell`."""
     return subprocess.run(
         ["/bin/sh", "-c", f'exec "$0" -c "$1" {shell}', sys.executable, code],
         capture_output=True, text=True, env={**os.environ, **environment}, timeout=60, check=False,
@@ -230,27 +210,28 @@ def run(code: str, shell: str = "", **environment: str) -> subprocess.CompletedP
 
 PROGRAM = """
 import sys
-from migrate.output import program, say
+from migrate.output import say
+from migrate.output.run import run_program
 def run():
     print("a result", "\\u2192")
     say("a sentence")
     return 7
-program("name", run)
+run_program("name", run)
 """
 
 
 @pytest.mark.parametrize("shell", ["", "<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_descriptors_are_opened(shell: str) -> None:
+def test_closed_standard_descriptors_are_opened(shell: str) -> None:
     code = (
         "import os, subprocess, sys\n"
-        "from migrate.output import program\n"
+        "from migrate.output.run import run_program\n"
         "def run():\n"
         "    print(sys.stdin.read(), 'out', flush=True)\n"
         "    print('err', file=sys.stderr)\n"
         "    shell = 'exec </dev/fd/0 && echo child && echo child >&2'\n"
         "    found = subprocess.run(shell, shell=True)\n"
         "    return 3 if os.open('/dev/null', 0) > 2 and found.returncode == 0 else 4\n"
-        "program('name', run)\n"
+        "run_program('name', run)\n"
     )
     found = run(code, f"</dev/null {shell}")
     assert found.returncode == 3
@@ -259,7 +240,7 @@ def test_closed_descriptors_are_opened(shell: str) -> None:
 
 
 @pytest.mark.parametrize("shell", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1", ">&- 2>&-"])
-def test_the_exit_code_is_that_of_the_program(shell: str) -> None:
+def test_exit_code_is_that_of_the_program(shell: str) -> None:
     found = run(PROGRAM, shell)
     assert found.returncode == 7
     assert "Traceback" not in found.stderr
@@ -268,17 +249,17 @@ def test_the_exit_code_is_that_of_the_program(shell: str) -> None:
         assert found.stderr == "a sentence\nname: standard output: No space left on device\n"
 
 
-def test_an_encoding_that_is_strict_is_no_matter() -> None:
+def test_strict_encoding_does_not_fail_a_program() -> None:
     found = run(PROGRAM, PYTHONIOENCODING="ascii:strict")
     assert (found.returncode, found.stdout) == (7, "a result \\u2192\n")
 
 
-def test_both_streams_to_one_place_keep_their_order() -> None:
+def test_both_streams_to_one_file_keep_their_order() -> None:
     found = run(PROGRAM, "2>&1")
     assert found.stdout == "a result →\na sentence\n"
 
 
-def test_a_pipe_without_a_reader_is_no_matter() -> None:
+def test_pipe_without_a_reader_does_not_fail_a_program() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     found = subprocess.run(
@@ -289,12 +270,12 @@ def test_a_pipe_without_a_reader_is_no_matter() -> None:
 
 
 @pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM])
-def test_the_end_waits_a_moment_for_a_reader_that_does_not_read(number: int) -> None:
-    """A signal cuts the wait short; the exit code stays that of the program."""
+def test_end_of_a_program_waits_some_seconds_for_a_reader(number: int) -> None:
+    """A signal ends the wait; the exit code stays that of the program."""
     with full_pipe() as (_, writing):
         code = PROGRAM.replace("return 7", "sys.stderr.flush(); return 7")
         if number:
-            code = "from migrate import output\noutput.EXIT_SECONDS = 3600.0\n" + code
+            code = "from migrate.output import run as end\nend.EXIT_SECONDS = 3600.0\n" + code
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True
         )
@@ -314,8 +295,8 @@ def test_the_end_waits_a_moment_for_a_reader_that_does_not_read(number: int) -> 
         process.stderr.close()
 
 
-def test_a_program_in_the_background_is_not_stopped_by_its_terminal() -> None:
-    """`stty tostop`: whoever prints there from the background is stopped, by default."""
+def test_program_in_the_background_is_not_stopped_by_its_terminal() -> None:
+    """With `stty tostop` a terminal stops background programs that print to it."""
     code = (
         "import fcntl, os, sys, termios\n"
         "_, terminal = os.openpty()\n"

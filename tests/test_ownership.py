@@ -1,4 +1,4 @@
-"""Never two owners: the table of proto/ownership.py, and spin's exhaustive check of it."""
+"""Never two owners: the table of proto/wire/ownership.py, and spin's exhaustive check of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from proto.ownership import ANSWERS, FINAL, MAY_RUN, TABLE, Claim, Event, after
-from proto.session import Role
+from proto.wire.ownership import ANSWERS, FINAL, MAY_RUN, TABLE, Claim, Event, after
+from proto.wire.session import Role
 from tests.requirements import need
 
 MODEL = Path(__file__).parent / "model" / "ownership.pml"
@@ -88,6 +88,7 @@ STARTS, JOURNALS = "STARTS_CAN_FAIL", "JOURNALS_GET_LOST"
 FAULTS = [(), (STARTS,), (JOURNALS,), (STARTS, JOURNALS)]
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("faults", FAULTS)
 def test_never_two_owners_in_any_state_that_can_be_reached(tmp_path, faults) -> None:
     """Whatever is lost, delayed, doubled or killed, a lost journal among it."""
@@ -96,8 +97,9 @@ def test_never_two_owners_in_any_state_that_can_be_reached(tmp_path, faults) -> 
     assert states > 50
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("faults", FAULTS[:2])
-def test_at_last_exactly_one_where_both_are_back_and_can_talk(tmp_path, faults) -> None:
+def test_exactly_one_owner_once_both_sides_can_talk(tmp_path, faults) -> None:
     holds, _ = check(tmp_path, "at_last_one", *faults)
     assert holds
 
@@ -122,8 +124,9 @@ WRONG_RIGHTS = {
 }
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("wrong", WRONG_MOVES)
-def test_the_model_finds_a_wrong_move(tmp_path, wrong) -> None:
+def test_model_rejects_a_wrong_move(tmp_path, wrong) -> None:
     """A check that cannot fail is none: each of these tables lets two run, or loses the guest."""
     role, key, following = WRONG_MOVES[wrong]
     table = {**TABLE, role: {**TABLE[role], key: following}}
@@ -132,19 +135,21 @@ def test_the_model_finds_a_wrong_move(tmp_path, wrong) -> None:
     assert not (safe and live)
 
 
-def test_the_model_finds_that_go_is_taken_back_when_it_was_said(tmp_path, monkeypatch) -> None:
+@pytest.mark.programs
+def test_model_rejects_taking_go_back(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(WHEN, Event.CALLED_OFF, "true")
     assert not check(tmp_path, "never_two")[0]
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("wrong", WRONG_RIGHTS)
-def test_the_model_finds_a_wrong_right_to_run(tmp_path, wrong) -> None:
+def test_model_rejects_a_wrong_right_to_run(tmp_path, wrong) -> None:
     role, claim = WRONG_RIGHTS[wrong]
     may_run = {**MAY_RUN, role: MAY_RUN[role] | {claim}}
     assert not check(tmp_path, "never_two", may_run=may_run)[0]
 
 
-def test_what_the_table_says_of_itself() -> None:
+def test_ownership_table_is_consistent() -> None:
     for role, claim, event in itertools.product(Role, Claim, Event):
         following = after(role, claim, event)
         if following is None:

@@ -1,4 +1,4 @@
-"""The page cache: the size rule, who stays, who goes, and what a resize keeps."""
+"""The page cache: its size rule, eviction, and resizing."""
 
 import random
 
@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto import _twin
-from proto.errors import CacheSizeError, LocalError
-from tests.kernels import COMPILED, kernel  # noqa: F401
+from proto.wire.errors import CacheSizeError, LocalError
+from tests.kernels import COMPILED, TWIN, kernel  # noqa: F401
 
 PAGE = 1024
 
@@ -21,7 +20,7 @@ def cached(cache, pages) -> set[int]:
     return {page for page in pages if cache.get(page) is not None}
 
 
-def test_an_emptied_cache_is_as_a_new_one(kernel):
+def test_cleared_cache_behaves_like_a_new_one(kernel):
     old, new = kernel.PageCache(8 * PAGE, PAGE), kernel.PageCache(8 * PAGE, PAGE)
     for page in range(20):
         old.put(page, content(page), page)
@@ -53,7 +52,7 @@ def test_size_must_be_a_power_of_two_and_hold_a_page(kernel, size):
     assert (cache.size, cache.capacity, cache.get(1)) == (4096, 4, content(1))
 
 
-def test_size_error_is_ours_and_a_value_error(kernel):
+def test_cache_size_error_is_a_local_and_a_value_error(kernel):
     for kind in (LocalError, ValueError):
         with pytest.raises(kind):
             kernel.PageCache(5000, PAGE)
@@ -71,7 +70,7 @@ def test_page_size_rule(kernel, page_size):
 
 
 @pytest.mark.parametrize("page_size", [1024, 2048, 4096, 8192, 16384])
-def test_one_page_is_enough(kernel, page_size):
+def test_cache_of_one_page(kernel, page_size):
     cache = kernel.PageCache(page_size, page_size)
     assert (cache.size, cache.capacity, cache.page_size) == (page_size, 1, page_size)
     assert cache.put(7, b"a" * page_size, 1)
@@ -103,7 +102,7 @@ def test_put_refuses_another_length(kernel):
 
 
 @pytest.mark.parametrize("stride", [1, 64, 1 << 20, (1 << 40) + 1])
-def test_everything_fits_up_to_capacity(kernel, stride):
+def test_cache_fills_up_to_its_capacity(kernel, stride):
     """Fully associative: page numbers that would share a slot of a direct-mapped cache do not."""
     cache = kernel.PageCache(64 * PAGE, PAGE)
     pages = [i * stride for i in range(64)]
@@ -126,7 +125,7 @@ def test_stored_pages_are_copies(kernel):
 # ---------------------------------------------------------------- eviction
 
 
-def test_an_entry_is_safe_for_its_lifetime(kernel):
+def test_entry_is_safe_for_its_lifetime(kernel):
     cache = kernel.PageCache(PAGE, PAGE)
     assert cache.put(1, content(1), 2)
     assert not cache.put(2, content(2), 2)
@@ -136,8 +135,8 @@ def test_an_entry_is_safe_for_its_lifetime(kernel):
     assert cache.evictions == 1
 
 
-def test_the_first_round_proves_nothing(kernel):
-    """All memory passes in round 1: what it left in the cache gives way after one round."""
+def test_entries_of_round_1_are_evictable_in_round_2(kernel):
+    """All memory passes through in round 1; its entries may be evicted one round later."""
     cache = kernel.PageCache(PAGE, PAGE)
     assert cache.put(1, content(1), 1)
     assert cache.put(2, content(2), 2)
@@ -148,7 +147,7 @@ def test_the_first_round_proves_nothing(kernel):
     assert cache.put(2, content(2), 3)
 
 
-def test_a_page_still_to_be_sent_is_never_evicted(kernel):
+def test_dirty_page_is_never_evicted(kernel):
     cache = kernel.PageCache(2 * PAGE, PAGE)
     cache.put(1, content(1), 1)
     cache.put(2, content(2), 1)
@@ -158,7 +157,7 @@ def test_a_page_still_to_be_sent_is_never_evicted(kernel):
     assert cached(cache, (1, 3, 4)) == {1, 3}
 
 
-def test_the_hand_looks_at_sixteen_slots_and_moves_on(kernel):
+def test_clock_hand_probes_sixteen_slots(kernel):
     for old, stored in [(15, [True]), (16, [False, True])]:
         cache = kernel.PageCache(32 * PAGE, PAGE)
         for page in range(32):
@@ -167,7 +166,7 @@ def test_the_hand_looks_at_sixteen_slots_and_moves_on(kernel):
         assert cached(cache, range(32)) == set(range(32)) - {old}
 
 
-def test_a_resize_sends_the_hand_back_to_the_first_slot(kernel):
+def test_resize_resets_the_clock_hand(kernel):
     cache = kernel.PageCache(2 * PAGE, PAGE)
     for page in (0, 1):
         cache.put(page, content(page), 1)
@@ -179,7 +178,7 @@ def test_a_resize_sends_the_hand_back_to_the_first_slot(kernel):
     assert cached(cache, range(6)) == {1, 3, 4, 5}
 
 
-def test_a_cyclic_scan_of_twice_the_capacity_hits_half(kernel):
+def test_cyclic_scan_of_twice_the_capacity_hits_half(kernel):
     """Plain LRU hits never here: each page is evicted just before it comes round again."""
     capacity, rounds = 64, 10
     cache = kernel.PageCache(capacity * PAGE, PAGE)
@@ -193,7 +192,7 @@ def test_a_cyclic_scan_of_twice_the_capacity_hits_half(kernel):
     assert len(cache) == capacity
 
 
-def test_a_new_working_set_takes_over(kernel):
+def test_new_working_set_replaces_the_old(kernel):
     cache = kernel.PageCache(64 * PAGE, PAGE)
     for page in range(64):
         cache.put(page, content(page), 2)
@@ -232,7 +231,7 @@ def test_shrink_keeps_the_newest(kernel):
     assert cached(cache, range(64)) == {order[-1]}
 
 
-def test_the_same_size_changes_nothing(kernel):
+def test_resize_to_the_same_size_changes_nothing(kernel):
     cache = kernel.PageCache(4 * PAGE, PAGE)
     cache.put(3, content(3), 1)
     cache.resize(4 * PAGE)
@@ -255,9 +254,9 @@ OPERATIONS = st.one_of(
 @given(st.lists(OPERATIONS, max_size=60), st.integers(0, 4), st.sampled_from([b"", b"\x0f"]))
 @settings(max_examples=200, deadline=None)
 def test_twins_agree_on_any_history(operations, exponent, todo):
-    """Same answers, same contents, same evictions; and what is there is what was last put."""
+    """Same answers, contents and evictions; each entry is the content that was last put."""
     a = COMPILED.PageCache(PAGE << exponent, PAGE)
-    b = _twin.PageCache(PAGE << exponent, PAGE)
+    b = TWIN.PageCache(PAGE << exponent, PAGE)
     now, last, used = 1, {}, set()
 
     def put(page, version):

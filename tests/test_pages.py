@@ -6,7 +6,6 @@ holds the snapshot, byte for byte. Both kernels run it side by side and must wri
 
 import ctypes
 import errno
-import hashlib
 import itertools
 import mmap
 import os
@@ -20,131 +19,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.errors import DecodeError
-from proto.pageset import PageSet
+from proto.wire.errors import DecodeError
+from tests.batches import (
+    HEAD,
+    PAGE,
+    SEED,
+    SMALLEST_ROOM,
+    Pair,
+    batch,
+    bitmap,
+    check_of,
+    counters,
+    fill,
+    hashes_tell_the_content,
+    head,
+    listed,
+    page_hash,
+    put,
+    put_as,
+    taken,
+    touch,
+)
 from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
-
-PAGE = 1024
-HEAD = 20
-COUNTERS = [
-    "zero", "unchanged", "raw", "delta", "delta_bytes", "hits", "misses", "overflows", "spared",
-]  # fmt: skip
-SEED = b"a seed of one migration"
-STEP = 0x9E3779B97F4A7C15
-SMALLEST_ROOM = PAGE + 96
-
-
-def bitmap(pages: int, numbers=()) -> bytearray:
-    return PageSet(pages, numbers).bits
-
-
-def listed(bits: bytes) -> list[int]:
-    return [i for i in range(len(bits) * 8) if bits[i >> 3] >> (i & 7) & 1]
-
-
-def fill(byte: int, size: int = PAGE) -> bytes:
-    return bytes([byte]) * size
-
-
-def page_hash(content: bytes, seed: bytes = SEED) -> int:
-    """NH, then multiply-shift: by its definition."""
-    n = len(content) // 8
-    *key, a0, a1, b0, b1 = struct.unpack(
-        f"<{n + 4}Q", hashlib.shake_256(seed).digest(len(content) + 32)
-    )
-    data = struct.unpack(f"<{n}Q", content)
-    words = [(d + k) % 2**64 for d, k in zip(data, key, strict=True)]
-    total = sum(words[i] * words[i + 1] for i in range(0, n, 2)) % 2**128
-    a, b = a0 + (a1 << 64), b0 + (b1 << 64)
-    return (a * (total % 2**64) + b * (total >> 64)) % 2**128 >> 64
-
-
-def check_of(*raw: bytes) -> int:
-    check = 0
-    for content in raw:
-        check = (check * STEP + page_hash(content)) % 2**64
-    return check
-
-
-def head(now: int, page: int, *raw: bytes) -> bytes:
-    """What stands before the records of a batch with these raw pages."""
-    return now.to_bytes(4, "big") + page.to_bytes(8, "big") + check_of(*raw).to_bytes(8, "big")
-
-
-def put(encoder, contents: dict[int, bytes], todo=None) -> int:
-    """Copies as many pages as there is space for and feeds them; how many that was."""
-    memory, numbers = encoder.space()
-    count = min(len(numbers), len(contents))
-    for i, page in enumerate(itertools.islice(contents, count)):
-        memory[i * encoder.page_size : (i + 1) * encoder.page_size] = contents[page]
-        numbers[i] = page
-    encoder.feed(count, bitmap(encoder.pages, contents) if todo is None else todo)
-    return count
-
-
-def put_as(encoder, numbers: list[int], content: bytes) -> None:
-    """Feeds one content under any numbers."""
-    memory, places = encoder.space()
-    for i, number in enumerate(numbers):
-        memory[i * PAGE : (i + 1) * PAGE] = content
-        places[i] = number
-    encoder.feed(len(numbers), bitmap(encoder.pages))
-
-
-def taken(encoder) -> tuple[bytes, bytes]:
-    """A batch, copied: (head, raw pages)."""
-    records, data = encoder.take()
-    return bytes(records), bytes(data)
-
-
-def batch(encoder, contents: dict[int, bytes]) -> tuple[bytes, bytes]:
-    assert put(encoder, contents) == len(contents)
-    return taken(encoder)
-
-
-def counters(encoder) -> dict[str, int]:
-    return {name: getattr(encoder, name) for name in COUNTERS if getattr(encoder, name)}
-
-
-class Pair:
-    """A source and a destination of one kernel, and the destination's memory."""
-
-    def __init__(
-        self, kernel, *, pages=16, cache=8, room=1 << 20, size=PAGE, merge=False, headroom=0,
-        bytes_=None,
-    ):  # fmt: skip
-        self.cache = kernel.PageCache(cache * size, size) if cache else None
-        self.hashes = kernel.PageHashes(pages, size, SEED)
-        self.there = kernel.PageHashes(pages, size, SEED)
-        self.encoder = kernel.PageEncoder(
-            self.hashes, self.cache, merge=merge, headroom=headroom, room=room
-        )
-        self.decoder = kernel.PageDecoder(self.there, bytes_ or pages * size)
-        self.memory = bytearray(pages * size)
-        self.size = size
-        self.headroom = headroom
-
-    def send(self, contents: dict[int, bytes]) -> list[tuple[bytes, bytes]]:
-        """Feeds, takes, checks and applies, in as many batches as the room makes."""
-        left, batches, todo = dict(contents), [], bitmap(self.encoder.pages, contents)
-        while True:
-            while left and not self.encoder.full:
-                for page in list(itertools.islice(left, put(self.encoder, left, todo))):
-                    del left[page]
-            if self.encoder.pending:
-                records, data = taken(self.encoder)
-                batches.append((records[self.headroom :], data))
-                self.receive(*batches[-1])
-            if not left:
-                return batches
-
-    def receive(self, records: bytes, data: bytes) -> int:
-        self.decoder.check(records, len(data))
-        return self.decoder.apply(records, data, self.memory)
-
-    def page(self, number: int) -> bytes:
-        return bytes(self.memory[number * self.size : (number + 1) * self.size])
-
 
 # ---------------------------------------------------------------- records
 
@@ -195,7 +91,8 @@ def test_raw_runs(kernel):
     assert pair.page(55) == other
 
 
-def test_a_raw_run_ends_at_the_limit_of_its_count(kernel, monkeypatch):
+@pytest.mark.exhaustive
+def test_raw_run_ends_at_the_limit_of_its_count(kernel, monkeypatch):
     if kernel is not COMPILED:  # all pages are the same: one is enough to hash
         monkeypatch.setattr(kernel.PageHashes, "hash_of", cache(kernel.PageHashes.hash_of))
     pages = 65536
@@ -207,7 +104,7 @@ def test_a_raw_run_ends_at_the_limit_of_its_count(kernel, monkeypatch):
     assert pair.memory == fill(1, pages * PAGE)
 
 
-def test_a_new_batch_opens_a_new_run(kernel):
+def test_new_batch_opens_a_new_run(kernel):
     pair = Pair(kernel)
     pair.encoder.begin_round(1)
     for page in (0, 1):
@@ -215,7 +112,7 @@ def test_a_new_batch_opens_a_new_run(kernel):
         assert pair.send({page: content}) == [(head(1, page, content) + b"\x40\x00\x01", content)]
 
 
-def test_a_batch_across_several_feeds(kernel):
+def test_batch_across_several_feeds(kernel):
     """Runs go on from one feed to the next, and headroom stands before the records."""
     encoder = Pair(kernel, headroom=16).encoder
     encoder.begin_round(1)
@@ -225,18 +122,18 @@ def test_a_batch_across_several_feeds(kernel):
         assert put(encoder, {page: fill(0)}) == 1
     assert encoder.feed_zeros(5, 2) == 2
     assert encoder.pending
-    records, data = encoder.take()
+    records, data = encoder.finish_batch()
     assert records[16:] == head(1, 0, *[fill(3)] * 3) + b"\x40\x00\x03" + b"\x00\x04"
     assert data == fill(3) * 3
     assert not encoder.pending
 
 
-def test_the_headroom_is_the_callers(kernel):
+def test_headroom_is_the_callers(kernel):
     """It is part of the same memory: a frame's header needs no write of its own."""
     encoder = Pair(kernel, headroom=24).encoder
     encoder.begin_round(1)
     put(encoder, {3: fill(3)})
-    records, data = encoder.take()
+    records, data = encoder.finish_batch()
     records[:24] = bytes(range(24))
     assert records == bytes(range(24)) + head(1, 3, fill(3)) + b"\x40\x00\x01"
     assert data == fill(3)
@@ -278,7 +175,7 @@ def test_without_a_cache_everything_is_raw_or_zero(kernel):
     assert counters(pair.encoder) == {"zero": 1, "unchanged": 1, "raw": 4}
 
 
-def test_a_zero_page_is_a_base_that_needs_no_slot(kernel):
+def test_zero_page_is_a_delta_base_without_cache(kernel):
     pair = Pair(kernel, cache=1)
     pair.encoder.begin_round(1)
     pair.send({0: fill(0), 1: fill(0)})
@@ -289,7 +186,7 @@ def test_a_zero_page_is_a_base_that_needs_no_slot(kernel):
     assert pair.page(1) == b"\2" + bytes(PAGE - 1)
 
 
-def test_a_page_that_becomes_zero_frees_its_slot(kernel):
+def test_page_that_becomes_zero_leaves_the_cache(kernel):
     pair = Pair(kernel)
     pair.encoder.begin_round(1)
     pair.send({3: fill(5)})
@@ -300,7 +197,7 @@ def test_a_page_that_becomes_zero_frees_its_slot(kernel):
     assert pair.page(3) == fill(0)
 
 
-def test_a_hit_proves_an_entry(kernel):
+def test_hit_marks_its_entry_as_reused(kernel):
     """One hit, and it is safe for two rounds instead of one."""
     pair = Pair(kernel, cache=1)
     for now, page in [(1, 0), (2, 0), (3, 1)]:
@@ -312,7 +209,7 @@ def test_a_hit_proves_an_entry(kernel):
     assert pair.cache.get(1) == fill(9)
 
 
-def test_the_cache_holds_what_the_peer_holds(kernel):
+def test_cache_equals_the_peers_memory(kernel):
     pair = Pair(kernel)
     noise = random.Random(3)
     version = bytearray(noise.randbytes(PAGE))
@@ -328,7 +225,7 @@ def test_the_cache_holds_what_the_peer_holds(kernel):
     assert pair.encoder.delta == 3
 
 
-def test_merged_deltas_where_they_were_agreed(kernel):
+def test_merged_deltas_are_sent_if_agreed(kernel):
     new = b"\1\0\1" + bytes(PAGE - 3)
     for merge, delta in [(False, b"\0\1\1\1\1\1"), (True, b"\0\3\1\0\1")]:
         pair = Pair(kernel, merge=merge)
@@ -355,7 +252,7 @@ def test_feed_zeros(kernel):
     assert counters(encoder) == {"zero": 300, "unchanged": 20}
     encoder.begin_round(2)
     put(encoder, {7: fill(1)})
-    encoder.take()
+    encoder.finish_batch()
     assert encoder.feed_zeros(0, 0) == 0
     for first, count in [(299, 2), (301, 0)]:
         with pytest.raises(ValueError, match="out of order or outside"):
@@ -368,7 +265,7 @@ def test_feed_zeros_stops_at_the_room(kernel):
     encoder.begin_round(1)
     for page in range(0, 200, 2):
         encoder.feed_zeros(page, 1)
-        encoder.take()
+        encoder.finish_batch()
     start, batches = 0, []
     while start < 200:
         start += encoder.feed_zeros(start, 200 - start)
@@ -380,7 +277,7 @@ def test_feed_zeros_stops_at_the_room(kernel):
     assert sum(decoder.apply(*each, memory) for each in batches) == 100
 
 
-def test_a_full_batch_takes_nothing_more(kernel):
+def test_full_batch_accepts_no_page(kernel):
     encoder = Pair(kernel, room=SMALLEST_ROOM).encoder
     encoder.begin_round(1)
     put(encoder, {0: fill(1)})
@@ -396,8 +293,8 @@ def test_a_full_batch_takes_nothing_more(kernel):
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 16384])
-def test_space_is_for_whole_pages_and_as_many_numbers(kernel, size):
-    """256 KiB at most: what is copied stays in the core's own cache until it is encoded."""
+def test_space_offers_whole_pages_and_their_numbers(kernel, size):
+    """At most 256 KiB, so that copied pages stay in the core's own cache until encoded."""
     encoder = Pair(kernel, size=size, pages=2000).encoder
     encoder.begin_round(1)
     memory, numbers = encoder.space()
@@ -407,7 +304,7 @@ def test_space_is_for_whole_pages_and_as_many_numbers(kernel, size):
         assert len(memory) == len(numbers) * size
 
 
-def test_a_batch_never_exceeds_its_room(kernel):
+def test_batch_never_exceeds_its_room(kernel):
     for room in (SMALLEST_ROOM, 4 * PAGE, 4 * PAGE + 31, 10 * PAGE):
         pair = Pair(kernel, pages=64, room=room, headroom=40)
         contents = {page: fill(page % 5) for page in range(0, 64, 2)}
@@ -420,7 +317,7 @@ def test_a_batch_never_exceeds_its_room(kernel):
         assert pair.memory == b"".join(fill(page % 7 + 1) for page in range(64))
 
 
-def test_the_smallest_room_takes_a_page(kernel):
+def test_smallest_room_holds_a_page(kernel):
     """Else a caller that goes on until all is sent would never end."""
     with pytest.raises(ValueError, match="no room for a page"):
         Pair(kernel, room=SMALLEST_ROOM - 1)
@@ -457,7 +354,7 @@ def held_in(view: memoryview, how: int) -> object:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_what_is_held_of_a_batch_is_never_overwritten(kernel, seed):
+def test_batch_in_use_is_never_overwritten(kernel, seed):
     """However it is held, and in whatever order the parts are let go."""
     noise = random.Random(seed)
     encoder = Pair(kernel, pages=64, room=8 * PAGE, headroom=8).encoder
@@ -466,7 +363,7 @@ def test_what_is_held_of_a_batch_is_never_overwritten(kernel, seed):
         encoder.begin_round(now)
         numbers = sorted(noise.sample(range(64), 5))
         put(encoder, {number: noise.randbytes(PAGE) for number in numbers})
-        for view in encoder.take():
+        for view in encoder.finish_batch():
             part = held_in(view, noise.randrange(6))
             held.append((part, bytes(memoryview(part))))
         del view, part
@@ -476,7 +373,7 @@ def test_what_is_held_of_a_batch_is_never_overwritten(kernel, seed):
             assert bytes(memoryview(part)) == content
 
 
-def test_memory_is_used_again_once_no_view_of_it_is_left():
+def test_batch_memory_is_reused_after_its_last_view():
     """One batch after the other takes one piece of memory, not one each."""
     encoder = Pair(COMPILED, pages=64, room=8 * PAGE).encoder
     seen: list[int] = []
@@ -484,7 +381,7 @@ def test_memory_is_used_again_once_no_view_of_it_is_left():
     def send() -> memoryview:
         encoder.begin_round(encoder_round := len(seen) + 1)
         put(encoder, {0: fill(encoder_round % 250 + 1), 1: random.randbytes(PAGE)})
-        records, _ = encoder.take()
+        records, _ = encoder.finish_batch()
         seen.append(address(records))
         return records
 
@@ -504,8 +401,8 @@ def test_memory_is_used_again_once_no_view_of_it_is_left():
     assert set(seen) == before
 
 
-def test_a_snapshot_that_is_held_too_long_belongs_to_its_batch(kernel):
-    """Whoever keeps `space` and writes to it later hurts the batch it was given for, no other."""
+def test_late_snapshot_view_belongs_to_its_batch(kernel):
+    """A caller that keeps `space` and writes to it later affects only the batch it was for."""
     encoder = Pair(kernel).encoder
     encoder.begin_round(1)
     late, _ = encoder.space()
@@ -521,7 +418,7 @@ def test_views_outlive_their_encoder(kernel):
     pair.encoder.begin_round(1)
     memory, numbers = pair.encoder.space()
     put(pair.encoder, {0: fill(1)})
-    records, data = pair.encoder.take()
+    records, data = pair.encoder.finish_batch()
     del pair
     memory[-1] = numbers[-1] = 1
     assert (records, data) == (head(1, 0, fill(1)) + b"\x40\0\1", fill(1))
@@ -555,7 +452,7 @@ def test_encoder_arguments(kernel):
     assert (encoder.pages, encoder.page_size) == (4, 2048)
 
 
-def test_rounds_go_up_and_own_their_batches(kernel):
+def test_round_numbers_rise_and_batches_do_not_cross_rounds(kernel):
     encoder = Pair(kernel).encoder
     with pytest.raises(ValueError, match="no round was begun"):
         put(encoder, {0: fill(1)})
@@ -568,7 +465,7 @@ def test_rounds_go_up_and_own_their_batches(kernel):
     with pytest.raises(ValueError, match="round 2 after round 3"):
         encoder.begin_round(2)
     with pytest.raises(ValueError, match="the batch is empty"):
-        encoder.take()
+        encoder.finish_batch()
     put(encoder, {0: fill(0)})
     with pytest.raises(ValueError, match="was not taken"):
         encoder.begin_round(4)
@@ -584,7 +481,7 @@ def test_pages_must_come_in_order(kernel, numbers):
     assert encoder.pending == (len(numbers) > 1)
 
 
-def test_order_holds_across_feeds(kernel):
+def test_page_order_is_checked_across_feeds(kernel):
     encoder = Pair(kernel).encoder
     encoder.begin_round(1)
     put(encoder, {5: fill(1)})
@@ -594,11 +491,11 @@ def test_order_holds_across_feeds(kernel):
     put(encoder, {6: fill(0)})
     with pytest.raises(ValueError, match="out of order"):
         encoder.feed_zeros(6, 1)
-    encoder.take()
+    encoder.finish_batch()
     assert put(encoder, {4: fill(1)}) == 1
 
 
-def test_what_there_was_no_space_for_is_refused(kernel):
+def test_feed_refuses_more_pages_than_space(kernel):
     """A snapshot is fed once: after that its memory is the batch's."""
     encoder = Pair(kernel).encoder
     encoder.begin_round(1)
@@ -618,11 +515,11 @@ def test_what_there_was_no_space_for_is_refused(kernel):
     assert encoder.feed_zeros(1, 1) == 1
     refused(1, 0)
     encoder.space()
-    encoder.take()
+    encoder.finish_batch()
     refused(1, 0)
 
 
-def test_buffers_must_be_long_enough(kernel):
+def test_short_buffers_are_refused(kernel):
     encoder = Pair(kernel).encoder
     encoder.begin_round(1)
     encoder.space()
@@ -643,14 +540,14 @@ def test_buffers_must_be_long_enough(kernel):
 
 
 @pytest.mark.parametrize("size", [1024, 2048, 4096, 8192, 16384])
-def test_the_hash_is_what_its_definition_says(kernel, size):
+def test_page_hash_follows_its_definition(kernel, size):
     noise = random.Random(size)
     hashes = kernel.PageHashes(9, size, SEED)
     zero = page_hash(bytes(size))
     assert hashes.table == zero.to_bytes(8, "little") * 9
     assert (hashes.pages, hashes.page_size, hashes.stale) == (9, size, bytes(8))
     contents = [fill(0xFF, size), noise.randbytes(size), bytes(size - 1) + b"\1"]
-    hashes.note_pages(array("Q", [8, 0, 4, 7]), 3, b"".join(contents))
+    hashes.hash_pages(array("Q", [8, 0, 4, 7]), 3, b"".join(contents))
     expected = [zero] * 9
     expected[8], expected[0], expected[4] = map(page_hash, contents)
     assert hashes.table == struct.pack("<9Q", *expected)
@@ -659,19 +556,19 @@ def test_the_hash_is_what_its_definition_says(kernel, size):
     assert other.table != hashes.table[8:16]
 
 
-def test_every_byte_of_a_page_is_in_its_hash(kernel):
+def test_page_hash_covers_every_byte(kernel):
     hashes = kernel.PageHashes(1, PAGE, SEED)
     seen = {bytes(hashes.table)}
     for at in range(PAGE):
-        hashes.note_pages(array("Q", [0]), 1, bytes(at) + b"\1" + bytes(PAGE - at - 1))
+        hashes.hash_pages(array("Q", [0]), 1, bytes(at) + b"\1" + bytes(PAGE - at - 1))
         seen.add(bytes(hashes.table))
     assert len(seen) == PAGE + 1
 
 
-def test_pages_that_are_hashed_are_stale_no_more(kernel):
+def test_hashed_pages_are_not_stale(kernel):
     hashes = kernel.PageHashes(100, PAGE, SEED)
     hashes.stale[:] = bitmap(100, [3, 4, 70])
-    hashes.note_pages(array("Q", [3, 70, 99]), 3, bytes(3 * PAGE))
+    hashes.hash_pages(array("Q", [3, 70, 99]), 3, bytes(3 * PAGE))
     assert listed(hashes.stale) == [4]
     before = bytes(hashes.table)
     for numbers, count, content, message in [
@@ -682,11 +579,11 @@ def test_pages_that_are_hashed_are_stale_no_more(kernel):
         ([4, 2**64 - 1], 2, fill(1, 2 * PAGE), "is outside the guest"),
     ]:
         with pytest.raises(ValueError, match=message):
-            hashes.note_pages(array("Q", numbers), count, content)
+            hashes.hash_pages(array("Q", numbers), count, content)
     assert (hashes.table, listed(hashes.stale)) == (before, [4])
 
 
-def test_what_is_sent_whole_is_hashed_and_what_a_delta_changed_is_stale(kernel):
+def test_raw_pages_are_hashed_and_deltas_make_stale(kernel):
     pair = Pair(kernel, pages=8, cache=2)
     pair.encoder.begin_round(1)
     pair.send({0: fill(1), 1: fill(0), 2: fill(2), 3: fill(3)})
@@ -708,7 +605,7 @@ def test_what_is_sent_whole_is_hashed_and_what_a_delta_changed_is_stale(kernel):
 
 
 @pytest.mark.parametrize("cache", [0, 2, 32])
-def test_scan_finds_exactly_what_changed(kernel, cache):
+def test_scan_finds_exactly_the_changed_pages(kernel, cache):
     pages, noise = 40, random.Random(cache)
     pair = Pair(kernel, pages=pages, cache=cache)
     memory = {page: fill(0) if page % 3 == 0 else noise.randbytes(PAGE) for page in range(pages)}
@@ -741,7 +638,7 @@ def test_scan_finds_exactly_what_changed(kernel, cache):
         assert set(listed(pair.hashes.stale)) <= set(listed(changed))
 
 
-def test_a_scan_hashes_what_it_finds_unchanged(kernel):
+def test_scan_hashes_stale_unchanged_pages(kernel):
     pair = Pair(kernel, pages=4)
     pair.encoder.begin_round(1)
     pair.send({1: fill(1), 2: fill(2)})
@@ -788,7 +685,7 @@ def rounds_of(pair: Pair, contents: list[bytes]) -> list[str]:
     return fates
 
 
-def test_a_page_whose_deltas_overflow_is_left_out_for_longer_and_longer(kernel):
+def test_overflowing_page_is_left_out_for_longer_each_time(kernel):
     pair = Pair(kernel)
     fates = rounds_of(pair, [dense(now) for now in range(1, 80)])
     waits = [len(list(run)) for fate, run in itertools.groupby(fates) if fate == "spared"]
@@ -797,7 +694,7 @@ def test_a_page_whose_deltas_overflow_is_left_out_for_longer_and_longer(kernel):
     assert pair.encoder.misses == 0
 
 
-def test_a_delta_that_fits_ends_the_waiting(kernel):
+def test_fitting_delta_ends_the_overflow_series(kernel):
     pair = Pair(kernel)
     contents = [dense(now) for now in range(1, 6)]  # raw, 2 overflows, spared, an overflow
     contents += [dense(6), dense(7), dense(7)[:-1] + b"x"]  # 2 spared, then it fits
@@ -807,14 +704,14 @@ def test_a_delta_that_fits_ends_the_waiting(kernel):
     ]  # fmt: skip
 
 
-def test_a_page_that_is_left_out_takes_no_place_in_the_cache(kernel):
+def test_left_out_page_is_not_cached(kernel):
     pair = Pair(kernel, cache=1)
     rounds_of(pair, [dense(now) for now in range(1, 6)])
     assert len(pair.cache) == 0
 
 
-def test_a_page_that_is_left_out_is_not_cached_after_the_peer_forgot_it(kernel):
-    """It is new to the peer then: what is cached must be what was sent last."""
+def test_left_out_page_is_not_cached_after_forget(kernel):
+    """It is new to the peer then; the cache must hold the content that was last sent."""
     pair = Pair(kernel)
     rounds_of(pair, [dense(now) for now in range(1, 6)])
     pair.encoder.forget()
@@ -825,7 +722,7 @@ def test_a_page_that_is_left_out_is_not_cached_after_the_peer_forgot_it(kernel):
         assert pair.cache.get(0) in (None, dense(now))
 
 
-def test_a_page_that_is_zero_meanwhile_waits_no_less(kernel):
+def test_zero_page_does_not_shorten_the_wait_after_overflow(kernel):
     pair = Pair(kernel)
     rounds_of(pair, [dense(1), dense(2), dense(3), dense(4), dense(5)])  # two to wait
     for now, content in enumerate([bytes(PAGE), dense(7), dense(8), dense(9)], 6):
@@ -838,7 +735,7 @@ def test_a_page_that_is_zero_meanwhile_waits_no_less(kernel):
 # ---------------------------------------------------------------- deltas off and on
 
 
-def test_switched_off_there_are_no_deltas_and_the_cache_is_empty(kernel):
+def test_inactive_encoder_sends_no_deltas_and_empties_the_cache(kernel):
     pair = Pair(kernel)
     pair.encoder.begin_round(1)
     pair.send({0: fill(1), 1: bytes(PAGE), 2: fill(2)})
@@ -851,7 +748,7 @@ def test_switched_off_there_are_no_deltas_and_the_cache_is_empty(kernel):
     assert len(pair.cache) == 0
 
 
-def test_switched_on_again_it_builds_on_what_was_sent_last(kernel):
+def test_reactivated_encoder_builds_on_the_last_content(kernel):
     pair = Pair(kernel)
     contents = [fill(now)[:-1] + b"x" for now in range(1, 6)]
     for now, content in enumerate(contents, 1):
@@ -863,7 +760,7 @@ def test_switched_on_again_it_builds_on_what_was_sent_last(kernel):
     assert pair.encoder.hits == 1
 
 
-def test_without_a_cache_deltas_cannot_be_switched_on(kernel):
+def test_encoder_without_cache_cannot_be_activated(kernel):
     pair = Pair(kernel, cache=0)
     assert not pair.encoder.active
     pair.encoder.active = False
@@ -875,12 +772,12 @@ def test_without_a_cache_deltas_cannot_be_switched_on(kernel):
 
 
 def heat(encoder) -> dict[int, int]:
-    """Pages by their heat, where there are any."""
-    return {degree: pages for degree, pages in enumerate(encoder.survey()[1]) if pages}
+    """Return the number of pages by heat, without zeros."""
+    return {degree: pages for degree, pages in enumerate(encoder.sample_heat()[1]) if pages}
 
 
 @pytest.mark.parametrize("cache", [0, 4])
-def test_heat_counts_the_sendings_after_the_first(kernel, cache):
+def test_heat_counts_sendings_after_the_first(kernel, cache):
     pair = Pair(kernel, pages=20, cache=cache)
     for now in range(1, 5):
         pair.encoder.begin_round(now)
@@ -889,18 +786,18 @@ def test_heat_counts_the_sendings_after_the_first(kernel, cache):
     assert heat(pair.encoder) == {0: 16, 32: 1, 64: 1, 96: 2}
 
 
-def test_a_survey_tells_how_hot_was_what_was_sent_since_the_last(kernel):
+def test_heat_sample_counts_sendings_by_heat_before(kernel):
     pair = Pair(kernel, pages=20)
     told = []
     for now, pages in enumerate([range(20), range(6), range(8), range(3)], 1):
         pair.encoder.begin_round(now)
         pair.send({page: fill(now) for page in pages})
-        sendings, _ = pair.encoder.survey()
+        sendings, _ = pair.encoder.sample_heat()
         told.append({degree: count for degree, count in enumerate(sendings) if count})
     assert told == [{}, {0: 6}, {0: 2, 32: 6}, {64: 3}]
 
 
-def test_zero_pages_need_no_cache_and_have_no_heat(kernel):
+def test_zero_pages_have_no_heat(kernel):
     pair = Pair(kernel)
     for now in range(1, 5):
         pair.encoder.begin_round(now)
@@ -928,38 +825,19 @@ def test_heat_stops_at_255(kernel):
     assert heat(pair.encoder) == {0: 15, 255: 1}
 
 
-def test_short_rounds_do_not_make_a_large_working_set_forgotten(kernel):
+def test_short_rounds_do_not_cool_a_large_working_set(kernel):
     pair = Pair(kernel, pages=200, cache=4)
     for now in range(1, 20):
         pair.encoder.begin_round(now)
         pair.send({page: fill(now) for page in range(200 if now < 3 else 1)})
-        pair.encoder.survey()
+        pair.encoder.sample_heat()
     assert 0 not in heat(pair.encoder)
 
 
 # ---------------------------------------------------------------- the whole memory
 
 
-def touch(noise: random.Random, memory: dict[int, bytes], size: int) -> list[int]:
-    """One round of a guest: some pages zeroed, some changed here and there, some rewritten."""
-    touched = sorted(noise.sample(sorted(memory), noise.randint(0, len(memory))))
-    for page in touched:
-        content = bytearray(memory[page])
-        match noise.choice(["zero", "sparse", "sparse", "dense", "half", "same"]):
-            case "zero":
-                content = bytearray(size)
-            case "sparse":
-                for _ in range(noise.randint(1, 9)):
-                    content[noise.randrange(size)] = noise.randrange(256)
-            case "dense":
-                content = bytearray(noise.randbytes(size))
-            case "half":
-                step = noise.choice([2, 3, 4])
-                content[::step] = noise.randbytes(len(content[::step]))
-        memory[page] = bytes(content)
-    return touched
-
-
+@pytest.mark.exhaustive
 @given(
     seed=st.integers(0, 2**32),
     cache=st.sampled_from([0, 1, 4, 64]),
@@ -970,7 +848,7 @@ def touch(noise: random.Random, memory: dict[int, bytes], size: int) -> list[int
     headroom=st.sampled_from([0, 24]),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_destination_has_the_snapshot(seed, cache, room, stride, size, merge, headroom):
+def test_destination_equals_the_snapshot(seed, cache, room, stride, size, merge, headroom):
     noise = random.Random(seed)
     count = 20
     room = max(room, size + 96)
@@ -995,7 +873,7 @@ def test_the_destination_has_the_snapshot(seed, cache, room, stride, size, merge
         batches = [pair.send({page: memory[page] for page in touched}) for pair in pairs]
         assert batches[0] == batches[1]
         assert counters(pairs[0].encoder) == counters(pairs[1].encoder)
-        assert pairs[0].encoder.survey() == pairs[1].encoder.survey()
+        assert pairs[0].encoder.sample_heat() == pairs[1].encoder.sample_heat()
         assert pairs[0].memory == pairs[1].memory
         assert pairs[0].decoder.recent == pairs[1].decoder.recent
         assert pairs[0].decoder.received_pages == pairs[1].decoder.received_pages == count
@@ -1007,22 +885,6 @@ def test_the_destination_has_the_snapshot(seed, cache, room, stride, size, merge
                 assert kept in (None, content)
         hashes_tell_the_content(pairs)
         touched = touch(noise, memory, size)
-
-
-def hashes_tell_the_content(pairs: list[Pair]) -> None:
-    """Both kernels keep the same hashes; each is of what the destination has, or is stale."""
-    for a, b in [(pairs[0].hashes, pairs[1].hashes), (pairs[0].there, pairs[1].there)]:
-        assert (a.table, a.stale) == (b.table, b.stale)
-    source, there, fresh = pairs[0].hashes, pairs[0].there, pairs[0].hashes.__class__
-    truth = fresh(source.pages, source.page_size, SEED)
-    truth.note_pages(array("Q", range(truth.pages)), truth.pages, pairs[0].memory)
-    for page in range(truth.pages):
-        right = truth.table[8 * page : 8 * page + 8]
-        for each in (source, there):
-            stale = each.stale[page >> 3] >> (page & 7) & 1
-            assert stale or each.table[8 * page : 8 * page + 8] == right
-    # what has just come to the destination by a delta is stale on either side
-    assert set(listed(there.stale)) <= set(listed(source.stale))
 
 
 # ---------------------------------------------------------------- decoder
@@ -1040,7 +902,7 @@ def test_decoder_arguments(kernel):
         decoder.apply(head(1, 0) + b"\0\1", b"", bytearray(9 * PAGE - 1))
 
 
-def test_recent_pages_are_those_of_deltas_in_this_round(kernel):
+def test_recent_pages_are_changed_by_deltas_this_round(kernel):
     pair = Pair(kernel, pages=80)
     pair.encoder.begin_round(1)
     pair.send({page: fill(page == 5) for page in range(80)})
@@ -1055,8 +917,8 @@ def test_recent_pages_are_those_of_deltas_in_this_round(kernel):
     assert listed(pair.there.stale) == [9, 11, 70]
 
 
-def test_zero_pages_are_written_only_where_something_was(kernel):
-    """What is zero from the start takes no memory: the place has zeros already."""
+def test_zeros_are_written_only_over_content(kernel):
+    """Pages that are zero from the start take no memory: the place has zeros already."""
     pair = Pair(kernel, pages=4)
     pair.memory[:] = fill(0xEE, 4 * PAGE)  # so that one sees what is written
     pair.encoder.begin_round(1)
@@ -1067,7 +929,7 @@ def test_zero_pages_are_written_only_where_something_was(kernel):
     assert pair.page(1) == fill(0)
 
 
-def test_pages_that_a_delta_writes_first(kernel):
+def test_check_lists_pages_first_written_by_a_delta(kernel):
     """What needs room at the destination before it is written through a mapping."""
     pair = Pair(kernel, pages=300)
     pair.encoder.begin_round(1)
@@ -1087,12 +949,12 @@ def test_pages_that_a_delta_writes_first(kernel):
     assert pair.decoder.check(head(3, 3) + b"\x80\3\0\1\1", 0) == (3, [])
 
 
-def test_the_highest_round_number(kernel):
+def test_highest_round_number(kernel):
     decoder = Pair(kernel, pages=4).decoder
     assert decoder.check(head(2**32 - 1, 0) + b"\0\1", 0) == (2**32 - 1, [])
 
 
-def test_a_delta_without_a_base_is_refused(kernel):
+def test_delta_without_a_base_is_refused(kernel):
     pair = Pair(kernel)
     records = head(1, 3) + b"\x80\3\0\1\1"
     for refused in (
@@ -1107,7 +969,7 @@ def test_a_delta_without_a_base_is_refused(kernel):
 
 
 @pytest.mark.parametrize("where", ["first", "last", "check"])
-def test_no_raw_page_is_written_unless_all_are_right(kernel, where):
+def test_raw_pages_are_written_only_if_all_match_the_check(kernel, where):
     raw = fill(1), fill(2), fill(3)
     records = bytearray(head(1, 0, *raw) + b"\x40\0\2" + b"\x41\0\1")
     data = bytearray(b"".join(raw))
@@ -1128,7 +990,7 @@ def test_no_raw_page_is_written_unless_all_are_right(kernel, where):
     assert (pair.decoder.received_pages, pair.decoder.raw) == (0, 0)
 
 
-def test_raw_pages_in_another_order_are_not_the_same(kernel):
+def test_check_covers_the_order_of_raw_pages(kernel):
     pair = Pair(kernel)
     records = head(1, 0, fill(1), fill(2)) + b"\x40\0\2"
     with pytest.raises(DecodeError, match="does not match their check"):
@@ -1136,7 +998,7 @@ def test_raw_pages_in_another_order_are_not_the_same(kernel):
     assert pair.decoder.apply(records, fill(1) + fill(2), pair.memory) == 2
 
 
-def test_a_bad_delta_leaves_its_page_and_what_came_before_it_counts(kernel):
+def test_bad_delta_leaves_its_page_and_keeps_earlier_records(kernel):
     pair = Pair(kernel)
     pair.encoder.begin_round(1)
     pair.send({0: fill(1), 1: fill(2), 2: fill(3)})
@@ -1152,7 +1014,7 @@ def test_a_bad_delta_leaves_its_page_and_what_came_before_it_counts(kernel):
 
 
 class Place:
-    """A guest of `size` bytes at an offset in a file, mapped where it has whole pages."""
+    """A guest of `size` bytes at an offset in a file, of which whole pages are mapped."""
 
     def __init__(self, size: int, offset: int = 0) -> None:
         self.pages = -(-size // PAGE)
@@ -1172,7 +1034,7 @@ class Place:
         return os.pread(self.fd, 1 << 20, 0)
 
 
-def test_raw_pages_go_to_the_file(kernel):
+def test_raw_pages_are_written_to_the_file(kernel):
     """They are seen through its mapping; deltas and zeros go through that."""
     with Place(16 * PAGE, 3 * PAGE) as place:
         pair = Pair(kernel)
@@ -1195,7 +1057,7 @@ def test_raw_pages_go_to_the_file(kernel):
 
 
 @pytest.mark.parametrize("tail", [1, 511, PAGE - 1])
-def test_what_the_last_page_has_beyond_the_guest_is_not_written(kernel, tail):
+def test_filling_of_the_last_page_is_not_written(kernel, tail):
     """The file keeps its size, and what may follow the guest in it."""
     size = 2 * PAGE + tail
     with Place(size) as place:
@@ -1212,7 +1074,7 @@ def test_what_the_last_page_has_beyond_the_guest_is_not_written(kernel, tail):
         assert hashes.table[16:] == page_hash(fill(3)).to_bytes(8, "little")
 
 
-def test_a_file_that_cannot_be_written_is_an_os_error(kernel):
+def test_file_that_cannot_be_written_is_an_os_error(kernel):
     with Place(16 * PAGE) as place:
         pair = Pair(kernel)
         readonly = os.open(f"/proc/self/fd/{place.fd}", os.O_RDONLY)
@@ -1300,7 +1162,7 @@ def test_hostile_batches(kernel, name):
 
 
 @pytest.mark.parametrize("name", ONLY_CHECK)
-def test_raw_pages_that_nothing_asks_for(kernel, name):
+def test_surplus_raw_pages_are_refused(kernel, name):
     records, data = ONLY_CHECK[name]
     with pytest.raises(DecodeError, match="not name as many pages as came"):
         with_page_0(kernel).decoder.check(records, len(data))
@@ -1362,7 +1224,7 @@ def state(pair: Pair) -> tuple[object, ...]:
     )
 
 
-def test_every_truncation_is_refused_or_whole(kernel):
+def test_truncated_batches_are_refused_or_whole(kernel):
     """A cut inside a record is an error; one between records leaves a shorter batch."""
     pair = primed(kernel)
     before = state(pair)
@@ -1386,6 +1248,7 @@ def test_every_truncation_is_refused_or_whole(kernel):
     assert all(pair.page(page) == content for page, content in AFTER.items())
 
 
+@pytest.mark.exhaustive
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_mutations_are_refused_or_applied_the_same_way(data):
@@ -1453,20 +1316,20 @@ CONTENT_FAULTS = [
 # ---------------------------------------------------------------- guests that are mostly zeros
 
 
-def test_the_filled_parts_of_a_table_are_what_is_not_zeros(kernel):
+def test_nonzero_parts_of_the_hash_table(kernel):
     pages = 3000
     hashes = kernel.PageHashes(pages, PAGE, SEED)
-    assert hashes.filled_part(0, 8000) == (pages, b"")
+    assert hashes.nonzero_part(0, 8000) == (pages, b"")
     filled = [0, 1, 5, 1000, 1001, 2999]
-    hashes.note_pages(array("Q", filled), len(filled), b"".join(fill(n + 1) for n in range(6)))
+    hashes.hash_pages(array("Q", filled), len(filled), b"".join(fill(n + 1) for n in range(6)))
     table = bytes(hashes.table)
     assert hashes.part(4, 3) == table[32:56]
     for first, most, start, end in (
         (0, 8000, 0, 3000), (0, 3, 0, 2), (0, 6, 0, 6), (2, 1, 5, 6), (6, 8, 1000, 1002),
         (1001, 1, 1001, 1002), (1002, 5, 2999, 3000),
     ):  # fmt: skip
-        assert hashes.filled_part(first, most) == (start, table[8 * start : 8 * end])
-    assert hashes.filled_part(3000, 1) == hashes.filled_part(0, 0) == (pages, b"")
+        assert hashes.nonzero_part(first, most) == (start, table[8 * start : 8 * end])
+    assert hashes.nonzero_part(3000, 1) == hashes.nonzero_part(0, 0) == (pages, b"")
     for first, count in ((0, 3001), (3001, 0), (2999, 2)):
         with pytest.raises(ValueError, match="outside the guest"):
             hashes.part(first, count)
@@ -1477,8 +1340,8 @@ def test_the_filled_parts_of_a_table_are_what_is_not_zeros(kernel):
 
 
 @pytest.mark.parametrize("cached", [0, 4])
-def test_zeros_that_the_peer_holds_are_adopted_as_their_hashes_would_be(kernel, cached):
-    """By the range, or page by page: what is known of the peer, and sent then, is the same."""
+def test_adopt_zeros_equals_adopting_their_hashes(kernel, cached):
+    """By range or page by page: the known state of the peer, and later batches, are the same."""
     told = []
     for by_range in (True, False):
         pair = Pair(kernel, pages=200, cache=cached)
@@ -1500,7 +1363,7 @@ def test_zeros_that_the_peer_holds_are_adopted_as_their_hashes_would_be(kernel, 
 
 
 @pytest.mark.parametrize("size", [PAGE, 100 * PAGE, 100 * PAGE - 5])
-def test_a_file_is_scanned_as_its_content_is(kernel, tmp_path, size):
+def test_scan_file_equals_scan_of_its_content(kernel, tmp_path, size):
     pages = -(-size // PAGE)
     pair = Pair(kernel, pages=pages, bytes_=size)
     content = bytearray(random.Random(3).randbytes(size))

@@ -1,4 +1,4 @@
-"""Pages taken from guest memory that is written meanwhile: what is promised all the same."""
+"""Pages copied from guest memory during writes to it: what still holds."""
 
 import mmap
 import os
@@ -7,9 +7,8 @@ import threading
 
 import pytest
 
-from proto import _batch, _cache
-from proto.pageset import PageSet
-from tests.kernels import kernel  # noqa: F401 - a fixture
+from proto.codec.pageset import PageSet
+from tests.kernels import COMPILED, kernel  # noqa: F401 - a fixture
 
 PAGE = 4096
 SEED = bytes(16)
@@ -21,12 +20,12 @@ def drain(encoder, memory, dirty, apply):
     while page < dirty.pages:
         _, page = encoder.feed_memory(memory, dirty.bits, page, dirty.pages, 1000)
         if encoder.pending:
-            apply(*encoder.take())
+            apply(*encoder.finish_batch())
 
 
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("size", [37 * 1024, 37 * 1024 - 1, 36 * 1024 + 1])
-def test_memory_and_snapshots_give_the_same_bytes(kernel, size, merge):
+def test_feeding_memory_and_snapshots_gives_the_same_bytes(kernel, size, merge):
     rng = random.Random(size)
     pages, page_size = 37, 1024
     memory = bytearray(rng.randbytes(size))
@@ -66,20 +65,20 @@ def test_memory_and_snapshots_give_the_same_bytes(kernel, size, merge):
             encoder.feed(count, dirty.bits)
             del todo[:count], space, numbers
             if encoder.full or not todo:
-                batches["snapshot"].append(tuple(map(bytes, encoder.take())))
+                batches["snapshot"].append(tuple(map(bytes, encoder.finish_batch())))
     assert batches["memory"] == batches["snapshot"]
 
 
-def test_a_guest_that_writes_on_never_parts_cache_and_destination():
+def test_writing_guest_never_separates_cache_and_destination():
     """Threads write as fast as they can. After each round, every cached page must be what the
     destination holds; when they have stopped, one more round makes the memories equal."""
     pages = 256
     memory = memoryview(mmap.mmap(-1, pages * PAGE))
     memory[:] = os.urandom(pages * PAGE)
     there = memoryview(mmap.mmap(-1, pages * PAGE))
-    cache = _cache.PageCache(pages * PAGE, PAGE)
-    encoder = _batch.PageEncoder(_batch.PageHashes(pages, PAGE, SEED), cache, merge=True)
-    decoder = _batch.PageDecoder(_batch.PageHashes(pages, PAGE, SEED), pages * PAGE)
+    cache = COMPILED.PageCache(pages * PAGE, PAGE)
+    encoder = COMPILED.PageEncoder(COMPILED.PageHashes(pages, PAGE, SEED), cache, merge=True)
+    decoder = COMPILED.PageDecoder(COMPILED.PageHashes(pages, PAGE, SEED), pages * PAGE)
     stop = threading.Event()
 
     def write(seed):
@@ -113,7 +112,7 @@ def test_a_guest_that_writes_on_never_parts_cache_and_destination():
     assert encoder.delta > 0
 
 
-def test_what_does_not_fit_the_guest_is_refused(kernel):
+def test_feed_memory_refuses_sizes_that_do_not_fit(kernel):
     encoder = kernel.PageEncoder(kernel.PageHashes(4, 1024, SEED))
     memory, todo = bytearray(4096), PageSet.full(4).bits
     with pytest.raises(ValueError, match="out of order"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto.pageset import PageSet
+from proto.codec.pageset import PageSet
 from tests.kernels import kernel  # noqa: F401
 
 
@@ -18,7 +18,7 @@ def sized_sets(draw, count=1):
 
 
 @given(sized_sets())
-def test_holds_what_was_put_in(given_set):
+def test_set_contains_added_pages(given_set):
     pages, members = given_set
     found = PageSet(pages, members)
     assert list(found) == sorted(members)
@@ -48,7 +48,7 @@ def test_union_in_place(given_sets):
 
 
 @pytest.mark.parametrize("pages", [1, 7, 8, 9, 63, 64, 65, 1000])
-def test_full_has_every_page_and_no_bit_beyond(pages):
+def test_full_set_has_every_page_and_no_bit_beyond(pages):
     full = PageSet.full(pages)
     assert list(full) == list(range(pages))
     assert len(full) == pages
@@ -64,7 +64,7 @@ def test_pages_outside_are_refused_and_not_members(page):
     assert len(pages) == 0
 
 
-def test_sets_of_two_guests_do_not_mix():
+def test_sets_of_different_sizes_do_not_combine():
     left = PageSet(10)
     with pytest.raises(ValueError, match="sets of 10 and 11 pages"):
         left |= PageSet(11)
@@ -72,7 +72,7 @@ def test_sets_of_two_guests_do_not_mix():
     assert left != {1}
 
 
-def test_a_set_that_changes_has_no_hash():
+def test_set_is_not_hashable():
     with pytest.raises(TypeError):
         hash(PageSet(1))
 
@@ -91,7 +91,7 @@ def test_intersection_in_place(given_sets):
 
 
 @pytest.mark.parametrize("words", [0, 1, 9, 100])
-def test_bitmaps_are_counted_united_and_kept_as_sets_are(kernel, words):
+def test_bitmap_operations_equal_set_operations(kernel, words):
     for seed in range(5):
         chance = random.Random(seed)
         one, other = (chance.randbytes(8 * words) if seed else bytes(8 * words) for _ in range(2))
@@ -107,7 +107,7 @@ def test_bitmaps_are_counted_united_and_kept_as_sets_are(kernel, words):
             assert int.from_bytes(bits, "little") == wanted
 
 
-def test_bitmaps_that_do_not_fit_are_refused(kernel):
+def test_bitmaps_of_different_sizes_are_refused(kernel):
     bits = bytearray(16)
     for call in (
         lambda: kernel.count_bits(bytes(7)),

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from migrate.errors import UsageError
-from migrate.parameters import LIVE, PAGE_SIZES, Parameters
-from migrate.rounds import Limits
-from migrate.throttle import Throttle
-from proto.messages import MAX_CHANNELS
+from migrate.policy.downtime import Limits
+from migrate.policy.parameters import LIVE, PAGE_SIZES, Parameters
+from migrate.policy.throttle import ThrottleParameters
+from proto.wire.messages import MAX_CHANNELS
 
 OTHER: dict[str, Any] = {
     "cache_size": 1 << 20, "page_size": 8192, "limits": Limits(max_rounds=3), "channels": 2,
-    "capabilities": {"xbzrle": False}, "cache_max": 1 << 30, "throttle": Throttle(30),
+    "capabilities": {"xbzrle": False}, "cache_max": 1 << 30, "throttle": ThrottleParameters(30),
 }  # fmt: skip
 
 
@@ -31,17 +31,17 @@ OTHER: dict[str, Any] = {
         ({"capabilities": {"rdma": True}}, "there is no capability 'rdma'"),
     ],
 )
-def test_what_cannot_be_is_refused(values: dict[str, Any], says: str) -> None:
+def test_invalid_parameters_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         Parameters(**values)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_a_cache_of_one_page_will_do(page_size: int) -> None:
+def test_cache_of_one_page_is_valid(page_size: int) -> None:
     assert Parameters(page_size, page_size).cache_size == page_size
 
 
-def test_what_may_change_while_a_migration_runs() -> None:
+def test_parameters_that_may_change_during_migration() -> None:
     """Every parameter is either of those, or agreed on with the destination."""
     assert set(OTHER) == {one.name for one in fields(Parameters)}
     ours = Parameters()
@@ -54,7 +54,7 @@ def test_what_may_change_while_a_migration_runs() -> None:
                 ours.check_change(other)
 
 
-def test_what_the_destination_never_hears_of() -> None:
+def test_local_capabilities_are_not_offered() -> None:
     parameters = Parameters(capabilities={"auto-converge": True, "events": True, "xbzrle": True})
     assert parameters.auto_converge
     assert parameters.wire_capabilities == {"xbzrle", "xbzrle-merge"}

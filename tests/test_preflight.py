@@ -1,4 +1,4 @@
-"""Real programs, whose move would fail at its end: it does not, or that is said at its start."""
+"""Migrations that would fail at their end: the programs refuse them at the start."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def exfat(tmp_path: Path) -> Iterator[Path]:
         run("losetup", "-d", device)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_guest_lands_where_there_are_no_hard_links(guest, exfat, overwrite):
+def test_output_without_hard_links(guest, exfat, overwrite):
     output = exfat / "out"
     if overwrite:
         output.write_bytes(b"before")
@@ -87,8 +88,9 @@ def destination_refused(output: str) -> tuple[str, int]:
     return (program.err if program.wait() else ""), program.process.returncode
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("letter", ["n", "é"])
-def test_a_guest_lands_under_the_longest_name_there_is(guest, shm, letter):
+def test_output_with_longest_name(guest, shm, letter):
     output = shm / (letter * (255 // len(letter.encode())))
     source, receiver = move(guest, output)
     assert source.process.returncode == 0, source.err
@@ -96,7 +98,8 @@ def test_a_guest_lands_under_the_longest_name_there_is(guest, shm, letter):
     assert output.read_bytes() == guest.read_bytes()
 
 
-def test_what_arrives_has_mode_and_owner_of_the_guest(guest, shm):
+@pytest.mark.programs
+def test_output_has_mode_and_owner_of_guest(guest, shm):
     need(os.geteuid() == 0, "root, to give files away")
     guest.chmod(0o664)
     os.chown(guest, 65534, 65533)
@@ -106,14 +109,16 @@ def test_what_arrives_has_mode_and_owner_of_the_guest(guest, shm):
     assert (stat.S_IMODE(here.st_mode), here.st_uid, here.st_gid) == (0o664, 65534, 65533)
 
 
-def test_mode_and_owner_can_be_asked_for(guest, shm):
+@pytest.mark.programs
+def test_mode_and_owner_options(guest, shm):
     need(os.geteuid() == 0, "root, to give files away")
     move(guest, shm / "out", "--mode", "640", "--owner", "root:65533")
     here = (shm / "out").stat()
     assert (stat.S_IMODE(here.st_mode), here.st_uid, here.st_gid) == (0o640, 0, 65533)
 
 
-def test_a_guest_that_grows_is_noticed_before_it_is_paused(guest, shm):
+@pytest.mark.programs
+def test_growing_guest_fails_before_pause(guest, shm):
     guest.write_bytes(os.urandom(1 << 20))
     receiver, address = destination("--output", str(shm / "out"))
     paused = shm / "paused"
@@ -131,7 +136,8 @@ def test_a_guest_that_grows_is_noticed_before_it_is_paused(guest, shm):
     assert not (shm / "out").exists()
 
 
-def test_a_guest_does_not_replace_itself(guest, shm):
+@pytest.mark.programs
+def test_guest_cannot_replace_itself(guest, shm):
     """Both programs on one machine, and the same path: the writer would go on in a lost file."""
     before = guest.read_bytes()
     receiver, address = destination("--output", str(guest), "--overwrite")
@@ -144,7 +150,8 @@ def test_a_guest_does_not_replace_itself(guest, shm):
     assert [item.name for item in shm.iterdir()] == ["guest"]
 
 
-def test_who_takes_too_long_to_start_is_let_go_on(guest, shm):
+@pytest.mark.programs
+def test_on_complete_timeout(guest, shm):
     go, up = shm / "go", shm / "up"
     source, receiver = move(
         guest, shm / "out", "--on-complete-timeout", "200ms", "--on-complete",
@@ -157,7 +164,8 @@ def test_who_takes_too_long_to_start_is_let_go_on(guest, shm):
     appears(up)
 
 
-def test_a_signal_ends_the_waiting_for_a_service_and_not_the_service(guest, shm):
+@pytest.mark.programs
+def test_signal_ends_wait_for_service_only(guest, shm):
     go, up, begun = shm / "go", shm / "up", shm / "begun"
     receiver, address = destination(
         "--output", str(shm / "out"), "--on-complete",

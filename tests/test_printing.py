@@ -1,4 +1,4 @@
-"""Printing fails, in each way there is, and a migration ends as it would have ended."""
+"""Printing fails, in every possible way, and the migration completes all the same."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from migrate.guests.guard import Found
-from migrate.journal import Journal, journals
-from proto.ownership import Role
+from migrate.guests.watchdog import Found
+from migrate.ownership.journal import Journal
+from migrate.ownership.stored_journals import journals
+from proto.wire.ownership import Role
+from tests.outlets import NASTY, SHOWN, full_pipe
 from tests.programs import BIN, Program
-from tests.test_output import NASTY, SHOWN, full_pipe
 
 GUEST_BYTES = 300_000
 LISTENING_SECONDS = 60
@@ -30,7 +31,7 @@ LISTENING_SECONDS = 60
 
 @contextmanager
 def gone() -> Iterator[int]:
-    """A pipe whose reader is gone."""
+    """Yield the writing end of a pipe whose reader is gone."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
@@ -39,7 +40,7 @@ def gone() -> Iterator[int]:
 
 @contextmanager
 def stopped_pipe(*, blocking: bool) -> Iterator[int]:
-    """A pipe whose reader is there, and does not read."""
+    """Yield the writing end of a full pipe that is not read."""
     with full_pipe() as (_, writing):
         os.set_blocking(writing, blocking)
         yield writing
@@ -47,7 +48,7 @@ def stopped_pipe(*, blocking: bool) -> Iterator[int]:
 
 @contextmanager
 def terminal(*, hung_up: bool) -> Iterator[int]:
-    """A terminal that was closed, or is stopped (^S)."""
+    """Yield a terminal that was closed, or is stopped (^S)."""
     leader, follower = pty.openpty()
     if hung_up:
         os.close(leader)
@@ -80,7 +81,7 @@ STARTED: list[subprocess.Popen[bytes]] = []
 
 @pytest.fixture(autouse=True)
 def none_is_left() -> Iterator[None]:
-    """Programs of a test that has failed end with it."""
+    """End the programs of a failed test."""
     yield
     for program in STARTED:
         program.kill()
@@ -92,7 +93,7 @@ def started(
     name: str, *words: str | bytes, printing: int | None = None, shell: str = "",
     **environment: str,
 ) -> subprocess.Popen[bytes]:  # fmt: skip
-    """A program that prints to `printing`, both streams; shell -- further redirections."""
+    """Start a program with both streams on `printing`; shell -- further redirections."""
     program = subprocess.Popen(
         ["/bin/sh", "-c", f'exec "$0" "$@" {shell}', str(BIN / name), *words],
         stdin=subprocess.DEVNULL,
@@ -105,7 +106,7 @@ def started(
 
 
 def await_file(path: str | bytes | Path, program: subprocess.Popen[bytes]) -> None:
-    """Returns when a program has made it."""
+    """Wait until a program has made a file."""
     until = time.monotonic() + LISTENING_SECONDS
     while not os.path.exists(path):
         assert program.poll() is None
@@ -114,7 +115,7 @@ def await_file(path: str | bytes | Path, program: subprocess.Popen[bytes]) -> No
 
 
 class Move:
-    """A file guest that moves between two programs, one of which prints to where it cannot."""
+    """A migration of a file guest between two programs, one of which cannot print."""
 
     def __init__(self, directory: Path) -> None:
         self.guest, self.output = directory / "guest", directory / "output"
@@ -123,7 +124,7 @@ class Move:
         self.guest.write_bytes(os.urandom(GUEST_BYTES))
 
     def run(self, fails: str, *words: str, **how: Any) -> None:
-        """fails -- the program that `how` and further `words` are for."""
+        """Migrate, and check the result. fails -- the program that gets `how` and `words`."""
         of = {fails: how}
         more = {fails: words}
         receiver = started(
@@ -148,35 +149,57 @@ def move(tmp_path: Path) -> Move:
     return Move(tmp_path)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
-def test_output_that_fails_changes_nothing(name: str, way: str, move: Move) -> None:
+def test_failing_output_changes_nothing(name: str, way: str, move: Move) -> None:
     with WAYS[way]() as printing:
         move.run(name, printing=printing)
 
 
-@pytest.mark.parametrize("shell", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+SLOW = pytest.mark.programs
+# The quick set has each way once, in one of the two programs.
+NAMES_AND_WAYS = [
+    pytest.param(name, way, marks=[] if number % 2 == turn else SLOW)
+    for turn, name in enumerate(["migrate-src", "migrate-dst"])
+    for number, way in enumerate(WAYS)
+]
+
+
+@pytest.mark.parametrize(("name", "way"), NAMES_AND_WAYS)
+def test_failing_log_output_changes_nothing(name: str, way: str, move: Move) -> None:
+    with WAYS[way]() as printing:
+        move.run(name, "-vv", printing=printing)
+
+
+@pytest.mark.parametrize(
+    "shell", [*(pytest.param(one, marks=SLOW) for one in ("<&-", ">&-", "2>&-")), "<&- >&- 2>&-"]
+)
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
 def test_closed_descriptors_change_nothing(name: str, shell: str, move: Move) -> None:
     move.run(name, shell=shell)
 
 
-@pytest.mark.parametrize("words", [["--json"], ["--events", "json"], ["--events", "json:2"]])
-@pytest.mark.parametrize("way", ["full disk", "no reader", "stopped reader"])
-def test_results_for_programs_that_fail_change_nothing(
-    words: list[str], way: str, move: Move
-) -> None:
+@pytest.mark.parametrize(
+    ("words", "way"),
+    [
+        pytest.param(words, way, marks=[] if row == column else SLOW, id=f"{words[-1]}-{way}")
+        for row, words in enumerate([["--json"], ["--events", "json"], ["--events", "json:2"]])
+        for column, way in enumerate(["stopped reader", "full disk", "no reader"])
+    ],
+)
+def test_failing_machine_output_changes_nothing(words: list[str], way: str, move: Move) -> None:
     with WAYS[way]() as printing:
         move.run("migrate-src", *words, printing=printing)
 
 
-def test_the_result_of_a_destination_that_cannot_be_written_changes_nothing(move: Move) -> None:
+def test_failing_destination_result_changes_nothing(move: Move) -> None:
     with full_disk() as printing:
         move.run("migrate-dst", "--json", printing=printing)
 
 
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
-def test_an_encoding_without_letters_changes_nothing(name: str, move: Move) -> None:
+def test_ascii_locale_changes_nothing(name: str, move: Move) -> None:
     move.guest = move.guest.rename(move.guest.with_name("größe"))
     move.output = move.output.with_name("Ausgabe für größe")
     with open(move.socket.with_name("said"), "wb") as said:
@@ -185,7 +208,7 @@ def test_an_encoding_without_letters_changes_nothing(name: str, move: Move) -> N
     assert r"gr\xf6\xdfe" in text
 
 
-def test_metrics_that_cannot_be_written_are_said_once(move: Move) -> None:
+def test_textfile_failure_is_reported_once(move: Move) -> None:
     metrics = move.guest.with_name("metrics")
     metrics.mkdir()
     move.before_source = lambda: shutil.rmtree(metrics)
@@ -204,9 +227,7 @@ def test_metrics_that_cannot_be_written_are_said_once(move: Move) -> None:
     [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
     ids=["utf-8", "ascii"],
 )
-def test_names_of_any_bytes_are_carried_and_printed_escaped(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_file_names_of_any_bytes(environment: dict[str, str], tmp_path: Path) -> None:
     directory = os.path.join(os.fsencode(tmp_path), NASTY)
     os.mkdir(directory)
 
@@ -249,8 +270,8 @@ def test_names_of_any_bytes_are_carried_and_printed_escaped(
     assert f"guest{shown}" in report
 
 
-def test_a_journal_names_the_same_file_under_each_locale(tmp_path: Path) -> None:
-    """What a program has written that a user has started is read by one that cron starts."""
+def test_journal_file_name_in_each_locale(tmp_path: Path) -> None:
+    """A program that cron starts reads what one that a user started has written."""
     path = tmp_path / "größe \udcff"
     path.write_bytes(b"guest")
     journal = Journal(Role.SOURCE, bytes(16), str(tmp_path / "journals"))
@@ -258,8 +279,8 @@ def test_a_journal_names_the_same_file_under_each_locale(tmp_path: Path) -> None
     journal.close(keep=True)
     code = (
         "import sys\n"
-        "from migrate.journal import journals\n"
-        "from proto.ownership import Role\n"
+        "from migrate.ownership.stored_journals import journals\n"
+        "from proto.wire.ownership import Role\n"
         "found, = journals(Role.SOURCE, sys.argv[1])\n"
         "assert found.facts['guest']['pids'] == [[1, '2']]\n"
         "assert open(found.facts['guest']['path'], 'rb').read() == b'guest'\n"
@@ -272,7 +293,7 @@ def test_a_journal_names_the_same_file_under_each_locale(tmp_path: Path) -> None
     assert again.facts["guest"]["path"] == str(path)
 
 
-def test_a_writer_whose_name_is_no_text_is_stopped(move: Move) -> None:
+def test_writer_with_undecodable_name_is_stopped(move: Move) -> None:
     code = (
         "import mmap, os, sys\n"
         "open('/proc/self/comm', 'wb').write(b'\\xff) R 1\\xe2\\n')\n"
@@ -296,7 +317,7 @@ def test_a_writer_whose_name_is_no_text_is_stopped(move: Move) -> None:
 
 @pytest.mark.parametrize("word", ["--help", "--version"])
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst", "migrate-ctl", "migrate-stream"])
-def test_help_that_cannot_be_printed_is_no_traceback(name: str, word: str, tmp_path: Path) -> None:
+def test_unprintable_help_is_no_traceback(name: str, word: str, tmp_path: Path) -> None:
     with full_disk() as full, open(tmp_path / "said", "wb") as said:
         program = subprocess.run(
             [BIN / name, word], stdout=full, stderr=said, timeout=60, check=False
@@ -313,7 +334,7 @@ def test_help_that_cannot_be_printed_is_no_traceback(name: str, word: str, tmp_p
 
 
 class Asked:
-    """A migrate-dst that a migrate-ctl asks."""
+    """A migrate-dst, and a migrate-ctl that queries it."""
 
     def __init__(self, directory: Path) -> None:
         self.socket = directory / "qmp"
@@ -342,7 +363,7 @@ def asked(tmp_path: Path) -> Iterator[Asked]:
 NO_SPACE = "migrate-ctl: No space left on device\n"
 
 
-def test_an_answer_that_cannot_be_printed_is_said(asked: Asked) -> None:
+def test_unwritable_answer_is_reported(asked: Asked) -> None:
     with full_disk() as full:
         assert asked.ask("query-status", printing=full) == (1, NO_SPACE)
         assert asked.ask("info", "status", printing=full) == (1, NO_SPACE)
@@ -351,7 +372,7 @@ def test_an_answer_that_cannot_be_printed_is_said(asked: Asked) -> None:
         assert (code, said) == (0, NO_SPACE)
 
 
-def test_a_script_goes_on_though_nobody_reads_what_is_said(asked: Asked) -> None:
+def test_script_continues_without_a_reader(asked: Asked) -> None:
     script = b"info status\ninfo status\nmigrate_set_cache_size 1m\n"
     with gone() as nobody:
         assert asked.ask(printing=nobody, given=script) == (0, "")
@@ -362,7 +383,7 @@ def test_a_script_goes_on_though_nobody_reads_what_is_said(asked: Asked) -> None
     assert json.loads(found.stdout) == 1 << 20
 
 
-def test_wait_says_by_its_exit_code_what_it_cannot_print(tmp_path: Path) -> None:
+def test_wait_exit_code_without_output(tmp_path: Path) -> None:
     guest, socket = tmp_path / "guest", tmp_path / "qmp"
     guest.write_bytes(os.urandom(GUEST_BYTES))
     receiver = Program("migrate-dst", "--listen", f"unix:{tmp_path}/s", "--output",
@@ -388,9 +409,7 @@ def test_wait_says_by_its_exit_code_what_it_cannot_print(tmp_path: Path) -> None
         ("no reader", 1, ""),
     ],
 )
-def test_a_survey_that_cannot_be_printed_is_said(
-    way: str, code: int, said: str, tmp_path: Path
-) -> None:
+def test_unwritable_survey_is_reported(way: str, code: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "stream").write_bytes(b"QEVM\0\0\0\3")
     with WAYS[way]() as printing:
         found = subprocess.run(
@@ -400,26 +419,26 @@ def test_a_survey_that_cannot_be_printed_is_said(
     assert (found.returncode, found.stderr.decode()) == (code, said)
 
 
-def test_a_guard_whose_words_are_lost_resumes_all_its_writers() -> None:
-    """It says of one that it cannot; the others must go on all the same."""
+def test_watchdog_with_a_broken_standard_error_resumes_all_writers() -> None:
+    """It fails to report the writer that it cannot resume, and must still resume the others."""
     writer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     ended = subprocess.Popen(["/bin/true"])
     ended.wait()
     with full_disk() as full, gone() as nobody:
         for printing in (full, nobody):
-            guard = subprocess.Popen(
-                [sys.executable, "-m", "migrate.guests.guard", str(ended.pid), str(writer.pid)],
+            watchdog = subprocess.Popen(
+                [sys.executable, "-m", "migrate.guests.watchdog", str(ended.pid), str(writer.pid)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printing,
             )  # fmt: skip
-            assert guard.stdin is not None
-            assert guard.stdout is not None
-            assert guard.stdout.read(1) == b"k"
-            guard.stdin.write(b"p")
-            guard.stdin.flush()
-            assert guard.stdout.read(3) == bytes([ord("k"), Found.ENDED, Found.RUNS])
+            assert watchdog.stdin is not None
+            assert watchdog.stdout is not None
+            assert watchdog.stdout.read(1) == b"k"
+            watchdog.stdin.write(b"p")
+            watchdog.stdin.flush()
+            assert watchdog.stdout.read(3) == bytes([ord("k"), Found.ENDED, Found.RUNS])
             writer.send_signal(signal.SIGSTOP)
-            guard.stdin.close()
-            assert guard.wait(60) == 0
-            guard.stdout.close()
+            watchdog.stdin.close()
+            assert watchdog.wait(60) == 0
+            watchdog.stdout.close()
     writer.communicate(b"\n", timeout=60)  # it runs
     assert writer.returncode == 0

@@ -1,4 +1,4 @@
-"""Real QEMUs, moved through the two programs: nothing is lost, whatever breaks, none runs twice.
+"""Guests of real QEMUs, migrated by the two programs: all memory arrives, and one QEMU runs it.
 
 QEMU --> migrate-src ==> (a tap, a relay) ==> migrate-dst --> QEMU -incoming
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from proto.messages import MessageType
+from proto.wire.messages import MessageType
 from tests.machine import Machine, compare
 from tests.machine.between import SWEEP, Carried, carried, end
 from tests.machine.capture import is_end
@@ -27,8 +27,9 @@ from tests.programs import Program, destination
 from tests.relay import Relay
 from tests.tap import Tap
 
-# The programs have the loops that are to be tested; the machine's is not.
+# The programs run the event loops under test; the loop of the test itself does not matter.
 pytestmark = [
+    pytest.mark.qemu,
     pytest.mark.asyncio(loop_factories=["asyncio"]),
     pytest.mark.timeout(300),
 ]
@@ -48,8 +49,8 @@ pytestmark = [
     ],
     ids=["plain", "unix and channels", "blocks and devices", "no deltas", "small cache"],
 )
-async def test_a_guest_goes_on_where_it_was_with_all_its_memory(options, here, binary) -> None:
-    async with carried(*here, binary=binary, **options) as move:
+async def test_guest_continues_at_destination_with_all_memory(options, here, binary, accel) -> None:
+    async with carried(*here, binary=binary, accel=accel, **options) as move:
         await move.begin()
         await move.source.finish()
         await move.arrived()
@@ -58,20 +59,20 @@ async def test_a_guest_goes_on_where_it_was_with_all_its_memory(options, here, b
 
 
 def count_of(move: Carried, label: str) -> int:
-    """A count that migrate-src has printed."""
+    """Return a count that migrate-src has printed."""
     line = next(line for line in move.here.out.splitlines() if line.startswith(f"{label}:"))
     return int(line.split(":")[1].split()[0])
 
 
-async def test_deltas_that_qemu_makes_itself_pass_and_our_cache_stays_true(binary) -> None:
-    async with carried(binary=binary) as move:
+async def test_deltas_of_qemu_pass_and_cache_stays_consistent(binary, accel) -> None:
+    async with carried(binary=binary, accel=accel) as move:
         await move.begin("xbzrle", passes=4)
         info = await move.source.finish()
         assert info["xbzrle-cache"]["pages"] > 0
         await move.arrived()
 
 
-async def test_a_qemu_without_a_return_path_is_refused_unless_that_is_wanted() -> None:
+async def test_qemu_without_return_path_is_refused() -> None:
     async with carried() as move:
         await move.source.migrate(move.uri)
         assert await asyncio.to_thread(move.here.wait) == 2
@@ -80,7 +81,7 @@ async def test_a_qemu_without_a_return_path_is_refused_unless_that_is_wanted() -
 
 
 @pytest.mark.parametrize("out", ["tcp:127.0.0.1:0", "unix:{}/out"])
-async def test_a_qemu_with_multifd_is_refused_in_words_and_survives_that(out, binary) -> None:
+async def test_qemu_with_multifd_is_refused_and_survives(out, binary) -> None:
     async with carried(binary=binary, out=out) as move:
         await move.source.migrate(move.uri, "return-path", "multifd")
         assert await asyncio.to_thread(move.here.wait) == 2
@@ -88,16 +89,16 @@ async def test_a_qemu_with_multifd_is_refused_in_words_and_survives_that(out, bi
         await move.stayed()
 
 
-async def test_without_a_return_path_it_arrives_too() -> None:
+async def test_migration_without_return_path() -> None:
     async with carried("--no-return-path") as move:
         await move.begin(return_path=False)
         await move.source.finish()
         await move.arrived()
 
 
-async def test_with_qmp_qemu_does_all_by_itself_and_is_as_before_afterwards(binary) -> None:
+async def test_migration_driven_by_qmp_restores_settings(binary, accel) -> None:
     async with carried(
-        "--downtime-limit", "2000", out="qmp=", incoming="defer", binary=binary
+        "--downtime-limit", "2000", out="qmp=", incoming="defer", binary=binary, accel=accel
     ) as move:
         before = (
             await move.source.execute("query-migrate-capabilities"),
@@ -109,11 +110,11 @@ async def test_with_qmp_qemu_does_all_by_itself_and_is_as_before_afterwards(bina
             await move.source.execute("query-migrate-capabilities"),
             await move.source.execute("query-migrate-parameters"),
         )
-        assert "round 1: " in move.here.err  # it was through with none before
+        assert "round 1: " in move.here.err  # before it, no round was complete
         assert "round 1 took" in move.here.err
 
 
-async def test_a_qemu_that_dies_takes_its_guest_with_it_and_nobody_says_it_runs_on() -> None:
+async def test_killed_qemu_is_not_reported_as_running() -> None:
     async with carried("--max-bandwidth", "1m", out="qmp=", incoming="defer") as move:
         await asyncio.to_thread(move.here.read_line, "round 1: ")
         await move.source.kill()
@@ -123,8 +124,8 @@ async def test_a_qemu_that_dies_takes_its_guest_with_it_and_nobody_says_it_runs_
         assert await asyncio.to_thread(move.far.wait) == 1
 
 
-async def test_a_guest_that_was_paused_is_not_said_to_run_nor_made_to() -> None:
-    """At either end, whether it moves or not."""
+async def test_paused_guest_stays_paused() -> None:
+    """At either end, whether the migration completes or not."""
 
     async def pause(source: Machine) -> None:
         await source.stop()
@@ -143,8 +144,8 @@ async def test_a_guest_that_was_paused_is_not_said_to_run_nor_made_to() -> None:
         assert "does not run yet (paused)" in move.far.out
 
 
-async def test_whoever_asks_is_told_of_the_cache_that_there_is(tmp_path) -> None:
-    """With `auto` it is as large as it may be from the first page on."""
+async def test_query_migrate_reports_actual_cache_size(tmp_path) -> None:
+    """With `auto` the cache has its largest size from the first page on."""
     path = tmp_path / "here"
     async with carried(
         "--max-bandwidth", "1m", "--qmp", f"unix:{path}", out="qmp=", incoming="defer"
@@ -160,15 +161,15 @@ async def test_whoever_asks_is_told_of_the_cache_that_there_is(tmp_path) -> None
         assert there >= 64 * MIB
 
 
-async def test_a_page_size_that_is_not_qemus_is_named() -> None:
+async def test_wrong_page_size_is_named() -> None:
     async with carried("--page-size", "8k", out="qmp=", incoming="defer") as move:
         assert await asyncio.to_thread(move.here.wait) == 1
         assert "(--page-size 8192: has this QEMU such pages?)" in move.here.err
         await move.stayed()
 
 
-async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:
-    """There and back again, five times; each time the same memory, and the count goes on."""
+async def test_ten_migrations_in_a_row() -> None:
+    """The guest has the same memory after each migration, and goes on counting."""
     with tempfile.TemporaryDirectory() as directory:
         async with contextlib.AsyncExitStack() as stack:
 
@@ -208,13 +209,14 @@ async def test_ten_moves_one_after_the_other_and_it_never_notices() -> None:
 
 
 @pytest.mark.parametrize("channels", ["1", "3"])
-async def test_a_connection_that_breaks_is_no_failure(channels) -> None:
+async def test_resume_after_broken_connections(channels, binary, accel) -> None:
     def between(address: str) -> Relay:
         return Relay(address, breaks=(2 * MIB, 5 * MIB, 6 * MIB))
 
     async with carried(
-        "--retry", "20", "--channels", channels, there=("--retry", "20"), between=between
-    ) as move:
+        "--retry", "20", "--channels", channels, there=("--retry", "20"), between=between,
+        binary=binary, accel=accel,
+    ) as move:  # fmt: skip
         await move.begin()
         await move.source.finish()
         await move.arrived()
@@ -225,7 +227,7 @@ CUTS = [MessageType.COMPLETE, MessageType.READY, MessageType.GO, MessageType.RUN
 
 
 @pytest.mark.parametrize("at", CUTS, ids=lambda kind: kind.name)
-async def test_a_break_in_the_hand_over_is_asked_about(at) -> None:
+async def test_break_during_hand_over_is_resolved(at) -> None:
     taps = []
 
     @contextlib.contextmanager
@@ -245,7 +247,7 @@ async def test_a_break_in_the_hand_over_is_asked_about(at) -> None:
         assert taps[0].acted.is_set()
 
 
-async def test_a_link_that_stays_broken_leaves_the_guest_where_it_was() -> None:
+async def test_guest_runs_on_if_link_stays_broken() -> None:
     def between(address: str) -> Relay:
         return Relay(address, breaks=(2 * MIB,))
 
@@ -258,7 +260,7 @@ async def test_a_link_that_stays_broken_leaves_the_guest_where_it_was() -> None:
 
 @pytest.mark.parametrize("which", ["here", "far"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-async def test_a_program_that_dies_leaves_the_guest_where_it_was(which, number, binary) -> None:
+async def test_guest_runs_on_if_a_program_dies(which, number, binary) -> None:
     async with carried(binary=binary) as move:
         await move.begin(passes=2)
         await asyncio.to_thread(move.far.read_line, "receiving a qemu guest")
@@ -268,8 +270,8 @@ async def test_a_program_that_dies_leaves_the_guest_where_it_was(which, number, 
         await asyncio.to_thread(move.far.wait)
 
 
-async def test_a_migration_that_qemu_cancels_ends_and_nothing_is_left() -> None:
-    async with carried() as move:
+async def test_cancel_in_qemu_ends_migration(binary, accel) -> None:
+    async with carried(binary=binary, accel=accel) as move:
         await move.begin(passes=2)
         await move.source.execute("migrate_cancel")
         assert await asyncio.to_thread(move.here.wait) == 1
@@ -277,8 +279,8 @@ async def test_a_migration_that_qemu_cancels_ends_and_nothing_is_left() -> None:
         await move.stayed()
 
 
-async def test_a_destination_that_cannot_load_the_guest_says_no_before_it_is_too_late() -> None:
-    """Another machine: QEMU refuses it as soon as it reads the configuration."""
+async def test_missing_destination_qemu_fails_before_hand_over() -> None:
+    """No QEMU listens at the destination."""
     async with carried() as move:
         await move.destination.kill()
         await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW, downtime_limit=1)
@@ -288,8 +290,8 @@ async def test_a_destination_that_cannot_load_the_guest_says_no_before_it_is_too
         await move.stayed()
 
 
-async def test_a_source_that_dies_after_go_lets_nobody_run_the_guest_twice() -> None:
-    """The holder keeps QEMU waiting, until somebody has asked whose the guest is."""
+async def test_source_killed_after_go_leaves_one_owner() -> None:
+    """The socket keeper keeps QEMU waiting until `resolve` has asked who owns the guest."""
     with tempfile.TemporaryDirectory() as directory:
         journals = ("--journal", directory)
         taps: list[Tap] = []
@@ -307,7 +309,7 @@ async def test_a_source_that_dies_after_go_lets_nobody_run_the_guest_twice() -> 
             taps[0].act = lambda: (move.here.kill(), taps[0].cut())
             await move.begin()
             await move.source.prepare(max_bandwidth=0, downtime_limit=2_000_000)
-            await move.destination.wait_run_state("paused")  # as it was started: it has it all
+            await move.destination.wait_run_state("paused")  # started with -S; all is loaded
             await asyncio.to_thread(move.here.wait)
             await asyncio.sleep(0.5)
             status = await move.source.execute("query-status")
@@ -321,11 +323,11 @@ async def test_a_source_that_dies_after_go_lets_nobody_run_the_guest_twice() -> 
             assert json.dumps(status)
 
 
-# ---------------------------------------------------------------- a QEMU that fails in the end
+# ---------------------------------------------------------------- a QEMU that fails at the end
 
 
 class FakeIncoming:
-    """Takes a stream as an incoming QEMU does, answers PINGs, and ends as it is told."""
+    """Reads a stream as an incoming QEMU does, answers PINGs, and ends with `answer`."""
 
     def __init__(self, answer: bytes) -> None:
         self._answer = answer
@@ -360,8 +362,10 @@ PING = rb"\x08\x00\x02\x00\x04(?:\x00\x00\x00\x01|XBM1)"
     [(b"\0\1\0\4\0\0\0\5", True), (b"", False), (b"\0\1\0\4\0\0\0\0", False)],
     ids=["says no", "says nothing", "says yes"],
 )
-async def test_only_a_qemu_that_says_no_gives_the_guest_back(answer, stays, driven) -> None:
-    """One that ends without a word may have run it: it is taken for started."""
+async def test_guest_returns_only_if_destination_qemu_reports_failure(
+    answer, stays, driven
+) -> None:
+    """A QEMU that ends without a word may have run the guest: the guest counts as started."""
     fake = FakeIncoming(answer)
     with tempfile.TemporaryDirectory() as directory:
         qmp, journals = f"{directory}/qmp", ("--journal", directory)
@@ -395,8 +399,8 @@ async def test_only_a_qemu_that_says_no_gives_the_guest_back(answer, stays, driv
 
 
 @pytest.mark.parametrize("status", ["setup", "active", "device", "completed"])
-async def test_a_cancel_in_each_status(status) -> None:
-    """Either it ends there or it runs on here; never neither, never both."""
+async def test_cancel_in_each_status(status) -> None:
+    """The guest runs at the destination or at the source; never at both, never at none."""
     async with carried("--max-bandwidth", "8m") as move:
         if status == "setup":
             await move.source.migrate(move.uri, "return-path", max_bandwidth=SLOW)

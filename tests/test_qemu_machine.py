@@ -1,6 +1,6 @@
-"""A QEMU is driven over QMP: a real one, and what a control socket can do that a real one does not.
+"""Machine and Client, with a real QEMU and with a fake control socket that misbehaves.
 
-What the real one is asked here is what we rely on; its answers are those of the version installed.
+The tests with a real QEMU check what we rely on; it is the version that is installed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from typing import Any
 import pytest
 
 from migrate.errors import ConnectError, QemuError, UsageError
-from migrate.qemu.client import CLOSED, MAX_ANSWER_BYTES, MAX_KEPT_EVENTS, Client
-from migrate.qemu.machine import OFF, Machine, MachineStatus
+from migrate.qemu.place import NoQemuError, QemuPlace
+from migrate.qemu.qmp.client import MAX_ANSWER_BYTES, Client
+from migrate.qemu.qmp.events import MAX_KEPT_EVENTS
+from migrate.qemu.qmp.machine import Machine
+from migrate.qemu.qmp.messages import CLOSED
+from migrate.qemu.qmp.settings import OFF
+from migrate.qemu.qmp.status import MachineStatus
+from migrate.transport.address import Address
 from tests.requirements import need
 
 PROGRAM = "qemu-system-x86_64"
 PONG_AND_SHUT = bytes.fromhex("0002 0004 00000001  0001 0004 00000000")
 SOON = 0.3
-"""For connections that are in vain: what is waited for here does not come at all."""
+"""Seconds, for connections and answers that never come."""
 
 pytestmark = pytest.mark.asyncio
 
@@ -48,7 +54,7 @@ class Started:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts QEMUs with a guest that does next to nothing in 16 MiB."""
+    """Return a function that starts QEMUs, each with an idle guest of 16 MiB."""
     need(shutil.which(PROGRAM), f"{PROGRAM} is not installed")
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -68,14 +74,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def is_whole(stream: bytes) -> bool:
-    """Whether it ends with the description of the devices: 0x06, its length, and JSON."""
+    """Return whether a stream ends with the description of the devices: 0x06, length, JSON."""
     at = stream.rfind(b"\x06", 0, stream.rfind(b'{"page_size"'))
     return at >= 0 and len(stream) == at + 5 + int.from_bytes(stream[at + 1 : at + 5], "big")
 
 
 @contextlib.asynccontextmanager
 async def sink(path: Path, *, reads: bool = True) -> AsyncIterator[str]:
-    """Takes a stream, as whoever carries it would, and says when all is there; its uri."""
+    """Receive a stream as migrate-src does, and confirm it on the return path. Yield its URI."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -116,7 +122,7 @@ async def everything(machine: Machine) -> tuple[Any, Any]:
     )
 
 
-async def test_it_says_what_it_is_and_how_it_is(start) -> None:
+async def test_version_status_and_events_of_real_qemu(start) -> None:
     async with await start("-S").machine() as machine:
         assert machine.version >= (7, 2, 0)
         assert machine.ended is None
@@ -130,8 +136,8 @@ async def test_it_says_what_it_is_and_how_it_is(start) -> None:
         assert len(many) == 50
 
 
-async def test_all_is_put_back_as_it_was(start) -> None:
-    """What was set before, by whoever, is there again: also what cannot be in our streams."""
+async def test_restore_puts_back_all_settings(start) -> None:
+    """Settings that make a stream unfit for us are put back too."""
     async with await start("-S").machine() as machine:
         switches = ("postcopy-ram", "postcopy-preempt", "multifd", "release-ram", "auto-converge")
         await machine.execute(
@@ -157,7 +163,7 @@ async def test_all_is_put_back_as_it_was(start) -> None:
         await machine.set_downtime_limit(1.5)
         parameters = await machine.execute("query-migrate-parameters")
         assert parameters["downtime-limit"] == 1500
-        # a second one does not take what the first has set for what there was
+        # a second prepare does not take the settings of the first for the original ones
         await machine.prepare(return_path=False, downtime_limit=0.3, max_bandwidth=5_000_000)
         known = await machine.set_switchover_bandwidth(1_000_000)
         assert known == ("avail-switchover-bandwidth" in before[1])
@@ -167,7 +173,7 @@ async def test_all_is_put_back_as_it_was(start) -> None:
         assert await everything(machine) == before
 
 
-async def test_what_somebody_else_sets_meanwhile_stays(start) -> None:
+async def test_restore_keeps_settings_made_by_others(start) -> None:
     async with await start("-S").machine() as machine:
         await machine.prepare(return_path=True, downtime_limit=0.3)
         await machine.execute("migrate-set-parameters", **{"announce-rounds": 9})
@@ -187,7 +193,7 @@ async def test_what_somebody_else_sets_meanwhile_stays(start) -> None:
         ({"warp_drive": True}, r"QEMU \d+\.\d+\.\d+ has no migration capability .* warp-drive"),
     ],
 )
-async def test_what_it_does_not_take_changes_nothing(start, more, says) -> None:
+async def test_prepare_with_invalid_settings_changes_nothing(start, more, says) -> None:
     async with await start("-S").machine() as machine:
         before = await everything(machine)
         with pytest.raises(QemuError, match=says):
@@ -195,8 +201,8 @@ async def test_what_it_does_not_take_changes_nothing(start, more, says) -> None:
         assert await everything(machine) == before
 
 
-async def test_a_migration_completes_into_a_sink(start, tmp_path: Path) -> None:
-    """With a return path it ends when the other side says so; then the guest may run again."""
+async def test_migration_completes_when_return_path_says_so(start, tmp_path: Path) -> None:
+    """Afterwards the guest may run again here."""
     async with await start().machine() as machine, sink(tmp_path / "s") as uri:
         await machine.prepare(return_path=True, downtime_limit=0.3)
         with machine.events("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS") as events:
@@ -231,8 +237,8 @@ async def test_a_migration_completes_into_a_sink(start, tmp_path: Path) -> None:
         assert await machine.restore() == ()
 
 
-async def test_one_that_is_stuck_can_be_seen_and_cancelled(start, tmp_path: Path) -> None:
-    """Nobody reads the stream: it is active, nothing else can begin, and the guest runs on."""
+async def test_stuck_migration_is_seen_and_cancelled(start, tmp_path: Path) -> None:
+    """If nothing reads the stream the migration stays active, and the guest runs on."""
     async with await start().machine() as machine, sink(tmp_path / "s", reads=False) as uri:
         before = await everything(machine)
         await machine.prepare(return_path=True, downtime_limit=0.3)
@@ -245,7 +251,7 @@ async def test_one_that_is_stuck_can_be_seen_and_cancelled(start, tmp_path: Path
             assert status.dirty_sync_count == 1
             assert status.expected_downtime == 0.3
             assert status.downtime is None
-            await machine.set_downtime_limit(0.5)  # of one that is going on too
+            await machine.set_downtime_limit(0.5)  # also during a migration
             with pytest.raises(QemuError, match=r"is going on \(active\): wait .* or cancel it"):
                 await machine.prepare(return_path=True, downtime_limit=0.3)
             with pytest.raises(QemuError, match="in progress: wait .* or cancel it") as caught:
@@ -254,8 +260,8 @@ async def test_one_that_is_stuck_can_be_seen_and_cancelled(start, tmp_path: Path
             (fault,) = await machine.restore()
             assert fault.startswith("migrate-set-capabilities: QEMU says: There's a migration")
             status = await machine.cancel()
-            # 7.2 shuts the return path down first; its stream, which is the same socket, may
-            # break before it says that it is cancelling
+            # 7.2 shuts the return path down first. The stream uses the same socket, so it may
+            # break before QEMU says that it is cancelling.
             assert status.status in ("cancelled", "failed")
             assert status.runstate == "running"
             ends = [(await anext(events)).data["status"]]
@@ -266,13 +272,13 @@ async def test_one_that_is_stuck_can_be_seen_and_cancelled(start, tmp_path: Path
         assert await everything(machine) == before
 
 
-async def test_cancelling_nothing_is_no_fault(start) -> None:
+async def test_cancel_without_migration(start) -> None:
     async with await start("-S").machine() as machine:
         assert (await machine.cancel()).status == "none"
 
 
-async def test_a_stream_that_breaks_or_never_begins_has_failed(start, tmp_path: Path) -> None:
-    """QEMU takes the command, and says later that it failed; its guest runs on."""
+async def test_broken_or_refused_stream_fails_migration(start, tmp_path: Path) -> None:
+    """QEMU accepts the command and reports the failure later; the guest runs on."""
     async with await start().machine() as machine:
         await machine.prepare(return_path=False, downtime_limit=0.3)
         with pytest.raises(QemuError, match="write unix:PATH or tcp:HOST:PORT"):
@@ -290,8 +296,8 @@ async def test_a_stream_that_breaks_or_never_begins_has_failed(start, tmp_path: 
         assert (status.status, status.runstate) == ("failed", "running")
 
 
-async def test_a_stream_goes_into_a_socket_of_ours_and_nothing_of_it_stays_in_qemu(start) -> None:
-    """QEMU needs no path that it can reach, and is allowed to. Refused, it closes its end."""
+async def test_stream_into_passed_socket_leaves_no_descriptor_in_qemu(start) -> None:
+    """QEMU closes its end also if it refuses the command."""
     loop = asyncio.get_running_loop()
     async with await start().machine() as machine:
         await machine.prepare(return_path=True, downtime_limit=0.3)
@@ -315,7 +321,7 @@ async def test_a_stream_goes_into_a_socket_of_ours_and_nothing_of_it_stays_in_qe
         assert (await machine.status()).runstate == "running"
 
 
-async def test_a_guest_that_cannot_migrate_is_known_before(start, tmp_path: Path) -> None:
+async def test_prepare_refuses_guest_with_migration_blocker(start, tmp_path: Path) -> None:
     options = ("-device", "ivshmem-plain,memdev=m,master=off")
     memory = f"memory-backend-file,id=m,share=on,mem-path={tmp_path}/m,size=1M"
     async with await start("-S", "-object", memory, *options).machine() as machine:
@@ -324,7 +330,7 @@ async def test_a_guest_that_cannot_migrate_is_known_before(start, tmp_path: Path
             await machine.prepare(return_path=True, downtime_limit=0.3)
 
 
-async def test_from_one_to_the_other(start, tmp_path: Path) -> None:
+async def test_migration_from_qemu_to_qemu(start, tmp_path: Path) -> None:
     async with (
         await start().machine() as source,
         await start("-incoming", "defer").machine() as destination,
@@ -348,8 +354,8 @@ async def test_from_one_to_the_other(start, tmp_path: Path) -> None:
         assert not await source.running()
 
 
-async def test_a_monitor_that_serves_somebody_else_is_said_to_be(start) -> None:
-    """The first that waits is connected, and is not greeted; the third is not connected."""
+async def test_connect_error_while_monitor_serves_another_client(start) -> None:
+    """The first client that waits is connected but not greeted; the third is not connected."""
     qemu = start("-S")
     async with await qemu.machine():
         with contextlib.ExitStack() as waiting:
@@ -359,11 +365,11 @@ async def test_a_monitor_that_serves_somebody_else_is_said_to_be(start) -> None:
                 sock = waiting.enter_context(socket.socket(socket.AF_UNIX))
                 sock.setblocking(False)
                 sock.connect_ex(str(qemu.path))
-    async with await qemu.machine() as machine:  # it is free now
+    async with await qemu.machine() as machine:  # the monitor is free again
         assert not await machine.running()
 
 
-async def test_one_that_quits_or_is_killed_is_an_event_and_a_clear_error(start) -> None:
+async def test_quit_or_killed_qemu_ends_events_and_commands(start) -> None:
     qemu = start("-S")
     async with await qemu.machine() as machine:
         with machine.events("SHUTDOWN") as events:
@@ -391,7 +397,7 @@ async def test_one_that_quits_or_is_killed_is_an_event_and_a_clear_error(start) 
         assert all("has hung up" in fault for fault in faults)
 
 
-async def test_one_that_is_stopped_is_not_waited_for_without_end(start) -> None:
+async def test_command_to_stopped_qemu_times_out(start) -> None:
     qemu = start("-S")
     client = await Client.connect(str(qemu.path), timeout=30)
     try:
@@ -402,13 +408,13 @@ async def test_one_that_is_stopped_is_not_waited_for_without_end(start) -> None:
             await client.execute("query-name")
         qemu.process.send_signal(signal.SIGCONT)
         client.timeout = 30
-        # the answer that comes too late is nobody's
+        # the late answer is given to no other command
         assert (await client.execute("query-status"))["status"] == "prelaunch"
     finally:
         await client.close()
 
 
-# ---------------------------------------------------------------- what listens there otherwise
+# ---------------------------------------------------------------- a fake control socket
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 8, "minor": 2, "micro": 1}, "package": ""}}}
 Says = Callable[[dict[str, Any]], list[Any]]
@@ -418,8 +424,8 @@ Says = Callable[[dict[str, Any]], list[Any]]
 async def fake(
     path: Path, answers: Says, greeting: bytes | None = None
 ) -> AsyncIterator[dict[str, int]]:
-    """A control socket for one client; `answers` gives what is sent for a request: objects, bytes,
-    or None to hang up. How often each command came is given."""
+    """Serve one client. `answers` returns what is sent for a request: objects, bytes, or None to
+    hang up. Yield how often each command came."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
@@ -465,8 +471,46 @@ def event(name: str, **data: Any) -> dict[str, Any]:
     return {"event": name, "data": data, "timestamp": {"seconds": 5, "microseconds": 250000}}
 
 
-async def test_an_event_for_whoever_was_there_before_is_no_greeting(tmp_path: Path) -> None:
-    """QEMU takes a new client for one that is greeted, until it has seen that it is new."""
+@contextlib.contextmanager
+def anothers(path: Path) -> Iterator[None]:
+    """Have another user listen on a socket."""
+    need(os.geteuid() == 0, "root, to be another user for a while")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        os.seteuid(65534)
+        try:
+            listener.listen()
+        finally:
+            os.seteuid(0)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["qmp", "incoming"])
+@pytest.mark.parametrize("where", ["anybody's", "root's", "the listener's"])
+async def test_listener_of_another_user_is_refused(tmp_path: Path, where: str, kind: str) -> None:
+    """In /tmp any user may have made the socket first. QEMU often runs as a user of its own, with
+    its socket in a directory of that user (libvirt) or of root."""
+    path, says = tmp_path / "q", "user 65534 listens there, .* have QEMU make its socket in a direc"
+    tmp_path.chmod(0o1777 if where == "anybody's" else 0o755)
+    if where == "the listener's":
+        os.chown(tmp_path, 65534, 65534)
+    with anothers(path):
+        if kind == "incoming":
+            place = QemuPlace(Address(path=str(path)))
+            if where == "anybody's":
+                with pytest.raises(NoQemuError, match=says):
+                    await place._connect(place.address)
+            else:
+                (await place._connect(place.address)).close()
+            return
+        with pytest.raises(
+            ConnectError, match=says if where == "anybody's" else "no QEMU greets on"
+        ):
+            await Client.connect(str(path), timeout=0.3)
+
+
+async def test_event_before_greeting_is_ignored(tmp_path: Path) -> None:
+    """QEMU sends events to a new client until it has noticed that the one before has left."""
     early = b'{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 1}}\n'
     greeting = early + json.dumps(GREETING).encode()
     async with fake(
@@ -494,14 +538,14 @@ async def test_an_event_for_whoever_was_there_before_is_no_greeting(tmp_path: Pa
         (b"[" * (MAX_ANSWER_BYTES + 1), "more than 1048576 bytes at once"),
     ],
 )
-async def test_what_is_no_qemu_is_told_from_one(tmp_path: Path, greeting: bytes, says: str) -> None:
+async def test_invalid_greeting_is_refused(tmp_path: Path, greeting: bytes, says: str) -> None:
     async with fake(tmp_path / "q", lambda _: [], greeting):
         with pytest.raises(QemuError, match=says):
             await Machine.connect(f"unix:{tmp_path}/q", timeout=30)
 
 
-async def test_our_own_programs_are_told_from_it(tmp_path: Path) -> None:
-    """Both have a --qmp: it is easy to name the wrong one."""
+async def test_own_programs_are_no_qemu(tmp_path: Path) -> None:
+    """Our programs have a --qmp too: it is easy to name the wrong socket."""
     own = {"QMP": {"version": {"qemu": {"major": 0, "minor": 1, "micro": 0},
                                "package": "xbmigrate 0.1.0"}}}  # fmt: skip
     async with fake(tmp_path / "q", lambda _: [], json.dumps(own).encode()):
@@ -509,7 +553,7 @@ async def test_our_own_programs_are_told_from_it(tmp_path: Path) -> None:
             await Machine.connect(f"unix:{tmp_path}/q", timeout=30)
 
 
-async def test_one_that_hangs_up_at_once_is_said_to(tmp_path: Path) -> None:
+async def test_hang_up_without_greeting(tmp_path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     with listener:
         listener.bind(str(tmp_path / "q"))
@@ -521,14 +565,14 @@ async def test_one_that_hangs_up_at_once_is_said_to(tmp_path: Path) -> None:
             await connecting
 
 
-async def test_a_path_where_nobody_is(tmp_path: Path) -> None:
-    with pytest.raises(ConnectError, match=r"nobody answers on .*/q: No such file .*server=on"):
+async def test_connect_to_path_without_listener(tmp_path: Path) -> None:
+    with pytest.raises(ConnectError, match=r"no answer on .*/q: No such file .*server=on"):
         await Machine.connect(f"unix:{tmp_path}/q", timeout=SOON)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "q"))
         with pytest.raises(ConnectError, match="Connection refused"):
             await Machine.connect(f"unix:{tmp_path}/q", timeout=SOON)
-    # what no waiting will mend is said at once
+    # an error that cannot pass is reported at once
     with pytest.raises(UsageError):
         await Machine.connect(f"unix:{tmp_path}/{'q' * 200}", timeout=3600)
     for address in ("tcp:localhost:4444", "", "unix:"):
@@ -536,7 +580,7 @@ async def test_a_path_where_nobody_is(tmp_path: Path) -> None:
             await Machine.connect(address)
 
 
-async def test_a_socket_of_another_user_is_told_from_none(
+async def test_connect_without_permission_for_socket(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(*_: object) -> None:
@@ -550,14 +594,14 @@ async def test_a_socket_of_another_user_is_told_from_none(
             await Client.connect(f"unix:{tmp_path}/q", timeout=30)
 
 
-async def test_a_qemu_that_is_just_starting_is_waited_for(tmp_path: Path) -> None:
+async def test_connect_waits_for_starting_qemu(tmp_path: Path) -> None:
     connecting = asyncio.create_task(Machine.connect(f"unix:{tmp_path}/q", timeout=30))
     await asyncio.sleep(SOON)
     async with fake(tmp_path / "q", lambda _: []), await connecting as machine:
         assert machine.version == (8, 2, 1)
 
 
-async def test_connecting_can_be_cancelled(tmp_path: Path) -> None:
+async def test_connect_can_be_cancelled(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "q"))
         listener.listen()
@@ -566,7 +610,7 @@ async def test_connecting_can_be_cancelled(tmp_path: Path) -> None:
                 await Machine.connect(str(tmp_path / "q"), timeout=3600)
 
 
-async def test_answers_find_who_asked_in_whatever_order(tmp_path: Path) -> None:
+async def test_answers_out_of_order_reach_their_commands(tmp_path: Path) -> None:
     held: list[dict[str, Any]] = []
 
     def answers(request: dict[str, Any]) -> list[Any]:
@@ -582,8 +626,8 @@ async def test_answers_find_who_asked_in_whatever_order(tmp_path: Path) -> None:
             assert [(await anext(events)).name for _ in range(7)] == ["TICK"] * 7
 
 
-async def test_no_more_are_under_way_than_qemu_takes(tmp_path: Path) -> None:
-    """One that was cancelled makes room; its answer, late, is nobody's."""
+async def test_unanswered_commands_are_bounded(tmp_path: Path) -> None:
+    """A cancelled command frees its slot; its late answer is dropped."""
     held: list[dict[str, Any]] = []
 
     def answers(request: dict[str, Any]) -> list[Any]:
@@ -624,10 +668,8 @@ async def test_no_more_are_under_way_than_qemu_takes(tmp_path: Path) -> None:
         ([b'"' + b"x" * MAX_ANSWER_BYTES], "more than 1048576 bytes at once"),
     ],
 )
-async def test_a_connection_that_goes_wrong_ends(
-    tmp_path: Path, said: list[Any], says: str
-) -> None:
-    """Whoever waits is told, and so is whoever asks afterwards."""
+async def test_invalid_answer_ends_connection(tmp_path: Path, said: list[Any], says: str) -> None:
+    """Commands that wait fail, and so do later ones."""
     async with (
         fake(tmp_path / "q", lambda _: said),
         await Machine.connect(str(tmp_path / "q"), timeout=30) as machine,
@@ -641,7 +683,7 @@ async def test_a_connection_that_goes_wrong_ends(
             assert [one.name async for one in events] == [CLOSED]
 
 
-async def test_what_qemu_refuses_is_in_its_words(tmp_path: Path) -> None:
+async def test_refusal_quotes_qemu(tmp_path: Path) -> None:
     def answers(request: dict[str, Any]) -> list[Any]:
         kind = "CommandNotFound" if request["execute"] == "new" else "GenericError"
         return [{"error": {"class": kind, "desc": "not\x1b today"}, "id": request["id"]}]
@@ -654,8 +696,8 @@ async def test_what_qemu_refuses_is_in_its_words(tmp_path: Path) -> None:
             await machine.execute("new")
 
 
-async def test_events_that_nobody_fetches_are_bounded(tmp_path: Path) -> None:
-    """The latest are kept, and CLOSED in any case; a timeout loses none."""
+async def test_unfetched_events_are_bounded(tmp_path: Path) -> None:
+    """The latest events are kept, and CLOSED always; a timeout loses none."""
     many = [event("PASS", n=n) for n in range(MAX_KEPT_EVENTS + 10)]
 
     def answers(request: dict[str, Any]) -> list[Any]:
@@ -679,8 +721,8 @@ async def test_events_that_nobody_fetches_are_bounded(tmp_path: Path) -> None:
     await machine.close()
 
 
-async def test_a_later_qemu_has_more_to_set(tmp_path: Path) -> None:
-    """What it has is asked, not known from its version."""
+async def test_settings_are_queried_and_not_guessed_from_version(tmp_path: Path) -> None:
+    """A later QEMU has more capabilities and parameters."""
     capabilities = {
         "events": False,
         "return-path": True,
@@ -711,15 +753,15 @@ async def test_a_later_qemu_has_more_to_set(tmp_path: Path) -> None:
         await machine.prepare(return_path=False, downtime_limit=0.0001)
         assert [name for name, on in capabilities.items() if on] == ["events"]
         assert parameters["mode"] == "normal"
-        assert parameters["downtime-limit"] == 1  # with 0 it would never end
+        assert parameters["downtime-limit"] == 1  # with 0 the migration would never end
         assert await machine.set_switchover_bandwidth(1000)
         assert parameters["avail-switchover-bandwidth"] == 1000
         assert await machine.restore() == ()
         assert (capabilities, parameters) == before
 
 
-async def test_it_has_not_ended_before_qemu_has_tidied_up(tmp_path: Path) -> None:
-    """7.2 says `completed` before the times are known, and refuses `cont` for that while."""
+async def test_migration_goes_on_during_finish_migrate(tmp_path: Path) -> None:
+    """7.2 says `completed` before it knows the times, and refuses `cont` until then."""
     steps = iter([
         ("running", {"status": "active"}), ("finish-migrate", {"status": "completed"}),
         ("finish-migrate", {"status": "completed"}), ("finish-migrate", {"status": "completed"}),
@@ -747,7 +789,7 @@ async def test_it_has_not_ended_before_qemu_has_tidied_up(tmp_path: Path) -> Non
         assert (status.runstate, status.total_time) == ("postmigrate", 0.005)
 
 
-async def test_a_cancellation_is_not_waited_for_without_end(tmp_path: Path) -> None:
+async def test_cancel_times_out(tmp_path: Path) -> None:
     def answers(request: dict[str, Any]) -> list[Any]:
         return [answer(request, {"status": "cancelling"})]
 
@@ -763,7 +805,7 @@ async def test_a_cancellation_is_not_waited_for_without_end(tmp_path: Path) -> N
         b'{"ram": {"total": 1e999}}', b'{"blocked-reasons": 5, "status": "active"}',
     ],
 )  # fmt: skip
-async def test_a_status_that_makes_no_sense_is_an_error(tmp_path: Path, said: bytes) -> None:
+async def test_invalid_status_is_refused(tmp_path: Path, said: bytes) -> None:
     def answers(request: dict[str, Any]) -> list[Any]:
         return [b'{"id": %d, "return": %s}' % (request["id"], said)]
 
@@ -772,7 +814,7 @@ async def test_a_status_that_makes_no_sense_is_an_error(tmp_path: Path, said: by
             await machine.status()
 
 
-async def test_a_rate_that_is_no_number_is_zero(tmp_path: Path) -> None:
+async def test_nan_rate_is_read_as_zero(tmp_path: Path) -> None:
     def answers(request: dict[str, Any]) -> list[Any]:
         said = b'{"status": "running", "ram": {"mbps": NaN, "remaining": 4096}}'
         return [b'{"id": %d, "return": %s}' % (request["id"], said)]
@@ -782,7 +824,7 @@ async def test_a_rate_that_is_no_number_is_zero(tmp_path: Path) -> None:
         assert (status.mbps, status.remaining) == (0, 4096)
 
 
-async def test_nothing_is_left_open(start) -> None:
+async def test_closed_machines_leave_no_descriptors(start) -> None:
     before = len(os.listdir("/proc/self/fd"))
     qemu = start("-S")
     for _ in range(3):

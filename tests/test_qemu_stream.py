@@ -1,10 +1,11 @@
-"""QEMU's stream cut into parts: every byte is in one of them, however it comes.
+"""The stream parser: every byte of QEMU's stream is in one part, however the stream is cut.
 
-The streams are made here by hand, from the format alone.
+The streams are made by hand, from the format alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 
@@ -12,29 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.errors import StreamError
-from proto.messages import MAX_BLOCKS
-from proto.qemu import (
+from proto.qemu.parts import (
     FINISH,
     FULL,
-    HEAD_BYTES,
-    MAX_DESCRIPTION,
-    MAX_SECTIONS,
     PART,
     START,
     Block,
     BlockList,
     Body,
+    Command,
     Description,
     End,
     Header,
-    Order,
     Pages,
     Section,
     SectionEnd,
-    StreamParser,
     Text,
 )
+from proto.qemu.stream_parser import HEAD_BYTES, MAX_DESCRIPTION, MAX_SECTIONS, StreamParser
+from proto.wire.errors import StreamError
+from proto.wire.messages import MAX_BLOCKS
+from tests.cells import check_each
 
 MAGIC = b"QEVM\0\0\0\3"
 PAGE = 4096
@@ -162,7 +161,7 @@ def joined(found):
 
 
 def parts(data: bytes, ends: list[int] | None = None, page_size: int = PAGE):
-    """(parts, what is left or what is wrong); the ranges of all of them are the stream."""
+    """Return (parts, the rest or the error). Assert that the ranges of the parts are the stream."""
     found, rest = stepped(StreamParser(page_size), data, ends or [])
     whole = b"".join(piece for _, piece in found)
     assert data.startswith(whole)
@@ -187,8 +186,8 @@ RAM_START = Section(START, 2, "ram", 0, 4)
 SLIRP = Section(FULL, 9, "slirp", 7, 3)
 
 
-def test_a_whole_stream():
-    """Every kind of part, with its bytes."""
+def test_every_kind_of_part():
+    """With their bytes, for a stream that comes whole and in pieces."""
     head = MAGIC + configuration(
         b"pc-i440fx-7.2", page_bits(12), capabilities(b"auto-converge"),
         subsection(b"uuid", bytes(range(16))),
@@ -196,8 +195,8 @@ def test_a_whole_stream():
     body = b"\1\2\3" + footer(9)[:4] + footer(2) + b"\4"
     pieces = [
         (Header("pc-i440fx-7.2", ("auto-converge",)), head),
-        (Order(1, b""), command(1)),
-        (Order(2, u32(1)), command(2, u32(1))),
+        (Command(1, b""), command(1)),
+        (Command(2, u32(1)), command(2, u32(1))),
         (RAM_START, opening(1, 2, b"ram", 0, 4)),
         (BlockList((Block(b"pc.ram", 16 * PAGE), Block(b"pc.bios", PAGE))), LIST),
         (Body(RAM_START), EOS),
@@ -212,7 +211,7 @@ def test_a_whole_stream():
         (Section(PART, 3, "dirty-bitmap", 0, 1), b"\2" + u32(3)),
         (Body(Section(PART, 3, "dirty-bitmap", 0, 1)), b"bits"),
         (SectionEnd(Section(PART, 3, "dirty-bitmap", 0, 1)), footer(3)),
-        (Order(11, b""), command(11)),
+        (Command(11, b""), command(11)),
         (Section(FINISH, 2, "ram", 0, 4), b"\3" + u32(2)),
         ([3], DELTA),
         (Body(Section(FINISH, 2, "ram", 0, 4)), EOS),
@@ -239,12 +238,12 @@ def test_a_whole_stream():
     assert parser.section is None
 
 
-def test_without_a_configuration():
+def test_stream_without_configuration():
     assert kinds(MAGIC + RAM)[:2] == [Header(), RAM_START]
 
 
 @pytest.mark.parametrize("bits", [10, 11, 12, 13, 14])
-def test_the_stream_may_say_how_large_its_pages_are(bits):
+def test_page_size_from_configuration(bits):
     size = 1 << bits
     parser = StreamParser(PAGE)
     blocks = block_list((b"ram", 3 * size), (b"rom", size - 512), (b"vga", 512))
@@ -256,13 +255,13 @@ def test_the_stream_may_say_how_large_its_pages_are(bits):
     assert parser.reader is not None
 
 
-def test_a_stream_without_a_description_ends_behind_its_end():
+def test_end_of_stream_without_description():
     found, rest = parts(MAGIC + RAM + full(9, b"x", b"state") + b"\0")
     assert [one for one, _ in found][-2:] == [SectionEnd(Section(FULL, 9, "x", 7, 3)), End()]
     assert rest == b""
 
 
-def test_a_description_may_be_empty_and_nothing_follows_it():
+def test_empty_description_ends_stream():
     parser = StreamParser(PAGE)
     data = MAGIC + RAM + b"\0" + description(b"") + b"more"
     found, _ = stepped(parser, data, [len(data) - 4])
@@ -270,8 +269,8 @@ def test_a_description_may_be_empty_and_nothing_follows_it():
     assert parser.complete
 
 
-def test_huge_pages_are_told_behind_their_block():
-    """Where postcopy may come; behind the last block too, where no name follows."""
+def test_huge_page_size_in_block_list():
+    """If postcopy may come, the page size follows a block; the last one too, before no name."""
     blocks = ((b"pc.ram", 4 << 20), (b"vga", PAGE), (b"big", 2 << 20))
     for huge in ({b"pc.ram": 2 << 20}, {b"big": 2 << 20}, {b"pc.ram": 1 << 30, b"big": 2 << 20}):
         listed = block_list(*blocks, huge=huge)
@@ -280,7 +279,7 @@ def test_huge_pages_are_told_behind_their_block():
         assert found[2] == (BlockList(tuple(Block(*block) for block in blocks)), listed)
 
 
-def test_a_block_that_is_not_in_use_has_no_pages():
+def test_empty_block_has_no_pages():
     found = kinds(
         MAGIC
         + start(2, b"ram", block_list((b"a", PAGE), (b"b", 0), (b"c", 5), (b"d", PAGE - 5)) + EOS)
@@ -289,7 +288,7 @@ def test_a_block_that_is_not_in_use_has_no_pages():
     assert [block.pages(PAGE) for block in found[2].blocks] == [1, 1, 1]
 
 
-def test_postcopy_may_be_announced():
+def test_postcopy_advise_is_accepted():
     parser = StreamParser(PAGE)
     stepped(parser, MAGIC + command(3, bytes(16)), [])
     assert parser.postcopy
@@ -317,26 +316,31 @@ LOOKALIKES = [
 ]
 
 
-@pytest.mark.parametrize("looks", LOOKALIKES, ids=bytes.hex)
-@pytest.mark.parametrize(
-    "follows",
-    [full(10, NAME, b"") + b"\0", part(2, EOS, 3) + b"\0", command(11) + b"\0",
-     b"\0" + description(JSON), b"\0"],
-    ids=["full", "part", "command", "end", "bare end"],
-)  # fmt: skip
-def test_what_looks_like_a_footer_is_none(looks, follows):
-    body = b"\0\1" + looks + b"\2"
-    data = MAGIC + RAM + full(9, b"slirp", body) + follows
-    expected = parts(data)
-    assert (Body(SLIRP), body) in expected[0]
-    assert (SectionEnd(SLIRP), footer(9)) in expected[0]
-    assert not expected[1]
-    for step in (1, 3):
-        assert parts(data, list(range(0, len(data), step))) == expected
+FOLLOWING = {
+    "full": full(10, NAME, b"") + b"\0",
+    "part": part(2, EOS, 3) + b"\0",
+    "command": command(11) + b"\0",
+    "end": b"\0" + description(JSON),
+    "bare end": b"\0",
+}
 
 
-def test_a_small_section_costs_as_much_whatever_follows_it():
-    """It is looked for in a window, not in all that has come."""
+def test_bytes_like_a_footer_do_not_end_section():
+    def check(looks, follows):
+        body = b"\0\1" + looks + b"\2"
+        data = MAGIC + RAM + full(9, b"slirp", body) + FOLLOWING[follows]
+        expected = parts(data)
+        assert (Body(SLIRP), body) in expected[0]
+        assert (SectionEnd(SLIRP), footer(9)) in expected[0]
+        assert not expected[1]
+        for step in (1, 3):
+            assert parts(data, list(range(0, len(data), step))) == expected
+
+    check_each(check, itertools.product(LOOKALIKES, FOLLOWING))
+
+
+def test_search_for_footer_is_bounded():
+    """It covers a window, and not everything that has come."""
     unit = full(9, b"slirp", b"a body")
 
     def seconds(behind: int) -> float:
@@ -351,7 +355,7 @@ def test_a_small_section_costs_as_much_whatever_follows_it():
     assert min(seconds(16 << 20) for _ in range(3)) < 10 * min(seconds(64 << 10) for _ in range(3))
 
 
-def test_a_body_goes_on_its_way_before_its_end_is_known():
+def test_body_is_returned_before_its_end_is_known():
     parser = StreamParser(PAGE)
     begun = MAGIC + opening(4, 9, b"slirp", 7, 3)
     body = bytes(1000) + footer(9)[:2]
@@ -360,7 +364,7 @@ def test_a_body_goes_on_its_way_before_its_end_is_known():
     assert rest == ("the stream ends inside a part", len(begun) + 1000)
 
 
-def test_a_footer_waits_for_as_much_as_a_head_may_have():
+def test_footer_needs_a_whole_head_behind_it():
     head = opening(4, 10, NAME, 0, 0)
     assert len(head) == HEAD_BYTES
     data = MAGIC + full(9, b"slirp", b"body") + head
@@ -401,7 +405,7 @@ def streams(draw) -> bytes:
 
 @settings(max_examples=300)
 @given(streams(), st.lists(st.integers(0, 1 << 16), max_size=8))
-def test_any_cutting_gives_the_same_parts(data, places):
+def test_any_cuts_give_the_same_parts(data, places):
     ends = sorted(place % (len(data) + 1) for place in places)
     assert parts(data, ends) == parts(data)
 
@@ -482,14 +486,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("data", "text", "at"), REFUSED, ids=[text for _, text, _ in REFUSED])
-def test_what_cannot_be_carried_is_refused_at_its_place(data, text, at):
+def test_unfit_streams_are_refused_at_their_place(data, text, at):
     assert refused(data) == (text, at)
     for step in (1, 5):
         _, why = parts(data, list(range(0, min(len(data), 3000), step)))
         assert why == (text, at)
 
 
-def test_sections_are_bounded():
+def test_number_of_sections_is_bounded():
     def begun(count: int) -> bytes:
         return MAGIC + b"".join(start(i, b"s", b"\0") for i in range(count))
 
@@ -499,8 +503,8 @@ def test_sections_are_bounded():
     assert at == len(begun(MAX_SECTIONS))
 
 
-def test_a_part_may_begin_anywhere_in_the_data():
-    """`at` of an error is an index of the data, as are all places."""
+def test_part_may_begin_anywhere_in_data():
+    """Places in errors are indexes of the data, as all places are."""
     parser = StreamParser(PAGE)
     data = memoryview(b"????" + MAGIC + b"\x55")
     assert parser.step(data, 4, len(data)) == (12, Header())

@@ -1,8 +1,8 @@
-"""Machines that have, or send, what most do not: carried, landed and lifted as they are; or refused
-in words that say what to do, while the guest runs on.
+"""Machines with unusual devices and capabilities: they are migrated, saved and lifted, or refused
+with a message that says what to do, while the guest runs on.
 
-What is refused here are the switches of a QEMU that somebody else tells to migrate; one that is
-driven by QMP has them off meanwhile.
+Capabilities are refused if the user tells QEMU to migrate. In a QEMU that we drive over QMP they
+are off during the migration.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Any
 import pytest
 from qemu.qmp import ExecuteError
 
-from migrate.address import parse_address
 from migrate.errors import MigrationError
 from migrate.qemu import place
-from migrate.qemu.snapshot import Snapshot
-from proto.qemu import MAGIC, Command, order
+from migrate.qemu.snapshot.layout import Snapshot
+from migrate.qemu.stream import loader
+from migrate.transport.address import parse_address
+from proto.qemu.parts import MAGIC, CommandCode, pack_command
 from tests.machine import Machine, Sweep, compare
 from tests.machine.between import SWEEP, Way, carried, later
 from tests.machine.plug import Qtest, plug
 from tests.machine.qemu import MIB, PROGRAM, SLOW, MachineError
 
 pytestmark = [
+    pytest.mark.qemu,
     pytest.mark.asyncio(loop_factories=["asyncio"]),
     pytest.mark.timeout(300),
 ]
@@ -46,7 +48,7 @@ DISK: dict[str, Any] = {
 
 
 async def mark(machine: Machine) -> None:
-    """A bitmap of its disk, with 3 of 128 bits set."""
+    """Make a bitmap of the disk, with 3 of 128 bits set."""
     await machine.execute(
         "block-dirty-bitmap-add", node="data", name="backup", granularity=1 << 16, persistent=False
     )
@@ -62,7 +64,7 @@ async def marked(machine: Machine) -> list[tuple[str, int, int]]:
     return [(one["name"], one["count"], one["granularity"]) for one in bitmaps]
 
 
-async def test_the_bitmaps_of_disks_go_with_their_machine(binary) -> None:
+async def test_dirty_bitmaps_are_migrated(binary) -> None:
     async with carried(binary=binary, **DISK) as move:
         await mark(move.source)
         await move.begin()
@@ -71,7 +73,7 @@ async def test_the_bitmaps_of_disks_go_with_their_machine(binary) -> None:
         assert await marked(move.destination) == [("backup", 3 << 16, 1 << 16)]
 
 
-async def test_the_bitmaps_of_disks_land(binary, way, tmp_path) -> None:
+async def test_dirty_bitmaps_are_saved_and_lifted(binary, way, tmp_path) -> None:
     async with Machine(SWEEP, binary=binary, **DISK) as source:
         await source.wait_for_count(SWEEP.every)
         await mark(source)
@@ -87,11 +89,9 @@ async def test_the_bitmaps_of_disks_land(binary, way, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("driven", [False, True], ids=["by hand", "by qmp"])
-async def test_a_guest_that_is_switched_to_postcopy_for_its_bitmaps_is_not_lost(
-    binary, driven
-) -> None:
-    """With dirty-bitmaps alone QEMU can be told to: the guest is to run over there before they
-    come. 7.2 lets it never run on where the stream ends at that."""
+async def test_guest_survives_switch_to_postcopy_for_bitmaps(binary, driven) -> None:
+    """With dirty-bitmaps QEMU can be told to switch: the guest runs at the destination before the
+    bitmaps are there. 7.2 never lets the guest run on if the stream ends after that."""
     node = "driver=null-co,node-name=data,size=8589934592,read-zeroes=on"
     options: dict[str, Any] = {
         "capabilities": ("dirty-bitmaps",), "extra": ("-blockdev", node), "binary": binary,
@@ -118,7 +118,7 @@ async def test_a_guest_that_is_switched_to_postcopy_for_its_bitmaps_is_not_lost(
 
 
 async def large(machine: Machine) -> None:
-    """A bitmap that takes QEMU longer to send than its guest may stand still."""
+    """Make a bitmap that takes QEMU longer to send than the downtime limit."""
     await machine.execute(
         "block-dirty-bitmap-add", node="data", name="backup", granularity=512, persistent=False
     )
@@ -128,10 +128,10 @@ async def large(machine: Machine) -> None:
         )
 
 
-# ---------------------------------------------------------------- memory that comes and goes
+# ---------------------------------------------------------------- memory that is plugged
 
 GROWING: dict[str, Any] = {
-    "blocks": ("low",),  # it is the first one made: see `grow`
+    "blocks": ("low",),  # the first block that QEMU makes: see `grow`
     "extra": (
         "-m", "64M,maxmem=256M", "-object", "memory-backend-ram,id=more,size=64M",
         "-device", "virtio-mem-pci,id=more0,memdev=more,requested-size=32M",
@@ -143,11 +143,11 @@ WIDE = Sweep(16 * MIB, fill=18 * MIB, rate=1_000_000)
 
 
 async def grow(machine: Machine) -> tuple[int, int]:
-    """Blocks 3 to 7 of its further memory are there, two with something in them; all of it.
+    """Plug blocks 3 to 7 of the further memory, and write two of them; return its address and size.
 
-    Without KVM QEMU misses what a guest writes to pages that its TLB holds since they were dirty
-    before: 7.2 in all blocks, 10.0 in all but the first. The TLB grows where a device's memory
-    changes: to hold 4 MiB here, and not 8, so the guest sweeps 16.
+    Without KVM, QEMU misses writes to pages that its TLB has held since they were dirty before:
+    7.2 in all blocks, 10.0 in all but the first. The TLB grows when the memory of a device changes.
+    Here it holds 4 MiB and not 8, so the guest sweeps 16.
     """
     await machine.stop()
     qtest = await Qtest.connect(machine.directory / "qtest")
@@ -161,15 +161,15 @@ async def grow(machine: Machine) -> tuple[int, int]:
 
 
 async def grown(machine: Machine) -> int:
-    """Bytes of its further memory that are there."""
+    """Return the bytes of the further memory that are plugged."""
     (one,) = await machine.execute("query-memory-devices")
     return int(one["data"]["size"])
 
 
-async def test_memory_that_was_plugged_goes_with_its_machine(binary, way, tmp_path) -> None:
-    """Also when it lands, and is lifted. QEMU sends nothing of what is not plugged; from 8.0 on it
-    sends the size of the device before all pages, for it to be there when they come."""
-    async with carried(binary=binary, sweep=WIDE, **GROWING) as move:
+async def test_plugged_memory_is_migrated_saved_and_lifted(binary, accel, way, tmp_path) -> None:
+    """QEMU sends nothing of memory that is not plugged. From 8.0 on it sends the size of the device
+    before all pages, because its memory must be there when they come."""
+    async with carried(binary=binary, accel=accel, sweep=WIDE, **GROWING) as move:
         more = await grow(move.source)
         await move.begin()
         await move.source.finish()
@@ -183,8 +183,8 @@ async def test_memory_that_was_plugged_goes_with_its_machine(binary, way, tmp_pa
         (block,) = (tmp_path / "vm/blocks").glob("*more")
         assert (block.stat().st_size, block.stat().st_blocks * 512) == (64 * MIB, 2 * BLOCK)
         async with Machine(
-            WIDE, binary=binary, incoming="tcp:127.0.0.1:0", before=move.destination, paused=True,
-            **GROWING,
+            WIDE, binary=binary, accel=accel, incoming="tcp:127.0.0.1:0",
+            before=move.destination, paused=True, **GROWING,
         ) as other:  # fmt: skip
             await way.lifted(tmp_path / "vm", other)
             await compare(move.destination, other)
@@ -197,8 +197,8 @@ async def test_memory_that_was_plugged_goes_with_its_machine(binary, way, tmp_pa
 # ---------------------------------------------------------------- no description at the end
 
 
-async def test_a_stream_without_a_description(binary, way, tmp_path) -> None:
-    """It ends where nothing more comes: at a byte that any section might have, too."""
+async def test_stream_without_description(binary, way, tmp_path) -> None:
+    """It ends when nothing more comes. Its last byte could be part of any section."""
     options = {"binary": binary, "machine": "pc,suppress-vmdesc=on"}
     async with carried(**options) as move:
         await move.begin()
@@ -213,12 +213,12 @@ async def test_a_stream_without_a_description(binary, way, tmp_path) -> None:
             await other.wait_for_more()
 
 
-# ---------------------------------------------------------------- a word that it waits for
+# ---------------------------------------------------------------- switchover-ack
 
 
-async def test_a_machine_that_asks_before_it_stands_still() -> None:
-    """switchover-ack, since 8.1: the destination says that its devices are ready for the last
-    round, and before that there is none."""
+async def test_switchover_ack_is_passed_on() -> None:
+    """From 8.1 on: there is no last round before the destination has said that its devices are
+    ready for it."""
     async with carried(
         binary=await asyncio.to_thread(later), capabilities=("switchover-ack", "return-path")
     ) as move:
@@ -227,7 +227,7 @@ async def test_a_machine_that_asks_before_it_stands_still() -> None:
         await move.arrived()
 
 
-async def test_a_machine_that_asks_before_it_lands(way, tmp_path) -> None:
+async def test_saving_acknowledges_switchover(way, tmp_path) -> None:
     async with Machine(SWEEP, binary=await asyncio.to_thread(later)) as source:
         await source.wait_for_count(SWEEP.every)
         await way.landed(source, tmp_path / "vm", "switchover-ack")
@@ -236,7 +236,7 @@ async def test_a_machine_that_asks_before_it_lands(way, tmp_path) -> None:
 # ---------------------------------------------------------------- a large one
 
 
-async def test_a_gibibyte() -> None:
+async def test_guest_of_one_gibibyte() -> None:
     sweep = Sweep(16 * MIB, fill=900 * MIB, rate=1_000_000)
     async with carried(sweep=sweep, size=1024 * MIB) as move:
         await move.source.migrate(move.uri, "return-path", max_bandwidth=0, downtime_limit=1000)
@@ -255,7 +255,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("names", "says"), REFUSED, ids=["+".join(one) for one, _ in REFUSED])
-async def test_what_cannot_be_carried_is_refused(names, says, binary) -> None:
+async def test_unfit_capabilities_are_refused(names, says, binary) -> None:
     async with carried(binary=binary) as move:
         await move.source.migrate(
             move.uri, "return-path", *names, max_bandwidth=SLOW, downtime_limit=1
@@ -265,7 +265,7 @@ async def test_what_cannot_be_carried_is_refused(names, says, binary) -> None:
         try:
             await move.stayed()
         except MachineError as error:
-            # 7.2 aborts where its second connection meets a stream that has just ended
+            # 7.2 aborts if its second connection finds that the stream has just ended
             if "yank_register_function" not in str(error) or len(names) == 1:
                 raise
 
@@ -282,18 +282,18 @@ async def refuses_shared(binary: str, *extra: str) -> None:
         await move.stayed()
 
 
-async def test_memory_that_stays_where_it_is_is_refused(binary) -> None:
-    """x-ignore-shared leaves out memory that both have in a file."""
+async def test_shared_memory_is_refused(binary) -> None:
+    """x-ignore-shared leaves out memory that both QEMUs have in one file."""
     await refuses_shared(binary)
 
 
-async def test_memory_that_stays_where_it_is_is_refused_by_its_list_of_blocks() -> None:
-    """Where the stream has no configuration that says so. 10.0.2 without one ends in an assertion
-    of its own (leave_container) as soon as its guest stands still, wherever it migrates to."""
+async def test_shared_memory_is_refused_by_list_of_blocks() -> None:
+    """If the stream has no configuration, the list of blocks tells. (Without one, 10.0.2 fails an
+    assertion of its own, leave_container, when its guest is paused, whatever it migrates to.)"""
     await refuses_shared(PROGRAM, "-global", "migration.send-configuration=off")
 
 
-async def test_several_connections_are_refused_on_a_path_too(binary) -> None:
+async def test_multifd_is_refused_on_unix_socket(binary) -> None:
     async with carried(out="unix:{}/out", binary=binary) as move:
         await move.source.migrate(
             move.uri, "return-path", "multifd", max_bandwidth=SLOW, multifd_channels=16
@@ -304,8 +304,8 @@ async def test_several_connections_are_refused_on_a_path_too(binary) -> None:
         assert not Path(move.uri.removeprefix("unix:")).exists()
 
 
-async def test_a_stream_that_needs_a_file_is_refused_by_qemu() -> None:
-    """mapped-ram: nobody has connected to us, and the next attempt is as any other."""
+async def test_mapped_ram_is_refused_by_qemu() -> None:
+    """QEMU has not connected, so the next attempt is like any other."""
     async with carried(binary=await asyncio.to_thread(later)) as move:
         await move.source.prepare("mapped-ram")
         with pytest.raises(ExecuteError, match="seekable"):
@@ -322,8 +322,8 @@ async def test_a_stream_that_needs_a_file_is_refused_by_qemu() -> None:
     [("multifd",), ("postcopy-ram", "postcopy-preempt"), ("x-ignore-shared",)],
     ids="+".join,
 )
-async def test_what_cannot_be_carried_is_off_while_qmp_drives(binary, on) -> None:
-    """At the source, and where it arrives: both are as they were before, afterwards."""
+async def test_unfit_capabilities_are_off_while_driven_by_qmp(binary, on) -> None:
+    """At the source and at the destination; afterwards both are as they were."""
     async with carried(
         "--downtime-limit", "2000", out="qmp=", incoming="defer", binary=binary, capabilities=on
     ) as move:
@@ -335,23 +335,25 @@ async def test_what_cannot_be_carried_is_off_while_qmp_drives(binary, on) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 16 * MIB], ids=["all of it", "more than it takes"])
-async def test_a_destination_that_does_not_read_is_not_waited_for(
-    binary, size, monkeypatch
-) -> None:
-    """QEMU looks at none of it before all of the connections are there that it awaits: without a
-    word from us the guest would stand still for as long as loading it may take."""
-    monkeypatch.setattr(place, "MUTE_SECONDS", 0.3)
+async def test_destination_qemu_that_does_not_read_fails_soon(binary, size, monkeypatch) -> None:
+    """QEMU reads nothing before it has all connections that it waits for. Without this check the
+    guest would be paused for as long as loading it may take."""
+    monkeypatch.setattr(loader, "SILENT_SECONDS", 0.3)
     monkeypatch.setattr(place, "SEND_BYTES", 1 << 16)
     capabilities = ("multifd",)
     async with Machine(
         SWEEP, binary=binary, incoming="defer", capabilities=capabilities
     ) as machine:
         there = place.QemuPlace(parse_address(await machine.listen("tcp:127.0.0.1:0")))
-        await there.ready()
+        await there.make_ready()
 
         async def take() -> None:
-            asks = MAGIC + order(Command.OPEN_RETURN_PATH) + order(Command.PING, bytes(4))
-            await asyncio.to_thread(there.send, asks + bytes(size))
+            asks = (
+                MAGIC
+                + pack_command(CommandCode.OPEN_RETURN_PATH)
+                + pack_command(CommandCode.PING, bytes(4))
+            )
+            await asyncio.to_thread(there.loader.send, asks + bytes(size))
             await there.prove(return_path=True)
 
         with pytest.raises(MigrationError, match="capabilities multifd and postcopy-preempt off"):
@@ -359,19 +361,20 @@ async def test_a_destination_that_does_not_read_is_not_waited_for(
         await there.discard()
 
 
-async def test_disks_that_go_with_the_memory() -> None:
-    """QEMU could do that up to 9.0."""
-    async with carried(binary=PROGRAM) as move:
+async def test_block_migration() -> None:
+    """QEMU has it up to 9.0."""
+    content = random.Random(2).randbytes(MIB)
+    async with carried(binary=PROGRAM, disk=content) as move:
         disk = move.destination.directory / "disk"
         disk.write_bytes(bytes(MIB))
         await move.begin("block")
         await move.source.finish()
         await move.arrived()
-        assert disk.read_bytes() == (move.source.directory / "disk").read_bytes()
+        assert disk.read_bytes() == content
 
 
 async def test_compressed_pages_are_refused() -> None:
-    """They were in QEMU up to 9.0."""
+    """QEMU has them up to 9.0."""
     async with carried(binary=PROGRAM) as move:
         await move.source.migrate(
             move.uri, "return-path", "compress", max_bandwidth=SLOW, downtime_limit=1

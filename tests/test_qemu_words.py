@@ -1,4 +1,4 @@
-"""What is said of a QEMU on the command line, and the socket that one is waited for at."""
+"""The options that name a QEMU, and the unix socket where migrate-src waits for one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from migrate.cli.destination import destination_parser, qemu_of
-from migrate.cli.program import qemu_words
+from migrate.cli.destination_options import destination_parser, qemu_of
+from migrate.cli.options import qemu_words
 from migrate.errors import UsageError
 from tests.programs import Program
 
@@ -21,7 +21,7 @@ NOWHERE = "tcp:127.0.0.1:9"
 
 @contextlib.contextmanager
 def waiting(path: Path, *arguments: str) -> Iterator[Program]:
-    """A migrate-src that waits for a QEMU there."""
+    """Start a migrate-src that waits for a QEMU at a path."""
     program = Program("migrate-src", "--guest", f"qemu:unix:{path}", *arguments, NOWHERE)
     try:
         program.read_line("waiting for QEMU")
@@ -32,12 +32,12 @@ def waiting(path: Path, *arguments: str) -> Iterator[Program]:
 
 
 def refused(path: Path) -> tuple[int, str]:
-    """The exit code of another one for the same path, and what it says."""
+    """Return the exit code of a second migrate-src for the same path, and its messages."""
     program = Program("migrate-src", "--guest", f"qemu:unix:{path}", NOWHERE)
     return program.wait(), program.err
 
 
-def test_what_stands_where_qemu_is_to_come_is_left_alone(tmp_path) -> None:
+def test_file_at_socket_path_is_kept(tmp_path) -> None:
     path = tmp_path / "disk.img"
     path.write_text("precious")
     status, said = refused(path)
@@ -46,7 +46,7 @@ def test_what_stands_where_qemu_is_to_come_is_left_alone(tmp_path) -> None:
     assert path.read_text() == "precious"
 
 
-def test_whoever_waits_for_qemu_is_not_disturbed_by_another_one(tmp_path) -> None:
+def test_second_source_for_socket_path_is_refused(tmp_path) -> None:
     path = tmp_path / "stream"
     with waiting(path) as program:
         status, said = refused(path)
@@ -59,7 +59,7 @@ def test_whoever_waits_for_qemu_is_not_disturbed_by_another_one(tmp_path) -> Non
         assert "byte" in program.err
 
 
-def test_a_socket_that_a_killed_program_has_left_is_taken_over(tmp_path) -> None:
+def test_socket_of_killed_program_is_replaced(tmp_path) -> None:
     path = tmp_path / "stream"
     with waiting(path) as program:
         program.kill()
@@ -71,7 +71,7 @@ def test_a_socket_that_a_killed_program_has_left_is_taken_over(tmp_path) -> None
     assert not path.exists()
 
 
-def test_only_its_own_socket_is_removed(tmp_path) -> None:
+def test_foreign_file_at_socket_path_is_kept_at_exit(tmp_path) -> None:
     path = tmp_path / "stream"
     with waiting(path) as program:
         os.unlink(path)
@@ -91,26 +91,26 @@ def test_only_its_own_socket_is_removed(tmp_path) -> None:
         ("unix:/a,qmp=/b", ("unix:/a", "/b")),
     ],
 )
-def test_where_a_qemu_is(text, words) -> None:
+def test_qemu_option_is_parsed(text, words) -> None:
     assert qemu_words(text) == words
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "say where it is"),
-        ("qmp=", "say where it is"),
+        ("", "missing address"),
+        ("qmp=", "missing address"),
         ("/run/vm.qmp", r"'qemu:/run/vm.qmp' is not understood: write .*qemu:qmp=PATH"),
         ("qmp=tcp:localhost:4445", "write unix:PATH"),
         ("qmp=/" + "x" * 120, "107"),
     ],
 )
-def test_what_is_wrong_with_it_is_said_at_once(text, why) -> None:
+def test_invalid_qemu_option_is_refused(text, why) -> None:
     with pytest.raises(UsageError, match=why):
         qemu_words(text)
 
 
-def test_who_asks_for_a_snapshot_at_the_destination_hears_how_one_lands() -> None:
+def test_snapshot_as_destination_guest_is_refused() -> None:
     args = destination_parser().parse_args(["--listen", "1", "--guest", "snapshot:/srv/vm"])
     with pytest.raises(UsageError, match="--guest qemu --output DIR"):
         qemu_of(args)

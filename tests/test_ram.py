@@ -1,8 +1,8 @@
-"""The pages in QEMU's stream: what is found is what stands there, and what is written is found.
+"""The pages in QEMU's stream: reading its records, and writing them.
 
-The oracle of both kernels is written here once more, from the format alone: a loader that does
-with records what QEMU's does. Whatever a source's encoder makes of them, a destination that applies
-it, and one that has them written for a QEMU again, must end up with what the loader has.
+The oracle for both kernels is a loader written here from the format alone, which treats records as
+QEMU does. Whatever a source's encoder makes of them, a destination that applies it, and one that
+writes records for a QEMU again, must end up with the memory of this loader.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto import _ram, _twin_ram, xbzrle
-from proto.errors import DecodeError, StreamError
-from tests.kernels import BOTH
-from tests.test_pages import SEED, counters, fill, head, taken
+from proto import xbzrle
+from proto.wire.errors import DecodeError, StreamError
+from tests.batches import SEED, counters, fill, head, taken
+from tests.kernels import BOTH, COMPILED
 
 PAGE = 1024
 ZERO, RAW, DELTA = range(3)
@@ -28,7 +28,7 @@ PAGES = 13
 NUMBERED = [(name, offset * PAGE) for name, pages in BLOCKS for offset in range(pages)]
 TABLE = struct.Struct("=QQII")
 MOST_ROOM = 16 + 255 + PAGE
-SIDES = list(zip(BOTH, (_ram, _twin_ram), strict=True))
+SIDES = list(zip(BOTH, BOTH, strict=True))
 both = pytest.mark.parametrize(("kernel", "ram"), SIDES, ids=["cython", "python"])
 
 
@@ -64,7 +64,7 @@ def found(reader, data: bytes, count: int) -> list[tuple[int, int, bytes]]:
 
 
 def read(reader, data: bytes, ends: list[int] | None = None):
-    """All that is found, as it comes up to each of these ends; where it stops, and why."""
+    """Read up to each of these ends; return the items found, where it stops, and why."""
     at, pages = 0, []
     for end in [*(ends or []), len(data)]:
         piece = data[:end]
@@ -74,9 +74,9 @@ def read(reader, data: bytes, ends: list[int] | None = None):
             except StreamError as error:
                 return pages, error.at, str(error)
             pages += found(reader, piece, count)
-            if why == _ram.SCAN_END:
+            if why == COMPILED.SCAN_END:
                 return pages, at, "end"
-            if why == _ram.SCAN_MORE and not count:
+            if why == COMPILED.SCAN_MORE and not count:
                 break
     return pages, at, "more"
 
@@ -123,7 +123,7 @@ def cuts_of(data: bytes, places: list[int]) -> list[int]:
 
 
 @both
-def test_a_record_of_each_kind(kernel, ram):
+def test_record_of_each_kind(kernel, ram):
     """The very bytes: the example of a real QEMU, one changed byte, among them."""
     reader = ram.RamReader([(b"pc.ram", 4096)], 4096)
     data = bytes.fromhex(
@@ -140,7 +140,7 @@ def test_a_record_of_each_kind(kernel, ram):
 @both
 @settings(max_examples=50)
 @given(pages=some_pages, data=st.data())
-def test_what_stands_there_is_found(kernel, ram, pages, data):
+def test_records_are_found_with_their_bodies(kernel, ram, pages, data):
     hide = data.draw(st.lists(st.booleans(), min_size=len(pages), max_size=len(pages)))
     stream = stream_of(pages, hide) + EOS
     assert read(ram.RamReader(BLOCKS, PAGE), stream) == (pages, len(stream), "end")
@@ -148,10 +148,10 @@ def test_what_stands_there_is_found(kernel, ram, pages, data):
 
 @settings(max_examples=400)
 @given(streams(), st.lists(st.integers(0, 1 << 16), max_size=6))
-def test_the_kernel_and_its_twin_find_the_same_however_it_is_cut(data, places):
+def test_reader_and_twin_agree_however_data_is_cut(data, places):
     """Hostile bytes too: the same pages, the same fault, at the same place."""
     whole = []
-    for ram in (_ram, _twin_ram):
+    for ram in BOTH:
         reader = ram.RamReader(BLOCKS, PAGE)
         whole.append((read(reader, data), told(reader)))
         assert read(ram.RamReader(BLOCKS, PAGE), data, cuts_of(data, places)) == whole[-1][0]
@@ -159,8 +159,8 @@ def test_the_kernel_and_its_twin_find_the_same_however_it_is_cut(data, places):
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_read_alike(data):
-    first, second = (read(ram.RamReader(BLOCKS, PAGE), data) for ram in (_ram, _twin_ram))
+def test_reader_and_twin_agree_on_any_bytes(data):
+    first, second = (read(ram.RamReader(BLOCKS, PAGE), data) for ram in BOTH)
     assert first == second
 
 
@@ -173,14 +173,14 @@ def test_byte_by_byte(kernel, ram):
 
 
 @both
-def test_the_last_block_is_remembered_from_section_to_section(kernel, ram):
+def test_last_block_is_remembered_from_section_to_section(kernel, ram):
     reader = ram.RamReader(BLOCKS, PAGE)
     assert read(reader, record(9, ZERO, b"") + EOS)[2] == "end"
     assert read(reader, record(9, RAW, fill(1), again=True))[0] == [(9, RAW, fill(1))]
 
 
 @both
-def test_so_many_records_are_found_at_a_time(kernel, ram):
+def test_scan_stops_when_the_table_is_full(kernel, ram):
     reader = ram.RamReader(BLOCKS, PAGE)
     piece = record(0, ZERO, b"")
     data = piece * (ram.SCAN_RECORDS + 1) + EOS
@@ -222,7 +222,7 @@ FAULTS = [
 
 @both
 @pytest.mark.parametrize(("data", "text"), FAULTS, ids=[text for _, text in FAULTS])
-def test_what_is_no_record_is_refused_at_its_place(kernel, ram, data, text):
+def test_bad_record_is_refused_at_its_place(kernel, ram, data, text):
     reader = ram.RamReader(BLOCKS, PAGE)
     with pytest.raises(StreamError) as info:
         reader.scan(data, 0, len(data))
@@ -235,13 +235,13 @@ def test_what_is_no_record_is_refused_at_its_place(kernel, ram, data, text):
 
 
 @both
-def test_a_delta_as_long_as_a_page_is_one(kernel, ram):
+def test_delta_as_long_as_a_page_is_accepted(kernel, ram):
     pages = [(0, DELTA, bytes(PAGE))]
     assert read(ram.RamReader(BLOCKS, PAGE), stream_of(pages))[0] == pages
 
 
 @both
-def test_what_is_asked_wrongly(kernel, ram):
+def test_reader_and_writer_refuse_bad_arguments(kernel, ram):
     for size in (0, 512, 1023, 3072, 32768):
         with pytest.raises(ValueError, match=f"a page of {size} bytes"):
             ram.RamReader(BLOCKS, size)
@@ -305,7 +305,7 @@ class Carrier:
         self.encoder.begin_round(1)
 
     def carry(self, data: bytes) -> None:
-        """As migrate.qemu.intake does it."""
+        """As migrate.qemu.stream.intake does it."""
         at = 0
         while at < len(data):
             at, count, _ = self.reader.scan(data, at, len(data))
@@ -349,7 +349,7 @@ class Carrier:
 
 @st.composite
 def histories(draw) -> list[tuple[int, int, bytes]]:
-    """Pages as a QEMU may send them: any of its deltas fits what has come before."""
+    """Generate pages as a QEMU may send them: each delta fits the content before it."""
     chance = random.Random(draw(st.integers(0, 1 << 32)))
     loader, sent, pages = Loader(), set(), []
     numbers = draw(st.lists(st.integers(0, PAGES - 1), max_size=60))
@@ -374,7 +374,7 @@ def histories(draw) -> list[tuple[int, int, bytes]]:
 
 
 def _delta(chance: random.Random, old: bytes, new: bytes) -> bytes:
-    """Any that is legal: none, the shortest, or one that says again what is there."""
+    """Generate a legal delta: empty, shortest, or one that repeats bytes already there."""
     what = chance.randrange(4)
     if what == 0:
         return b""
@@ -388,7 +388,7 @@ def _delta(chance: random.Random, old: bytes, new: bytes) -> bytes:
 
 @settings(max_examples=150)
 @given(histories(), st.sampled_from([0, 1, 2, 4, 16]), st.sampled_from([PAGE + 96, 3000, 1 << 20]))
-def test_what_arrives_is_what_qemu_would_have_loaded(pages, cache, room):
+def test_carried_stream_gives_the_memory_qemu_would_load(pages, cache, room):
     """Whether or not a page was in the cache; both kernels write the same bytes."""
     expected = Loader()
     for page in pages:
@@ -407,8 +407,8 @@ def test_what_arrives_is_what_qemu_would_have_loaded(pages, cache, room):
 
 
 @both
-def test_pages_go_into_a_batch_as_short_as_they_can(kernel, ram):
-    """A known zero page is not sent; what is cached becomes a delta, the canonical one."""
+def test_feed_records_finds_the_shortest_records(kernel, ram):
+    """A known zero page is not sent; a cached page becomes the canonical delta."""
     carrier = Carrier(kernel, ram)
     one, two = b"\1" * 900 + bytes(124), b"\1" * 899 + bytes(125)
     carrier.carry(stream_of([(0, ZERO, b""), (1, ZERO, b""), (2, RAW, one)]))
@@ -423,7 +423,7 @@ def test_pages_go_into_a_batch_as_short_as_they_can(kernel, ram):
 
 
 @both
-def test_a_delta_of_what_is_not_cached_leaves_it_unknown(kernel, ram):
+def test_passed_delta_of_an_uncached_page_makes_it_unknown(kernel, ram):
     carrier = Carrier(kernel, ram, cache=1)
     carrier.carry(stream_of([(1, RAW, fill(1)), (2, RAW, fill(2))]))
     carrier.carry(stream_of([(1, DELTA, b"\0\1x"), (2, DELTA, b"\0\1y")]))
@@ -434,7 +434,7 @@ def test_a_delta_of_what_is_not_cached_leaves_it_unknown(kernel, ram):
 
 
 @both
-def test_a_page_that_is_left_out_of_the_cache_stays_out(kernel, ram):
+def test_left_out_page_stays_out_after_passed_delta(kernel, ram):
     """Its deltas have overflowed twice: a delta of its zeros must not bring it back, or it is in
     the cache twice with the next page that comes."""
     carrier, chance = Carrier(kernel, ram), random.Random(1)
@@ -453,7 +453,7 @@ def test_a_page_that_is_left_out_of_the_cache_stays_out(kernel, ram):
 
 @both
 @pytest.mark.parametrize("cache", [0, 4])
-def test_there_are_deltas_though_none_are_made_here(kernel, ram, cache):
+def test_inactive_encoder_passes_deltas_on(kernel, ram, cache):
     carrier = Carrier(kernel, ram, cache=cache)
     if cache:
         carrier.encoder.active = False
@@ -480,20 +480,20 @@ def encoder_of(kernel, **options):
 
 
 @both
-def test_a_batch_ends_where_a_page_does_not_follow_or_it_is_full(kernel, ram):
+def test_feed_records_stops_at_a_new_round_or_a_full_batch(kernel, ram):
     encoder = encoder_of(kernel, room=PAGE + 96)
     data = bytes(range(256)) * 12
     rows = table((3, 0, PAGE, RAW), (5, 0, PAGE, RAW), (4, 0, 0, ZERO), (4, 0, 0, ZERO))
     assert encoder.feed_records(data, rows, 0, 4) == (1, False)
     assert encoder.full
-    encoder.take()
+    encoder.finish_batch()
     assert encoder.feed_records(data, rows, 1, 4) == (2, False)
-    encoder.take()
+    encoder.finish_batch()
     assert encoder.feed_records(data, rows, 2, 4) == (2, True)
     assert not encoder.pending
     encoder.begin_round(2)
     assert encoder.feed_records(data, rows, 2, 4) == (3, True), "a page is in a batch once"
-    encoder.take()
+    encoder.finish_batch()
     encoder.begin_round(3)
     assert encoder.feed_records(data, rows, 3, 4) == (4, False)
     assert not encoder.pending
@@ -520,7 +520,7 @@ ROWS = [
 @both
 @pytest.mark.parametrize(("row", "text"), ROWS, ids=str)
 @pytest.mark.parametrize("base", [fill(0), fill(1)], ids=["zero", "cached"])
-def test_records_that_cannot_be_taken_in(kernel, ram, row, text, base):
+def test_feed_records_refuses_bad_records(kernel, ram, row, text, base):
     encoder = encoder_of(kernel)
     assert encoder.feed_records(base, table((1, 0, PAGE, RAW)), 0, 1) == (1, False)
     taken(encoder)
@@ -533,7 +533,7 @@ def test_records_that_cannot_be_taken_in(kernel, ram, row, text, base):
 
 
 @both
-def test_records_that_are_not_there(kernel, ram):
+def test_feed_records_refuses_missing_records(kernel, ram):
     encoder = kernel.PageEncoder(kernel.PageHashes(PAGES, PAGE, SEED))
     with pytest.raises(ValueError, match="no round was begun"):
         encoder.feed_records(b"", b"", 0, 0)
@@ -564,8 +564,8 @@ def drained(writer, room: int = MOST_ROOM) -> bytes:
 
 
 @both
-def test_a_batch_becomes_records(kernel, ram):
-    """Byte by byte; a block is named where it is not the last one."""
+def test_batch_becomes_records(kernel, ram):
+    """Compared byte by byte. A record names its block unless it is the last one named."""
     writer = writer_of(kernel, ram)
     raw = fill(1), fill(2)
     writer.begin(head(1, 7, *raw) + b"\0\1" + b"\x40\0\2" + b"\1\1", b"".join(raw))
@@ -585,7 +585,7 @@ def test_a_batch_becomes_records(kernel, ram):
 
 
 @both
-def test_as_many_records_are_written_as_there_is_room_for(kernel, ram):
+def test_fill_writes_as_many_records_as_fit(kernel, ram):
     writer = writer_of(kernel, ram)
     writer.begin(head(1, 0) + b"\0" + bytes([PAGES]), b"")
     with pytest.raises(ValueError, match="no room for a page"):
@@ -600,8 +600,8 @@ def test_as_many_records_are_written_as_there_is_room_for(kernel, ram):
 
 
 @both
-def test_a_batch_that_is_dropped_is_let_go(kernel, ram):
-    """Its memory is somebody else's, who could not have it back."""
+def test_dropped_batch_is_released(kernel, ram):
+    """A retained batch would keep its caller's memory from being reused."""
     writer = writer_of(kernel, ram)
     records, raw = memoryview(head(1, 0, fill(1)) + b"\x40\0\1"), memoryview(fill(1))
     writer.begin(records, raw)
@@ -648,7 +648,7 @@ BATCHES = [
 
 @both
 @pytest.mark.parametrize(("records", "raw", "text"), BATCHES, ids=[b[2] for b in BATCHES])
-def test_batches_that_are_refused_whole(kernel, ram, records, raw, text):
+def test_bad_batch_is_refused_whole(kernel, ram, records, raw, text):
     writer = writer_of(kernel, ram, [1])
     with pytest.raises(DecodeError) as info:
         writer.begin(records, raw)
@@ -671,7 +671,7 @@ bits_of_batches = st.lists(
     st.sampled_from([MOST_ROOM, MOST_ROOM + 700, 1 << 16]),
 )
 def test_any_batches_become_the_same_records(batches, room):
-    """Refused alike or written alike; and what is written, the readers find, as the batch says."""
+    """Both refuse or both write the same, and the readers find what the batch says."""
     writers = [writer_of(*side) for side in SIDES]
     reader, decoded = ram_reader_and_decoder()
     memory, loader = bytearray(PAGES * PAGE), Loader()

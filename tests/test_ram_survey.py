@@ -11,21 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto import _ram_survey, _twin_ram_survey
 from proto.xbzrle import encode
+from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
 
-BOTH = [
-    pytest.param(_ram_survey, id="cython"),
-    pytest.param(_twin_ram_survey, id="python"),
-]
+pytestmark = pytest.mark.exhaustive
+
 PAGE = 1024
 ZERO, RAW, DELTA = range(3)
 SEED = bytes(range(16))
-
-
-@pytest.fixture(params=BOTH)
-def kernel(request):
-    return request.param
 
 
 def table(*records: tuple[int, int, bytes]) -> tuple[bytes, bytes]:
@@ -76,7 +69,7 @@ def test_each_delta_is_checked_whole(kernel, delta, what) -> None:
     assert what in said
 
 
-def test_no_more_rounds_and_broken_deltas_are_kept_than_are_told(kernel) -> None:
+def test_listed_rounds_and_broken_deltas_are_bounded(kernel) -> None:
     survey = kernel.RamSurvey([0, 1], PAGE)
     data, rows = table(*[(0, DELTA, b"\0")] * 5000)
     survey.note(data, rows, 5000, 0)
@@ -85,7 +78,7 @@ def test_no_more_rounds_and_broken_deltas_are_kept_than_are_told(kernel) -> None
     assert survey.coverage(0) == (1, 1, 255, [])
 
 
-def test_what_never_came_is_named(kernel) -> None:
+def test_missing_pages_are_listed(kernel) -> None:
     survey = kernel.RamSurvey([0, 20000], PAGE)
     survey.note(*table((3, ZERO, b""), (4, ZERO, b""), (9000, ZERO, b"")), 3, 0)
     assert survey.coverage(0) == (3, 0, 1, [(0, 2), (5, 8999), (9001, 19999)])
@@ -94,12 +87,12 @@ def test_what_never_came_is_named(kernel) -> None:
 @pytest.mark.parametrize(
     "records", [[(5, RAW, b"x")], [(1 << 63, ZERO, b"")]], ids=["page", "far page"]
 )
-def test_a_page_outside_the_guest_is_refused(kernel, records) -> None:
+def test_page_outside_the_guest_is_refused(kernel, records) -> None:
     with pytest.raises(ValueError, match="outside the guest"):
         kernel.RamSurvey([0, 5], PAGE).note(*table(*records), 1, 0)
 
 
-def test_a_record_outside_the_data_is_refused(kernel, tmp_path) -> None:
+def test_record_outside_the_data_is_refused(kernel, tmp_path) -> None:
     data, rows = table((0, RAW, bytes(PAGE)))
     with pytest.raises(ValueError, match="outside the data"):
         kernel.RamSurvey([0, 5], PAGE).note(data[:-1], rows, 1, 0)
@@ -114,7 +107,7 @@ def test_a_record_outside_the_data_is_refused(kernel, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("firsts", "size"), [([0], PAGE), ([0, 1], 0), ([0, 5, 4], PAGE), ([0, 1 << 33], PAGE)]
 )
-def test_what_cannot_be_a_guest_is_refused(kernel, firsts, size) -> None:
+def test_impossible_guests_are_refused(kernel, firsts, size) -> None:
     with pytest.raises(ValueError, match="page|blocks"):
         kernel.RamSurvey(firsts, size)
 
@@ -128,7 +121,7 @@ def test_records_of_some_pages_are_found_with_their_places(kernel) -> None:
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_block_is_written_as_it_is_in_the_end(kernel, tmp_path, mapped) -> None:
+def test_image_is_the_final_memory_of_a_block(kernel, tmp_path, mapped) -> None:
     one, two = os.urandom(PAGE), os.urandom(PAGE)
     changed = b"new" + one[3:]
     path = tmp_path / "image"
@@ -155,7 +148,7 @@ def test_a_block_is_written_as_it_is_in_the_end(kernel, tmp_path, mapped) -> Non
     assert path.read_bytes() == expected
 
 
-def test_an_image_that_cannot_be_written_says_so(kernel, tmp_path) -> None:
+def test_failed_image_write_raises_os_error(kernel, tmp_path) -> None:
     path = tmp_path / "image"
     path.write_bytes(bytes(PAGE))
     with path.open("rb") as file:
@@ -172,19 +165,19 @@ def batch(first: int, *records: bytes) -> bytes:
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2), st.binary(max_size=8)), max_size=12)
 )
-def test_the_twins_say_the_same_of_records(records) -> None:
+def test_survey_twins_agree_on_records(records) -> None:
     told = []
     made = [
         (page, kind, (body * 200)[:PAGE].ljust(PAGE, b".") if kind == RAW else b"" if kind == ZERO
          else body)
         for page, kind, body in records
     ]  # fmt: skip
-    for kernel in (_ram_survey, _twin_ram_survey):
-        survey = kernel.RamSurvey([0, 4, 10], PAGE)
+    for each in BOTH:
+        survey = each.RamSurvey([0, 4, 10], PAGE)
         survey.note(*table(*made), len(made), 7)
         fd = os.memfd_create("image")
         os.ftruncate(fd, 6 * PAGE)
-        kernel.RamImage(4, 6 * PAGE, PAGE, fd).apply(*table(*made), len(made))
+        each.RamImage(4, 6 * PAGE, PAGE, fd).apply(*table(*made), len(made))
         told.append(
             (survey.blocks, survey.rounds, survey.broken, survey.coverage(0), survey.coverage(1),
              os.pread(fd, 7 * PAGE, 0))
@@ -211,16 +204,16 @@ def test_the_twins_say_the_same_of_records(records) -> None:
     st.integers(0, 3),
     st.sampled_from([(0, 0, b""), (40, PAGE, SEED), (40, PAGE, b"")]),
 )
-def test_the_twins_say_the_same_of_batches(records, raw, guest) -> None:
+def test_survey_twins_agree_on_batches(records, raw, guest) -> None:
     head, data = batch(1, *records), bytes(raw * PAGE)
     told = []
-    for kernel in (_ram_survey, _twin_ram_survey):
-        survey = kernel.BatchSurvey(*guest)
+    for each in BOTH:
+        survey = each.BatchSurvey(*guest)
         told.append([survey.read(head, data), survey.read(head, data), survey.received_pages])
     assert told[0] == told[1]
 
 
-def test_a_batch_is_checked_as_a_receiver_would(kernel) -> None:
+def test_batch_is_checked_as_a_receiver_would(kernel) -> None:
     survey = kernel.BatchSurvey(100, PAGE, SEED)
     good = struct.pack(">IQQ", 1, 5, 0) + b"\x00\x03" + b"\x81\x03\x00\x01x"
     assert survey.read(good, b"") == (1, 5, 3, 0, 1, 3, 1, 1, len(good), "")
@@ -232,21 +225,21 @@ def test_a_batch_is_checked_as_a_receiver_would(kernel) -> None:
     assert "holds no record" in survey.read(b"", b"")[-1]
 
 
-def test_a_run_of_a_large_guest_takes_no_memory() -> None:
+def test_zero_run_of_a_large_guest_takes_no_memory() -> None:
     """The pages of 4 TiB are 512 MiB of bits: one record in a file of some bytes could set them."""
 
     def resident() -> int:
         fields = Path("/proc/self/statm").read_text().split()
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    survey = _ram_survey.BatchSurvey(1 << 32, 1024, SEED)
+    survey = COMPILED.BatchSurvey(1 << 32, 1024, SEED)
     before = resident()
     assert survey.read(batch(0, b"\0" + b"\x80\x80\x80\x80\x10"), b"")[2] == 1 << 32
     assert survey.received_pages == 1 << 32
     assert resident() - before < 50 << 20
 
 
-def test_of_a_guest_that_is_not_known_records_are_counted(kernel) -> None:
+def test_batches_of_an_unknown_guest_are_counted(kernel) -> None:
     survey = kernel.BatchSurvey(0, 0, b"")
     assert survey.read(batch(9, b"\x40\0\2", b"\x80\3\0\1x"), bytes(2 * PAGE))[2:] == (
         0, 2, 1, 3, 1, 0, 28, "",

@@ -1,6 +1,6 @@
-"""A connection that breaks, or a program that dies, before the guest is handed over.
+"""The connection breaks, or a program dies, before the guest is handed over.
 
-What holds however often that happens: the guest runs at the source meanwhile, what came is not sent
+However often that happens, the guest keeps running at the source, pages that arrived are not sent
 again, and the memories are equal at the end.
 """
 
@@ -22,21 +22,25 @@ from typing import Any, cast
 
 import pytest
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import migrate
-from migrate import link
-from migrate.address import Address
-from migrate.dialing import connect
+from migrate.destination.page_receiver import send_held
 from migrate.errors import MigrationError, MismatchError, PeerError, PeerLost, UsageError
-from migrate.journal import Journal, attempt, journals, last_peer, settled
-from migrate.listening import listen
-from migrate.migration import MAX_PAUSES
-from migrate.reception import Pages
-from proto import ErrorCode, capabilities
-from proto.kernel import PageDecoder, PageHashes
-from proto.messages import (
+from migrate.memory.digest import Digest
+from migrate.ownership.journal import Journal
+from migrate.ownership.source_attempts import find_attempt, last_peer
+from migrate.ownership.stored_journals import journals
+from migrate.source.options import SourceOptions
+from migrate.source.precopy import Source
+from migrate.source.transfer import MAX_PAUSES
+from migrate.transport import link
+from migrate.transport.address import Address
+from migrate.transport.connect import connect
+from migrate.transport.listen import listen
+from proto import ErrorCode
+from proto.codec.kernel import PageDecoder, PageHashes
+from proto.wire import capabilities
+from proto.wire.messages import (
     HELD_PAGES,
     Accept,
     CacheSize,
@@ -47,10 +51,8 @@ from proto.messages import (
     MessageType,
     Running,
 )
-from proto.ownership import Claim, Event, Role
-from tests.programs import Program, destination, end_guest, ended_or_given_up, guest_pid, look_at
-from tests.tap import Tap, is_last_round, of_kind
-from tests.test_channels import (
+from proto.wire.ownership import Claim, Event, Role
+from tests.by_hand import (
     CONTENT,
     PAGE,
     PAGES,
@@ -58,126 +60,24 @@ from tests.test_channels import (
     SIZE,
     hand_destination,
 )
-from tests.test_pages import BOTH, Pair, counters, hashes_tell_the_content, touch
-from tests.test_pages import SEED as KERNEL_SEED
+from tests.programs import Program, destination, end_guest, ended_or_given_up, guest_pid, look_at
+from tests.tap import Tap, is_last_round, of_kind
+
+pytestmark = pytest.mark.kills
 
 GUEST = "demo:24m,hot=6m,stride=1024,fill=random"
-
-
-# ---------------------------------------------------------------- the kernel
-
-
-def break_off(pair: Pair) -> None:
-    """What both ends do after a break: the destination says what it holds."""
-    size = pair.size
-    pair.decoder.hold(0, pair.encoder.pages, False)
-    for page in range(pair.encoder.pages):
-        if pair.there.stale[page >> 3] >> (page & 7) & 1:
-            content = pair.memory[page * size : (page + 1) * size]
-            pair.there.note_pages(array("Q", [page]), 1, content)
-    pair.decoder.end_round()
-    half = pair.encoder.pages // 2
-    pair.encoder.adopt(0, pair.there.table[: 8 * half])
-    pair.encoder.adopt(half, pair.there.table[8 * half :])
-
-
-@given(
-    seed=st.integers(0, 2**32),
-    cache=st.sampled_from([0, 4, 64]),
-    room=st.sampled_from([2000, 5000, 1 << 20]),
-    merge=st.booleans(),
-)
-@settings(max_examples=150)
-def test_batches_that_are_lost_are_made_good(seed, cache, room, merge):
-    """Any batches of a round are lost, with one half made; a scan finds just what is missing."""
-    noise, count, size = random.Random(seed), 20, 1024
-    pairs = [Pair(each, pages=count, cache=cache, room=room, merge=merge) for each in BOTH]
-    memory = {page: bytes(size) for page in range(count)}
-    touched = list(memory)
-    for now in range(1, 9):
-        broken, kept = now % 2 == 0, noise.randint(0, 3)
-        sent = []
-        for pair in pairs:
-            pair.encoder.begin_round(now)
-            got = iter(range(kept)) if broken else iter(range(1000))
-            receive = pair.receive
-
-            def lossy(records, data, receive=receive, got=got):
-                if next(got, None) is not None:
-                    receive(records, data)
-
-            pair.receive = lossy
-            sent.append(pair.send({page: memory[page] for page in touched}))
-            pair.receive = receive
-        assert sent[0] == sent[1]
-        if not broken:
-            for page, content in memory.items():
-                assert pairs[0].page(page) == content
-        touched = touch(noise, memory, size)
-        if not broken:
-            continue
-        whole = b"".join(memory[page] for page in range(count))
-        found = []
-        for pair in pairs:
-            if touched:  # a batch that is half made when the connection breaks
-                pair.encoder.begin_round(now)
-                snapshot, numbers = pair.encoder.space()
-                numbers[0] = touched[0]
-                snapshot[:size] = memory[touched[0]]
-                pair.encoder.feed(1, bytes(8))
-            break_off(pair)
-            assert not pair.encoder.pending
-            changed = bytearray(8)
-            pair.encoder.scan(0, count, whole, changed)
-            found.append(bytes(changed))
-        differ = [page for page in memory if pairs[0].page(page) != memory[page]]
-        touched = [page for page in range(count) if found[0][page >> 3] >> (page & 7) & 1]
-        assert found[0] == found[1]
-        assert touched == differ
-        assert counters(pairs[0].encoder) == counters(pairs[1].encoder)
-        assert pairs[0].memory == pairs[1].memory
-        if cache:
-            for page in memory:
-                kept_page = pairs[0].cache.get(page)
-                assert kept_page == pairs[1].cache.get(page)
-                assert kept_page in (None, pairs[0].page(page))
-        hashes_tell_the_content(pairs)
-
-
-@pytest.mark.parametrize("kernel", BOTH)
-def test_a_source_forgets_a_destination_that_has_nothing(kernel):
-    pair = Pair(kernel, pages=8, cache=4)
-    pair.encoder.begin_round(1)
-    contents = {page: bytes([page]) * pair.size for page in range(8)}
-    first = pair.send(contents)
-    pair.encoder.forget()
-    assert len(pair.cache) == 0
-    assert pair.hashes.table == kernel.PageHashes(8, pair.size, KERNEL_SEED).table
-    pair.encoder.begin_round(2)
-    again = pair.send(contents)
-    assert [head[4:] for head, _ in again] == [head[4:] for head, _ in first]
-
-
-@pytest.mark.parametrize("kernel", BOTH)
-def test_hashes_outside_the_guest_are_refused(kernel):
-    pair = Pair(kernel, pages=8)
-    for first, hashes in [(0, bytes(72)), (8, bytes(8)), (1 << 62, bytes(8)), (0, bytes(7))]:
-        with pytest.raises(ValueError, match="bytes of hashes from page"):
-            pair.encoder.adopt(first, hashes)
-    with pytest.raises(ValueError, match="outside the guest"):
-        pair.decoder.hold(7, 2, True)
 
 
 # ---------------------------------------------------------------- a destination by hand
 
 
 async def again(hand: Any, held: bool = True) -> GuestInfo:
-    """The source comes back, and is told that its pages are here."""
+    """Accept the source again, and tell it that its pages are held."""
     del hand.links[:]
     old = hand.memory
     await hand.accept_as(Accept(b"\1" * 16, held))
     hand.memory = old
-    hand.decoder.hold(0, PAGES, True)
+    hand.decoder.mark_received(0, PAGES, True)
     return hand.info
 
 
@@ -189,15 +89,15 @@ async def begin(hand: Any) -> None:
 
 def truth(seed: bytes, memory: bytes) -> PageHashes:
     hashes = PageHashes(PAGES, PAGE, seed)
-    hashes.note_pages(array("Q", range(PAGES)), PAGES, memory)
+    hashes.hash_pages(array("Q", range(PAGES)), PAGES, memory)
     return hashes
 
 
 @contextlib.asynccontextmanager
 async def broken_off(capable: frozenset[str] = capabilities.OPTIONAL, **options: Any):
-    """A source whose connection has broken once, and that has come back."""
-    async with hand_destination(1, **options) as (hand, source, running):
-        source._retry = 20.0
+    """Run a source that has reconnected after one break."""
+    retrying = SourceOptions(retry=20.0)
+    async with hand_destination(1, options=retrying, **options) as (hand, source, running):
         hand.capable = capable
         await begin(hand)
         info = await again(hand)
@@ -207,7 +107,7 @@ async def broken_off(capable: frozenset[str] = capabilities.OPTIONAL, **options:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("wrong", [[], [3], [0, 700, PAGES - 1]])
-async def test_only_what_differs_is_sent_again(wrong):
+async def test_resume_sends_only_changed_pages(wrong):
     async with broken_off() as (hand, source, running, info):
         memory = bytearray(CONTENT)
         for page in wrong:
@@ -229,8 +129,8 @@ SPARSE = capabilities.OPTIONAL | {capabilities.SPARSE}
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("filled", [[], [0], [3, 4, 900], [PAGES - 1]])
-async def test_what_held_leaves_out_is_zeros(filled):
-    """The destination has only some pages; it says so, and that the last one is there or zeros."""
+async def test_pages_missing_from_held_count_as_zeros(filled):
+    """The destination reports some pages; HELD ends with the last one, present or zero."""
     async with broken_off(capable=SPARSE) as (hand, source, running, info):
         memory = bytearray(len(CONTENT))
         for page in filled:
@@ -253,13 +153,13 @@ async def test_what_held_leaves_out_is_zeros(filled):
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ([Held(5, bytes(16)), Held(6, bytes(8))], "HELD began at page 6 while 7 was due"),
+        ([Held(5, bytes(16)), Held(6, bytes(8))], "HELD begins at page 6; expected 7"),
         ([Held(PAGES, bytes(8))], f"HELD goes beyond the {PAGES} pages"),
         ([Held((1 << 32) - 1, bytes(8))], f"HELD goes beyond the {PAGES} pages"),
         ([Held(3, bytes(8)), Held(PAGES - 1, bytes(16))], "HELD goes beyond"),
     ],
 )
-async def test_what_is_left_out_in_disorder_is_refused(said, why):
+async def test_held_out_of_order_is_refused(said, why):
     async with broken_off(capable=SPARSE) as (hand, _, running, _info):
         for one in said:
             await hand.links[0].send(one)
@@ -268,8 +168,8 @@ async def test_what_is_left_out_in_disorder_is_refused(said, why):
 
 
 @pytest.mark.asyncio
-async def test_a_destination_that_lies_about_what_it_holds_is_found_out():
-    """It says that page 5 is what it is not: the digest at the end is of the guest's own memory."""
+async def test_false_held_hashes_are_detected():
+    """The destination reports a wrong hash for page 5; the final digest is of the true memory."""
     async with broken_off() as (hand, _, running, info):
         memory = bytearray(CONTENT)
         memory[5 * PAGE] ^= 1
@@ -292,13 +192,13 @@ async def test_a_destination_that_lies_about_what_it_holds_is_found_out():
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ([Held(1, bytes(8))], "HELD began at page 1 while 0 was due"),
-        ([Held(0, bytes(16)), Held(1, bytes(16))], "HELD began at page 1 while 2 was due"),
+        ([Held(1, bytes(8))], "HELD begins at page 1; expected 0"),
+        ([Held(0, bytes(16)), Held(1, bytes(16))], "HELD begins at page 1; expected 2"),
         ([Held(0, bytes(8 * PAGES + 8))], f"HELD goes beyond the {PAGES} pages"),
         ([Held(0, bytes(8 * (PAGES - 1))), Held(PAGES - 1, bytes(16))], "HELD goes beyond"),
     ],
 )
-async def test_what_is_said_out_of_order_is_refused(said, why):
+async def test_reply_out_of_order_is_refused(said, why):
     async with broken_off() as (hand, _, running, _info):
         for one in said:
             await hand.links[0].send(one)
@@ -307,17 +207,16 @@ async def test_what_is_said_out_of_order_is_refused(said, why):
 
 
 @pytest.mark.asyncio
-async def test_pages_that_nobody_asked_for_are_refused():
+async def test_held_without_earlier_attempt_is_refused():
     async with hand_destination(1) as (hand, _, running):
         await hand.accept_as(Accept(bytes(16), True))
-        with pytest.raises(PeerError, match="nobody told it to keep"):
+        with pytest.raises(PeerError, match="it was not asked to keep"):
             await running
 
 
 @pytest.mark.asyncio
-async def test_a_destination_that_has_kept_nothing_gets_everything():
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 20.0
+async def test_resume_without_held_pages_sends_everything():
+    async with hand_destination(1, options=SourceOptions(retry=20.0)) as (hand, _, running):
         await hand.accept()
         ended = await hand.take_rounds()
         await hand.acknowledge(ended.number)
@@ -333,9 +232,8 @@ async def test_a_destination_that_has_kept_nothing_gets_everything():
 
 
 @pytest.mark.asyncio
-async def test_a_destination_with_other_capabilities_is_another_one():
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 20.0
+async def test_resume_with_other_capabilities_is_refused():
+    async with hand_destination(1, options=SourceOptions(retry=20.0)) as (hand, _, running):
         await begin(hand)
         del hand.links[:]
         await hand.accept(frozenset())
@@ -344,9 +242,8 @@ async def test_a_destination_with_other_capabilities_is_another_one():
 
 
 @pytest.mark.asyncio
-async def test_it_is_tried_again_no_longer_than_that(monkeypatch):
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 0.6
+async def test_retry_ends_after_its_time(monkeypatch):
+    async with hand_destination(1, options=SourceOptions(retry=0.6)) as (hand, _, running):
         await begin(hand)
         await hand.listener.close()
         began = time.monotonic()
@@ -356,10 +253,9 @@ async def test_it_is_tried_again_no_longer_than_that(monkeypatch):
 
 
 @pytest.mark.asyncio
-async def test_who_accepts_and_hangs_up_each_time_is_not_tried_for_ever():
-    """A proxy whose other end is dead."""
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 1.0
+async def test_retry_ends_when_destination_accepts_and_hangs_up():
+    """As a proxy does whose backend is dead."""
+    async with hand_destination(1, options=SourceOptions(retry=1.0)) as (hand, _, running):
         await begin(hand)
 
         async def hang_up() -> None:
@@ -372,8 +268,93 @@ async def test_who_accepts_and_hangs_up_each_time_is_not_tried_for_ever():
         hanging.cancel()
 
 
+async def hang_up(hand: Any) -> None:
+    there = await hand.listener.accept()
+    there.abort()
+    await there.close()
+
+
+@pytest.mark.asyncio
+async def test_silent_hang_up_before_hello_is_retried():
+    """A destination with too many unknown connections drops some; the source may be one."""
+    heard: list[str] = []
+    options = SourceOptions(lambda event, _s: heard.append(event), patience=20.0)
+    async with hand_destination(1, options=options) as (hand, _, running):
+        for _ in range(3):
+            await hang_up(hand)
+        await hand.accept()
+        await hand.finish()
+        await hand.links[0].send(Running())
+        statistics = await running
+        assert statistics.status == "completed"
+        assert hand.memory == CONTENT
+        assert statistics.reconnects == 3
+    told = [event for event in heard if "connecting again" in event]
+    assert len(told) == 1, "once, however often it is tried"
+    assert "connecting again, for 20 s at most" in told[0]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("retry", [0.0, 30.0])
+async def test_repeated_silent_hang_up_is_given_up(retry):
+    """A connection alone does not renew the time."""
+    options = SourceOptions(patience=1.0, retry=retry)
+    async with hand_destination(1, options=options) as (hand, source, running):
+
+        async def for_ever() -> None:
+            while True:
+                await hang_up(hand)
+
+        hanging, began = asyncio.create_task(for_ever()), time.monotonic()
+        with pytest.raises(PeerLost, match=r"; so it went \d+ times in 1(\.\d+)? s"):
+            await running
+        hanging.cancel()
+        assert time.monotonic() - began < 10
+        assert source.statistics.reconnects > 2
+        assert not source.committed
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("what", ["an error", "its hello", "nothing"])
+async def test_hang_up_after_answer_or_timeout_is_not_retried(what, monkeypatch):
+    seconds = 0.5 if what == "nothing" else 15.0
+    monkeypatch.setattr("migrate.source.attempt.HANDSHAKE_SECONDS", seconds)
+    async with hand_destination(1, options=SourceOptions(patience=20.0)) as (hand, source, running):
+        there = await hand.listener.accept()
+        if what == "an error":
+            await there.give_reason(ErrorCode.NO_PLACE, "there is no room")
+        elif what == "its hello":
+            await there.receive_message()
+            await there.send(capabilities.offer(capabilities.OPTIONAL))
+        if what != "nothing":
+            await there.close()
+        says = {"an error": "there is no room", "its hello": "closed|broke"}
+        with pytest.raises(PeerError, match=says.get(what, "does not answer within")):
+            await running
+        assert source.statistics.reconnects == 0
+        there.abort()
+        await there.close()
+
+
+@pytest.mark.asyncio
+async def test_early_error_is_not_taken_for_silent_hang_up():
+    async with asyncio.timeout(60):
+        listener = await listen(Address("127.0.0.1", 0))
+        near = await connect(listener.address)
+        there = await listener.accept()
+        await there.give_reason(ErrorCode.NO_PLACE, "there is no room")
+        await there.close()
+        await near.ended()
+        options = SourceOptions(dial=lambda: connect(listener.address), patience=20.0)
+        source = Source(migrate.BufferGuest(bytearray(PAGE)), near, options=options)
+        with pytest.raises(PeerError, match="there is no room"):
+            await source.run()
+        assert source.statistics.reconnects == 0
+        await listener.close()
+
+
 async def greet_and_break(hand: Any, held: bool) -> None:
-    """Lets the source in, and hangs up before any page is confirmed, each time."""
+    """Accept the source, and hang up before any page is acknowledged, every time."""
     while True:
         await again(hand, held)
         if held:
@@ -383,9 +364,8 @@ async def greet_and_break(hand: Any, held: bool) -> None:
 
 
 @pytest.mark.asyncio
-async def test_who_lets_us_in_and_confirms_nothing_is_not_tried_for_ever():
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 1.0
+async def test_retry_ends_without_round_ack():
+    async with hand_destination(1, options=SourceOptions(retry=1.0)) as (hand, source, running):
         await begin(hand)
         breaking = asyncio.create_task(greet_and_break(hand, held=True))
         with pytest.raises(
@@ -398,8 +378,8 @@ async def test_who_lets_us_in_and_confirms_nothing_is_not_tried_for_ever():
 
 
 @pytest.mark.asyncio
-async def test_a_destination_that_loses_the_guest_each_time_is_given_up():
-    """Its program dies again and again, whatever it has confirmed before."""
+async def test_destination_that_keeps_losing_pages_is_given_up():
+    """Its program keeps dying, whatever it has acknowledged before."""
 
     async def acknowledge_and_die(hand: Any) -> None:
         while True:
@@ -409,8 +389,7 @@ async def test_a_destination_that_loses_the_guest_each_time_is_given_up():
             await hand.acknowledge((await hand.take_rounds()).number)
             hand.links[0].abort()
 
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 20.0
+    async with hand_destination(1, options=SourceOptions(retry=20.0)) as (hand, _, running):
         await begin(hand)
         dying = asyncio.create_task(acknowledge_and_die(hand))
         with pytest.raises(PeerLost, match="the destination has lost the guest 6 times"):
@@ -420,10 +399,9 @@ async def test_a_destination_that_loses_the_guest_each_time_is_given_up():
 
 
 @pytest.mark.asyncio
-async def test_a_guest_is_not_paused_again_and_again():
-    """The connection breaks in each pause: rounds between them are no excuse."""
-    async with hand_destination(1) as (hand, source, running):
-        source._retry = 20.0
+async def test_guest_is_not_paused_repeatedly():
+    """The connection breaks in each pause, though rounds between the pauses make progress."""
+    async with hand_destination(1, options=SourceOptions(retry=20.0)) as (hand, source, running):
         await hand.accept()
         pauses = 0
         while not running.done() and pauses < 9:
@@ -446,17 +424,16 @@ async def test_a_guest_is_not_paused_again_and_again():
 
 
 @pytest.mark.asyncio
-async def test_a_source_comes_back_to_the_machine_that_has_the_pages():
-    """The address is a name, of which another machine is asked where one connects anew."""
-    async with hand_destination(1) as (hand, source, running):
+async def test_retry_prefers_the_machine_that_holds_the_pages():
+    """A new connection to the name would reach another machine."""
 
-        async def elsewhere() -> link.Link:
-            raise AssertionError("another machine was asked")
+    async def elsewhere() -> link.Link:
+        raise AssertionError("another machine was asked")
 
-        source._retry = 20.0
-        source._dial = elsewhere
+    options = SourceOptions(dial=elsewhere, retry=20.0)
+    async with hand_destination(1, options=options) as (hand, source, running):
         here = hand.listener.address
-        source.channels.link.beside = lambda: connect(here)
+        source.channels.link.redial = lambda: connect(here)
         await begin(hand)
         info = await again(hand)
         await hand.links[0].send(Held(0, bytes(truth(info.hash_seed, CONTENT).table)))
@@ -467,17 +444,16 @@ async def test_a_source_comes_back_to_the_machine_that_has_the_pages():
 
 
 @pytest.mark.asyncio
-async def test_a_machine_that_is_gone_is_looked_for_elsewhere_in_the_end():
-    async with hand_destination(1) as (hand, source, running):
-        other = await listen(Address("127.0.0.1", 0))
-        gone, there = hand.listener, other.address
-        source._retry = 2.0
-        source._dial = lambda: connect(there)
-        source.channels.link.beside = lambda: connect(gone.address)
+async def test_retry_tries_other_addresses_after_a_while():
+    other = await listen(Address("127.0.0.1", 0))
+    options = SourceOptions(dial=lambda: connect(other.address), retry=2.0)
+    async with hand_destination(1, options=options) as (hand, source, running):
+        gone = hand.listener
+        source.channels.link.redial = lambda: connect(gone.address)
         await begin(hand)
         port = gone.address
         await gone.close()
-        source.channels.link.beside = lambda: connect(port)
+        source.channels.link.redial = lambda: connect(port)
         hand.listener = other
         await again(hand, held=False)
         await hand.finish()
@@ -529,8 +505,8 @@ async def held_by(peer: link.Link) -> bytes:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("same_seed", [True, False])
-async def test_a_source_that_comes_back_is_believed_before_the_old_connection(same_seed):
-    """The old one is silent, and not known to be dead: the source knows better."""
+async def test_new_connection_of_the_source_replaces_the_old_one(same_seed):
+    """The old connection is silent but not known to be dead; the source knows better."""
     async with hand_source() as (come, _):
         old, accept = await come()
         seed = SEED if same_seed else bytes(16)
@@ -544,8 +520,8 @@ async def test_a_source_that_comes_back_is_believed_before_the_old_connection(sa
 
 
 @pytest.mark.asyncio
-async def test_a_guest_of_zeros_is_said_in_one_word_where_zeros_are_left_out():
-    """Its last page, which ends it."""
+async def test_held_of_a_zero_guest_is_one_message():
+    """HELD then has only the last page, which ends it."""
     async with hand_source(SPARSE) as (come, _):
         _, accept = await come()
         new, answer = await come(accept.token, seed=bytes(16))
@@ -556,18 +532,18 @@ async def test_a_guest_of_zeros_is_said_in_one_word_where_zeros_are_left_out():
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("sparse", [False, True])
-async def test_what_is_held_is_told_with_zeros_and_without(sparse):
+async def test_held_with_and_without_zero_pages(sparse):
     pages, filled = 20_000, [*range(3, 9), 9000, 17_001, *range(18_000, 19_990)]
     hashes = PageHashes(pages, PAGE, SEED)
     content = bytes(range(256)) * (PAGE // 256)
-    hashes.note_pages(array("Q", filled), len(filled), content * len(filled))
+    hashes.hash_pages(array("Q", filled), len(filled), content * len(filled))
     said: list[Held] = []
 
     class Wire:
         async def send(self, message: Held) -> None:
             said.append(message)
 
-    await Pages._say_what_is_held(cast("Any", None), cast("Any", Wire()), hashes, sparse=sparse)
+    await send_held(cast("Any", Wire()), hashes, sparse=sparse)
     table, page = b"", 0
     zero = bytes(PageHashes(1, PAGE, SEED).table)
     for one in said:
@@ -581,8 +557,8 @@ async def test_what_is_held_is_told_with_zeros_and_without(sparse):
 
 
 @pytest.mark.asyncio
-async def test_the_name_before_the_last_one_holds_until_something_has_come():
-    """ACCEPT may have been lost with the connection."""
+async def test_previous_token_is_valid_until_data_arrives():
+    """ACCEPT with the newer token may have been lost with the connection."""
     async with hand_source() as (come, _):
         _, first = await come()
         _, second = await come(first.token)
@@ -598,7 +574,7 @@ async def test_the_name_before_the_last_one_holds_until_something_has_come():
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("what", ["token", "size", "no token"])
-async def test_nobody_else_gets_the_pages(what):
+async def test_resume_with_wrong_token_or_size_is_refused(what):
     async with hand_source() as (come, _):
         _, accept = await come()
         token = {"token": bytes(16), "size": accept.token, "no token": b""}[what]
@@ -608,7 +584,7 @@ async def test_nobody_else_gets_the_pages(what):
 
 
 @pytest.mark.asyncio
-async def test_a_source_that_does_not_come_back_is_waited_for_no_longer_than_that():
+async def test_wait_for_the_source_times_out():
     async with hand_source(retry=0.5) as (come, received):
         peer, _ = await come()
         await peer.send(CacheSize(0))
@@ -621,7 +597,7 @@ async def test_a_source_that_does_not_come_back_is_waited_for_no_longer_than_tha
 
 
 @pytest.mark.asyncio
-async def test_a_source_that_comes_back_and_brings_nothing_is_not_waited_for_for_ever():
+async def test_reconnecting_source_without_progress_times_out():
     async with hand_source(retry=1.0) as (come, received):
         peer, accept = await come()
         await peer.send(CacheSize(0))
@@ -645,8 +621,8 @@ async def test_a_source_that_comes_back_and_brings_nothing_is_not_waited_for_for
 
 
 @pytest.mark.asyncio
-async def test_a_source_that_may_not_have_heard_of_its_attempt_is_not_waited_for():
-    """It cannot say its name: the next one is let in at once."""
+async def test_source_that_never_saw_accept_is_not_awaited():
+    """It has no token to present, so the next source is accepted at once."""
     async with hand_source() as (come, _):
         first, accept = await come()
         assert isinstance(accept, Accept)
@@ -660,7 +636,7 @@ async def test_a_source_that_may_not_have_heard_of_its_attempt_is_not_waited_for
 
 
 @pytest.mark.parametrize("moment", [MessageType.ACCEPT, MessageType.CACHE_SIZE])
-def test_a_break_before_the_first_page_keeps_nobody_out(moment: MessageType) -> None:
+def test_break_before_the_first_page_admits_another_source(moment: MessageType) -> None:
     receiver, address = destination("--retry", "30s")
     tap = Tap(address, of_kind(moment))
 
@@ -678,8 +654,8 @@ def test_a_break_before_the_first_page_keeps_nobody_out(moment: MessageType) -> 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("channels", "cache"), [(1, 1 << 26), (3, 1 << 14)])
-async def test_twenty_breaks_in_one_migration_end_in_equal_memory(channels, cache):
-    """A Python program's array, written all the time, over connections that break at random."""
+async def test_migration_survives_twenty_breaks(channels, cache):
+    """Migrate a bytearray under constant writes, over connections that break at random."""
     chance = random.Random(20 + channels)
     memory = bytearray(chance.randbytes(64 << 20))
     guest = migrate.BufferGuest(memory)
@@ -711,7 +687,7 @@ async def test_twenty_breaks_in_one_migration_end_in_equal_memory(channels, cach
         )
     )  # fmt: skip
     try:
-        while "pass" not in seen:  # who has never been there is not waited for
+        while "pass" not in seen:  # a source that was never accepted is not awaited
             await asyncio.sleep(0.01)
         for _ in range(20):
             resumed = sum("resuming at" in event for event in seen)
@@ -747,7 +723,7 @@ MOMENTS = {
 
 
 def arrived(source: Program, receiver: Program) -> None:
-    """The demo guest runs at the destination, whole, and no more at the source."""
+    """Assert that the demo guest runs, intact, at the destination only."""
     assert source.wait() == 0, source.err
     assert receiver.wait() == 0, receiver.err
     there = guest_pid(receiver.out)
@@ -759,7 +735,7 @@ def arrived(source: Program, receiver: Program) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_break_before_the_commit_is_no_failure(moment: str) -> None:
+def test_break_before_commit_is_resumed(moment: str) -> None:
     receiver, address = destination("--retry", "20s")
     tap = Tap(address, MOMENTS[moment])
 
@@ -775,7 +751,7 @@ def test_a_break_before_the_commit_is_no_failure(moment: str) -> None:
     assert json.loads(source.out)["reconnects"] == 1
 
 
-def test_a_destination_that_was_started_again_with_nothing_gets_it_all_again() -> None:
+def test_resume_after_destination_restart_without_pages() -> None:
     receiver, address = destination("--retry", "20s")
     source = Program(
         "migrate-src", "--retry", "20s", "--progress", "plain", "--max-bandwidth", "16m",
@@ -790,7 +766,7 @@ def test_a_destination_that_was_started_again_with_nothing_gets_it_all_again() -
 
 
 def half_way(shm: Path, *more: str, listen: str = "127.0.0.1:0") -> tuple[Program, Program, str]:
-    """A file of 24 MiB on its way to another, at 8 MiB/s, of which a third has come."""
+    """Migrate a file of 24 MiB at 8 MiB/s, of which a third has arrived."""
     memory, output = shm / "memory", shm / "output"
     if not memory.exists():
         memory.write_bytes(random.Random(24).randbytes(24 << 20))
@@ -811,7 +787,7 @@ def file_source(shm: Path, address: str, options: list[str]) -> Program:
 
 
 def until_came(shm: Path) -> None:
-    """Wait until a third of the 24 MiB is in the file that becomes the output."""
+    """Wait until a third of the 24 MiB is in the partial output."""
     end = time.monotonic() + 60
     while not any(
         path.stat().st_blocks * 512 > 8 << 20
@@ -836,23 +812,23 @@ def complete(shm: Path, source: Program, receiver: Program) -> None:
     assert left == []
     for role in Role:
         [journal] = journals(role, str(shm))
-        assert settled(journal)
+        assert journal.settled
 
 
-def test_a_file_goes_on_after_a_restart_of_the_destination(shm: Path) -> None:
+def test_file_resumes_after_destination_restart(shm: Path) -> None:
     receiver, source, address = half_way(shm, "--retry", "20s")
     receiver.kill()
     receiver.wait()
     (shm / "memory").touch()
     options = ["--journal", str(shm), "--retry", "20s", "--output", str(shm / "output")]
     receiver, _ = destination(*options, listen=address.removeprefix("tcp:"))
-    assert "half-way" in receiver.err
+    assert "a part of a guest is here" in receiver.err
     complete(shm, source, receiver)
     assert percent(source.err) >= 10
 
 
-def test_a_file_goes_on_after_a_restart_of_the_source(shm: Path) -> None:
-    """It was killed while it was connected; and its file has changed since."""
+def test_file_resumes_after_source_restart(shm: Path) -> None:
+    """The source was killed while connected, and its file has changed since."""
     receiver, source, address = half_way(shm, "--retry", "20s")
     source.kill()
     source.wait()
@@ -863,8 +839,8 @@ def test_a_file_goes_on_after_a_restart_of_the_source(shm: Path) -> None:
     assert 10 <= percent(source.err) < 100
 
 
-def test_a_file_goes_on_after_both_have_given_up(shm: Path) -> None:
-    """The network is down for longer than --retry: what came is kept for who tries again."""
+def test_file_resumes_after_both_gave_up(shm: Path) -> None:
+    """The network is down for longer than --retry; the next attempt uses the pages that arrived."""
     memory, output = shm / "memory", shm / "output"
     memory.write_bytes(random.Random(24).randbytes(24 << 20))
     options = ["--journal", str(shm), "--retry", "1s"]
@@ -881,7 +857,7 @@ def test_a_file_goes_on_after_both_have_given_up(shm: Path) -> None:
     assert not output.exists()
     for role in Role:
         [journal] = journals(role, str(shm))
-        assert settled(journal)
+        assert journal.settled
     tap.open()
     receiver, _ = destination(
         *options, "--output", str(output), listen=address.removeprefix("tcp:")
@@ -891,7 +867,7 @@ def test_a_file_goes_on_after_both_have_given_up(shm: Path) -> None:
     assert percent(source.err) >= 10
 
 
-def test_another_guest_for_the_output_replaces_what_came_half_way(shm: Path) -> None:
+def test_another_guest_replaces_partial_output(shm: Path) -> None:
     receiver, source, address = half_way(shm, "--retry", "20s")
     for program in (source, receiver):
         program.kill()
@@ -907,7 +883,7 @@ def test_another_guest_for_the_output_replaces_what_came_half_way(shm: Path) -> 
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_cancelling_while_the_connection_is_down(shm: Path, side: str) -> None:
+def test_cancel_while_disconnected(shm: Path, side: str) -> None:
     receiver, source, _ = half_way(shm, "--retry", "30s")
     stopped, cancelled = (receiver, source) if side == "source" else (source, receiver)
     stopped.kill()
@@ -919,9 +895,9 @@ def test_cancelling_while_the_connection_is_down(shm: Path, side: str) -> None:
         assert [name for name in os.listdir(shm) if name.endswith(".xbmigrate")] == []
 
 
-def test_a_whole_guest_whose_source_resumes_is_not_run_under_its_old_name(shm: Path) -> None:
-    """READY was lost, and the destination was killed: prepared, the next program is asked to go on
-    with it by a source that has let its guest run on."""
+def test_prepared_guest_with_resumed_source_is_not_started(shm: Path) -> None:
+    """READY was lost and the destination was killed. The next program finds a prepared guest, while
+    the source, whose guest has run on, asks to resume."""
     memory, output = shm / "memory", shm / "output"
     memory.write_bytes(random.Random(24).randbytes(4 << 20))
     options = ["--journal", str(shm), "--retry", "20s"]
@@ -949,29 +925,29 @@ def test_a_whole_guest_whose_source_resumes_is_not_run_under_its_old_name(shm: P
     assert list(claims.values()) == [Claim.OWNER]
 
 
-def test_the_journal_of_an_attempt_is_found_by_its_guest(tmp_path: Path) -> None:
+def test_journal_of_an_attempt_is_found_by_its_guest(tmp_path: Path) -> None:
     here = str(tmp_path)
     facts = {"kind": "file", "path": "/dev/shm/db", "pids": [[1, "2"]]}
     journal = Journal(Role.SOURCE, b"\7" * 16, here)
     journal.begin(guest=facts, address="tcp:there:4444", description="db", peer="10.0.0.2:4444")
-    assert not settled(journal)
-    with pytest.raises(MigrationError, match="in the hands of another program"):
-        attempt(facts, "tcp:there:4444", here)
+    assert not journal.settled
+    with pytest.raises(MigrationError, match="in use by another program"):
+        find_attempt(facts, "tcp:there:4444", here)
     journal.close(keep=True)
-    assert attempt({**facts, "path": "/dev/shm/other"}, "tcp:there:4444", here) is None
+    assert find_attempt({**facts, "path": "/dev/shm/other"}, "tcp:there:4444", here) is None
     assert last_peer("tcp:there:4444", here) == "10.0.0.2:4444"
     assert last_peer("tcp:elsewhere:4444", here) == last_peer("tcp:there:4444", "") == ""
-    found = attempt({**facts, "pids": []}, "tcp:there:4444", here)
+    found = find_attempt({**facts, "pids": []}, "tcp:there:4444", here)
     assert found is not None
     assert found.token == journal.token
-    assert settled(found)
+    assert found.settled
     found.close(keep=True)
-    assert attempt(facts, "tcp:elsewhere:4444", here) is None
-    assert attempt(facts, "tcp:there:4444", here) is None, "it went another way since"
+    assert find_attempt(facts, "tcp:elsewhere:4444", here) is None
+    assert find_attempt(facts, "tcp:there:4444", here) is None, "it went another way since"
 
 
-def test_a_guest_that_was_moved_is_neither_moved_again_nor_woken(shm: Path) -> None:
-    """Its writer is stopped: an older journal, and another migration, must not wake it."""
+def test_moved_guest_is_neither_migrated_nor_resumed(shm: Path) -> None:
+    """Neither an older journal nor another migration may resume its stopped writer."""
     (shm / "memory").write_bytes(random.Random(24).randbytes(4 << 20))
     options = ["--journal", str(shm)]
     with subprocess.Popen(["sleep", "100"]) as writer:
@@ -983,7 +959,7 @@ def test_a_guest_that_was_moved_is_neither_moved_again_nor_woken(shm: Path) -> N
             receiver, address = destination(*options, "--output", str(shm / "output"))
             rival = Program("migrate-src", *options, *guest, address)
             assert rival.wait() == 1
-            assert "in the hands of another program" in rival.err
+            assert "in use by another program" in rival.err
             stale.close(keep=True)
             source = Program("migrate-src", *options, *guest, address)
             assert source.wait() == 0, source.err
@@ -994,7 +970,7 @@ def test_a_guest_that_was_moved_is_neither_moved_again_nor_woken(shm: Path) -> N
             receiver, address = destination(*options, "--output", str(shm / "output2"))
             again = Program("migrate-src", *options, *guest, address)
             assert again.wait() == 2
-            assert "its writer here is stopped since" in again.err
+            assert "its writer here has been stopped since" in again.err
             receiver.kill()
             receiver.wait()
             state = Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -1004,17 +980,17 @@ def test_a_guest_that_was_moved_is_neither_moved_again_nor_woken(shm: Path) -> N
 
 
 @pytest.mark.asyncio
-async def test_a_source_that_comes_again_while_the_destination_is_busy_is_let_in(monkeypatch):
-    """It hashes, or waits for its disk: the last one that came is the one to go on with."""
-    real, busy = Pages._take_stock, threading.Event()
+async def test_reconnect_while_destination_is_busy_is_accepted(monkeypatch):
+    """It may be hashing, or waiting for its disk. It continues with the newest connection."""
+    real, busy = Digest.settle, threading.Event()
 
-    def slow(self, info):
+    def slow(digest):
         busy.wait(10)
-        return real(self, info)
+        return real(digest)
 
     async with hand_source() as (come, _):
         _, first = await come()
-        monkeypatch.setattr(Pages, "_take_stock", slow)
+        monkeypatch.setattr(Digest, "settle", slow)
         _, second = await come(first.token)
         coming = [asyncio.create_task(come(second.token)) for _ in range(2)]
         await asyncio.sleep(0.3)
@@ -1027,14 +1003,14 @@ async def test_a_source_that_comes_again_while_the_destination_is_busy_is_let_in
             one.cancel()
 
 
-def test_a_guest_that_was_handed_over_is_not_moved_again_before_that_is_settled(tmp_path) -> None:
+def test_guest_with_unresolved_handover_is_not_migrated_again(tmp_path) -> None:
     here, facts = str(tmp_path), {"kind": "file", "path": "/dev/shm/db", "pids": []}
     journal = Journal(Role.SOURCE, b"\7" * 16, here)
     journal.begin(guest=facts, address="tcp:there:4444", description="db")
     journal.move(Event.READY)
     journal.close()
     with pytest.raises(UsageError, match="not known whether it runs there"):
-        attempt(facts, "tcp:elsewhere:4444", here)
+        find_attempt(facts, "tcp:elsewhere:4444", here)
     journal.move(Event.NOT_STARTED)
     journal.close()
-    assert attempt(facts, "tcp:elsewhere:4444", here) is None
+    assert find_attempt(facts, "tcp:elsewhere:4444", here) is None

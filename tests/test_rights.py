@@ -1,4 +1,4 @@
-"""Mode and owner of an output: who decides, what a source may say, and that nothing is wider."""
+"""Mode and owner of an output: their precedence, what a source may send, how they are set."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.requirements import need
 SAID = {"version": 1, "mode": 0o640, "uid": 5, "gid": 6}
 
 
-def test_what_is_said_comes_back():
+def test_rights_survive_packing():
     assert Rights.unpack(Rights(0o640, 5, 6).pack()) == Rights(0o640, 5, 6)
     assert Rights.unpack(Rights().pack()) == Rights()
 
 
-def test_an_earlier_release_says_nothing_and_a_later_one_is_not_guessed_at():
+def test_other_releases_give_no_rights():
     assert Rights.unpack(b"") == Rights()
     assert Rights.unpack(json.dumps({"version": 2, "mode": "rw"}).encode()) == Rights()
     assert Rights.unpack(json.dumps({**SAID, "more": 1}).encode()) == Rights(0o640, 5, 6)
 
 
 @pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o1777, 0o107777])
-def test_no_source_makes_a_file_setuid_setgid_or_sticky(mode):
+def test_source_cannot_set_setuid_setgid_or_sticky(mode):
     got = Rights.unpack(json.dumps({**SAID, "mode": mode}).encode())
     assert got.mode == mode & 0o777
 
@@ -44,7 +44,7 @@ def test_no_source_makes_a_file_setuid_setgid_or_sticky(mode):
         )),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(state):
+def test_rights_that_make_no_sense_are_refused(state):
     with pytest.raises(PeerError, match="mode and owner"):
         Rights.unpack(state)
 
@@ -58,18 +58,18 @@ def test_any_bytes_are_rights_or_refused(state):
 
 
 @pytest.mark.parametrize("found", [None, {}, [], [1, 2], ["x", 1, 2], [True, 1, 2], [1, 2, -1]])
-def test_a_journal_that_makes_no_sense_says_nothing(found):
+def test_journal_that_makes_no_sense_gives_no_rights(found):
     assert Rights.read(found) == Rights()
     assert Rights.read([0o640, None, 6]) == Rights(0o640, None, 6)
 
 
-def test_the_first_who_says_something_decides():
+def test_over_prefers_the_first_rights():
     assert Rights(mode=0o600).over(Rights(0o640, 5, 6)) == Rights(0o600, 5, 6)
     assert Rights(uid=0).over(Rights(0o640, 5, 6)) == Rights(0o640, 0, 6)
 
 
-def test_root_sets_them_and_nothing_is_wider_meanwhile(tmp_path, monkeypatch):
-    """Neither may the new owner do more than in the end, nor the old one's group."""
+def test_root_sets_rights_without_widening_them_meanwhile(tmp_path, monkeypatch):
+    """Neither the new owner nor the old group may do more than in the end."""
     need(os.geteuid() == 0, "root, to give files away")
     fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT, 0o600)
     seen = []
@@ -91,8 +91,8 @@ def test_root_sets_them_and_nothing_is_wider_meanwhile(tmp_path, monkeypatch):
         os.close(fd)
 
 
-def test_what_could_not_be_set_is_said(tmp_path, monkeypatch):
-    """As where the destination is no root: the mode is set all the same."""
+def test_rights_that_cannot_be_set_are_reported(tmp_path, monkeypatch):
+    """A destination that is not root still sets the mode."""
 
     def refuse(*_arguments):
         raise PermissionError(1, "Operation not permitted")
@@ -111,7 +111,7 @@ def test_what_could_not_be_set_is_said(tmp_path, monkeypatch):
         os.close(fd)
 
 
-def test_a_user_may_give_a_file_to_a_group_of_his(tmp_path, monkeypatch):
+def test_user_sets_a_group_that_they_are_in(tmp_path, monkeypatch):
     need(os.geteuid() == 0, "root, to give files away")
     real = os.fchown
 
@@ -130,8 +130,8 @@ def test_a_user_may_give_a_file_to_a_group_of_his(tmp_path, monkeypatch):
         os.close(fd)
 
 
-def test_a_file_system_that_forgets_a_mode_is_noticed(tmp_path, monkeypatch):
-    """As exFAT does, and says that all is well."""
+def test_file_system_that_ignores_a_mode_is_reported(tmp_path, monkeypatch):
+    """exFAT ignores it, and reports success."""
     monkeypatch.setattr(os, "fchmod", lambda *_: None)
     fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -140,7 +140,7 @@ def test_a_file_system_that_forgets_a_mode_is_noticed(tmp_path, monkeypatch):
         os.close(fd)
 
 
-def test_attributes_of_the_file_before_are_kept(tmp_path):
+def test_attributes_of_the_replaced_file_are_kept(tmp_path):
     before, after = tmp_path / "before", tmp_path / "after"
     before.touch()
     after.touch()
@@ -162,12 +162,12 @@ def test_attributes_of_the_file_before_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("text", "mode"), [("", None), ("640", 0o640), ("0600", 0o600), ("0", 0), ("04755", 0o4755)]
 )
-def test_a_mode_is_octal(text, mode):
+def test_parse_mode_is_octal(text, mode):
     assert parse_mode(text) == mode
 
 
 @pytest.mark.parametrize("text", ["8", "u+w", "0o640", "77777", "-1", " 640", "000640", "\u0661"])
-def test_other_modes_are_refused(text):
+def test_parse_mode_refuses_other_text(text):
     with pytest.raises(UsageError, match="octal digits, as for chmod: 640"):
         parse_mode(text)
 
@@ -180,7 +180,7 @@ def test_other_modes_are_refused(text):
         (":54321", (None, 54321)),
     ],
 )  # fmt: skip
-def test_an_owner_is_what_chown_takes(text, owner):
+def test_parse_owner_accepts_what_chown_does(text, owner):
     assert parse_owner(text) == owner
 
 
@@ -188,6 +188,6 @@ def test_an_owner_is_what_chown_takes(text, owner):
     "text", [":", "nobody-of-that-name", "root:nobody-of-that-name", "-1", "4294967295", "1.5",
              "99999999999", "54321:", "root:root:root", "\u0661"],
 )  # fmt: skip
-def test_an_owner_that_is_not_there_is_refused(text):
+def test_parse_owner_refuses_unknown_names(text):
     with pytest.raises(UsageError, match="--owner"):
         parse_owner(text)

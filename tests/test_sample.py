@@ -1,4 +1,4 @@
-"""What is seen of a guest, by a clock that is passed in; and what is concluded from it."""
+"""Samples of a guest, by a clock that is passed in, and the estimates made from them."""
 
 import itertools
 import os
@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate._memory import set_marks
 from migrate.guests.buffer import BufferGuest
 from migrate.guests.file import FileGuest
-from migrate.sample import INTERVALS, WARM_SECONDS, Cost, Interval, Sample, Sampler
+from migrate.memory._memory import set_marks
+from migrate.source.sample import INTERVALS, WARM_SECONDS, Cost, Interval, Sample, Sampler
 
 PAGE = 4096
 
@@ -57,7 +57,7 @@ def sampled(guest, writer, *, cache=1 << 20, xbzrle=True, most=1 << 30):
 
 
 @pytest.mark.parametrize("marks", [True, False])
-def test_a_buffer_guest_is_seen_as_it_writes(marks):
+def test_sample_of_buffer_guest_matches_its_writes(marks):
     memory = bytearray(os.urandom(64 * PAGE) + bytes(192 * PAGE))
     guest = BufferGuest(memory, marks=marks)
     writer = Writer(memory, 100, 64, guest.mark if marks else lambda _offset, _length: None)
@@ -76,7 +76,7 @@ def test_a_buffer_guest_is_seen_as_it_writes(marks):
     assert (sample.scan_seconds == 0) is marks
 
 
-def test_marks_that_were_taken_were_looked_at_and_nothing_else():
+def test_marks_are_taken_without_scan():
     memory = bytearray(64 * PAGE)
     guest = BufferGuest(memory, marks=True)
     set_marks(guest._marks, 0, 64)  # before we looked
@@ -86,7 +86,7 @@ def test_marks_that_were_taken_were_looked_at_and_nothing_else():
     assert sample.cost(0, 1).wire_bytes == 0
 
 
-def test_without_deltas_a_page_costs_a_page():
+def test_page_without_delta_costs_page_size():
     memory = bytearray(64 * PAGE)
     guest = BufferGuest(memory, marks=True)
     sample = sampled(guest, Writer(memory, 100, 64, guest.mark), xbzrle=False)
@@ -94,7 +94,7 @@ def test_without_deltas_a_page_costs_a_page():
     assert sample.deltas == sample.hits == 0
 
 
-def test_pages_that_are_all_new_overflow():
+def test_new_pages_count_as_overflows():
     memory = bytearray(os.urandom(64 * PAGE))
     guest = BufferGuest(memory, marks=True)
     sample = sampled(guest, Writer(memory, 100, 16, guest.mark, length=PAGE))
@@ -104,7 +104,7 @@ def test_pages_that_are_all_new_overflow():
 
 
 @pytest.mark.parametrize("marks", [True, False])
-def test_of_a_large_guest_a_part_stands_for_all(marks):
+def test_large_guest_is_sampled_in_part(marks):
     pages = 64 * 20 + 7
     memory = bytearray(os.urandom(pages * PAGE))
     guest = BufferGuest(memory, marks=marks)
@@ -117,7 +117,7 @@ def test_of_a_large_guest_a_part_stands_for_all(marks):
     assert sample.dirty(0.2) == pytest.approx(800, rel=0.4)
 
 
-def test_a_sparse_file_is_mostly_zeros_that_nobody_reads(tmp_path):
+def test_holes_of_sparse_file_are_not_read(tmp_path):
     path = tmp_path / "guest"
     with path.open("wb") as file:
         file.truncate(1024 * PAGE)
@@ -150,24 +150,24 @@ def curve(*points):
     return Sample(1000, PAGE, first, intervals)
 
 
-def test_between_what_was_seen_there_are_straight_lines():
+def test_dirty_pages_are_interpolated():
     sample = curve((0.1, 10), (0.2, 30), (0.4, 40))
     assert [sample.dirty(t) for t in (0, 0.05, 0.1, 0.15, 0.3)] == pytest.approx([0, 5, 10, 20, 35])
 
 
-def test_behind_it_goes_on_as_before_unless_it_has_ended():
+def test_dirty_pages_are_extrapolated_while_they_grow():
     assert curve((0.1, 10), (0.2, 20)).dirty(1.0) == pytest.approx(100)
     assert curve((0.1, 10), (0.2, 20)).dirty(100.0) == 1000  # all there are
     assert curve((0.1, 500), (0.2, 501)).dirty(100.0) == 501
     assert curve().dirty(5) == 0
 
 
-def test_what_came_of_a_disturbance_does_not_make_it_fall():
+def test_dirty_pages_never_fall_after_disturbance():
     sample = curve((0.1, 100), (0.2, 90), (0.4, 120))
     assert sample.dirty(0.2) == 100
 
 
-def test_a_page_costs_what_it_did_in_the_nearest_intervals():
+def test_page_cost_is_interpolated():
     first = Cost(1000, 1000 * PAGE, 0.001)
     sample = Sample(
         1000, PAGE, first,
@@ -184,7 +184,7 @@ def test_a_page_costs_what_it_did_in_the_nearest_intervals():
     points=st.lists(st.tuples(st.floats(1e-4, 10), st.floats(0, 1000)), max_size=8),
     times=st.lists(st.floats(0, 1e6), min_size=2, max_size=10),
 )
-def test_more_time_never_means_fewer_pages(points, times):
+def test_dirty_pages_grow_with_time(points, times):
     sample = curve(*sorted(points))
     seen = [sample.dirty(t) for t in sorted(times)]
     assert all(0 <= a <= 1000 for a in seen)
@@ -194,15 +194,13 @@ def test_more_time_never_means_fewer_pages(points, times):
         assert cost.wire_bytes >= 0
 
 
-def test_it_takes_a_second_or_two():
+def test_sampling_takes_seconds_of_intervals():
     assert WARM_SECONDS + sum(INTERVALS) < 2
 
 
 @pytest.mark.parametrize(("filled", "share"), [(100, 1.0), (2000, 0.5)])
-def test_how_much_is_looked_at_depends_on_what_a_guest_holds_not_on_what_it_spans(
-    tmp_path, filled, share
-):
-    """A hole of 64 GiB is walked over in no time; what was measured is not taken times 4096."""
+def test_sampled_share_depends_on_data_not_on_holes(tmp_path, filled, share):
+    """A hole of 64 GiB is skipped in no time, and does not scale the measurement by 4096."""
     path, size = tmp_path / "guest", 64 << 30
     with path.open("wb") as file:
         file.truncate(size)

@@ -1,4 +1,4 @@
-"""The table of the protocol: every (state, role, type), and two ends that never disagree."""
+"""The protocol's state table, for every (state, role, type), and the agreement of both ends."""
 
 import gc
 import itertools
@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.errors import ErrorCode, FrameError, LocalError, MessageError
-from proto.frames import HEADER_BYTES, seal
-from proto.messages import (
+from proto.wire.errors import ErrorCode, FrameError, LocalError, MessageError
+from proto.wire.frames import HEADER_BYTES, seal
+from proto.wire.messages import (
     BODY_LIMITS,
     MAX_BODY,
     MAX_CONTROL,
@@ -43,8 +43,9 @@ from proto.messages import (
     Taken,
     pack,
 )
-from proto.ownership import Claim
-from proto.session import TABLE, Role, Session, State
+from proto.wire.ownership import Claim
+from proto.wire.session import TABLE, Role, Session, State
+from tests.cells import check_each
 
 M = MessageType
 S, D = Role.SOURCE, Role.DESTINATION
@@ -83,8 +84,8 @@ STATES = {
     State.START: ("HELLO>GREETED JOIN>JOINING QUERY>ASKED", ""),
     State.ASKED: ("", "OWNERSHIP>ANSWERED"),
     State.ANSWERED: ("QUERY>ASKED GO>COMMITTED DONE>DONE", ""),
-    State.JOINING: ("", "JOINED>LANE"),
-    State.LANE: ("PAGES ROUND BYTES", ""),
+    State.JOINING: ("", "JOINED>CHANNEL"),
+    State.CHANNEL: ("PAGES ROUND BYTES", ""),
     State.GREETED: ("", "HELLO>OPEN"),
     State.OPEN: ("PROBE GUEST>DESCRIBED", "PROBED"),
     State.DESCRIBED: ("", "PROBED ACCEPT>STREAM"),
@@ -119,10 +120,6 @@ EVERYTHING = list(itertools.product(State, Role, M))
 ILLEGAL = [case for case in EVERYTHING if case not in LEGAL]
 
 
-def name_of(value):
-    return value.name
-
-
 def frame_of(kind, channel=0):
     if kind is M.PAGES:
         frame = bytearray(HEADER_BYTES + 21)
@@ -134,7 +131,7 @@ def frame_of(kind, channel=0):
 
 
 def send(session, kind):
-    """What goes on the wire when a session sends a message."""
+    """Send a message; return its bytes on the wire."""
     if kind is M.PAGES:
         session.send_pages()
         return frame_of(kind, session.channel)
@@ -148,7 +145,7 @@ def session_in(state, role):
 
 
 class Pair:
-    """Two ends and what is on the wire between them; no socket, no clock."""
+    """Two sessions and the bytes on the wire between them, without sockets or clocks."""
 
     def __init__(self):
         self.ends = {role: Session(role) for role in Role}
@@ -183,7 +180,7 @@ class Pair:
 # ---------------------------------------------------------------- the table, exhaustively
 
 
-def test_the_table_is_the_one_of_the_specification():
+def test_state_table_matches_the_specification():
     table = {
         (state, role, kind): following
         for state, moves in TABLE.items()
@@ -193,50 +190,56 @@ def test_the_table_is_the_one_of_the_specification():
     assert set(TABLE) == set(State)
 
 
-@pytest.mark.parametrize(("state", "role", "kind"), LEGAL, ids=name_of)
-def test_a_legal_move_is_sent_and_received(state, role, kind):
-    sender, receiver = session_in(state, role), session_in(state, role.peer)
-    receiver.reader.feed(send(sender, kind))
-    assert receiver.next_frame().type is kind
-    assert sender.state is receiver.state is LEGAL[state, role, kind]
+def test_legal_messages_are_sent_and_received():
+    def check(state, role, kind):
+        sender, receiver = session_in(state, role), session_in(state, role.peer)
+        receiver.reader.feed(send(sender, kind))
+        assert receiver.next_frame().type is kind
+        assert sender.state is receiver.state is LEGAL[state, role, kind]
+
+    check_each(check, LEGAL)
 
 
-@pytest.mark.parametrize(("state", "role", "kind"), ILLEGAL, ids=name_of)
-def test_any_other_is_not_sent(state, role, kind):
-    session = session_in(state, role)
-    with pytest.raises(LocalError, match=f"{kind.name} cannot be sent in state {state.name}"):
-        send(session, kind)
-    assert session.state is state
+def test_illegal_messages_are_not_sent():
+    def check(state, role, kind):
+        session = session_in(state, role)
+        with pytest.raises(LocalError, match=f"{kind.name} cannot be sent in state {state.name}"):
+            send(session, kind)
+        assert session.state is state
+
+    check_each(check, ILLEGAL)
 
 
-@pytest.mark.parametrize(("state", "role", "kind"), ILLEGAL, ids=name_of)
-def test_any_other_is_refused_when_it_comes(state, role, kind):
-    session = session_in(state, role.peer)
-    session.reader.feed(frame_of(kind))
-    text = f"the {role.value} sent {kind.name} in state {state.name}"
-    with pytest.raises(MessageError, match=text) as info:
-        session.next_frame()
-    assert info.value.code is ErrorCode.PROTOCOL
-    assert session.state is state
+def test_illegal_messages_are_refused():
+    def check(state, role, kind):
+        session = session_in(state, role.peer)
+        session.reader.feed(frame_of(kind))
+        text = f"the {role.value} sent {kind.name} in state {state.name}"
+        with pytest.raises(MessageError, match=text) as info:
+            session.next_frame()
+        assert info.value.code is ErrorCode.PROTOCOL
+        assert session.state is state
+
+    check_each(check, ILLEGAL)
 
 
-def test_what_cannot_be_sealed_changes_no_state():
+def test_failed_send_changes_no_state():
     session = session_in(State.STREAM, S)
     with pytest.raises(LocalError):
         session.send(Complete(bytes(16), bytes(BODY_LIMITS[M.COMPLETE])))
     assert session.state is State.STREAM
 
 
-def test_a_message_carries_the_channel_of_its_connection():
-    session = session_in(State.LANE, S)
+def test_message_carries_the_channel_of_its_connection():
+    session = session_in(State.CHANNEL, S)
     assert session.send(MESSAGES[M.ROUND])[6:8] == b"\0\0"
     session.channel = 0x0123
     assert session.channel == session.reader.channel == 0x0123
     assert session.send(MESSAGES[M.ROUND])[6:8] == b"\x01\x23"
 
 
-def test_nothing_but_go_gives_the_guest_away():
-    """From no state before COMMITTED is there another way there, or to DONE."""
+def test_only_go_commits_the_guest():
+    """No other message leads to COMMITTED or DONE from a state before them."""
     ways = {
         (state, role, kind)
         for (state, role, kind), following in LEGAL.items()
@@ -266,7 +269,7 @@ def test_byte_by_byte_and_with_bytes_to_spare():
     assert session.next_frame() is None
 
 
-def test_the_connection_may_end_between_frames_only():
+def test_connection_may_end_only_between_frames():
     session = Session(D)
     session.end()
     data = frame_of(M.HELLO)
@@ -297,7 +300,7 @@ STREAMED = [
 
 
 @pytest.mark.parametrize("way", [STRAIGHT, STREAMED], ids=["pages", "stream"])
-def test_a_migration(way):
+def test_whole_migration_through_two_sessions(way):
     pair = Pair()
     for role, kind in way:
         pair.send(role, kind)
@@ -310,7 +313,7 @@ CHANNEL = [(S, M.JOIN), (D, M.JOINED), (S, M.PAGES), (S, M.ROUND), (S, M.PAGES),
 
 
 def joined(channel):
-    """Two ends of a further channel, as both bring it about."""
+    """Return the two sessions of a further channel after JOIN and JOINED."""
     pair = Pair()
     pair.send(S, M.JOIN)
     pair.ends[S].channel = channel
@@ -322,32 +325,32 @@ def joined(channel):
 
 
 @pytest.mark.parametrize("channel", [1, 2, 63])
-def test_a_further_channel_is_named_by_every_frame_after_join(channel):
+def test_frames_after_join_carry_the_channel_number(channel):
     pair = joined(channel)
-    assert pair.states == {State.LANE}
+    assert pair.states == {State.CHANNEL}
     for role, kind in CHANNEL[2:]:
         pair.send(role, kind)
         frame = pair.wire[role.peer][-1][1]
         assert int.from_bytes(frame[6:8], "big") == channel
         pair.deliver(role.peer)
-        assert pair.states == {State.LANE}
+        assert pair.states == {State.CHANNEL}
 
 
-def test_a_further_channel_carries_nothing_but_pages_rounds_and_bytes():
-    sides = STATES[State.LANE]
+def test_further_channel_carries_only_pages_rounds_and_bytes():
+    sides = STATES[State.CHANNEL]
     assert set(sides[0].split()) == {"PAGES", "ROUND", "BYTES"}
     assert sides[1] == "", "the destination confirms on the first channel"
     ways = {
         (role, kind) for (state, role, kind), following in LEGAL.items()
-        if following is State.LANE and state is not State.LANE
+        if following is State.CHANNEL and state is not State.CHANNEL
     }  # fmt: skip
     assert ways == {(D, M.JOINED)}
 
 
 @pytest.mark.parametrize("names", [0, 2])
 @pytest.mark.parametrize("kind", [M.PAGES, M.ROUND, M.PING])
-def test_a_frame_that_names_another_channel_is_refused(kind, names):
-    """Batches cannot come to another connection than the one they were made for unnoticed."""
+def test_frame_of_another_channel_is_refused(kind, names):
+    """A batch on a connection that it was not made for is noticed."""
     end = joined(1).ends[D]
     end.reader.feed(frame_of(kind, names))
     text = f"{kind.name}: channel {names} on the connection of 1"
@@ -363,7 +366,7 @@ def test_pages_before_the_answer_to_join_are_refused():
         end.next_frame()
 
 
-def test_acks_and_wishes_may_cross_with_complete():
+def test_round_ack_and_cache_size_may_cross_with_complete():
     pair = Pair()
     for role, kind in STRAIGHT[:7]:
         pair.send(role, kind)
@@ -375,7 +378,7 @@ def test_acks_and_wishes_may_cross_with_complete():
     assert pair.states == {State.COMPLETED}
 
 
-def test_what_was_taken_of_a_return_path_may_cross_with_ready():
+def test_taken_may_cross_with_ready():
     pair = Pair()
     for role, kind in STREAMED[:16]:
         pair.send(role, kind)
@@ -402,10 +405,11 @@ ONWARD = {
 }
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=300)
 @given(st.data())
 def test_two_ends_never_disagree(data):
-    """Any legal walk, with any delay on the wire: all that is sent is legal when it comes."""
+    """In any legal exchange, with any delay, each message is legal when it arrives."""
     pair = Pair()
     for _ in range(data.draw(st.integers(0, 50))):
         moves = [("deliver", role, None) for role in Role if pair.wire[role]]
@@ -426,7 +430,7 @@ def test_two_ends_never_disagree(data):
 
 
 @given(st.sampled_from([STRAIGHT, CHANNEL]), st.integers(0, len(STRAIGHT)), st.sampled_from(Role))
-def test_an_error_ends_both(way, steps, role):
+def test_error_ends_both_sessions(way, steps, role):
     pair = Pair()
     for sender, kind in way[:steps]:
         pair.send(sender, kind)
@@ -452,8 +456,8 @@ def test_two_errors_may_cross_and_both_ends_have_failed():
     assert pair.states == {State.FAILED}
 
 
-def test_an_error_that_crosses_with_running_does_not_undo_it():
-    """The source may give up waiting; the destination has the guest all the same."""
+def test_error_crossing_running_does_not_undo_it():
+    """The source may give up waiting, but the destination owns the guest."""
     pair = Pair()
     for role, kind in STRAIGHT[:-1]:
         pair.send(role, kind)
@@ -471,21 +475,21 @@ def test_an_error_that_crosses_with_running_does_not_undo_it():
 
 @pytest.fixture
 def without_collector():
-    """Memory comes back when the last reference goes, or not at all."""
+    """Disable the garbage collector, so that only reference counts free memory."""
     gc.collect()
     gc.disable()
     yield
     gc.enable()
 
 
-def test_a_session_takes_its_memory_with_it(without_collector):
+def test_session_frees_its_memory(without_collector):
     session = Session(D)
     arena = weakref.ref(session.reader._arena)
     del session
     assert arena() is None
 
 
-def test_before_it_is_let_in_a_peer_has_room_for_small_frames_alone():
+def test_unaccepted_peer_has_room_for_small_frames_only():
     session = Session(D)
     session.reader.feed(frame_of(M.HELLO))
     session.next_frame()
@@ -494,7 +498,7 @@ def test_before_it_is_let_in_a_peer_has_room_for_small_frames_alone():
     with pytest.raises(MessageError):
         session.next_frame()
     assert len(session.reader.get_buffer()) <= 3 * MAX_CONTROL
-    session.reader.drop()
+    session.reader.discard()
     assert session.reader.partial == len(session.reader._arena.buffer) == 0
-    session.reader.share(1)
+    session.reader.limit_bodies(1)
     assert len(session.reader.get_buffer()) > 2 * MAX_BODY

@@ -10,7 +10,6 @@ import contextlib
 import os
 import platform
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,33 +21,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto import _codec, _twin
+from proto.codec import _xbzrle, _xbzrle_twin
+from tests.requirements import need, need_program
 
 ROOT = Path(__file__).parent.parent
-NATIVE = [name for name, can in _codec.simd_kernels().items() if can]
+NATIVE = [name for name, can in _xbzrle.simd_kernels().items() if can]
 C_FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
 
 
 @contextlib.contextmanager
 def chosen(name: str) -> Iterator[None]:
-    assert _codec.use_simd(name) == name
+    assert _xbzrle.use_simd(name) == name
     try:
         yield
     finally:
-        _codec.use_simd(_codec.SIMD)
+        _xbzrle.use_simd(_xbzrle.SIMD)
 
 
 def with_every_kernel(old: bytes, new: bytes, merge: bool) -> set[bytes | None]:
     deltas = set()
     for name in NATIVE:
         with chosen(name):
-            deltas.add(_codec.encode(old, new, merge))
+            deltas.add(_xbzrle.encode(old, new, merge))
     return deltas
 
 
 def check(old: bytes, new: bytes) -> None:
     """All kernels give the twin's deltas; a merged one is not longer, and both give `new`."""
-    canonical, merged = _twin.encode(old, new), _twin.encode(old, new, True)
+    canonical, merged = _xbzrle_twin.encode(old, new), _xbzrle_twin.encode(old, new, True)
     assert with_every_kernel(old, new, False) == {canonical}
     assert with_every_kernel(old, new, True) == {merged}
     if canonical is not None:
@@ -57,7 +57,7 @@ def check(old: bytes, new: bytes) -> None:
     for delta in (canonical, merged):
         if delta is not None:
             page = bytearray(old)
-            _codec.decode(delta, page)
+            _xbzrle.decode(delta, page)
             assert page == new
 
 
@@ -71,8 +71,8 @@ def with_changes(size: int, changed, noise: random.Random) -> tuple[bytes, bytes
     return old, bytes(new)
 
 
-def test_the_best_kernel_is_among_those_of_this_processor():
-    assert NATIVE[0] == _codec.SIMD or os.environ.get("XBMIGRATE_SIMD") == _codec.SIMD
+def test_best_kernel_is_among_those_of_this_processor():
+    assert NATIVE[0] == _xbzrle.SIMD or os.environ.get("XBMIGRATE_SIMD") == _xbzrle.SIMD
     assert NATIVE[-1] == "portable"
 
 
@@ -96,7 +96,7 @@ def test_dense_and_sparse_pages(size):
 
 
 @pytest.mark.parametrize("gap", [1, 2, 3])
-def test_every_place_of_a_gap_in_and_across_words(gap):
+def test_gap_at_every_offset_of_a_word(gap):
     """One gap, with as many changed bytes on either side as make a difference somewhere."""
     noise = random.Random(gap)
     for place in range(60, 196):
@@ -106,7 +106,7 @@ def test_every_place_of_a_gap_in_and_across_words(gap):
 
 
 @pytest.mark.parametrize("gap", [1, 2, 3])
-def test_the_same_gap_all_over_a_page(gap):
+def test_same_gap_all_over_a_page(gap):
     noise = random.Random(gap)
     for size in (64, 100, 128, 192, 256, 257, 1024):
         for start in range(5):
@@ -116,7 +116,7 @@ def test_the_same_gap_all_over_a_page(gap):
             check(*with_changes(size, range(size // 2 + start, size * 4 // 5, gap + 1), noise))
 
 
-def test_runs_whose_length_takes_a_byte_more():
+def test_runs_with_two_byte_lengths():
     noise = random.Random(127)
     for length in (126, 127, 128, 129, 130, 191, 192, 193):
         for start in (0, 1, 62, 63, 64, 65, 127, 128, 129):
@@ -128,7 +128,7 @@ def test_runs_whose_length_takes_a_byte_more():
                     check(*with_changes(500, left, noise))
 
 
-def test_words_about_as_dense_as_decides_on_gaps_of_two():
+def test_words_near_the_density_threshold():
     noise = random.Random(21)
     for count in range(17, 25):
         for start in range(62, 67):
@@ -148,8 +148,9 @@ def test_small_pages_of_every_size():
         check(*with_changes(size, [size - 1], noise))
 
 
+@pytest.mark.emulation
 @pytest.mark.parametrize("merge", [False, True])
-def test_every_size_there_is(merge):
+def test_every_page_size_up_to_the_largest(merge):
     """The kernels against each other: the twin takes too long for all of them."""
     noise = random.Random(merge)
     data = noise.randbytes(16384)
@@ -163,7 +164,7 @@ def test_every_size_there_is(merge):
             (delta,) = with_every_kernel(old, new, merge)
             if delta is not None:
                 page = bytearray(old)
-                _codec.decode(delta, page)
+                _xbzrle.decode(delta, page)
                 assert page == new
 
 
@@ -189,6 +190,7 @@ def versions(draw):
     return with_changes(size, changed, noise)
 
 
+@pytest.mark.emulation
 @given(versions())
 @settings(max_examples=300, deadline=None)
 def test_any_page_gives_the_same_bytes(pair):
@@ -216,9 +218,9 @@ def test_many_pages_give_the_same_bytes(pairs):
         for name in NATIVE:
             out, lengths = bytearray(64 * (len(pairs) + 1) + 32), array("i", [0] * len(pairs))
             with chosen(name):
-                used = _codec.encode_pages(old, new, 64, out, lengths, merge)
+                used = _xbzrle.encode_pages(old, new, 64, out, lengths, merge)
             found.add((bytes(out[:used]), tuple(lengths)))
-        deltas = [_twin.encode(*pair, merge) for pair in pairs]
+        deltas = [_xbzrle_twin.encode(*pair, merge) for pair in pairs]
         expected = b"".join(delta or b"" for delta in deltas)
         assert found == {(expected, tuple(-1 if d is None else len(d) for d in deltas))}
 
@@ -230,7 +232,9 @@ GUARDED = """
 import ctypes, mmap, random, sys
 from array import array
 
-from proto import _batch, _codec
+from proto.codec import _xbzrle
+from proto.codec.kernel import PageEncoder, PageHashes
+from proto.wire.errors import DecodeError
 
 PAGE = mmap.PAGESIZE
 ROOM = 3 * 16384
@@ -266,40 +270,40 @@ for size in sizes:
             new[i] ^= 0x80
         for at_end in (True, False):
             for merge in (False, True):
-                expected = _codec.encode(old, new, merge)
+                expected = _xbzrle.encode(old, new, merge)
                 a, b = olds.put(old, at_end), news.put(new, at_end)
-                delta = _codec.encode(a, b, merge)
+                delta = _xbzrle.encode(a, b, merge)
                 assert delta == expected
                 out = outs.put(bytes(2 * size + 32), at_end)
                 lengths = array("i", [0])
-                used = _codec.encode_pages(a, b, size, out, lengths, merge)
+                used = _xbzrle.encode_pages(a, b, size, out, lengths, merge)
                 assert out[:used] == (delta or b"")
                 page = pages.put(old, at_end)
-                _codec.decode(deltas.put(delta or b"", at_end), page)
+                _xbzrle.decode(deltas.put(delta or b"", at_end), page)
                 assert page == (old if delta is None else new)
                 for cut in range(min(len(delta or b""), 4)):
                     try:
-                        _codec.decode(deltas.put(delta[: len(delta) - cut], at_end), page)
-                    except _codec.DecodeError:
+                        _xbzrle.decode(deltas.put(delta[: len(delta) - cut], at_end), page)
+                    except DecodeError:
                         pass
-print("alive", _codec.SIMD)
+print("alive", _xbzrle.SIMD)
 """
 
 HASH = """
 noise = random.Random(8)
 for size in (1024, 2048, 4096, 8192, 16384):
-    hashes, same = (_batch.PageHashes(2, size, b"seed") for _ in range(2))
+    hashes, same = (PageHashes(2, size, b"seed") for _ in range(2))
     for at_end in (True, False):
         content = noise.randbytes(size)
-        hashes.note_pages(array("Q", [1]), 1, olds.put(content, at_end))
-        same.note_pages(array("Q", [1]), 1, content)
+        hashes.hash_pages(array("Q", [1]), 1, olds.put(content, at_end))
+        same.hash_pages(array("Q", [1]), 1, content)
         assert hashes.table == same.table
-        encoder = _batch.PageEncoder(hashes)
+        encoder = PageEncoder(hashes)
         for first in (0, 1):
             for page in (content, bytes(size), bytes(size - 1) + b"x"):
                 bits = bytearray(8)
                 assert encoder.scan(first, 1, news.put(page, at_end), bits) == 1
-print("alive", _codec.SIMD)
+print("alive", _xbzrle.SIMD)
 """
 
 OVER_READ = """
@@ -316,14 +320,15 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.emulation
 @pytest.mark.parametrize("code", [COMPARE, HASH], ids=["codec", "hash"])
 @pytest.mark.parametrize("name", NATIVE)
-def test_no_kernel_touches_a_byte_outside_of_what_it_was_given(name, code):
+def test_no_kernel_touches_a_byte_outside_its_buffers(name, code):
     done = run(code, XBMIGRATE_SIMD=name)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"alive {name}\n", "")
 
 
-def test_a_byte_too_many_would_crash():
+def test_guard_pages_detect_one_byte_too_many():
     """The check above can fail."""
     assert run(OVER_READ).returncode == -signal.SIGSEGV
 
@@ -331,15 +336,9 @@ def test_a_byte_too_many_would_crash():
 # ---------------------------------------------------------------- kernels of other processors
 
 
-def need(*programs: str) -> None:
-    missing = [program for program in programs if not shutil.which(program)]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-
-
 def compiled(path: Path, compiler: str, *flags: str) -> str:
     program = str(path / "simd_kernels")
-    command = [compiler, *C_FLAGS, *flags, f"-I{ROOT / 'proto'}", "-o", program]
+    command = [compiler, *C_FLAGS, *flags, f"-I{ROOT / 'proto' / 'codec'}", "-o", program]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "simd_kernels.c")],
         capture_output=True, text=True, check=False,
@@ -357,27 +356,30 @@ def kernels_of(*command: str) -> list[str]:
     return names.split()
 
 
-def test_the_kernels_of_this_processor_in_c(tmp_path):
+@pytest.mark.emulation
+def test_kernels_of_this_processor_in_c(tmp_path):
     """On every length of a page."""
-    need("gcc")
+    need_program("gcc")
     assert kernels_of(compiled(tmp_path, "gcc"), "1") == NATIVE
 
 
-def test_the_neon_kernel_under_emulation(tmp_path):
-    need("aarch64-linux-gnu-gcc", "qemu-aarch64")
+@pytest.mark.emulation
+def test_neon_kernel_under_emulation(tmp_path):
+    need_program("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")
+    need_program("qemu-aarch64", "qemu-user")
     program = compiled(tmp_path, "aarch64-linux-gnu-gcc", "-static")
     assert kernels_of("qemu-aarch64", program, "3") == ["neon", "portable"]
 
 
-def test_the_avx512_kernel_in_plain_c(tmp_path):
-    need("gcc")
+@pytest.mark.emulation
+def test_avx512_kernel_in_plain_c(tmp_path):
+    need_program("gcc")
     if platform.machine() != "x86_64":
-        pytest.skip("proto/_diff.h has this kernel on x86-64 only")
+        pytest.skip("proto/codec/_diff.h has this kernel on x86-64 only")
     probe = subprocess.run(
         ["gcc", "-E", "-x", "c", "-"],
         input="#include <simde/x86/avx512.h>\n", capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if probe.returncode:
-        pytest.skip("not installed: simde (libsimde-dev)")
+    need(probe.returncode == 0, "simde is not installed (libsimde-dev)")
     flags = ("-Wno-psabi", "-DALL_KERNELS", f"-I{ROOT / 'tests' / 'emulated'}")
     assert kernels_of(compiled(tmp_path, "gcc", *flags), "3") == ["avx512bw", "avx2", "portable"]

@@ -1,4 +1,4 @@
-"""A guest costs what it holds and what it writes, not what it spans; and its size is told of."""
+"""The cost of a guest depends on its data and its writes, not on its size; and size limits."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 import pytest
 
 import migrate
-from migrate import rounds
-from migrate.address import Address
-from migrate.destination import Destination
-from migrate.dialing import connect
 from migrate.errors import NotConvergedError, UsageError
-from migrate.feeder import Feeder
 from migrate.guests.buffer import BufferPlace
 from migrate.guests.file import FileGuest
 from migrate.guests.guest import check_size
-from migrate.listening import listen
-from migrate.memory import Memory
-from migrate.source import Source
-from migrate.tracking import DirtyTracker, ScanTracker
-from proto.frames import HEADER_BYTES
-from proto.kernel import PageEncoder, PageHashes
-from proto.messages import MAX_SIZE
+from migrate.memory.dirty import DirtyTracker, ScanTracker
+from migrate.memory.memory import Memory
+from migrate.policy import convergence
+from migrate.source.batches import BatchMaker
+from migrate.source.precopy import Source
+from migrate.transport.address import Address
+from migrate.transport.connect import connect
+from migrate.transport.listen import listen
+from proto.codec.kernel import PageEncoder, PageHashes
+from proto.wire.frames import HEADER_BYTES
+from proto.wire.messages import MAX_SIZE
 from tests.programs import BIN
+from tests.receiving import receive
+from tests.requirements import need
 
 PAGE = 4096
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
@@ -41,7 +42,7 @@ def sparse_file(path: Path, size: int) -> None:
             for at in (0, size // 2, size - MIB):
                 os.pwrite(file.fileno(), os.urandom(MIB), at)
     except OSError as error:
-        pytest.skip(f"no sparse file of {size >> 30} GiB in {path.parent}: {error.strerror}")
+        need(False, f"a sparse file of {size >> 30} GiB in {path.parent}: {error.strerror}")
 
 
 def moved(directory: Path, size: int) -> tuple[int, int]:
@@ -81,7 +82,8 @@ def moved(directory: Path, size: int) -> tuple[int, int]:
     return peaks[0], peaks[1]
 
 
-def test_a_sparse_guest_takes_no_more_memory_than_a_small_one(tmp_path):
+@pytest.mark.programs
+def test_sparse_guest_takes_no_more_memory_than_a_small_one(tmp_path):
     """8 bytes for each page of 256 GiB would be 512 MiB, a bit for each page is 8 MiB."""
     small, large = moved(tmp_path / "small", 64 * MIB), moved(tmp_path / "large", 256 * GIB)
     for side, few, many in zip(("source", "destination"), small, large, strict=True):
@@ -89,7 +91,7 @@ def test_a_sparse_guest_takes_no_more_memory_than_a_small_one(tmp_path):
 
 
 def test_holes_that_the_peer_holds_already_are_not_counted_as_sent(tmp_path):
-    """After a resume, what is left of the round would be less than nothing."""
+    """Else the rest of the round would be negative after a resume."""
     pages = 1000
     with (tmp_path / "guest").open("wb+") as file:
         file.truncate(pages * PAGE)
@@ -99,7 +101,7 @@ def test_holes_that_the_peer_holds_already_are_not_counted_as_sent(tmp_path):
         memory = Memory(pages * PAGE, fd=file.fileno())
         dirty = ScanTracker(memory, encoder).take()
         assert set(dirty) == {500, *range(pages - 10, pages)}
-        feeder = Feeder(memory, encoder)
+        feeder = BatchMaker(memory, encoder)
         feeder.begin_round(1)
         turn = feeder.turn(dirty, 0, holes=True)
         assert turn.over
@@ -109,7 +111,7 @@ def test_holes_that_the_peer_holds_already_are_not_counted_as_sent(tmp_path):
 # ---------------------------------------------------------------- the limit
 
 
-def test_the_largest_guest_is_named_before_anything_is_connected(tmp_path):
+def test_too_large_file_is_refused_before_connecting(tmp_path):
     path = tmp_path / "guest"
     sparse_file(path, MAX_SIZE + 1 * GIB)
     program = subprocess.run(
@@ -125,7 +127,7 @@ def test_the_largest_guest_is_named_before_anything_is_connected(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_a_program_is_told_of_the_limit_before_it_is_connected():
+async def test_send_raises_usage_error_for_too_large_guest():
     guest = migrate.BufferGuest(bytearray(PAGE))
     guest.memory.size = 5 * TIB
     with pytest.raises(UsageError, match=r"it has 5\.0 TiB; the most .* is 4\.0 TiB"):
@@ -146,8 +148,8 @@ class Slow(migrate.BufferGuest):
         self.seconds, self.rewritten = seconds, rewritten
         self.slowed: list[int] = []
 
-    def track(self, encoder: PageEncoder) -> DirtyTracker:
-        tracker = super().track(encoder)
+    def track(self, encoder: PageEncoder, *limit: Any) -> DirtyTracker:
+        tracker = super().track(encoder, *limit)
         take = tracker.take
 
         def taken() -> Any:
@@ -164,7 +166,7 @@ class Slow(migrate.BufferGuest):
         self.slowed.append(percent)
 
 
-async def given_up(guest: Slow, *, auto: bool, **limits: Any) -> str:
+async def abort_reason(guest: Slow, *, auto: bool, **limits: Any) -> str:
     """Why this guest was not moved."""
     listener = await listen(Address("127.0.0.1", 0))
     near = await connect(listener.address)
@@ -172,7 +174,7 @@ async def given_up(guest: Slow, *, auto: bool, **limits: Any) -> str:
     parameters = migrate.Parameters(
         capabilities={"auto-converge": auto, "xbzrle": False}, limits=migrate.Limits(**limits)
     )
-    receiving = asyncio.create_task(Destination(far, BufferPlace).run())
+    receiving = asyncio.create_task(receive(far, BufferPlace))
     try:
         async with asyncio.timeout(60):
             with pytest.raises(NotConvergedError) as raised:
@@ -187,10 +189,10 @@ async def given_up(guest: Slow, *, auto: bool, **limits: Any) -> str:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("auto", [False, True])
 @pytest.mark.parametrize("rewritten", [0, 1, 64])
-async def test_a_guest_that_is_too_large_is_told_so_and_never_slowed(monkeypatch, auto, rewritten):
-    monkeypatch.setattr(rounds, "LARGE_SECONDS", 0.0)
+async def test_too_large_guest_is_refused_and_never_throttled(monkeypatch, auto, rewritten):
+    monkeypatch.setattr(convergence, "LARGE_SECONDS", 0.0)
     guest = Slow(seconds=0.9, rewritten=rewritten)
-    text = await given_up(guest, auto=auto)
+    text = await abort_reason(guest, auto=auto)
     assert "too large for --downtime-limit, whatever it writes" in text
     assert "finding what changed takes 900 ms" in text
     assert "raise --downtime-limit to 1" in text
@@ -200,19 +202,19 @@ async def test_a_guest_that_is_too_large_is_told_so_and_never_slowed(monkeypatch
 
 
 @pytest.mark.asyncio
-async def test_it_is_advised_to_slow_a_guest_whose_writes_are_the_obstacle():
+async def test_throttling_is_advised_when_writes_are_the_obstacle():
     """The rest of the advice depends on what the pause would be made of."""
-    writes = await given_up(
+    writes = await abort_reason(
         Slow(seconds=0.0, rewritten=64), auto=False, max_rounds=3, downtime_limit=0.3,
         max_bandwidth=64 * PAGE,
     )  # fmt: skip
     assert "or slow the guest with --auto-converge" in writes
-    large = await given_up(Slow(seconds=0.9), auto=False, max_rounds=1)
+    large = await abort_reason(Slow(seconds=0.9), auto=False, max_rounds=1)
     assert "auto-converge" not in large
 
 
 @pytest.mark.asyncio
-async def test_a_first_round_that_takes_too_long_is_no_reason_to_slow_the_guest():
-    text = await given_up(Slow(seconds=0.0), auto=False, timeout=0.5, max_bandwidth=16 * PAGE)
+async def test_long_first_round_does_not_advise_throttling():
+    text = await abort_reason(Slow(seconds=0.0), auto=False, timeout=0.5, max_bandwidth=16 * PAGE)
     assert "--timeout" in text
     assert "auto-converge" not in text

@@ -9,16 +9,18 @@ from tests.soak import soak
 from tests.soak_qemu import missing
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
-def test_a_few_rounds_of_the_soak() -> None:
+def test_few_rounds_of_the_soak() -> None:
     tally = soak(6, seed=4444)
     assert tally.rounds.total() == 6
     assert tally.faults.total() > 0
     assert tally.compared > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
-def test_a_few_rounds_with_virtual_machines() -> None:
+def test_few_rounds_with_virtual_machines() -> None:
     need(not missing(), missing())
     tally = soak(3, seed=4444, guests=["qemu"])
     assert tally.rounds == {"qemu": 3}

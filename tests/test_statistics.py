@@ -1,4 +1,4 @@
-"""The two ways the numbers are printed: the seed's labels in its order, and QMP's names."""
+"""How the numbers are printed: the seed's labels in its order, and QMP's names."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrate.statistics import Statistics, info_migrate, info_migrate_all, query_migrate
+from migrate.statistics import Statistics, Status, info_migrate, info_migrate_all, query_migrate
 
 SEED = [
     ("capabilities", "xbzrle: on"),
@@ -26,7 +26,7 @@ SEED = [
     ("xbzrle overflow ", "3"),
 ]
 FULL = Statistics(
-    status="completed", capabilities={"xbzrle": True}, total_time=2.5, setup_time=0.01,
+    status=Status.COMPLETED, capabilities={"xbzrle": True}, total_time=2.5, setup_time=0.01,
     downtime=0.0423, expected_downtime=0.2, transferred=1234 * 1024, remaining=8192,
     total=64 << 20, duplicate=11, normal=22, skipped=4, dirty_sync_count=7, cache_size=64 << 20,
     xbzrle_bytes=20 * 1024, xbzrle_pages=80, cache_hits=15, cache_miss=5, overflow=3, evictions=2,
@@ -40,31 +40,31 @@ def labels(s: Statistics) -> list[tuple[str, str]]:
     return [tuple(line.split(": ", 1)) for line in info_migrate(s).splitlines()]
 
 
-def test_the_seeds_lines_come_first_in_its_order():
+def test_info_migrate_begins_with_the_seeds_lines():
     assert labels(FULL)[: len(SEED)] == SEED
 
 
-def test_without_xbzrle_its_lines_are_away_and_the_others_stay():
+def test_info_migrate_without_xbzrle():
     off = FULL.with_(capabilities={"xbzrle": False})
     assert labels(off)[:9] == [("capabilities", "xbzrle: off"), *SEED[1:9]]
     assert "cache" not in info_migrate(off)
     assert "xbzrle-cache" not in query_migrate(off)
 
 
-def test_downtime_is_told_when_there_was_one():
+def test_downtime_is_printed_once_it_is_known():
     assert ("downtime", "42 milliseconds") in labels(FULL)
     before = FULL.with_(downtime=None, expected_downtime=None)
     assert not [label for label, _ in labels(before) if "downtime" in label and "ram" not in label]
     assert not {"downtime", "expected-downtime"} & set(query_migrate(before))
 
 
-def test_a_failure_says_why():
-    failed = FULL.with_(status="failed", error="the memories differ")
+def test_failure_is_printed_with_its_reason():
+    failed = FULL.with_(status=Status.FAILED, error="the memories differ")
     assert ("Migration status", "failed (the memories differ)") in labels(failed)
     assert query_migrate(failed)["error-desc"] == "the memories differ"
 
 
-def test_deltas_that_are_switched_off_and_pages_left_out_are_told():
+def test_inactive_xbzrle_and_skipped_pages_are_printed():
     assert ("xbzrle active", "on") in labels(FULL)
     assert ("xbzrle overflow skipped", "9 pages") in labels(FULL)
     off = FULL.with_(xbzrle_active=False)
@@ -72,14 +72,14 @@ def test_deltas_that_are_switched_off_and_pages_left_out_are_told():
     assert query_migrate(off)["xbzrle-cache"]["xbzrle-active"] is False
 
 
-def test_advice_is_told_where_there_is_some():
+def test_advice_is_printed_if_there_is_some():
     assert "advice" not in query_migrate(FULL)
     assert query_migrate(FULL.with_(advice=("do this", "and that")))["advice"] == [
         "do this", "and that",
     ]  # fmt: skip
 
 
-def test_json_has_the_names_of_query_migrate():
+def test_query_migrate_has_qmp_names():
     result = query_migrate(FULL)
     assert list(result) == [
         "status", "total-time", "setup-time", "downtime", "expected-downtime", "ram",
@@ -100,7 +100,7 @@ def test_json_has_the_names_of_query_migrate():
     }  # fmt: skip
 
 
-def test_further_channels_are_told_where_there_are_some():
+def test_further_channels_are_printed_if_there_are_some():
     assert not {"channels", "multifd bytes"} & {label for label, _ in labels(FULL)}
     several = FULL.with_(channels=3, channel_bytes=700 * 1024)
     assert labels(several)[-2:] == [("channels", "3"), ("multifd bytes", "700 kbytes")]
@@ -108,17 +108,17 @@ def test_further_channels_are_told_where_there_are_some():
     assert query_migrate(several)["ram"]["multifd-bytes"] == 700 * 1024
 
 
-def test_before_a_migration_there_is_nothing_to_tell():
+def test_query_migrate_is_empty_before_a_migration():
     assert query_migrate(Statistics()) == {}
     assert labels(Statistics())[1] == ("Migration status", "none")
 
 
-def test_rates_of_nothing_are_zero():
+def test_rates_without_counts_are_zero():
     assert Statistics().cache_miss_rate == 0.0
     assert Statistics().encoding_rate == 0.0
 
 
-def test_a_snapshot_stays_as_it_is():
+def test_statistics_are_immutable():
     assert FULL.with_(normal=1).normal == 1
     assert FULL.normal == 22
     with pytest.raises(AttributeError):
@@ -140,7 +140,7 @@ reals = st.floats(0, 1e15)
         channels=st.integers(1, 64), channel_bytes=counts,
     )
 )  # fmt: skip
-def test_whatever_was_counted_both_prints_are_whole_numbers_or_finite(s):
+def test_any_counts_print_as_finite_numbers(s):
     def no_constant(name: str) -> None:
         raise AssertionError(name)
 
@@ -151,7 +151,7 @@ def test_whatever_was_counted_both_prints_are_whole_numbers_or_finite(s):
     assert not {"nan", "inf"} & set(info_migrate(s).split())
 
 
-def test_the_throttle_shows_while_it_is_on():
+def test_throttle_is_printed_while_it_is_on():
     assert "throttle" not in info_migrate(FULL)
     assert "cpu-throttle-percentage" not in query_migrate(FULL)
     slowed = FULL.with_(cpu_throttle_percentage=30)
@@ -163,7 +163,7 @@ def test_the_throttle_shows_while_it_is_on():
     assert "cpu-throttle-highest" not in query_migrate(FULL)
 
 
-def test_the_layout_of_later_qemus():
+def test_info_migrate_all_has_the_layout_of_qemu_10():
     """Labels, tabs and units of QEMU 10.1's `info migrate -a`."""
     assert info_migrate_all(FULL).splitlines() == [
         "Status: \t\tcompleted",
@@ -179,7 +179,7 @@ def test_the_layout_of_later_qemus():
         "XBZRLE: size=67108864, transferred=20480, pages=80, miss=5",
         "  miss_rate=0.25, encode_rate=16.00, overflow=3",
     ]
-    running = FULL.with_(status="active", downtime=None, cpu_throttle_percentage=30)
+    running = FULL.with_(status=Status.ACTIVE, downtime=None, cpu_throttle_percentage=30)
     said = info_migrate_all(running)
     assert "total=2500, setup=10, exp_down=200\n" in said
     assert said.endswith("\nCPU Throttle (%): 30")

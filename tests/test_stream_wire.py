@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from proto.errors import ErrorCode
-from proto.frames import HEADER_BYTES, seal
-from proto.messages import (
+from proto.wire.errors import ErrorCode
+from proto.wire.frames import HEADER_BYTES, seal
+from proto.wire.messages import (
     Accept,
     Blocks,
     Bytes,
@@ -35,8 +35,8 @@ from proto.messages import (
     Running,
     Taken,
 )
+from tests.hostile_peer import Peer, framed
 from tests.programs import Program, destination
-from tests.test_hostile import Peer, framed
 
 STREAM = json.loads((Path(__file__).parent / "vectors/wire.json").read_text())["stream"]
 BLOCKS = Blocks(tuple((bytes.fromhex(name), pages) for name, pages in STREAM["blocks"]))
@@ -54,7 +54,7 @@ SHUT = bytes.fromhex("0001 0004 00000000")
 
 
 class Qemu:
-    """What waits for a guest: takes down all that comes, and says what it is told to."""
+    """An incoming QEMU: records the stream, and sends the answers it is given."""
 
     def __init__(self) -> None:
         self.server = socket.create_server(("127.0.0.1", 0))
@@ -99,7 +99,7 @@ class Source:
         self.address = address
         self.channels = channels
         self.main = Peer(address)
-        self.lanes = {0: self.main}
+        self.links = {0: self.main}
         self.sent = 0
         self.taken = 0
         self.returned = b""
@@ -115,10 +115,10 @@ class Source:
         accept = self.main.receive()
         assert isinstance(accept, Accept), accept
         for channel in reversed(range(1, self.channels)):  # in any order
-            lane = self.lanes[channel] = Peer(self.address)
-            lane.send(Join(accept.token, channel))
-            lane.reader.channel = channel
-            assert isinstance(lane.receive(), Joined)
+            link = self.links[channel] = Peer(self.address)
+            link.send(Join(accept.token, channel))
+            link.reader.channel = channel
+            assert isinstance(link.receive(), Joined)
         return accept
 
     def item(self, fields: dict[str, object], first: int = 0) -> None:
@@ -131,7 +131,7 @@ class Source:
             made = bytearray(HEADER_BYTES) + bytes.fromhex(str(fields["head"]))
             seal(made, MessageType.PAGES, channel, len(data))
             frame = bytes(made) + data
-        self.lanes[channel].send(frame)
+        self.links[channel].send(frame)
 
     def hear(self, kind: type, until: int = 1) -> object:
         """The next message of this kind; TAKEN and the return path beside it are noted."""
@@ -148,8 +148,8 @@ class Source:
             assert isinstance(message, Taken | Bytes), message
 
     def close(self) -> None:
-        for lane in self.lanes.values():
-            lane.close()
+        for link in self.links.values():
+            link.close()
 
 
 @pytest.fixture
@@ -171,8 +171,8 @@ def there(qemu: Qemu, tmp_path: Path) -> Iterator[tuple[Program, str]]:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_a_stream(qemu, there, channels):
-    """Over channels that have joined the other way round; what is held waits for GO."""
+def test_stream_is_carried_and_handed_over(qemu, there, channels):
+    """Over channels that joined in reverse order. Held bytes wait for GO."""
     program, address = there
     source = Source(address, channels)
     source.greet()
@@ -202,8 +202,8 @@ def test_a_stream(qemu, there, channels):
     source.close()
 
 
-def test_a_stream_is_resumed_where_it_broke(qemu, there):
-    """Items that were not taken come again, as does what was said on the return path; nothing
+def test_stream_resumes_where_it_broke(qemu, there):
+    """Items that were not taken are sent again, as are answers on the return path; nothing
     reaches QEMU twice."""
     program, address = there
     first = Source(address, 2)
@@ -254,7 +254,7 @@ SPOILED = STREAM["items"][1]["fields"]
     ],
     ids=["no base", "other bytes"],
 )
-def test_nothing_of_a_bad_batch_reaches_qemu(qemu, there, item, text):
+def test_bad_batch_does_not_reach_qemu(qemu, there, item, text):
     program, address = there
     source = Source(address, 1)
     source.greet()
@@ -279,11 +279,11 @@ def test_nothing_of_a_bad_batch_reaches_qemu(qemu, there, item, text):
     [
         (Complete(bytes(16), COMPLETE.state), ErrorCode.MISMATCH, "is not what was sent"),
         (Complete(COMPLETE.digest, b""), ErrorCode.PROTOCOL, "does not say how many items"),
-        (Complete(COMPLETE.digest, bytes(9)), ErrorCode.PROTOCOL, "where COMPLETE says 0"),
+        (Complete(COMPLETE.digest, bytes(9)), ErrorCode.PROTOCOL, "but COMPLETE says 0"),
     ],
     ids=["digest", "no state", "fewer items"],
 )
-def test_what_complete_says_wrongly(qemu, there, complete, code, text):
+def test_wrong_complete_of_a_stream_is_refused(qemu, there, complete, code, text):
     _, address = there
     source = Source(address, 1)
     source.greet()

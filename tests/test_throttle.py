@@ -8,25 +8,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate.errors import UsageError
-from migrate.guests.duty import RUN_SECONDS, stopped_seconds
-from migrate.rounds import STALL_MARGIN, Limits
-from migrate.throttle import Look, Throttle, ThrottlePolicy
+from migrate.guests.duty_cycle import RUN_SECONDS, stopped_seconds
+from migrate.policy.convergence import STALL_MARGIN
+from migrate.policy.downtime import Limits
+from migrate.policy.throttle import RoundLoad, ThrottleParameters, ThrottlePolicy
 
 LIMITS = Limits(downtime_limit=0.3)
-STUCK = Look(expected=2.0, seconds=1.0, sent_bytes=100.0, dirtied_bytes=100.0, dirtied_seconds=0.2)
+STUCK = RoundLoad(
+    expected=2.0, seconds=1.0, sent_bytes=100.0, dirtied_bytes=100.0, dirtied_seconds=0.2
+)
 
 
 def steps(looks, throttle=None, limits=LIMITS):
     """The percentage after each look."""
     policy = ThrottlePolicy()
-    return [policy.decide(throttle or Throttle(), limits, look) for look in looks]
+    return [policy.decide(throttle or ThrottleParameters(), limits, look) for look in looks]
 
 
 # ---------------------------------------------------------------- the parameters
 
 
-def test_the_defaults_are_qemus():
-    assert Throttle() == Throttle(20, 10, 99, False, 50)
+def test_defaults_match_qemu():
+    assert ThrottleParameters() == ThrottleParameters(20, 10, 99, False, 50)
 
 
 @pytest.mark.parametrize(
@@ -41,75 +44,77 @@ def test_the_defaults_are_qemus():
         ({"throttle_trigger_threshold": 101}, "throttle_trigger_threshold", "1 to 100"),
     ],
 )
-def test_what_cannot_be_is_refused_in_qemus_words(values, name, range_):
+def test_invalid_parameters_raise_qemu_messages(values, name, range_):
     with pytest.raises(UsageError) as caught:
-        Throttle(**values)
+        ThrottleParameters(**values)
     assert str(caught.value) == f"Parameter '{name}' expects an integer in the range of {range_}"
 
 
 # ---------------------------------------------------------------- when
 
 
-def test_it_steps_after_two_periods_without_progress_and_again_after_two_more():
+def test_step_after_every_two_bad_periods():
     assert steps([STUCK] * 7) == [0, 0, 20, 20, 30, 30, 40]
 
 
-def test_it_ends_at_the_maximum():
-    assert steps([STUCK] * 30, Throttle(50, 30, 90))[-1] == 90
+def test_percentage_ends_at_maximum():
+    assert steps([STUCK] * 30, ThrottleParameters(50, 30, 90))[-1] == 90
     assert steps([STUCK] * 300)[-1] == 99
 
 
-def test_a_guest_that_converges_is_left_alone():
-    falling = [Look(2.0 * 0.9**n, 1.0, 100.0, 100.0, 1.0) for n in range(20)]
+def test_converging_guest_is_not_slowed():
+    falling = [RoundLoad(2.0 * 0.9**n, 1.0, 100.0, 100.0, 1.0) for n in range(20)]
     assert set(steps(falling)) == {0}
-    short = Look(0.2, 1.0, 100.0, 100.0, 1.0)
+    short = RoundLoad(0.2, 1.0, 100.0, 100.0, 1.0)
     assert set(steps([short] * 20)) == {0}
 
 
-def test_deltas_are_counted_not_pages():
+def test_load_counts_cost_of_deltas_not_pages():
     """Many pages that cost next to nothing, in bytes and in time, are no reason."""
-    cheap = Look(2.0, 1.0, 100.0, 50.0, 0.5)
+    cheap = RoundLoad(2.0, 1.0, 100.0, 50.0, 0.5)
     assert set(steps([cheap] * 20)) == {0}
-    in_bytes = Look(2.0, 1.0, 100.0, 51.0, 0.0)
+    in_bytes = RoundLoad(2.0, 1.0, 100.0, 51.0, 0.0)
     assert steps([in_bytes] * 3)[-1] == 20
-    in_time = Look(2.0, 1.0, 100.0, 0.0, 0.51)
+    in_time = RoundLoad(2.0, 1.0, 100.0, 0.0, 0.51)
     assert steps([in_time] * 3)[-1] == 20
-    assert steps([cheap] * 3, Throttle(throttle_trigger_threshold=49))[-1] == 20
+    assert steps([cheap] * 3, ThrottleParameters(throttle_trigger_threshold=49))[-1] == 20
 
 
-def test_one_good_period_starts_the_count_again():
-    good = Look(1.0, 1.0, 100.0, 100.0, 0.2)
+def test_good_period_resets_count():
+    good = RoundLoad(1.0, 1.0, 100.0, 100.0, 0.2)
     assert steps([STUCK, STUCK, good, good, good]) == [0, 0, 0, 0, 20]
 
 
-def test_short_rounds_make_one_period_together():
-    short = Look(2.0, 0.1, 10.0, 10.0, 0.02)
+def test_short_rounds_form_one_period():
+    short = RoundLoad(2.0, 0.1, 10.0, 10.0, 0.02)
     assert steps([short] * 29)[-1] == 0
     assert steps([short] * 33)[-1] == 20
 
 
-def test_a_lower_maximum_holds_at_once():
+def test_lower_maximum_applies_at_once():
     policy = ThrottlePolicy()
     for _ in range(9):
-        policy.decide(Throttle(), LIMITS, STUCK)
+        policy.decide(ThrottleParameters(), LIMITS, STUCK)
     assert policy.percentage == 50
-    assert policy.decide(Throttle(max_cpu_throttle=30), LIMITS, STUCK) == 30
+    assert policy.decide(ThrottleParameters(max_cpu_throttle=30), LIMITS, STUCK) == 30
 
 
 @given(
     rounds=st.floats(0.001, 100), stall=st.floats(0.01, 1000),
     wobble=st.lists(st.floats(1 - STALL_MARGIN + 0.001, 1.5), min_size=1, max_size=20),
 )  # fmt: skip
-def test_it_steps_before_the_stall_timeout_gives_up(rounds, stall, wobble):
-    """The policy gives up after so long, and 8 rounds, without progress; each step begins that
-    anew."""
+def test_step_comes_before_stall_timeout(rounds, stall, wobble):
+    """The policy gives up after stall_timeout and 8 rounds without progress; each step restarts
+    that time."""
     limits = Limits(downtime_limit=0.3, stall_timeout=stall)
     policy, since, count = ThrottlePolicy(), 0.0, 0
-    policy.decide(Throttle(), limits, Look(2.0, rounds, 100.0, 100.0, rounds))
+    policy.decide(ThrottleParameters(), limits, RoundLoad(2.0, rounds, 100.0, 100.0, rounds))
     while policy.percentage < 99:
         before = policy.percentage
         expected = 2.0 * wobble[count % len(wobble)]
-        policy.decide(Throttle(), limits, Look(expected, rounds, 100.0, 100.0, rounds))
+        policy.decide(
+            ThrottleParameters(), limits, RoundLoad(expected, rounds, 100.0, 100.0, rounds)
+        )
         since, count = since + rounds, count + 1
         assert since < stall + 1e-6 or count < 8 or policy.percentage > before
         if policy.percentage > before:
@@ -120,37 +125,35 @@ def test_it_steps_before_the_stall_timeout_gives_up(rounds, stall, wobble):
 
 
 def test_tailslow_steps_no_further_than_needed():
-    """With the dirty rate at 60 % where 50 % may be, a sixth of what it runs is enough."""
-    look = Look(2.0, 1.0, 100.0, 60.0, 0.0)
-    gentle = Throttle(40, 30, cpu_throttle_tailslow=True)
+    """If the dirty rate is 60 % and may be 50 %, taking a sixth of its time is enough."""
+    look = RoundLoad(2.0, 1.0, 100.0, 60.0, 0.0)
+    gentle = ThrottleParameters(40, 30, cpu_throttle_tailslow=True)
     assert steps([look] * 5, gentle)[-1] == 50
-    assert steps([look] * 5, Throttle(40, 30))[-1] == 70
+    assert steps([look] * 5, ThrottleParameters(40, 30))[-1] == 70
 
 
 @given(
     share=st.floats(50.1, 1e4), initial=st.integers(1, 99), increment=st.integers(1, 99),
     most=st.integers(1, 99), tailslow=st.booleans(), count=st.integers(1, 40),
 )  # fmt: skip
-def test_the_percentage_is_always_one_that_a_guest_can_be_slowed_by(
-    share, initial, increment, most, tailslow, count
-):
-    throttle = Throttle(min(initial, most), increment, most, tailslow)
-    look = Look(2.0, 1.0, 100.0, share, 0.0)
+def test_percentage_rises_within_range(share, initial, increment, most, tailslow, count):
+    throttle = ThrottleParameters(min(initial, most), increment, most, tailslow)
+    look = RoundLoad(2.0, 1.0, 100.0, share, 0.0)
     before = 0
     for percentage in steps([look] * count, throttle):
         assert before <= percentage <= most
         before = percentage
 
 
-def test_the_duty_cycle_takes_its_share():
+def test_duty_cycle_stops_for_percentage():
     for percentage in range(100):
         stopped = stopped_seconds(percentage)
         assert math.isclose(stopped / (stopped + RUN_SECONDS), percentage / 100, abs_tol=1e-9)
 
 
-def test_a_guest_that_would_not_fit_if_it_wrote_nothing_is_not_slowed():
+def test_guest_too_large_for_limit_is_not_slowed():
     """Its size is the obstacle: slowing it would only cost it time."""
-    large, fits = replace(STUCK, still=0.4), replace(STUCK, still=0.2)
+    large, fits = replace(STUCK, idle_downtime=0.4), replace(STUCK, idle_downtime=0.2)
     assert steps([large] * 30) == [0] * 30
     assert steps([fits] * 3) == steps([STUCK] * 3) == [0, 0, 20]
     assert steps([large] * 10 + [fits] * 2)[-1] == 20, "from when it does fit"

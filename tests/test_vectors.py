@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from proto import _ram, _twin, _twin_ram, messages
-from proto.frames import HEADER_BYTES, FrameReader, seal
-from proto.messages import MessageType, Pages, pack, unpack
-from proto.session import Role, Session, State
+from proto.wire import messages
+from proto.wire.frames import HEADER_BYTES, FrameReader, seal
+from proto.wire.messages import MessageType, Pages, pack, unpack
+from proto.wire.session import Role, Session, State
 from tests.kernels import kernel  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_bytes_to_message(vector):
 
 
 @each_frame
-def test_the_check_is_what_the_specification_says(vector):
+def test_frame_check_matches_the_specification(vector):
     frame = bytes.fromhex(vector["frame"])
     seed = int.from_bytes(frame[4:12], "big")
     length, head = int.from_bytes(frame[8:12], "big"), int.from_bytes(frame[12:16], "big")
@@ -111,7 +111,7 @@ def test_the_check_is_what_the_specification_says(vector):
     assert frame[16:24] == check.to_bytes(8, "big")
 
 
-def test_the_exchange_walks_through_all_states():
+def test_exchange_vector_visits_all_states():
     ends = {role.value: Session(role) for role in Role}
     seen = [State.START]
     for vector in EXCHANGE["frames"]:
@@ -127,7 +127,7 @@ def test_the_exchange_walks_through_all_states():
         assert sender.state is receiver.state
         seen.append(sender.state)
     assert set(seen) == set(State) - {
-        State.FAILED, State.JOINING, State.LANE, State.ASKED, State.ANSWERED,
+        State.FAILED, State.JOINING, State.CHANNEL, State.ASKED, State.ANSWERED,
     }  # fmt: skip
     assert seen[-1] is State.DONE
 
@@ -180,7 +180,7 @@ def test_page_hashes_are_what_the_specification_says(kernel, vector):
     assert hash_as_specified(content, seed) == value
     hashes = kernel.PageHashes(3, size, seed)
     assert hashes.table == hash_as_specified(bytes(size), seed).to_bytes(8, "little") * 3
-    hashes.note_pages(memoryview(array("Q", [1])), 1, content)
+    hashes.hash_pages(memoryview(array("Q", [1])), 1, content)
     assert hashes.table[8:16] == value.to_bytes(8, "little")
     if size == EXCHANGE["page_size"]:
         assert f"| `{vector['hash']}` |" in README
@@ -192,7 +192,7 @@ def test_page_hashes_are_what_the_specification_says(kernel, vector):
     + [body for vector in WIRE["batches"] for body in vector["bodies"]],
     ids=lambda fields: fields["head"][:24],
 )
-def test_the_check_of_a_batch_is_what_the_specification_says(fields):
+def test_batch_check_matches_the_specification(fields):
     head, data = batch_of(fields)
     check = 0
     for at in range(0, len(data), 1024):
@@ -201,7 +201,7 @@ def test_the_check_of_a_batch_is_what_the_specification_says(fields):
     assert head[12:20] == check.to_bytes(8, "big")
 
 
-def test_the_digest_is_what_the_specification_says():
+def test_digest_matches_the_specification():
     size, seed = EXCHANGE["page_size"], bytes.fromhex(EXCHANGE["hash_seed"])
     memory = memory_of(EXCHANGE["memory_after_round"]["2"], EXCHANGE["pages"], size)
     assert not any(memory[EXCHANGE["size"] :]), "what fills up the last page"
@@ -213,7 +213,7 @@ def test_the_digest_is_what_the_specification_says():
     assert complete["fields"]["digest"] == EXCHANGE["digest"]
 
 
-def test_the_sum_is_what_the_specification_says(kernel):
+def test_digest_sum_matches_the_specification(kernel):
     """Written from proto/README.md ("The digest") alone, then asked of the kernel."""
     size, seed = EXCHANGE["page_size"], bytes.fromhex(EXCHANGE["hash_seed"])
     memory = bytes(memory_of(EXCHANGE["memory_after_round"]["2"], EXCHANGE["pages"], size))
@@ -233,7 +233,7 @@ def test_the_sum_is_what_the_specification_says(kernel):
     assert digest.hex() == EXCHANGE["sum"]
     assert EXCHANGE["sum"] in README
     hashes = hashes_of(kernel, EXCHANGE)
-    hashes.note_pages(memoryview(array("Q", range(len(contents)))), len(contents), memory)
+    hashes.hash_pages(memoryview(array("Q", range(len(contents)))), len(contents), memory)
     assert hashes.sum == digest
 
 
@@ -249,8 +249,8 @@ def test_batches_give_the_stated_memory(kernel, vector):
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_the_encoder_gives_the_bytes_of_the_exchange(kernel, merge):
-    """Each side of the exchange: what the source's memory is, and what it sends for it."""
+def test_encoder_reproduces_the_exchange_vector(kernel, merge):
+    """The source's memory in the exchange, and the batches that it sends for it."""
     pages, page_size = EXCHANGE["pages"], EXCHANGE["page_size"]
     cache = kernel.PageCache(1 << 16, page_size)
     encoder = kernel.PageEncoder(hashes_of(kernel, EXCHANGE), cache, merge=merge)
@@ -267,7 +267,7 @@ def test_the_encoder_gives_the_bytes_of_the_exchange(kernel, merge):
             at = page * page_size
             snapshot[i * page_size : (i + 1) * page_size] = memory[at : at + page_size]
         encoder.feed(len(numbers), bytes(pages))
-        head, data = encoder.take()
+        head, data = encoder.finish_batch()
         assert (bytes(head), bytes(data)) == batch
 
 
@@ -285,7 +285,7 @@ def record_as_specified(blocks, page, size, op, body, last):
     return out + (b"\1" + len(body).to_bytes(2, "big") + body if op == 2 else body), name
 
 
-def test_the_encoder_gives_the_batches_of_the_stream(kernel):
+def test_encoder_reproduces_the_stream_vector(kernel):
     vector = WIRE["stream"]
     cache = kernel.PageCache(1 << 16, vector["page_size"])
     encoder = kernel.PageEncoder(hashes_of(kernel, vector), cache)
@@ -300,16 +300,15 @@ def test_the_encoder_gives_the_batches_of_the_stream(kernel):
         assert encoder.feed_records(data, table, 0, len(item["pages"])) == (
             len(item["pages"]), False,
         )  # fmt: skip
-        head, raw = encoder.take()
+        head, raw = encoder.finish_batch()
         assert (bytes(head), bytes(raw)) == batch_of(item["fields"])
 
 
-def test_a_stream_is_passed_on_as_the_specification_says(kernel):
+def test_forwarded_stream_matches_the_specification(kernel):
     """Every item, what QEMU gets for it, and the digest of them all."""
     vector = WIRE["stream"]
-    ram = _twin_ram if kernel is _twin else _ram
     blocks = blocks_of(vector["blocks"])
-    writer = ram.RamWriter(hashes_of(kernel, vector), blocks)
+    writer = kernel.RamWriter(hashes_of(kernel, vector), blocks)
     digest, last = xxhash.xxh3_128(), None
     for item in vector["items"]:
         if "data" in item["fields"] and "head" not in item["fields"]:
@@ -340,7 +339,7 @@ def test_a_stream_is_passed_on_as_the_specification_says(kernel):
 # ---------------------------------------------------------------- the specification
 
 
-def test_the_example_of_the_specification_is_the_exchange():
+def test_specification_example_is_the_exchange_vector():
     blocks, open_block = [], False
     for line in README[README.index("## An example") :].splitlines():
         if line.startswith(("    -> ", "    <- ")):
@@ -358,7 +357,7 @@ def test_the_example_of_the_specification_is_the_exchange():
         assert re.fullmatch(pattern, vector["frame"]), vector["type"]
 
 
-def test_the_limits_of_the_specification_are_those_of_the_code():
+def test_limits_match_the_specification():
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (\d+) \|", README, re.MULTILINE))
     assert len(rows) == 23
     assert {name: getattr(messages, name) for name in rows} == {
@@ -366,7 +365,7 @@ def test_the_limits_of_the_specification_are_those_of_the_code():
     }
 
 
-def test_the_numbers_of_the_specification_are_those_of_the_code():
+def test_numbers_match_the_specification():
     types = re.findall(r"^\| (\d+) \| ([A-Z_]+) \| (?:source|destination|both) \|", README, re.M)
     assert {name: int(number) for number, name in types} == dict(MessageType.__members__)
     codes = re.findall(r"^\| (\d+) \| ([A-Z_]+) \| (?!source|destination|both)", README, re.M)

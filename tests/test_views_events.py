@@ -8,15 +8,18 @@ import os
 import pytest
 
 from migrate.errors import UsageError
-from migrate.statistics import Statistics, query_migrate
-from migrate.views.events import MAX_WAITING_BYTES, Events, Outlet, parse_events
+from migrate.events import Notice, SourceEvent
+from migrate.statistics import Statistics, Status, query_migrate
+from migrate.views.events import MAX_WAITING_BYTES, EventLines, Events, parse_events
 from migrate.views.history import History
 from tests.programs import Program, destination, end_guest, guest_pid
 from tests.relay import Relay
 from tests.story import move, story
 
 
-def told(events: Events, history: History, rounds: int = 3, status: str = "completed") -> None:
+def told(
+    events: Events, history: History, rounds: int = 3, status: Status = Status.COMPLETED
+) -> None:
     for event, s in story(rounds, status):
         history.observe(event, s)
         if event == "end":
@@ -30,8 +33,8 @@ def read(reading: int) -> list[dict]:
         return [json.loads(line) for line in stream]
 
 
-@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_a_migration_as_events(status):
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
+def test_events_of_a_migration(status):
     reading, writing = os.pipe()
     history = History()
     events = Events(history, writing, clock=lambda: 1234.000005)
@@ -57,12 +60,12 @@ def test_a_migration_as_events(status):
     assert rounds[-1]["unfinished"] == (status != "completed")
 
 
-def test_a_second_migration_has_its_own_end():
+def test_events_of_a_second_migration():
     reading, writing = os.pipe()
     history = History()
     events = Events(history, writing)
     told(events, history)
-    told(events, history, status="failed")
+    told(events, history, status=Status.FAILED)
     events.close()
     os.close(writing)
     ends = [one["data"]["status"] for one in read(reading) if "total-time" in one["data"]
@@ -70,26 +73,26 @@ def test_a_second_migration_has_its_own_end():
     assert ends == ["completed", "failed"]
 
 
-def test_a_reader_that_does_not_read_loses_events_and_is_told_how_many():
+def test_slow_reader_receives_the_count_of_dropped_events():
     reading, writing = os.pipe()
     history = History()
     events = Events(history, writing)
-    s = Statistics(status="active")
-    history.observe("status", s)
+    s = Statistics(status=Status.ACTIVE)
+    history.observe(SourceEvent.STATUS, s)
     sent = 0
-    while events._outlet.dropped < 3:  # none of these may block
-        events.observe("notice: " + "x" * 1000, s)
+    while events._lines.dropped < 3:  # none of these may block
+        events.observe(Notice("x" * 1000), s)
         sent += 1
     assert sent * 1000 < MAX_WAITING_BYTES + (1 << 20) + 10_000
     os.set_blocking(reading, False)
     taken = b""
     while True:  # it wakes up
-        events._outlet.flush()
+        events._lines.flush()
         try:
             taken += os.read(reading, 1 << 20)
         except BlockingIOError:
             break
-    events.observe("notice: after", s)
+    events.observe(Notice("after"), s)
     assert events.close().startswith("--events: 3 events were dropped: its reader was too slow")
     taken += os.read(reading, 1 << 20)
     os.close(writing)
@@ -100,7 +103,7 @@ def test_a_reader_that_does_not_read_loses_events_and_is_told_how_many():
     assert seen[-1]["data"] == {"text": "after"}
 
 
-def test_a_reader_that_is_gone_is_no_reason_to_stop():
+def test_closed_reader_stops_nothing():
     reading, writing = os.pipe()
     history = History()
     events = Events(history, writing)
@@ -110,9 +113,9 @@ def test_a_reader_that_is_gone_is_no_reason_to_stop():
     os.close(writing)
 
 
-def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole():
+def test_long_line_arrives_whole():
     reading, writing = os.pipe()
-    outlet = Outlet(writing)
+    outlet = EventLines(writing)
     line = b"x" * 200_000 + b"\n"
     outlet.put(line, lambda _count: b"")
     taken = b""
@@ -124,13 +127,14 @@ def test_a_line_longer_than_a_pipe_takes_at_once_arrives_whole():
     os.close(writing)
 
 
-def test_a_descriptor_is_read_from_the_option(tmp_path):
+def test_parse_events_option(tmp_path):
     assert parse_events("json") == 1
     with open(tmp_path / "events", "wb") as file:
         assert parse_events(f"json:{file.fileno()}") == file.fileno()
 
 
-def test_a_descriptor_of_the_program_itself_is_refused():
+@pytest.mark.programs
+def test_descriptor_of_the_program_is_refused():
     """An event loop has some, too: events would go to its innards."""
     for fd in range(3, 16, 2):
         program = Program("migrate-src", "--events", f"json:{fd}", "unix:/nowhere")
@@ -147,12 +151,12 @@ def test_a_descriptor_of_the_program_itself_is_refused():
         ("json:999", "Bad file descriptor"),
     ],
 )
-def test_what_cannot_be_written_is_refused(text, words):
+def test_unwritable_descriptor_is_refused(text, words):
     with pytest.raises(UsageError, match=words):
         parse_events(text)
 
 
-def test_a_descriptor_for_reading_is_refused():
+def test_read_only_descriptor_is_refused():
     reading, writing = os.pipe()
     with pytest.raises(UsageError, match="Bad file descriptor"):
         parse_events(f"json:{reading}")
@@ -160,13 +164,13 @@ def test_a_descriptor_for_reading_is_refused():
     os.close(writing)
 
 
-def test_the_program_refuses_before_anything_moves():
+def test_wrong_descriptor_is_refused_before_connecting():
     program = Program("migrate-src", "--events", "json:77", "tcp:127.0.0.1:1")
     assert program.wait() == 2
     assert "--events json:77: descriptor 77: Bad file descriptor" in program.err
 
 
-def test_the_events_of_a_real_migration():
+def test_events_of_a_real_migration():
     source, _ = move("--events", "json", "--json")
     seen = [json.loads(line) for line in source.out.splitlines()]  # and nothing else is there
     names = [one["event"] for one in seen]
@@ -191,14 +195,14 @@ def test_the_events_of_a_real_migration():
     assert len(stamps) == len(seen)
 
 
-def test_on_another_descriptor_the_result_stays_on_standard_output():
+def test_events_on_another_descriptor():
     source, _ = move("--events", "json:2", "--json", "--progress", "never")
     assert json.loads(source.out)["status"] == "completed"
     events = [json.loads(line) for line in source.err.splitlines() if line.startswith("{")]
     assert events[-1]["data"] == json.loads(source.out)
 
 
-def test_the_sums_hold_over_a_connection_that_breaks():
+def test_round_sums_across_reconnect():
     receiver, address = destination("--retry", "20s")
     with Relay(address, breaks=(6 << 20,)) as relay:
         source = Program(

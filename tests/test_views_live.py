@@ -1,4 +1,4 @@
-"""The live view: what it shows on terminals of all sizes, and how it leaves them."""
+"""The live view on terminals of all sizes, and the state in which it leaves them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from migrate.statistics import Statistics
+from migrate.events import Notice, SourceEvent
+from migrate.statistics import Statistics, Status
 from migrate.views.history import History
 from migrate.views.live import BLOCKS, Live, picture, sparkline, stacked
 from tests.programs import BIN, destination, end_guest, guest_pid
@@ -41,7 +42,7 @@ def shown(width: int, height: int = 40, until: str = "end", rounds: int = 3) -> 
     return text
 
 
-def test_a_frame_tells_all():
+def test_frame_contents():
     text = shown(100)
     for words in (
         "demo guest, process 1 → tcp:h:1", "completed", "0 B of 64.0 MiB", "on the wire",
@@ -51,23 +52,23 @@ def test_a_frame_tells_all():
         assert words in text, words
 
 
-def test_before_the_pause_it_is_a_prediction_and_what_is_allowed():
+def test_frame_shows_predicted_and_allowed_downtime():
     assert "200 ms of 300 ms allowed" in shown(100, until="round")
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 139, 140, 250])
-def test_no_line_is_wider_than_the_terminal(width):
+def test_frame_fits_terminal_width(width):
     text = shown(width, rounds=30)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "completed" in text or width < 30
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
-def test_no_frame_is_higher_than_the_terminal(width):
+def test_frame_fits_terminal_height(width):
     assert len(shown(width, 24, rounds=30).splitlines()) <= 24
 
 
-def test_a_guest_that_calls_itself_markup_is_shown_as_it_is():
+def test_markup_in_guest_name_is_literal():
     history = History()
     for event, s in story():
         history.observe(event, s)
@@ -77,14 +78,14 @@ def test_a_guest_that_calls_itself_markup_is_shown_as_it_is():
 
 
 @given(st.lists(st.floats(0, 1e15), max_size=100), st.integers(1, 60))
-def test_a_sparkline_is_as_wide_as_there_are_values(values, width):
+def test_sparkline_width(values, width):
     line = sparkline(values, width)
     assert len(line) == min(len(values), width)
     assert set(line) <= set(BLOCKS[1:])
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=3, max_size=3), st.integers(8, 60))
-def test_a_stacked_bar_fills_its_width(values, width):
+def test_stacked_bar_width(values, width):
     assert len(stacked([(value, "red") for value in values], width).plain) == width
 
 
@@ -93,7 +94,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_in_the_pause_nothing_is_drawn(monkeypatch):
+def test_nothing_is_drawn_in_the_pause(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     history, stream, now = History(), Terminal(), [0.0]
     view = Live(history, "migrate-src", stream, clock=lambda: now[0])
@@ -107,7 +108,7 @@ def test_in_the_pause_nothing_is_drawn(monkeypatch):
         written.setdefault((event, s.status), stream.tell() - before)
         if event == "paused":  # what the last round tells
             before = stream.tell()
-            view.observe("progress", s)
+            view.observe(SourceEvent.PROGRESS, s)
             assert stream.tell() == before
     assert written["status", "device"] > 0
     assert written["paused", "device"] == 0
@@ -115,21 +116,21 @@ def test_in_the_pause_nothing_is_drawn(monkeypatch):
     assert written["end", "completed"] > 0
 
 
-def test_frames_are_bounded_and_notices_stand_above(monkeypatch):
+def test_frame_rate_and_notices(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     history, stream, now = History(), Terminal(), [0.0]
     view = Live(history, "migrate-src", stream, clock=lambda: now[0])
-    s = Statistics(status="active", total=1 << 20)
-    history.observe("status", s)
-    view.observe("status", s)
+    s = Statistics(status=Status.ACTIVE, total=1 << 20)
+    history.observe(SourceEvent.STATUS, s)
+    view.observe(SourceEvent.STATUS, s)
     frames = 0
     for tick in range(100):
         now[0] = tick / 100
         before = stream.tell()
-        view.observe("progress", s)
+        view.observe(SourceEvent.PROGRESS, s)
         frames += stream.tell() > before
     assert frames <= 5
-    view.observe("notice: something [bold]is[/bold]", s)
+    view.observe(Notice("something [bold]is[/bold]"), s)
     view.clear()
     assert "migrate-src: something [bold]is[/bold]" in stream.getvalue()
     assert stream.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
@@ -139,7 +140,7 @@ def test_frames_are_bounded_and_notices_stand_above(monkeypatch):
 
 
 class Session:
-    """migrate-src on a terminal of its own."""
+    """A migrate-src on a new terminal."""
 
     def __init__(self, *arguments: str, columns: int = 100, rows: int = 40) -> None:
         self.leader, follower = pty.openpty()
@@ -197,7 +198,8 @@ class Session:
 GUEST = ("--guest", "demo:16m,hot=4m,fill=random", "--max-bandwidth", "16m")
 
 
-def test_a_real_migration_ends_with_its_last_frame():
+@pytest.mark.programs
+def test_last_frame_of_a_real_migration():
     receiver, address = destination()
     session = Session(*GUEST, address)
     assert session.end() == 0
@@ -217,7 +219,8 @@ def test_a_real_migration_ends_with_its_last_frame():
     assert "moving demo guest" in session.text
 
 
-def test_an_interrupt_leaves_the_terminal_as_it_was():
+@pytest.mark.programs
+def test_interrupt_restores_terminal():
     receiver, address = destination()
     session = Session(*GUEST, "--max-bandwidth", "2m", address)
     session.read_until("active")
@@ -233,11 +236,12 @@ def test_an_interrupt_leaves_the_terminal_as_it_was():
     assert "cancelled" in session.last_frame
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("variable", "value", "drawn"),
     [("TERM", "dumb", False), ("NO_COLOR", "1", True)],
 )
-def test_what_the_environment_asks_for(monkeypatch, variable, value, drawn):
+def test_no_color_and_dumb_terminal(monkeypatch, variable, value, drawn):
     real = subprocess.Popen
 
     def popen(*arguments, env=None, **others):
@@ -256,7 +260,7 @@ def test_what_the_environment_asks_for(monkeypatch, variable, value, drawn):
         assert "round 1 took" in session.raw
 
 
-def test_quiet_means_no_picture():
+def test_quiet_draws_nothing():
     receiver, address = destination()
     session = Session(*GUEST, "-q", address)
     assert session.end() == 0
@@ -265,7 +269,8 @@ def test_quiet_means_no_picture():
     assert "╭" not in session.raw
 
 
-def test_a_terminal_that_is_stopped_does_not_stop_the_migration():
+@pytest.mark.programs
+def test_stopped_terminal_does_not_stop_migration():
     receiver, address = destination()
     session = Session(*GUEST, address)
     session.read_until("active")

@@ -13,11 +13,12 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from migrate.destination.receiver import Arrival
 from migrate.errors import ConnectError, UsageError
-from migrate.reception import Arrival
-from migrate.statistics import Statistics
-from migrate.views.metrics import MAX_CLIENTS, Metrics, destination_families, source_families
-from proto.messages import GuestInfo
+from migrate.statistics import Statistics, Status
+from migrate.views.metrics import Metrics, destination_families, source_families
+from migrate.views.metrics_server import MAX_CLIENTS
+from proto.wire.messages import GuestInfo
 from tests.programs import Program, destination, end_guest, guest_pid
 from tests.story import move, story
 
@@ -39,7 +40,7 @@ def scrape(address: str) -> dict[str, float]:
 LAST = list(story())[-1][1]
 
 
-def test_what_a_source_knows_is_served_as_it_is_now():
+def test_source_metrics():
     now = [Statistics()]
     metrics = Metrics(lambda: source_families(now[0]), "127.0.0.1:0")
     try:
@@ -62,13 +63,13 @@ def test_what_a_source_knows_is_served_as_it_is_now():
     assert after["migrate_ram_dirty_bytes_per_second"] == 202.0 * 4096
 
 
-def test_an_unknown_status_has_its_own_sample(tmp_path):
+def test_cancelling_state_metric(tmp_path):
     path = tmp_path / "m.prom"
-    Metrics(lambda: source_families(Statistics(status="pre-switchover")), textfile=str(path))
-    assert numbers(path.read_text())["migrate_status/pre-switchover"] == 1
+    Metrics(lambda: source_families(Statistics(status=Status.CANCELLING)), textfile=str(path))
+    assert numbers(path.read_text())["migrate_status/cancelling"] == 1
 
 
-def test_what_a_destination_knows():
+def test_destination_metrics():
     info = GuestInfo("demo", 1 << 20, 4096, bytes(16), 1, "", b"", 1)
     arrival = Arrival(info, "active", 5000, 2, 10, 20, 30, 65536)
     now: list[Arrival | None] = [None]
@@ -86,7 +87,7 @@ def test_what_a_destination_knows():
     assert (seen["migrate_pass"], seen["migrate_ram_bytes"]) == (2, 1 << 20)
 
 
-def test_the_file_is_replaced_whole_now_and_then_and_not_in_the_pause(tmp_path):
+def test_textfile_is_replaced_but_not_in_the_pause(tmp_path):
     path, now = tmp_path / "m.prom", [0.0]
     metrics = Metrics(lambda: source_families(LAST), textfile=str(path), clock=lambda: now[0])
     first = path.stat().st_ino
@@ -100,8 +101,9 @@ def test_the_file_is_replaced_whole_now_and_then_and_not_in_the_pause(tmp_path):
     assert numbers(path.read_text())["migrate_pass"] == 4
 
 
-def test_who_connects_and_asks_for_nothing_takes_a_few_threads_for_a_while(monkeypatch, capfd):
-    monkeypatch.setattr("migrate.views.metrics.CLIENT_SECONDS", 0.5)
+@pytest.mark.programs
+def test_silent_clients_are_bounded(monkeypatch, capfd):
+    monkeypatch.setattr("migrate.views.metrics_server.CLIENT_SECONDS", 0.5)
     before = threading.active_count()
     metrics = Metrics(lambda: source_families(Statistics()), "127.0.0.1:0")
     host, port = metrics.address.removeprefix("http://").removesuffix("/metrics").split(":")
@@ -125,8 +127,8 @@ def connected(metrics: Metrics) -> socket.socket:
     return socket.create_connection((host, int(port)), 20)
 
 
-def test_a_request_has_16_kib_at_most(monkeypatch, capfd):
-    monkeypatch.setattr("migrate.views.metrics.CLIENT_SECONDS", 60.0)
+def test_request_size_limit(monkeypatch, capfd):
+    monkeypatch.setattr("migrate.views.metrics_server.CLIENT_SECONDS", 60.0)
     metrics = Metrics(lambda: source_families(Statistics()), "127.0.0.1:0")
     line = b"X: " + b"a" * 5000 + b"\r\n"
     for lines, answer in ((3, b"HTTP/1.0 200"), (4, b"")):
@@ -139,8 +141,8 @@ def test_a_request_has_16_kib_at_most(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_who_drips_a_request_is_dropped_as_one_who_is_silent(monkeypatch):
-    monkeypatch.setattr("migrate.views.metrics.CLIENT_SECONDS", 1.0)
+def test_slow_request_is_dropped(monkeypatch):
+    monkeypatch.setattr("migrate.views.metrics_server.CLIENT_SECONDS", 1.0)
     metrics = Metrics(lambda: source_families(Statistics()), "127.0.0.1:0")
     with connected(metrics) as client, contextlib.suppress(ConnectionError):
         client.settimeout(0.1)
@@ -154,7 +156,7 @@ def test_who_drips_a_request_is_dropped_as_one_who_is_silent(monkeypatch):
     metrics.close()
 
 
-def test_an_address_in_use_is_a_clear_error():
+def test_metrics_address_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -167,22 +169,23 @@ def test_an_address_in_use_is_a_clear_error():
 
 
 @pytest.mark.parametrize("listen", ["unix:/tmp/x", "nowhere", "1:2:3:x"])
-def test_an_address_that_is_none_is_refused(listen):
+def test_wrong_metrics_address(listen):
     with pytest.raises(UsageError):
         Metrics(lambda: source_families(LAST), listen)
 
 
-def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+def test_unwritable_textfile_is_refused(tmp_path):
     with pytest.raises(UsageError, match="No such file or directory"):
         Metrics(lambda: source_families(LAST), textfile=str(tmp_path / "no" / "m.prom"))
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UsageError, match="it is no plain file"):
+    with pytest.raises(UsageError, match="it is not a regular file"):
         Metrics(lambda: source_families(LAST), textfile=str(tmp_path / "fifo"))
     program = Program("migrate-dst", "--listen", "127.0.0.1:0", "--metrics-textfile", "/no/m")
     assert program.wait() == 2
 
 
-def test_the_files_of_a_real_migration(tmp_path):
+@pytest.mark.programs
+def test_textfiles_of_a_real_migration(tmp_path):
     here, there = tmp_path / "src.prom", tmp_path / "dst.prom"
     source, _ = move("--metrics-textfile", str(here),
                      receiving=("--metrics-textfile", str(there)))  # fmt: skip
@@ -199,7 +202,8 @@ def test_the_files_of_a_real_migration(tmp_path):
     assert sent["migrate_pages_total/normal"] == int(shown[1])
 
 
-def test_a_running_program_is_scraped():
+@pytest.mark.programs
+def test_scrape_a_running_program():
     receiver = Program("migrate-dst", "--listen", "127.0.0.1:0", "--metrics", "0")
     address = receiver.read_line(r"metrics at (\S+)")[1]
     assert scrape(address)["migrate_status/none"] == 1

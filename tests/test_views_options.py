@@ -1,4 +1,4 @@
-"""All views as one: what is asked for is made, and one that fails stops nothing."""
+"""The views that options ask for, and a view that fails."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 
 import pytest
 
-from migrate.cli.source_words import source_parser
+from migrate.cli.source_options import source_parser
+from migrate.events import Notice
+from migrate.views import events, options, report
 from migrate.views.options import Views, wants_live
+from migrate.views.progress import Lines
 from tests.story import story
 
 PLAIN = ["--progress", "plain", "tcp:h:1"]
@@ -25,9 +28,8 @@ def tell(seen: Views) -> None:
         seen.end(s) if event == "end" else seen.observe(event, s)
 
 
-def test_a_view_that_fails_is_left_out_and_the_others_go_on(capsys, tmp_path):
-    seen = views("--report", str(tmp_path / "r.html"), "--metrics-textfile", str(tmp_path / "m"))
-
+@pytest.mark.programs
+def test_failing_view_is_dropped(capsys, monkeypatch, tmp_path):
     class Broken:
         calls = 0
 
@@ -38,20 +40,20 @@ def test_a_view_that_fails_is_left_out_and_the_others_go_on(capsys, tmp_path):
         observe = end = describe
 
     broken = Broken()
-    seen._views["--events"] = broken
+    monkeypatch.setattr(events, "Events", lambda *_: broken)
+    words = ["--report", str(tmp_path / "r.html"), "--metrics-textfile", str(tmp_path / "m")]
+    seen = views("--events", "json:2", *words)
     tell(seen)
     seen.close()
     said = capsys.readouterr().err
     assert broken.calls == 1
-    assert said.count("--events goes no further: it fell over") == 1
+    assert said.count("--events has failed: it fell over") == 1
     assert "3 took" in said
     assert {"r.html", "m"} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("verb", ["describe", "observe", "end", "say", "clear", "close"])
-def test_a_drawing_that_fails_goes_on_as_lines(capsys, verb):
-    seen = views()
-
+def test_failing_text_view_becomes_lines(capsys, monkeypatch, verb):
     class Broken:
         def __getattr__(self, name):
             def act(*_arguments):
@@ -60,18 +62,20 @@ def test_a_drawing_that_fails_goes_on_as_lines(capsys, verb):
 
             return act
 
-    seen._text = Broken()
+    views_made = iter([Broken()])
+    monkeypatch.setattr(
+        options, "Lines", lambda *args, **how: next(views_made, None) or Lines(*args, **how)
+    )
+    seen = views()
     seen.say("a sentence")
     tell(seen)
     seen.close()
     said = capsys.readouterr().err
-    assert said.count("the live view goes no further: it fell over") == (verb != "say")
+    assert said.count("the live view has failed: it fell over") == (verb != "say")
     assert ("a sentence" in said) == (verb == "say")
 
 
-def test_a_view_that_fails_at_the_end_is_said(capsys):
-    seen = views()
-
+def test_failure_at_the_end_is_reported(capsys, monkeypatch, tmp_path):
     class Broken:
         def close(self):
             raise RuntimeError("it fell over")
@@ -81,19 +85,21 @@ def test_a_view_that_fails_at_the_end_is_said(capsys):
 
         observe = end = describe
 
-    seen._views["--report"] = Broken()
+    monkeypatch.setattr(report, "Report", lambda *_: Broken())
+    seen = views("--report", str(tmp_path / "r.html"))
     tell(seen)
     seen.close()
-    assert "--report goes no further: it fell over" in capsys.readouterr().err
+    assert "--report has failed: it fell over" in capsys.readouterr().err
 
 
-def test_what_views_show_of_others_is_printable(capsys, tmp_path):
+@pytest.mark.programs
+def test_foreign_text_is_printable(capsys, tmp_path):
     seen = views("--report", str(tmp_path / "r.html"))
     seen.describe({"guest": "\x1b[2J\udcff", "destination": "tcp:h:1"})
     for event, s in story():
         seen.end(s) if event == "end" else seen.observe(event, s)
         if event == "paused":
-            seen.observe("notice: \x1b]0;title\x07\n", s)
+            seen.observe(Notice("\x1b]0;title\x07\n"), s)
     seen.close()
     page = (tmp_path / "r.html").read_text("utf-8")
     assert r"\x1b[2J\xff" in page
@@ -102,7 +108,7 @@ def test_what_views_show_of_others_is_printable(capsys, tmp_path):
         assert "\x1b" not in text
 
 
-def test_metrics_that_cannot_be_written_are_said_once_and_tried_again(capsys, tmp_path):
+def test_textfile_failure_is_reported_once_and_retried(capsys, tmp_path):
     path = tmp_path / "directory" / "metrics"
     path.parent.mkdir()
     seen = views("--metrics-textfile", str(path))
@@ -114,11 +120,12 @@ def test_metrics_that_cannot_be_written_are_said_once_and_tried_again(capsys, tm
     tell(seen)
     seen.close()
     said = capsys.readouterr().err
-    assert said.count("--metrics-textfile goes no further: No such file or directory") == 1
+    assert said.count("--metrics-textfile has failed: No such file or directory") == 1
     assert path.exists()
 
 
-def test_a_disk_that_is_full_at_the_end_is_said(capsys, tmp_path):
+@pytest.mark.programs
+def test_full_disk_at_the_end_is_reported(capsys, tmp_path):
     seen = views("--report", str(tmp_path / "r.html"), "--metrics-textfile", str(tmp_path / "m"))
     (tmp_path / "m").unlink()
     tmp_path.rmdir()
@@ -126,7 +133,7 @@ def test_a_disk_that_is_full_at_the_end_is_said(capsys, tmp_path):
     seen.close()
     said = capsys.readouterr().err
     assert "--report: No such file or directory" in said
-    assert "--metrics-textfile goes no further: No such file or directory" in said
+    assert "--metrics-textfile has failed: No such file or directory" in said
 
 
 def test_two_migrations_in_one_program(capsys):
@@ -153,14 +160,14 @@ class Terminal(io.StringIO):
         ("never", "xterm", True, False),
     ],
 )
-def test_where_there_is_a_live_view(monkeypatch, mode, term, terminal, live):
+def test_choice_of_live_view(monkeypatch, mode, term, terminal, live):
     monkeypatch.delenv("TERM", raising=False)
     if term is not None:
         monkeypatch.setenv("TERM", term)
     assert wants_live(mode, Terminal() if terminal else io.StringIO()) is live
 
 
-def test_a_terminal_without_the_letters_gets_lines(monkeypatch):
+def test_terminal_without_box_characters_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     for encoding in ("ascii", "iso-8859-1"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding)
@@ -168,12 +175,14 @@ def test_a_terminal_without_the_letters_gets_lines(monkeypatch):
         assert not wants_live("auto", stream)
 
 
-@pytest.mark.parametrize("program", ["source", "destination"])
-def test_help_loads_nothing_heavy(program):
+@pytest.mark.parametrize(
+    ("program", "side"), [("migrate_src", "source"), ("migrate_dst", "destination")]
+)
+def test_help_imports_nothing_heavy(program, side):
     code = (
         "import sys\n"
-        f"from migrate.cli import {program} as it\n"
-        f"it.{program}_parser().format_help()\n"
+        f"from migrate.cli import {program}, {side}_options\n"
+        f"{side}_options.{side}_parser().format_help()\n"
         "print(sorted({'rich', 'prometheus_client', 'matplotlib', 'uvloop'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

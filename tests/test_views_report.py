@@ -1,10 +1,11 @@
-"""The page: complete, of one piece, and nobody else's words can do anything in it."""
+"""The report page: complete, self-contained, and safe with foreign text in it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
@@ -12,11 +13,13 @@ from html.parser import HTMLParser
 import pytest
 
 from migrate.errors import MigrationError, UsageError
-from migrate.quantities import format_size
-from migrate.statistics import Statistics
-from migrate.views import drawing, report
+from migrate.events import SourceEvent
+from migrate.statistics import Statistics, Status
+from migrate.units import format_size
+from migrate.views import drawing, report_page
 from migrate.views.history import History
-from migrate.views.report import Report, milliseconds, slowed, verdict
+from migrate.views.report import Report
+from migrate.views.report_page import milliseconds, slowed, verdict
 from tests.programs import Program, destination, end_guest, guest_pid
 from tests.story import move, story
 
@@ -62,7 +65,7 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
-def written(path, status="completed", rounds=3, facts=None) -> str:
+def written(path, status=Status.COMPLETED, rounds=3, facts=None) -> str:
     history = History()
     view = Report(history, str(path), clock=lambda: 0.0)
     view.describe(facts or {"guest": "a <script>alert(1)</script> guest", "destination": "tcp:h:1"})
@@ -73,9 +76,10 @@ def written(path, status="completed", rounds=3, facts=None) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+@pytest.mark.programs
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED, Status.CANCELLED])
 @pytest.mark.parametrize("rounds", [0, 1, 3, 300])
-def test_a_page_for_whatever_came_of_it(tmp_path, status, rounds):
+def test_page_of_each_outcome(tmp_path, status, rounds):
     page = Page(written(tmp_path / "r.html", status, rounds))
     assert page.tags.count("svg") == 6
     assert page.tags.count("h1") == 1
@@ -84,7 +88,8 @@ def test_a_page_for_whatever_came_of_it(tmp_path, status, rounds):
     assert len(numbers) >= min(rounds, 1)
 
 
-def test_nothing_comes_from_elsewhere(tmp_path):
+@pytest.mark.programs
+def test_page_is_self_contained(tmp_path):
     text = written(tmp_path / "r.html")
     page = Page(text)
     assert not {"script", "img", "iframe", "object", "base", "link"} & set(page.tags)
@@ -97,25 +102,29 @@ def test_nothing_comes_from_elsewhere(tmp_path):
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_words_of_others_are_escaped(tmp_path):
+@pytest.mark.programs
+def test_foreign_text_is_escaped(tmp_path):
     text = written(tmp_path / "r.html", "failed")
     assert "<script>" not in text
     assert "a &lt;script&gt;" in text
     assert "it was &lt;b&gt;given&lt;/b&gt; up" in text
 
 
-def test_the_downtime_that_was_allowed_is_drawn(tmp_path):
+@pytest.mark.programs
+def test_downtime_limit_is_drawn(tmp_path):
     facts = {"guest": "g", "downtime limit": "300 ms"}
     assert ">allowed<" in written(tmp_path / "r.html", facts=facts)
     assert ">allowed<" not in written(tmp_path / "r.html", facts={"guest": "g"})
 
 
-def test_pictures_share_no_names(tmp_path):
+@pytest.mark.programs
+def test_figures_share_no_ids(tmp_path):
     identifiers = re.findall(r'\bid="([^"]+)"', written(tmp_path / "r.html"))
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_colours_are_the_page_s_in_light_and_dark(tmp_path):
+@pytest.mark.programs
+def test_figures_use_the_page_colours(tmp_path):
     text = written(tmp_path / "r.html")
     assert "prefers-color-scheme: dark" in text
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
@@ -123,25 +132,25 @@ def test_colours_are_the_page_s_in_light_and_dark(tmp_path):
     assert "var(--blue)" in drawn
 
 
-def test_too_many_rounds_are_told_and_left_out(tmp_path):
+def test_round_table_is_bounded(tmp_path):
     page = Page(written(tmp_path / "r.html", rounds=500))
     assert "301 rows in the middle are left out" in page.text
     assert len(page.rows) < 260
 
 
-def test_advice_stands_on_the_page_where_there_is_some(tmp_path):
+def test_advice_on_page(tmp_path):
     history = History()
-    history.observe("status", Statistics(status="completed"))
+    history.observe(SourceEvent.STATUS, Statistics(status=Status.COMPLETED))
     object.__setattr__(history.last, "advice", ("use a larger <cache>",))
-    text = report.page(history, {}, [], "now")
+    text = report_page.page(history, {}, [], "now")
     assert "<h2>Advice</h2>" in text
     assert "use a larger &lt;cache&gt;" in text
 
 
-def test_a_second_migration_has_a_page_of_its_own(tmp_path):
+def test_page_of_a_second_migration(tmp_path):
     history = History()
     view = Report(history, str(tmp_path / "r.html"))
-    for status in ("failed", "completed"):
+    for status in (Status.FAILED, Status.COMPLETED):
         for event, s in story(2, status):
             history.observe(event, s)
             if event == "end":
@@ -152,15 +161,13 @@ def test_a_second_migration_has_a_page_of_its_own(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_nobody_waits_for_a_page_that_is_drawn_and_it_tells_of_its_own_migration(
-    tmp_path, monkeypatch
-):
+def test_drawing_does_not_block_next_migration(tmp_path, monkeypatch):
     """It takes seconds, in which the program is asked, and may begin another migration."""
     go = threading.Event()
     monkeypatch.setattr(drawing, "figures", lambda _history, _limit: go.wait(60) and [])
     history = History()
     view = Report(history, str(tmp_path / "r.html"))
-    for status in ("failed", "completed"):
+    for status in (Status.FAILED, Status.COMPLETED):
         for event, s in story(2, status):
             history.observe(event, s)
             if event == "end":
@@ -172,27 +179,30 @@ def test_nobody_waits_for_a_page_that_is_drawn_and_it_tells_of_its_own_migration
     assert "moved in" in (tmp_path / "r-2.html").read_text()
 
 
-def test_the_verdict_is_one_sentence():
-    done = Statistics(status="completed", total=1 << 30, total_time=2.5, downtime=0.0123,
+def test_verdict():
+    done = Statistics(status=Status.COMPLETED, total=1 << 30, total_time=2.5, downtime=0.0123,
                       dirty_sync_count=1)  # fmt: skip
     assert verdict(done) == (
-        "The guest of 1.0 GiB moved in 2.50 s and 1 round, was verified, and stood still for "
+        "The guest of 1.0 GiB moved in 2.50 s and 1 round, was verified, and was paused for "
         "12.3 ms."
     )
-    assert "runs on here" in verdict(done.with_(status="cancelled"))
-    assert verdict(done.with_(status="failed")) == "The migration failed after 2.50 s and 1 round."
+    assert "runs on at the source" in verdict(done.with_(status=Status.CANCELLED))
+    assert (
+        verdict(done.with_(status=Status.FAILED))
+        == "The migration failed after 2.50 s and 1 round."
+    )
     assert slowed(done) == ""
     assert slowed(done.with_(cpu_throttle_highest=70)) == " The guest was slowed by up to 70 %."
     assert [milliseconds(x) for x in (None, 0.25, 12.0)] == ["-", "250 ms", "12.0 s"]
 
 
-def test_without_matplotlib_it_is_refused_before_anything_moves(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "find_spec", lambda _name: None)
+def test_missing_matplotlib_is_a_usage_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(drawing, "find_spec", lambda _name: None)
     with pytest.raises(UsageError, match=r"pip install 'xbmigrate\[report\]'"):
         Report(History(), str(tmp_path / "r.html"))
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+def test_unwritable_report_is_a_usage_error(tmp_path):
     for path in (tmp_path, tmp_path / "no" / "r.html"):
         with pytest.raises(UsageError, match="--report"):
             Report(History(), str(path))
@@ -200,13 +210,13 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     assert program.wait() == 2
 
 
-def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+def test_report_replaces_plain_files_only(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UsageError, match="it is no plain file"):
+    with pytest.raises(UsageError, match="it is not a regular file"):
         Report(History(), str(tmp_path / "fifo"))
 
 
-def test_a_page_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
+def test_failed_report_leaves_no_file(tmp_path):
     history = History()
     view = Report(history, str(tmp_path / "r.html"))
     (tmp_path / "r.html").mkdir()
@@ -220,7 +230,7 @@ def test_a_page_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """The working directory and a home, of others who want matplotlib to read what is there."""
+    """A working directory and a home with files that other users want matplotlib to read."""
     cwd, home = tmp_path / "cwd", tmp_path / "home"
     for directory in (cwd, home / ".config/matplotlib", home / ".cache/matplotlib"):
         directory.mkdir(parents=True)
@@ -234,39 +244,102 @@ def planted(tmp_path, monkeypatch):
     return home
 
 
-def test_nothing_of_the_working_directory_or_the_home_is_read_or_written(tmp_path, planted):
+def test_drawing_ignores_working_directory_and_home(tmp_path, planted):
     """A FIFO there would never end, and old releases of matplotlib run what stands there."""
     before = sorted(planted.rglob("*"))
     assert Page(written(tmp_path / "r.html")).tags.count("svg") == 6
     assert sorted(planted.rglob("*")) == before
 
 
-def test_what_draws_for_ever_is_given_up(tmp_path, monkeypatch):
+def test_drawing_times_out(tmp_path, monkeypatch):
     def hang(_module, *_arguments):
         return [sys.executable, "-c", "import time; time.sleep(60)"]
 
-    monkeypatch.setattr(drawing.isolated, "command", hang)
+    monkeypatch.setattr(drawing.helper_process, "command", hang)
     monkeypatch.setattr(drawing, "SECONDS", 0.2)
-    with pytest.raises(MigrationError, match="matplotlib has not drawn it in 0 s"):
+    with pytest.raises(MigrationError, match="matplotlib took longer than 0 s"):
         drawing.figures(History(), None)
 
 
-def test_what_cannot_be_drawn_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(drawing, "_packages", lambda: "/nowhere")
-    monkeypatch.setattr(drawing.isolated, "command", lambda *_: [sys.executable, "-c", "1/0"])
+def test_drawing_failure_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(drawing.helper_process, "command", lambda *_: [sys.executable, "-c", "1/0"])
     with pytest.raises(MigrationError, match="cannot draw it: ZeroDivisionError: division by zero"):
         drawing.figures(History(), None)
 
 
-def test_a_temporary_directory_that_others_can_replace_is_not_used(tmp_path, monkeypatch):
+def test_untrusted_temporary_directory_is_not_used(tmp_path, monkeypatch):
     tmp_path.chmod(0o777)
     monkeypatch.setattr(drawing.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(MigrationError, match="set TMPDIR to another place"):
         drawing.figures(History(), None)
+    with pytest.raises(UsageError, match="--report: others can replace .* set TMPDIR to another"):
+        Report(History(), str(tmp_path / "r.html"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_of_a_real_migration_has_its_numbers(tmp_path):
+def test_impossible_drawing_is_a_usage_error(tmp_path, monkeypatch):
+    for fault in (FileNotFoundError(2, "No usable temporary directory"), MigrationError("no")):
+
+        def fail(fault=fault):
+            raise fault
+
+        monkeypatch.setattr(drawing.tempfile, "gettempdir", fail)
+        with pytest.raises(UsageError, match="--report: (No usable|no)"):
+            Report(History(), str(tmp_path / "r.html"))
+    monkeypatch.undo()
+    monkeypatch.setattr(drawing.sys, "executable", "")
+    with pytest.raises(UsageError, match="--report: no helper process can be started"):
+        Report(History(), str(tmp_path / "r.html"))
+
+
+@pytest.mark.parametrize(
+    "fault", [MigrationError("<b>why</b>"), OSError(28, "full"), MemoryError()]
+)
+def test_page_without_pictures(tmp_path, monkeypatch, fault):
+    """The migration is over: its numbers are not to be had again."""
+
+    def fail(_history, _limit):
+        raise fault
+
+    monkeypatch.setattr(drawing, "figures", fail)
+    history, why = History(), {"MigrationError": "<b>why</b>", "OSError": "full"}
+    view = Report(history, str(tmp_path / "r.html"))
+    for event, s in story():
+        history.observe(event, s)
+        if event == "end":
+            view.end(s)
+    said = view.close()
+    kind = type(fault).__name__
+    assert said == f"the page has no figures: {why.get(kind, kind)}"
+    page = Page((tmp_path / "r.html").read_text())
+    assert said in page.text
+    assert "svg" not in page.tags
+    assert "b" not in page.tags or "<b>why" not in (tmp_path / "r.html").read_text()
+    assert "moved in" in page.text
+
+
+def test_matplotlib_in_several_directories(tmp_path):
+    """As PYTHONPATH names them, of which an isolated helper knows nothing."""
+    for home, part in (("a", "matplotlib/__init__"), ("b", "numpy/__init__"), ("c", "six")):
+        (tmp_path / home / part).parent.mkdir(parents=True)
+        (tmp_path / home / f"{part}.py").touch()
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from migrate.views import drawing; print(*drawing._packages(), sep='\\n')"
+    )
+    homes = [str(tmp_path / home) for home in "abc"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *homes], capture_output=True, text=True, check=True
+    )
+    assert set(homes) <= set(done.stdout.splitlines())
+    told = subprocess.run(
+        drawing.helper_process.command("migrate.views.drawing", *homes), input=b"", cwd="/",
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert b"EOFError" in told.stderr, "it began, and there was nothing to draw"
+
+
+def test_page_of_a_real_migration(tmp_path):
     path = tmp_path / "r.html"
     source, _ = move("--report", str(path), "--json", "--progress", "never")
     result = json.loads(source.out)
@@ -284,7 +357,7 @@ def test_the_page_of_a_real_migration_has_its_numbers(tmp_path):
     assert "demo guest" in page.text
 
 
-def test_the_page_of_a_cancelled_migration_is_there_too(tmp_path):
+def test_page_of_a_cancelled_migration(tmp_path):
     path = tmp_path / "r.html"
     receiver, address = destination()
     source = Program(

@@ -1,7 +1,8 @@
-"""Built and installed as users do it: an sdist, from that a wheel, from that the programs."""
+"""Build and install as users do: an sdist, a wheel from the sdist, the programs from the wheel."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from migrate.manual.__main__ import write
 
 ROOT = Path(__file__).parent.parent
-# A compiler's minute, on a machine that has other things to do, and what pip fetches.
+# A build takes a minute on a quiet machine, and pip downloads what it needs.
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -31,7 +32,7 @@ def run(*words: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The checkout without what is built in it."""
+    """A copy of the checkout without build products."""
     directory = tmp_path_factory.mktemp("source") / "xbmigrate"
     built = shutil.ignore_patterns("*.so", "*.c", "__pycache__")
     for name in ("migrate", "proto"):
@@ -45,24 +46,32 @@ def source(tmp_path_factory) -> Path:
 def built(source, tmp_path_factory) -> Path:
     """The directory of the sdist, and of the wheel that was made from it.
 
-    How well the compiler optimises is nothing to what is asked here, and most of a build's time.
+    It is built once for all workers, and without optimisation, which takes most of a build's time
+    and makes no difference to these tests.
     """
-    directory = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", directory, source,
-        SOURCE_DATE_EPOCH="1000000000", CFLAGS="-O0")  # fmt: skip
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent  # each worker has a directory in it
+    directory = common / "dist"
+    with (common / "dist.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(directory.glob("*.whl")):
+            run(sys.executable, "-m", "build", "--outdir", directory, source,
+                SOURCE_DATE_EPOCH="1000000000", CFLAGS="-O0")  # fmt: skip
     return directory
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> dict[str, bytes]:
-    """What is to be in them, by the path below share."""
+    """The pages and completions the packages must contain, by path below share."""
     directory = tmp_path_factory.mktemp("share")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", "1000000000")
         return {str(name): (directory / name).read_bytes() for name in write(directory)}
 
 
-def test_the_wheel_has_pages_and_completions_of_every_program(built, expected):
+@pytest.mark.wheel
+def test_wheel_has_pages_and_completions_of_every_program(built, expected):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = [name for name in wheel.namelist() if ".data/data/share/" in name]
         found = {name.partition("/share/")[2]: wheel.read(name) for name in names}
@@ -70,7 +79,8 @@ def test_the_wheel_has_pages_and_completions_of_every_program(built, expected):
     assert found == expected
 
 
-def test_the_sdist_has_them_and_no_more_than_is_needed(built, expected):
+@pytest.mark.wheel
+def test_sdist_has_pages_and_completions_and_no_build_products(built, expected):
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {f"share/{name}" for name in expected} <= names
@@ -85,7 +95,7 @@ def test_the_sdist_has_them_and_no_more_than_is_needed(built, expected):
         ({"CPPFLAGS": "-nostdinc"}, r"headers of the C library are needed to build it \(stdio.h\)"),
     ],
 )
-def test_a_build_says_in_a_sentence_what_it_lacks(source, environment, says):
+def test_build_without_compiler_or_headers_says_what_to_install(source, environment, says):
     found = subprocess.run(
         [sys.executable, "setup.py", "bdist_wheel"], cwd=source, env={**os.environ, **environment},
         capture_output=True, text=True, check=False, timeout=100,
@@ -95,8 +105,9 @@ def test_a_build_says_in_a_sentence_what_it_lacks(source, environment, says):
     assert re.fullmatch(f"xbmigrate: .*{says}.*apt-get install gcc .*make wheel.*\n", found.stderr)
 
 
-def test_pip_puts_them_where_shells_and_man_look(built, expected, tmp_path):
-    """Below the prefix of an environment of its own, whose programs start."""
+@pytest.mark.wheel
+def test_pip_installs_pages_and_completions_where_shells_and_man_look(built, expected, tmp_path):
+    """Install the wheel into a new environment; its programs start."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path)
     run(sys.executable, "-m", "pip", "--python", tmp_path / "bin/python", "install", "--quiet",
         "--no-deps", "--no-index", next(built.glob("*.whl")))  # fmt: skip

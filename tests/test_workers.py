@@ -74,9 +74,7 @@ def test_after(number):
 
 def options() -> list[str]:
     """Return those that the Makefile gives to pytest."""
-    found = re.search(
-        r"^test: .*\n\t\S+/pytest (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE
-    )
+    found = re.search(r"^PYTEST = \S+/pytest (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert found
     return shlex.split(found[1])
 
@@ -94,9 +92,9 @@ def write(directory: Path, bodies: dict[str, str]) -> None:
 
 
 def run(directory: Path, *words: str) -> tuple[int, str]:
-    """Run pytest on a directory with our configuration: (exit code, what it printed).
+    """Run pytest on a directory with our configuration; return (exit code, output).
 
-    It has a time limit, since what it is to show is that it ends.
+    It has a time limit, since the tests show that it ends.
     """
     environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     # A file: processes that are left behind keep a pipe open.
@@ -113,8 +111,11 @@ def run(directory: Path, *words: str) -> tuple[int, str]:
         return done.returncode, printed.read()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("bodies", [HANGS, DEATHS], ids=["hangs", "deaths"])
-def test_a_hang_fails_by_name_and_the_others_run(tmp_path: Path, bodies: dict[str, str]) -> None:
+def test_hanging_test_fails_by_name_and_the_others_run(
+    tmp_path: Path, bodies: dict[str, str]
+) -> None:
     write(tmp_path, bodies)
     try:
         code, text = run(tmp_path, *options())
@@ -130,8 +131,8 @@ def test_a_hang_fails_by_name_and_the_others_run(tmp_path: Path, bodies: dict[st
     assert len(re.findall(r"^PASSED", text, re.MULTILINE)) == 3 * len(bodies), text
 
 
-def test_alone_it_ends_with_the_stacks(tmp_path: Path) -> None:
-    """Without xdist no other process can go on."""
+def test_hang_without_xdist_ends_the_run_with_the_stacks(tmp_path: Path) -> None:
+    """Without xdist there is no other process to run the other tests."""
     write(tmp_path, {"gil": HANGS["gil"]})
     code, text = run(tmp_path, "-q")
     assert code == 1, text

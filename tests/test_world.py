@@ -15,15 +15,18 @@ from pathlib import Path
 import pytest
 
 import migrate
-from migrate.address import Address
-from migrate.cli.program import Parser, run
+from migrate.cli.options import Parser
+from migrate.cli.program import run
 from migrate.errors import PeerLost
-from migrate.listening import listen
-from proto.frames import HEADER_BYTES, seal
-from proto.messages import MessageType, Ping, pack
-from proto.session import Role
+from migrate.transport.address import Address
+from migrate.transport.listen import listen
+from proto.wire.frames import HEADER_BYTES, seal
+from proto.wire.messages import MessageType, Ping, pack
+from proto.wire.session import Role
 from tests.programs import BIN, Program, destination
 from tests.requirements import need
+
+pytestmark = pytest.mark.programs
 
 # Runs a program where so many threads can be started, and no more.
 FEW_THREADS = """
@@ -38,8 +41,7 @@ def limited(thread):
     start(thread)
 threading.Thread.start = limited
 sys.argv[0:] = sys.argv[2:]
-side = {"migrate-src": "source", "migrate-dst": "destination"}[sys.argv[0]]
-import_module(f"migrate.cli.{side}").main()
+import_module("migrate.cli." + sys.argv[0].replace("-", "_")).main()
 """
 
 
@@ -52,7 +54,7 @@ def one_sentence(text: str, name: str) -> str:
     return said
 
 
-def test_a_disk_that_gets_full_ends_it_and_is_left_empty(shm: Path) -> None:
+def test_full_disk_leaves_no_output(shm: Path) -> None:
     need(os.geteuid() == 0, "a disk of our own needs root")
     memory, small = shm / "memory", shm / "small"
     content = random.Random(1).randbytes(12 << 20)
@@ -75,7 +77,7 @@ def test_a_disk_that_gets_full_ends_it_and_is_left_empty(shm: Path) -> None:
 
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
 @pytest.mark.parametrize("wrong", ["file", "/proc/there"])
-def test_journals_that_cannot_be_written_are_found_out_first(shm: Path, name, wrong) -> None:
+def test_unwritable_journal_is_found_first(shm: Path, name, wrong) -> None:
     (shm / "file").write_bytes(b"")
     words = ["tcp:127.0.0.1:1"] if name == "migrate-src" else ["--listen", "127.0.0.1:0"]
     program = Program(name, "--journal", str(shm / wrong), *words)
@@ -85,7 +87,7 @@ def test_journals_that_cannot_be_written_are_found_out_first(shm: Path, name, wr
 
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
 @pytest.mark.parametrize("files", [8, 10, 16, 200])
-def test_too_few_file_descriptors_are_found_out_first(name: str, files: int) -> None:
+def test_too_few_file_descriptors_are_found_first(name: str, files: int) -> None:
     words = ["tcp:127.0.0.1:1"] if name == "migrate-src" else ["--listen", "127.0.0.1:0"]
     done = subprocess.run(
         [BIN / name, *words], capture_output=True, text=True, timeout=30, check=False,
@@ -97,7 +99,7 @@ def test_too_few_file_descriptors_are_found_out_first(name: str, files: int) -> 
 
 @pytest.mark.parametrize("name", ["migrate-src", "migrate-dst"])
 @pytest.mark.parametrize("threads", [0, 3, 7])
-def test_too_few_threads_are_found_out_first(name: str, threads: int) -> None:
+def test_too_few_threads_are_found_first(name: str, threads: int) -> None:
     """Else the guest would move, and the program end with a traceback behind it."""
     words = ["tcp:127.0.0.1:1"] if name == "migrate-src" else ["--listen", "127.0.0.1:0"]
     done = subprocess.run(
@@ -105,11 +107,12 @@ def test_too_few_threads_are_found_out_first(name: str, threads: int) -> None:
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert f"no more than {threads} threads" in (said := one_sentence(done.stderr, name))
+    said = one_sentence(done.stderr, name)
+    assert f"only {threads} threads can be started here" in said
     assert "ulimit -u" in said
 
 
-def test_the_last_thread_that_is_missing_changes_no_exit_code(monkeypatch) -> None:
+def test_missing_last_thread_keeps_exit_code(monkeypatch) -> None:
     """Closing the loop takes one more."""
 
     async def program(_args: object) -> int:
@@ -124,8 +127,8 @@ def no_thread(_thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-def test_a_limit_that_may_be_raised_is(shm: Path) -> None:
-    code = "from migrate.cli.program import check_open_files as c; import resource; c(); "
+def test_open_files_limit_is_raised(shm: Path) -> None:
+    code = "from migrate.cli.process_limits import check_open_files as c; import resource; c(); "
     code += "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -135,8 +138,8 @@ def test_a_limit_that_may_be_raised_is(shm: Path) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_clock_that_jumps_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Years forward and back, all the time: what is waited for goes by another clock."""
+async def test_clock_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock keeps jumping by years, back and forth; time-outs use another clock."""
     noise, real = random.Random(1), time.time
     monkeypatch.setattr(time, "time", lambda: real() + noise.uniform(-1e8, 1e8))
     memory = bytearray(random.Random(2).randbytes(8 << 20))
@@ -154,7 +157,7 @@ def frame(message: Ping, kind: MessageType) -> bytearray:
 
 
 @pytest.mark.asyncio
-async def test_a_peer_that_sends_a_byte_now_and_then_inside_a_frame_is_lost() -> None:
+async def test_trickling_peer_is_lost() -> None:
     """It is never silent for as long as the timeout; but it will never be done either."""
     listener = await listen(Address("127.0.0.1", 0), peer_timeout=1.0)
     _, writer = await asyncio.open_connection(listener.address.host, listener.address.port)

@@ -1,4 +1,4 @@
-"""Who can write a file guest is found, by inode, whatever it is called and whoever has it open."""
+"""Finding the writers of a file guest, by inode, under any name and from any process."""
 
 import asyncio
 import contextlib
@@ -6,24 +6,29 @@ import json
 import mmap
 import os
 import random
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from migrate.errors import MigrationError, UsageError
+from migrate.guests import companions, guest_file, writer_search, writer_survey
 from migrate.guests import file as file_module
-from migrate.guests import process, survey, writers
 from migrate.guests.file import FileGuest
-from migrate.guests.writers import Census
+from migrate.guests.writer_search import WriterSearch
+from migrate.runtime import processes
+from tests.killable import KillableProgram
 from tests.programs import Program, destination
-from tests.test_guests import Mover, wait_until
+from tests.requirements import need, need_program, need_root
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.programs
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 20.0
@@ -93,9 +98,9 @@ def path():
 
 
 @pytest.fixture
-def census(path):
+def search(path):
     fd = os.open(path, os.O_RDONLY)
-    yield Census(fd)
+    yield WriterSearch(fd)
     os.close(fd)
 
 
@@ -149,26 +154,46 @@ print(child, flush=True)
                      "os.unlink(path + '.l')", True, id="another-name-that-is-gone"),
         pytest.param("os.symlink(path, path + '.s'); os.open(path + '.s', os.O_RDWR); "
                      "os.unlink(path + '.s')", True, id="symlink"),
+        pytest.param("os.lseek(os.open(path, os.O_RDWR), 0x58424D48, 0)", True, id="marked"),
+        pytest.param("import fcntl\nf = open(path, 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
+                     "os.lseek(f.fileno(), 0x58424D48, 0)", True, id="marked-with-another-lock"),
         pytest.param(OWN_TABLE, True, id="thread-with-its-own-files"),
         pytest.param(NO_MAIN_THREAD, True, id="without-its-main-thread"),
     ],
 )  # fmt: skip
-def test_who_can_write_is_found(path, census, child, code, writes):
+def test_writers_are_found(path, search, child, code, writes):
     one = child(code, path)
-    found = [writer for writer in census.look() if writer.pid == one.pid]
+    found = [writer for writer in search.search() if writer.pid == one.pid]
     assert bool(found) is writes
     assert not found or found[0].name.startswith("python")
-    assert (one.pid in pids(census.look())) is writes  # also from what is known
-    assert (one.pid in pids(census.look_at_new())) is writes
+    assert (one.pid in pids(search.search())) is writes  # also from what is known
+    assert (one.pid in pids(search.search_new())) is writes
 
 
-def test_children_are_found(path, census, child):
+MOVERS_LOCK = """
+import fcntl, struct
+fd = os.open(path, os.O_RDWR)
+if sys.argv[2] != '0': os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+os.lseek(fd, 0x58424D48, 0)
+fcntl.fcntl(fd, 37, struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 1 << 62, 0, 0))
+"""
+
+
+@need_root("become another user")
+@pytest.mark.parametrize(("user", "writes"), [(0, False), (1234, True)])
+def test_descriptor_with_a_migration_lock_is_no_writer_if_roots(path, search, child, user, writes):
+    one = child(MOVERS_LOCK, path, user)
+    assert (one.pid in pids(search.search())) is writes
+    assert search.guest.migrates is not writes
+
+
+def test_child_processes_are_found(path, search, child):
     one = child(FORKS, path)
-    assert {one.pid, *one.said} <= pids(census.look())
+    assert {one.pid, *one.said} <= pids(search.search())
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
-def test_a_writer_in_a_mount_namespace_with_another_name_is_found(path, census, child, tmp_path):
+@need_root("mount")
+def test_writer_in_another_mount_namespace_is_found(path, search, child, tmp_path):
     there = tmp_path / "bound"
     there.touch()
     entering = f'mount --bind {path} {there} && exec "$@"'
@@ -177,37 +202,37 @@ def test_a_writer_in_a_mount_namespace_with_another_name_is_found(path, census, 
         wrapper=("unshare", "--mount", "sh", "-c", entering, "sh"),
     )  # fmt: skip
     assert not there.stat().st_size, "it is mounted here too"
-    assert one.pid in pids(census.look())
+    assert one.pid in pids(search.search())
 
 
-def test_this_program_is_no_writer(path, census):
+def test_this_program_is_no_writer(path, search):
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
-        assert os.getpid() not in pids(census.look())
-        assert writers.opened_here(census.target)
-        assert writers.open_for_writing(census.target.fd) is True
-    assert not writers.opened_here(census.target)
-    assert writers.open_for_writing(census.target.fd) is False
+        assert os.getpid() not in pids(search.search())
+        assert guest_file.opened_here(search.guest)
+        assert guest_file.open_for_writing(search.guest.fd) is True
+    assert not guest_file.opened_here(search.guest)
+    assert guest_file.open_for_writing(search.guest.fd) is False
 
 
-def test_a_file_on_its_way_in_a_socket_is_counted_by_the_kernel(path, census):
+def test_file_in_flight_in_a_socket_is_noticed_by_lease(path, search):
     """No /proc shows it."""
     one, other = socket.socketpair()
     with one, other:
         fd = os.open(path, os.O_RDWR)
         socket.send_fds(one, [b"x"], [fd])
         os.close(fd)
-        assert not writers.opened_here(census.target)
-        assert writers.open_for_writing(census.target.fd) is True
-    assert writers.open_for_writing(census.target.fd) is False
+        assert not guest_file.opened_here(search.guest)
+        assert guest_file.open_for_writing(search.guest.fd) is True
+    assert guest_file.open_for_writing(search.guest.fd) is False
 
 
-def test_nothing_is_known_of_who_has_a_device_open():
+def test_lease_tells_nothing_about_devices():
     fd = os.open("/dev/null", os.O_RDONLY)
-    assert writers.open_for_writing(fd) is None
+    assert guest_file.open_for_writing(fd) is None
     os.close(fd)
 
 
-def test_a_later_look_notices_what_is_opened_closed_and_mapped(path, census, child):
+def test_later_search_notices_open_close_and_mmap(path, search, child):
     one = child(
         "print(os.getpid(), flush=True)\nprint('ready', flush=True)\n"
         "for line in sys.stdin: exec(line); print('ready', flush=True)\n", path
@@ -218,51 +243,51 @@ def test_a_later_look_notices_what_is_opened_closed_and_mapped(path, census, chi
         one.process.stdin.flush()
         assert one.process.stdout.readline() == "ready\n"
 
-    assert one.pid not in pids(census.look())
+    assert one.pid not in pids(search.search())
     for begins, ends in (
         ("fd = os.open(path, os.O_RDWR)", "os.close(fd)"),
         ("fd = os.open(path, os.O_RDWR); m = mmap.mmap(fd, 0); os.close(fd)", "m.close()"),
     ):
         do(begins)
-        assert one.pid not in pids(census.look_at_new())  # it was there before
-        assert one.pid in pids(census.look())
-        assert one.pid in pids(census.look_at_new())
+        assert one.pid not in pids(search.search_new())  # it was there before
+        assert one.pid in pids(search.search())
+        assert one.pid in pids(search.search_new())
         do(ends)
-        assert one.pid not in pids(census.look_at_new())
-        assert one.pid in pids(census.look_at_new({one.pid}))  # it is known to stand still
-        assert one.pid not in pids(census.look())
+        assert one.pid not in pids(search.search_new())
+        assert one.pid in pids(search.search_new({one.pid}))  # it is known to stand still
+        assert one.pid not in pids(search.search())
     do("mapped(os.O_RDWR)")  # no descriptor tells of it
-    assert one.pid in pids(census.look())
+    assert one.pid in pids(search.search())
 
 
-def test_a_short_look_sees_new_processes_and_new_ones_with_old_numbers(path, census, child):
-    census.look()
+def test_search_new_finds_new_processes_with_reused_pids(path, search, child):
+    search.search()
     one = child("os.open(path, os.O_RDWR)", path)
-    assert one.pid in pids(census.look_at_new())
-    census.look()
+    assert one.pid in pids(search.search_new())
+    search.search()
     # as if it were another that had the number when all were looked at
-    census._known[one.pid] = writers._Seen(inode=1)
-    assert one.pid in pids(census.look_at_new())
+    search._known[one.pid] = writer_search._Seen(inode=1)
+    assert one.pid in pids(search.search_new())
 
 
-def test_a_look_that_nobody_waits_for_ends(census):
-    census.look()
-    known = census._known
-    assert census.look(lambda: True) == []
-    assert census._known is known
+def test_cancelled_search_ends_and_changes_nothing(search):
+    search.search()
+    known = search._known
+    assert search.search(lambda: True) == []
+    assert search._known is known
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
-def test_what_may_not_be_looked_into_is_counted(path, census, child):
+@need_root("become another user")
+def test_hidden_processes_are_counted(path, search, child):
     one = child("os.open(path, os.O_RDWR)", path)
     code = """
 import os, sys
-from migrate.guests.writers import Census
+from migrate.guests.writer_search import WriterSearch
 fd = os.open(sys.argv[1], os.O_RDONLY)
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-census = Census(fd)
-found = census.look()
-print(len(found), census.unseen > 0, census._known[int(sys.argv[2])].hidden)
+search = WriterSearch(fd)
+found = search.search()
+print(len(found), search.hidden > 0, search._known[int(sys.argv[2])].hidden)
 """
     path.chmod(0o644)
     found = subprocess.run([sys.executable, "-c", code, path, str(one.pid)], text=True,
@@ -270,11 +295,114 @@ print(len(found), census.unseen > 0, census._known[int(sys.argv[2])].hidden)
     assert found.stdout == "0 True True\n", found.stderr
 
 
+MANY_DESCRIPTORS = """
+import fcntl, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (15000, 15000))
+fd = os.open(path, os.O_RDONLY)
+os.setgroups([]); os.setgid(1234); os.setuid(1234)
+for _ in range(14000): fcntl.fcntl(fd, fcntl.F_DUPFD, 3)
+for _ in range(11):
+    child = os.fork()
+    if not child: break
+    print(child, flush=True)
+if not child: time.sleep(90)
+"""
+
+
+@need_root("become another user")
+def test_open_files_of_other_users_cost_bounded_time(path, search, child):
+    """168000 of them took a look 0.5 s, and one in the pause as much if they were new."""
+    before = child("os.open(path, os.O_RDWR)", path)
+    for _ in range(2):
+        search.search()
+    seconds = search.seconds
+    strangers = child(MANY_DESCRIPTORS, "/dev/null")
+    assert before.pid in pids(search.search_new())
+    assert search.new_seconds < seconds + 3 * writer_search.NEW_SECONDS
+    search.search()
+    search.search()
+    assert search.seconds < seconds + 3 * writer_search.FURTHER_SECONDS
+    assert not pids(search.search()) & {strangers.pid, *strangers.said}
+
+
+@need_root("become another user")
+def test_skipped_processes_of_other_users_are_counted(path, search, child, monkeypatch):
+    monkeypatch.setattr(writer_search, "FURTHER_SECONDS", 0.004)
+    search.search()
+    strangers = child(MANY_DESCRIPTORS, "/dev/null")
+    assert not search.search()
+    assert not search.skipped, "the kernel says that nothing has it open for writing"
+    one = child("os.open(path, os.O_RDWR)", path)
+    assert one.pid in pids(search.search())
+    assert search.skipped >= 10
+    monkeypatch.setattr(writer_search, "FURTHER_SECONDS", 4.0)
+    assert one.pid in pids(search.search())
+    assert not search.skipped
+    strangers.close()
+
+
+@need_root("become another user")
+def test_writer_of_another_user_stays_known_without_time(path, search, child, monkeypatch):
+    code = "os.open(path, os.O_RDWR); os.setgroups([]); os.setgid(1234); os.setuid(1234)"
+    one = child(code, path)
+    assert one.pid in pids(search.search())
+    for name in ("FURTHER_SECONDS", "NEW_SECONDS"):
+        monkeypatch.setattr(writer_search, name, 0.0)
+    assert one.pid in pids(search.search())
+    assert one.pid in pids(search.search_new())
+    other = child(code, path)  # nothing tells of it yet, but that it was not looked into
+    assert other.pid not in pids(search.search())
+    assert search.skipped
+
+
+@need_root("become another user")
+def test_hanging_process_of_another_user_costs_bounded_time(path, search, child, monkeypatch):
+    """It holds the lock of its memory, by FUSE; a search waited for it as long as it liked."""
+    become = "os.setgroups([]); os.setgid(1234); os.setuid(1234)"
+    writer = child("os.open(path, os.O_RDWR)", path)
+    hanging, *others = [child(become, "/dev/null") for _ in range(4)]
+    asked, go_on, mapped_in = [], threading.Event(), guest_file.GuestFile.mapped_in
+
+    def skipped() -> set[int]:
+        return {pid for pid, seen in search._known.items() if seen.skipped} & ours
+
+    def hangs(guest, base, deadline):
+        if base in {f"/proc/{one.pid}" for one in late}:
+            asked.append(base)
+            go_on.wait(PATIENCE)
+        return mapped_in(guest, base, deadline)
+
+    monkeypatch.setattr(guest_file.GuestFile, "mapped_in", hangs)
+    try:
+        began = time.monotonic()
+        late, ours = [hanging], {hanging.pid, *(one.pid for one in others)}
+        assert pids(search.search()) == {writer.pid}
+        assert skipped() == {hanging.pid}, "the others were looked into"
+        assert search.skipped
+        assert pids(search.search()) == {writer.pid}
+        assert skipped() == {hanging.pid}
+        assert len(asked) == 1, "it is not looked into again"
+        assert time.monotonic() - began < PATIENCE
+
+        late.append(child(become, "/dev/null"))
+        ours.add(late[1].pid)
+        began = time.monotonic()
+        assert pids(search.search_new()) == {writer.pid}
+        assert time.monotonic() - began < 1, "in the pause it was 30 s"
+        assert len(asked) == 2
+        assert pids(search.search()) == {writer.pid}
+        assert skipped() == {one.pid for one in late}
+    finally:
+        go_on.set()
+    wait_until(lambda: not {pid for pid, _ in search._guard.hanging} & ours)
+    assert pids(search.search()) == {writer.pid}
+    assert not skipped(), "they hang no more"
+
+
 def test_names_are_escaped_and_counted():
-    many = [writers.Writer(pid, "1", "x") for pid in range(7)]
-    assert writers.named(many[:1]) == "process 0 (x)"
-    assert writers.named(many) == "processes 0 (x), 1 (x), 2 (x), 3 (x), 4 (x) and 2 more"
-    assert writers.printable(b"a\x1b[2J\xff\n\xc3\xa4") == r"a\x1b[2J\xff\n" + "\u00e4"
+    many = [writer_search.Writer(pid, "1", "x") for pid in range(7)]
+    assert writer_search.named(many[:1]) == "process 0 (x)"
+    assert writer_search.named(many) == "processes 0 (x), 1 (x), 2 (x), 3 (x), 4 (x) and 2 more"
 
 
 # ---------------------------------------------------------------- the kernel as a writer
@@ -287,8 +415,7 @@ def loop_device():
     def attach(path, *options: str) -> str:
         done = subprocess.run(["losetup", "-f", "--show", *options, str(path)], text=True,
                               capture_output=True, check=False)  # fmt: skip
-        if done.returncode:
-            pytest.skip(f"no loop device can be had: {done.stderr.strip()}")
+        need(done.returncode == 0, f"a loop device: {done.stderr.strip()}")
         made.append(done.stdout.strip())
         return made[-1]
 
@@ -298,7 +425,7 @@ def loop_device():
         subprocess.run(["losetup", "-d", one], check=False)
 
 
-def test_the_file_behind_a_loop_device_is_refused(path, loop_device):
+def test_file_behind_loop_device_is_refused(path, loop_device):
     read_only = loop_device(path, "--read-only")
     FileGuest(str(path)).survey()
     subprocess.run(["losetup", "-d", read_only], check=True)
@@ -311,7 +438,7 @@ def test_the_file_behind_a_loop_device_is_refused(path, loop_device):
     assert any(device in notice for notice in guest.notices)
 
 
-def test_a_mounted_device_and_its_openers_are_refused(path, loop_device, child, tmp_path):
+def test_mounted_device_and_its_openers_are_refused(path, loop_device, child, tmp_path):
     with path.open("r+b") as file:
         file.truncate(8 << 20)
     device = loop_device(path)
@@ -322,8 +449,7 @@ def test_a_mounted_device_and_its_openers_are_refused(path, loop_device, child, 
     with pytest.raises(UsageError, match=rf"process {one.pid} \(python"):
         FileGuest(device).survey()
     one.close()
-    if not shutil.which("mkfs.ext4"):
-        pytest.skip("there is no mkfs.ext4")
+    need_program("mkfs.ext4", "e2fsprogs")
     subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
     (tmp_path / "mounted").mkdir()
     subprocess.run(["mount", device, tmp_path / "mounted"], check=True)
@@ -336,7 +462,7 @@ def test_a_mounted_device_and_its_openers_are_refused(path, loop_device, child, 
 # ---------------------------------------------------------------- before it begins
 
 
-def test_unnamed_writers_are_refused_before_anything_is_sent(path, child):
+def test_unnamed_writers_are_refused_before_sending(path, child):
     one = child(FORKS, path)
     with pytest.raises(UsageError, match="would go on writing a copy") as error:
         FileGuest(str(path)).survey()
@@ -355,14 +481,14 @@ def test_unnamed_writers_are_refused_before_anything_is_sent(path, child):
     assert not guest.warnings
 
 
-def test_a_writer_that_stands_still_is_not_refused(path, child):
+def test_stopped_writer_is_not_refused(path, child):
     one = child("os.open(path, os.O_RDWR)", path)
     os.kill(one.pid, signal.SIGSTOP)
-    wait_until(lambda: process.stands_still(one.pid))
+    wait_until(lambda: processes.is_stopped(one.pid))
     FileGuest(str(path)).survey()
 
 
-def test_what_cannot_be_stopped_is_said_at_once(path, child, monkeypatch):
+def test_unstoppable_process_is_refused_at_once(path, child, monkeypatch):
     threaded = child("threading.Thread(target=time.sleep, args=(90,), daemon=True).start()", path)
     thread = max(int(task) for task in os.listdir(f"/proc/{threaded.pid}/task"))
     for pid, words in (
@@ -374,22 +500,22 @@ def test_what_cannot_be_stopped_is_said_at_once(path, child, monkeypatch):
         with pytest.raises(UsageError, match=words):
             FileGuest(str(path), [pid])
     kernel = [int(name) for name in os.listdir("/proc") if name.isdecimal()
-              and process.is_kernel_thread(int(name))]  # fmt: skip
+              and processes.is_kernel_thread(int(name))]  # fmt: skip
     for pid in kernel[:1]:  # a container shows none
         with pytest.raises(UsageError, match="a thread of the kernel, which no signal stops"):
             FileGuest(str(path), [pid])
-    monkeypatch.setattr(survey, "task_states", lambda _pid: set())
+    monkeypatch.setattr(writer_survey, "task_states", lambda _pid: set())
     with pytest.raises(UsageError, match="/proc does not show it"):
         FileGuest(str(path), [threaded.pid])
-    monkeypatch.setattr(writers.os, "readlink", lambda _path: "1")
+    monkeypatch.setattr(writer_search.os, "readlink", lambda _path: "1")
     with pytest.raises(UsageError, match="PID namespace: whether a process has stopped"):
         FileGuest(str(path), auto=True).survey()
     guest = FileGuest(str(path))
     guest.survey()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may drop a capability")
-def test_that_a_process_may_not_be_stopped_is_said_before_it_is_connected(path, child):
+@need_root("drop a capability")
+def test_missing_permission_to_stop_is_reported_before_connecting(path, child):
     one = child("os.open(path, os.O_RDWR)\nos.setuid(65534)", path)
     bin_ = Path(sys.executable).parent
     for pid in (str(one.pid), "auto"):
@@ -406,8 +532,8 @@ def test_that_a_process_may_not_be_stopped_is_said_before_it_is_connected(path, 
         assert "connecting" not in found.stderr
 
 
-def test_who_has_started_migrate_src_is_not_stopped_by_auto(path):
-    """A shell that has it open waits for us: stopped, it would wait for ever."""
+def test_auto_does_not_stop_our_own_ancestors(path):
+    """A shell that has the guest open waits for us; stopped, it would wait forever."""
     bin_ = Path(sys.executable).parent
     move = f"{bin_}/migrate-src --guest file:{path} --pid auto unix:/nowhere"
     command = f"exec 3<>{path}; {move} 3>&-; exit $?"
@@ -416,9 +542,9 @@ def test_who_has_started_migrate_src_is_not_stopped_by_auto(path):
     assert "which has started migrate-src, can write the guest itself" in found.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@need_root("give files away")
 @pytest.mark.asyncio
-async def test_auto_stops_nobody_who_may_have_been_handed_the_guest(path, child):
+async def test_auto_does_not_stop_processes_of_other_users(path, child):
     """The owner of a file can send an open descriptor of it to any service."""
     os.chown(path, 65534, 65534)
     owners = child("os.open(path, os.O_RDWR)\nos.setuid(65534)", path)
@@ -431,7 +557,7 @@ async def test_auto_stops_nobody_who_may_have_been_handed_the_guest(path, child)
     late = child("os.open(path, os.O_RDWR)", path)
     with pytest.raises(MigrationError, match=f"process {late.pid} .* belongs to user 0"):
         await guest.pause()
-    assert process.state(late.pid) == "S"
+    assert processes.state(late.pid) not in processes.STOPPED
     await asyncio.to_thread(late.close)
     await guest.resume()
     await guest.pause()
@@ -439,21 +565,21 @@ async def test_auto_stops_nobody_who_may_have_been_handed_the_guest(path, child)
     await guest.close()
 
 
-def test_a_writer_that_ends_while_it_is_looked_at_is_none(path, monkeypatch, child):
+def test_writer_that_ends_during_the_search_is_ignored(path, monkeypatch, child):
     one = child("os.open(path, os.O_RDWR)", path)
-    real = Census.look_at_new
+    real = WriterSearch.search_new
 
-    def look_at_new(self, *arguments):
+    def search_new(self, *arguments):
         one.close()
         return real(self, *arguments)
 
-    monkeypatch.setattr(Census, "look_at_new", look_at_new)
+    monkeypatch.setattr(WriterSearch, "search_new", search_new)
     guest = FileGuest(str(path), auto=True)
     guest.survey()
     assert guest.pids == ()
 
 
-def test_what_only_the_kernel_knows_of_is_refused_or_said(path):
+def test_writers_known_only_to_the_kernel_are_reported(path):
     one, other = socket.socketpair()
     with one, other:
         fd = os.open(path, os.O_RDWR)
@@ -470,16 +596,16 @@ def test_what_only_the_kernel_knows_of_is_refused_or_said(path):
     assert not guest.warnings
 
 
-def test_what_is_not_seen_is_said_with_a_count(path, monkeypatch, child):
+def test_hidden_processes_are_reported_with_a_count(path, monkeypatch, child):
     one = child("os.open(path, os.O_RDWR)", path)
-    real = Census.look
+    real = WriterSearch.search
 
-    def look(self, *arguments):
+    def search(self, *arguments):
         found = real(self, *arguments)
-        self.unseen = 12
+        self.hidden = 12
         return found
 
-    monkeypatch.setattr(Census, "look", look)
+    monkeypatch.setattr(WriterSearch, "search", search)
     guest = FileGuest(str(path), [one.pid])
     guest.survey()
     assert guest.warnings[0].startswith("12 processes of other users may not be looked into")
@@ -513,46 +639,46 @@ def forked(one: Child) -> int:
 async def surveyed(path: Path, *arguments, **more) -> FileGuest:
     guest = FileGuest(str(path), *arguments, **more)
     guest.survey()
-    await guest.started()
+    await guest.make_ready()
     return guest
 
 
 @pytest.mark.asyncio
-async def test_auto_stops_those_that_have_appeared(path, child):
+async def test_auto_stops_new_writers(path, child):
     one = child(SPAWNS, path)
     guest = await surveyed(path, auto=True)
     assert guest.pids == (one.pid,)
     new = forked(one)
     opened = child("os.open(path, os.O_RDWR)", path)
     await guest.pause()
-    assert {process.state(pid) for pid in (one.pid, new, opened.pid)} == {"T"}
+    assert {processes.state(pid) for pid in (one.pid, new, opened.pid)} == {"T"}
     assert not await guest.check_writers()
     assert {tuple(fact) for fact in guest.facts()["pids"]} == {
-        (pid, process.start_time(pid)) for pid in (one.pid, new, opened.pid)
+        (pid, processes.start_time_of(pid)) for pid in (one.pid, new, opened.pid)
     }
     await guest.resume()
     for pid in (one.pid, new, opened.pid):
-        await asyncio.to_thread(wait_until, lambda: process.state(pid) == "S")  # noqa: B023
+        await asyncio.to_thread(wait_until, lambda: processes.state(pid) == "S")  # noqa: B023
     await guest.pause()
-    await guest.give_up()
+    await guest.relinquish()
     await guest.close()
-    assert {process.state(pid) for pid in (one.pid, new, opened.pid)} == {"T"}
+    assert {processes.state(pid) for pid in (one.pid, new, opened.pid)} == {"T"}
 
 
 @pytest.mark.asyncio
-async def test_those_that_have_appeared_are_refused_where_others_are_named(path, child):
+async def test_new_writers_are_refused_when_others_are_named(path, child):
     one = child(SPAWNS, path)
     guest = await surveyed(path, [one.pid])
     new = forked(one)
     with pytest.raises(MigrationError, match=rf"process {new} \(python.* can write it too"):
         await guest.pause()
     await guest.resume()
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) == "S")
     await guest.close()
 
 
 @pytest.mark.asyncio
-async def test_one_that_opens_it_where_nothing_is_stopped_is_refused(path, child):
+async def test_new_writer_is_refused_when_nothing_is_stopped(path, child):
     guest = await surveyed(path)
     one = child("os.open(path, os.O_RDWR)", path)
     with pytest.raises(MigrationError, match=rf"process {one.pid} .*would go on writing"):
@@ -566,37 +692,37 @@ async def test_one_that_opens_it_where_nothing_is_stopped_is_refused(path, child
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("auto", [True, False])
-async def test_one_that_opens_it_in_the_pause_is_found_before_the_hand_over(path, child, auto):
-    """Whoever is there already, and was no writer: the long look finds it."""
+async def test_writer_that_opens_the_guest_in_the_pause_is_found(path, child, auto):
+    """A process that existed before, and was no writer then, is found by the full search."""
     code = "print(os.getpid(), flush=True)\nprint('ready', flush=True)\nsys.stdin.readline()\n"
     idle = child(code + "os.open(path, os.O_RDWR)", path)
     one = child("os.open(path, os.O_RDWR)", path)
     guest = await surveyed(path, () if auto else [one.pid], auto=auto)
-    await guest._watch_no_more()
-    real = guest._lookout.look
+    await guest.stop_watching()
+    real = guest.watch.search
 
     async def look():
-        guest._lookout.look = real
+        guest.watch.search = real
         idle.process.stdin.write("\n")
         idle.process.stdin.flush()
         assert await asyncio.to_thread(idle.process.stdout.readline) == "ready\n"
         return await real()
 
-    guest._lookout.look = look
+    guest.watch.search = look
     await guest.pause()
     if auto:
         assert await guest.check_writers()
-        assert process.state(idle.pid) == "T"
+        assert processes.state(idle.pid) == "T"
     else:
         with pytest.raises(MigrationError, match=f"process {idle.pid} "):
             await guest.check_writers()
     await guest.resume()
-    await asyncio.to_thread(wait_until, lambda: process.state(idle.pid) == "S")
+    await asyncio.to_thread(wait_until, lambda: processes.state(idle.pid) == "S")
     await guest.close()
 
 
 @pytest.mark.asyncio
-async def test_who_runs_on_after_the_command_is_warned_of(path, child):
+async def test_writer_running_after_pause_cmd_causes_a_warning(path, child):
     """It cannot be told from one that keeps still by itself."""
     one = child("os.open(path, os.O_RDWR)", path)
     guest = await surveyed(path, (), "true", "true")
@@ -618,53 +744,124 @@ async def test_who_runs_on_after_the_command_is_warned_of(path, child):
     await guest.close()
 
 
+# Opens a file for writing, and is in a vfork(2) for a while: meanwhile SIGSTOP is pending.
+STOPS_LATE = """
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <unistd.h>
+static void woken(int number) {}
+int main(int count, char **words)
+{
+    if (open(words[1], O_RDWR) < 0)
+        return 1;
+    signal(SIGUSR1, woken);
+    puts("ready");
+    fflush(stdout);
+    pause();
+    if (!vfork()) {
+        usleep(1000000);
+        _exit(0);
+    }
+    pause();
+    return 0;
+}
+"""
+
+
 @pytest.mark.asyncio
-async def test_one_that_somebody_else_has_stopped_stays_so(path, child):
+async def test_writer_that_stops_late_causes_no_warning(path, tmp_path):
+    """kill(1) returns before the process that it stops has stopped."""
+    (tmp_path / "late.c").write_text(STOPS_LATE)
+    build = ["gcc", "-w", tmp_path / "late.c", "-o", tmp_path / "late"]
+    await asyncio.to_thread(subprocess.run, build, check=True)
+    writer = await asyncio.create_subprocess_exec(tmp_path / "late", path, stdout=subprocess.PIPE)
+    try:
+        assert await writer.stdout.readline() == b"ready\n"
+        stops = f"kill -USR1 {writer.pid}; sleep 0.1; kill -STOP {writer.pid}"
+        guest = await surveyed(path, (), stops, "true")
+        said: list[str] = []
+        guest.warn = said.append
+        await guest.pause()
+        assert processes.state(writer.pid) == "T"
+        assert not await guest.check_writers()
+        assert not said
+        await guest.close()
+    finally:
+        writer.kill()
+        await writer.communicate()
+
+
+@need_root("become another user")
+@pytest.mark.asyncio
+async def test_another_users_writer_is_not_waited_for(path, child, monkeypatch):
+    """It may be half stopped for as long as that user likes, and the guest is paused meanwhile."""
+    path.chmod(0o666)
+    own = child("os.open(path, os.O_RDWR)", path)
+    other = child("os.setuid(65534); os.open(path, os.O_RDWR)", path)
+    waited: list[int] = []
+
+    async def wait_stopping(pid: int) -> None:
+        waited.append(pid)
+
+    monkeypatch.setattr(file_module, "wait_stopping", wait_stopping)
+    guest = await surveyed(path, (), "true", "true")
+    said: list[str] = []
+    guest.warn = said.append
+    await guest.pause()
+    assert set(waited) == {own.pid}
+    assert str(other.pid) in said[0]
+    await guest.resume()
+    await guest.close()
+
+
+@pytest.mark.asyncio
+async def test_writer_stopped_by_others_stays_stopped(path, child):
     one, other = child("os.open(path, os.O_RDWR)", path), child("os.open(path, os.O_RDWR)", path)
     os.kill(other.pid, signal.SIGSTOP)
-    await asyncio.to_thread(wait_until, lambda: process.stands_still(other.pid))
+    await asyncio.to_thread(wait_until, lambda: processes.is_stopped(other.pid))
     guest = await surveyed(path, auto=True)
     assert set(guest.pids) == {one.pid, other.pid}
     await guest.pause()
     assert not await guest.check_writers()
     assert [pid for pid, _ in guest.facts()["pids"]] == [one.pid]  # for `resolve` to wake
     await guest.resume()
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
-    assert process.state(other.pid) == "T"
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) == "S")
+    assert processes.state(other.pid) == "T"
     await guest.close()
-    assert process.state(other.pid) == "T"
+    assert processes.state(other.pid) == "T"
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("auto", [True, False])
-async def test_one_that_is_woken_in_the_pause_is_stopped_again(path, child, auto):
-    """And what it wrote is looked for: a supervisor may send SIGCONT at any time."""
+async def test_writer_resumed_in_the_pause_is_stopped_again(path, child, auto):
+    """Its writes are scanned for: a supervisor may send SIGCONT at any time."""
     one = child("os.open(path, os.O_RDWR)", path)
     guest = await surveyed(path, () if auto else [one.pid], auto=auto)
     await guest.pause()
     assert not await guest.check_writers()
-    guest._check = asyncio.ensure_future(guest._lookout.look())
+    guest.last_look = asyncio.ensure_future(guest.watch.search())
     os.kill(one.pid, signal.SIGCONT)
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) != "T")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) != "T")
     assert await guest.check_writers()
-    assert process.state(one.pid) == "T"
+    assert processes.state(one.pid) == "T"
     await guest.resume()
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) == "S")
     await guest.close()
 
 
 @pytest.mark.asyncio
-async def test_one_that_its_owner_has_woken_in_the_pause_runs_on_afterwards(path, child):
+async def test_writer_resumed_by_its_owner_runs_after_the_pause(path, child):
     one = child("os.open(path, os.O_RDWR)", path)
     os.kill(one.pid, signal.SIGSTOP)
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "T")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) == "T")
     guest = await surveyed(path, [one.pid])
     await guest.pause()
     os.kill(one.pid, signal.SIGCONT)
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) != "T")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) != "T")
     assert await guest.check_writers()
     await guest.resume()
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) == "S")
     await guest.close()
 
 
@@ -672,31 +869,31 @@ AUTO_MOVER = """
 from migrate.guests.file import FileGuest
 guest = FileGuest(sys.argv[1], auto=True)
 guest.survey()
-await guest.started()
-print(guest._guard.pid)
+await guest.make_ready()
+print(guest.watchdog_pid)
 import os
-await guest._watch_no_more()
+await guest.stop_watching()
 os.write(os.open(sys.argv[2], os.O_WRONLY), b"\\n")
-while len(await guest._lookout.look()) < 2:
+while len(await guest.watch.search()) < 2:
     await asyncio.sleep(0.01)
 await guest.pause()
 assert len(guest.pids) == 2
 """
 
 
-def test_the_guard_wakes_all_that_were_stopped(path, child):
+def test_watchdog_resumes_all_stopped_writers(path, child):
     """Also those that were found in the pause, where the source is killed by SIGKILL."""
     one = child(SPAWNS, path)
-    with Mover(AUTO_MOVER, path, f"/proc/{one.pid}/fd/0") as mover:
+    with KillableProgram(AUTO_MOVER, path, f"/proc/{one.pid}/fd/0") as program:
         one.said.append(int(one.process.stdout.readline()))
-        assert {process.state(pid) for pid in (one.pid, one.said[0])} == {"T"}
-        mover.kill()
+        assert {processes.state(pid) for pid in (one.pid, one.said[0])} == {"T"}
+        program.kill()
         for pid in (one.pid, one.said[0]):
-            wait_until(lambda: process.state(pid) == "S")  # noqa: B023
+            wait_until(lambda: processes.state(pid) == "S")  # noqa: B023
 
 
 @pytest.mark.asyncio
-async def test_auto_converge_slows_those_too_that_have_appeared(path, child, monkeypatch):
+async def test_auto_converge_throttles_new_writers(path, child, monkeypatch):
     monkeypatch.setattr(file_module, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(file_module, "LOOK_FACTOR", 0)
     child("os.open(path, os.O_RDWR)", path)
@@ -704,28 +901,28 @@ async def test_auto_converge_slows_those_too_that_have_appeared(path, child, mon
     assert guest.can_throttle
     await guest.throttle(80)
     other = child("os.open(path, os.O_RDWR)", path)
-    await asyncio.to_thread(wait_until, lambda: process.state(other.pid) == "T")
-    await asyncio.to_thread(wait_until, lambda: process.state(other.pid) == "S")
+    await asyncio.to_thread(wait_until, lambda: processes.state(other.pid) == "T")
+    await asyncio.to_thread(wait_until, lambda: processes.state(other.pid) == "S")
     await guest.throttle(0)
     await guest.close()
 
 
 @pytest.mark.asyncio
-async def test_without_a_lookout_it_is_not_handed_over(path, child):
+async def test_no_hand_over_without_the_writer_watch(path, child):
     one = child("os.open(path, os.O_RDWR)", path)
     guest = await surveyed(path, [one.pid])
-    guest._lookout._process.kill()
+    guest.watch._process.kill()
     with pytest.raises(MigrationError, match="that looks for writers of the guest has died"):
         await guest.pause()
     await guest.resume()
-    await asyncio.to_thread(wait_until, lambda: process.state(one.pid) == "S")
+    await asyncio.to_thread(wait_until, lambda: processes.state(one.pid) == "S")
     await guest.close()
 
 
 # ---------------------------------------------------------------- companions
 
 
-def test_the_log_and_the_journal_of_sqlite_are_warned_of(tmp_path):
+def test_sqlite_log_and_journal_cause_a_warning(tmp_path):
     path = tmp_path / "db"
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("create table t(n)")
@@ -752,7 +949,7 @@ def test_the_log_and_the_journal_of_sqlite_are_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize("log", ["db-wal", "db-journal"])
-def test_the_log_is_looked_for_beside_the_file_that_a_link_leads_to(tmp_path, log):
+def test_log_is_searched_beside_the_link_target(tmp_path, log):
     """Its writer may have died: then nothing but the file tells of it."""
     (tmp_path / "releases").mkdir()
     path = tmp_path / "releases" / "db"
@@ -766,7 +963,7 @@ def test_the_log_is_looked_for_beside_the_file_that_a_link_leads_to(tmp_path, lo
     assert f"{log} does not come along" in guest.warnings[0]
 
 
-def test_a_sqlite_database_that_is_written_is_warned_of_before_there_is_a_log(tmp_path, child):
+def test_written_sqlite_database_causes_a_warning_without_a_log(tmp_path, child):
     path = tmp_path / "db"
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("create table t(n)")
@@ -784,7 +981,7 @@ def test_a_sqlite_database_that_is_written_is_warned_of_before_there_is_a_log(tm
 
 
 @pytest.mark.asyncio
-async def test_what_a_checkpoint_has_left_is_warned_of_in_the_pause(tmp_path):
+async def test_log_left_by_checkpoint_causes_a_warning_in_the_pause(tmp_path):
     path = tmp_path / "db"
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("pragma journal_mode=wal")
@@ -807,7 +1004,7 @@ async def test_what_a_checkpoint_has_left_is_warned_of_in_the_pause(tmp_path):
     database.close()
 
 
-def test_other_files_beside_it_are_warned_of(path, child):
+def test_files_beside_the_guest_cause_a_warning(path, child):
     """Such as a log of a database that we do not know; not those elsewhere, or of readers."""
     beside = f"{path}\x1b.log"
     Path(f"{path}.idx").touch()
@@ -828,7 +1025,33 @@ def test_other_files_beside_it_are_warned_of(path, child):
         os.unlink(f"{path}.idx")
 
 
-def test_the_lock_file_of_lmdb_is_said_to_be_of_no_use(tmp_path):
+def test_open_file_that_does_not_answer_hides_no_companion(path, child, monkeypatch):
+    """The server of a FUSE file that one writer has open may never answer."""
+    code = "os.open(path, os.O_RDWR); os.open(path + '-extra', os.O_RDWR)"
+    extra = Path(f"{path}-extra")
+    extra.touch()
+    silent, open_one = child(code, path), child(code, path)
+    stat, answer = os.stat, threading.Event()
+
+    def slow(where, **more):
+        if str(where).startswith(f"/proc/{silent.pid}/fd/"):
+            answer.wait(PATIENCE)
+        return stat(where, **more)
+
+    found = [writer_search.Writer(one.pid, "", "") for one in (silent, open_one)]
+    began = time.monotonic()
+    with open(path, "rb") as guest:
+        monkeypatch.setattr(os, "stat", slow)
+        try:
+            (said,) = companions.warnings(guest.fileno(), str(path), found)
+        finally:
+            answer.set()
+            extra.unlink()
+    assert said.startswith(extra.name)
+    assert time.monotonic() - began < PATIENCE
+
+
+def test_lmdb_lock_file_is_reported_as_useless(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     for name, options in (("data.mdb", {}), ("one", {"subdir": False})):
         where = tmp_path / ("dir" if name == "data.mdb" else name)
@@ -862,7 +1085,7 @@ while True:
 """
 
 
-def test_a_server_with_many_processes_moves_whole(path, tmp_path):
+def test_server_with_many_processes_moves_completely(path, tmp_path):
     """It starts more of them while it moves; --pid auto stops every one."""
     server = subprocess.Popen(
         [sys.executable, "-c", PREFORK, path], stdout=subprocess.PIPE, text=True,
@@ -883,7 +1106,7 @@ def test_a_server_with_many_processes_moves_whole(path, tmp_path):
         server.stdout.close()
 
 
-def test_resolve_wakes_all_that_were_stopped(path, tmp_path):
+def test_resolve_resumes_all_stopped_writers(path, tmp_path):
     """Those too that had appeared while it moved: the journal names them when it is handed over."""
     server = subprocess.Popen(
         [sys.executable, "-c", PREFORK, path], stdout=subprocess.PIPE, text=True,
@@ -899,7 +1122,7 @@ def test_resolve_wakes_all_that_were_stopped(path, tmp_path):
         )  # fmt: skip
         assert source.wait() == 0, source.err
         assert receiver.wait() == 0
-        stopped = {pid for pid in range_of(server.pid) if process.state(pid) == "T"}
+        stopped = {pid for pid in range_of(server.pid) if processes.state(pid) == "T"}
         assert len(stopped) > 3
         (written,) = journal.glob("*.source")
         facts = {}
@@ -922,11 +1145,11 @@ def range_of(session: int) -> list[int]:
     return found
 
 
-def test_a_child_that_nobody_has_named_is_refused_and_nothing_is_sent(path, child):
+def test_unnamed_child_process_is_refused_before_sending(path, child):
     one = child(FORKS, path)
     source = Program(
         "migrate-src", "-q", "--guest", f"file:{path}", "--pid", str(one.pid), "unix:/nowhere"
     )
     assert source.wait() == 2
     assert f"process {one.said[0]} (python" in source.err
-    assert process.state(one.pid) == "S"
+    assert processes.state(one.pid) not in processes.STOPPED

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proto import _twin, xbzrle
-from proto.errors import DecodeError
-from tests.kernels import BOTH, COMPILED, kernel  # noqa: F401
+from proto import xbzrle
+from proto.wire.errors import DecodeError
+from tests.kernels import BOTH, COMPILED, TWIN, kernel  # noqa: F401
 
 PAGE = 4096
 SIZES = [1024, 2048, 4096, 8192, 16384]
@@ -179,7 +179,7 @@ def test_run_length_boundaries(kernel, at, count, head):
     assert decoded(kernel, head + new[at : at + count], old) == new
 
 
-def test_a_page_of_one_byte_that_changed_always_overflows(kernel):
+def test_one_byte_page_always_overflows(kernel):
     assert kernel.encode(b"a", b"b") is None
     assert kernel.encode(b"a", b"b", True) is None
     assert kernel.encode(b"a", b"a") == b""
@@ -217,13 +217,13 @@ def spots(size: int, *at: int) -> tuple[bytes, bytes]:
         ((1020, 1023), "fc07 04 55000055"),
     ],
 )
-def test_short_gaps_are_closed(kernel, at, delta):
+def test_merge_closes_short_gaps(kernel, at, delta):
     old, new = spots(1024, *at)
     assert kernel.encode(old, new, True) == bytes.fromhex(delta)
     assert decoded(kernel, bytes.fromhex(delta), old) == new
 
 
-def test_gaps_of_two_stay_where_many_bytes_changed(kernel):
+def test_merge_keeps_gaps_of_two_in_dense_pages(kernel):
     """There they could make a run of 128 bytes and more, whose length takes a byte more."""
     for count, lengths in [(20, [58]), (21, [1] * 21)]:
         old, new = spots(256, *range(64, 64 + 3 * count, 3))
@@ -242,7 +242,7 @@ def test_gaps_of_two_stay_where_many_bytes_changed(kernel):
         assert b"\x04\x55\0\0\x55" in kernel.encode(old, new, True)
 
 
-def test_a_merged_delta_overflows_only_where_it_is_longer_than_the_page(kernel):
+def test_merged_delta_overflows_only_if_longer_than_the_page(kernel):
     old = bytes(1024)
     for end, fits in [(1020, True), (1022, False)]:  # every other byte, up to this one
         new = changed(old, *[(i, 1) for i in range(0, end + 1, 2)])
@@ -269,7 +269,7 @@ def many(pairs: list[tuple[bytes, bytes]], kernel, merge: bool) -> tuple[bytes, 
 
 
 @pytest.mark.parametrize("merge", [False, True])
-def test_many_pages_are_encoded_as_each_of_them(kernel, merge):
+def test_encode_pages_equals_encode(kernel, merge):
     noise = random.Random(4)
     for size in (1, 8, 100, 1024, 4096, 16384):
         pairs = []
@@ -287,12 +287,12 @@ def test_many_pages_are_encoded_as_each_of_them(kernel, merge):
             assert pages[i * size : (i + 1) * size] == (old if delta is None else new)
 
 
-def test_no_page_at_all(kernel):
+def test_encode_and_decode_no_pages(kernel):
     assert many([], kernel, False) == (b"", [])
     kernel.decode_pages(b"", array("i"), bytearray(), 1024)
 
 
-def test_a_page_that_overflows_leaves_its_room_to_the_next(kernel):
+def test_overflowing_page_takes_no_room(kernel):
     """The room is for as many pages of deltas; each one more may be measured once it is written."""
     full, one = (bytes(64), b"\1" * 64), (bytes(64), b"\1" + bytes(63))
     longest = (bytes(64), bytes(3) + b"\1" * 61)
@@ -302,7 +302,7 @@ def test_a_page_that_overflows_leaves_its_room_to_the_next(kernel):
     assert data == (b"\3\x3d" + b"\1" * 61) * 5
 
 
-def test_many_pages_refuse_sizes(kernel):
+def test_encode_pages_and_decode_pages_refuse_sizes(kernel):
     page, lengths = bytes(1024), array("i", [0])
     room = bytearray(2 * 1024 + 32)
     for size in (0, 16385):
@@ -326,7 +326,7 @@ def test_many_pages_refuse_sizes(kernel):
         (b"\0\1a", [3, 2**31 - 1, 0], "page 1: .*: the data ends inside a record"),
     ],
 )
-def test_many_pages_stop_at_the_first_bad_delta(kernel, deltas, lengths, message):
+def test_decode_pages_stops_at_the_first_bad_delta(kernel, deltas, lengths, message):
     """Those before it have changed; it and those after it are as they were."""
     pages = bytearray(3 * 1024)
     with pytest.raises(DecodeError, match=message):
@@ -370,7 +370,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_delta_leaves_the_page(kernel, name):
-    """Also where a good run stands before the fault: it is undone."""
+    """A good run before the bad one is undone, too."""
     text, message = BAD[name]
     bad = bytes.fromhex(text)
     page = bytearray(b"\x11" * PAGE)
@@ -438,7 +438,7 @@ def test_twins_agree_and_round_trip(pair):
     old, new = pair
     canonical, merged = (COMPILED.encode(old, new, merge) for merge in (False, True))
     for delta, merge in [(canonical, False), (merged, True)]:
-        assert _twin.encode(old, new, merge) == delta
+        assert TWIN.encode(old, new, merge) == delta
         assert (delta == b"") == (old == new)
         if delta is not None:
             assert len(delta) <= len(old)
@@ -453,7 +453,7 @@ def test_twins_agree_and_round_trip(pair):
 def test_twins_agree_on_small_pages(old, data):
     new = data.draw(st.binary(min_size=len(old), max_size=len(old)))
     for merge in (False, True):
-        assert COMPILED.encode(old, new, merge) == _twin.encode(old, new, merge)
+        assert COMPILED.encode(old, new, merge) == TWIN.encode(old, new, merge)
 
 
 GUARD = b"\xc3" * 64
@@ -487,7 +487,7 @@ runs = st.tuples(st.integers(0, 40), st.binary(max_size=20), st.booleans()).map(
 @settings(max_examples=500, deadline=None)
 def test_decoder_survives_any_bytes(delta, size):
     """Nothing outside the page is written, the page is untouched on error, and twins agree."""
-    assert guarded(COMPILED, delta, size) == guarded(_twin, delta, size)
+    assert guarded(COMPILED, delta, size) == guarded(TWIN, delta, size)
 
 
 @given(versions(), st.data())
@@ -498,4 +498,4 @@ def test_decoder_survives_mutations(pair, data):
     for _ in range(data.draw(st.integers(1, 4))):
         delta[data.draw(st.integers(0, len(delta) - 1))] = data.draw(st.integers(0, 255))
     delta = bytes(delta[: data.draw(st.integers(0, len(delta)))])
-    assert guarded(COMPILED, delta, len(old)) == guarded(_twin, delta, len(old))
+    assert guarded(COMPILED, delta, len(old)) == guarded(TWIN, delta, len(old))

@@ -46,9 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Record:
-    """What a worker tells its controller: its process, its test, and when that must be over.
+    """What a worker tells its controller: its process, its test, and the test's deadline.
 
-    Three lines in a file. The stacks of a test that had to be ended are in another one beside it.
+    Three lines in a file. The stacks of a test that had to be ended are in a file beside it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,7 +125,7 @@ class Bound:
 
 
 class Controller:
-    """Watches the workers of pytest-xdist from a thread of its own."""
+    """Watches the workers of pytest-xdist from a separate thread."""
 
     def __init__(self, grace: float) -> None:
         self._grace = grace
@@ -173,7 +173,7 @@ class Controller:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """End what is left of the workers: xdist has ended these by now."""
+        """End the remaining processes of the workers, which xdist has ended by now."""
         self._done.set()
         self._thread.join()
         for name in self._nodes:

@@ -1,183 +1,40 @@
-"""Memory of a Python program: any writable buffer, a NumPy array among them."""
+"""Memory of a Python program as a guest: any writable buffer, for example a NumPy array."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
-import threading
-import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from migrate._memory import set_marks
 from migrate.errors import MigrationError, UsageError
-from migrate.guests.guest import MemoryGuest, Place
-from migrate.guests.memory_hold import MemoryHold
-from migrate.memory import Memory, private_buffer
-from migrate.parameters import PAGE_SIZES, Parameters
-from migrate.tracking import DirtyTracker, MarkTracker
-from proto.kernel import PageEncoder
-from proto.messages import GuestInfo
+from migrate.guests.buffer_lock import BufferLock
+from migrate.guests.guest import MemoryGuest, no_limit
+from migrate.guests.place import Place
+from migrate.guests.write_lock import WriteLock, Writing
+from migrate.memory._memory import set_marks
+from migrate.memory.dirty import DirtyTracker, MarkTracker
+from migrate.memory.memory import Memory, private_buffer
+from migrate.policy.parameters import PAGE_SIZES, Parameters
+from migrate.tracking.own_record import OwnRecord
+from migrate.tracking.tracker import RecordTracker, Tracking, is_wanted
+from proto.codec.kernel import PageEncoder
+from proto.wire.messages import GuestInfo
 
+# Seconds to wait for writers inside `writing`.
 PAUSE_PATIENCE = 10.0
-WAITS = (
-    "`with guest.writing()` waits where the guest is paused, and would stop the event loop of this "
-    "thread: write `async with guest.writing()` here, or write in another thread"
-)
-
-
-class GuestMoved(Exception):  # noqa: N818 - news, not a fault
-    """The buffer has moved away: whoever still wants to write must do so at the destination."""
-
-
-class Gate:
-    """Lets writers in and out, one pause at a time; closed for good once the guest has moved.
-
-    A writer is a thread, or a task in a thread with an event loop. One that is inside already comes
-    in once more without waiting.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside: dict[object, int] = {}
-        self._closed = False
-        self._moved = False
-        self._warned = False
-        self._waiters: list[asyncio.Future[None]] = []
-
-    def enter(self) -> None:
-        """Waits in this thread. Raises GuestMoved; RuntimeError where that would stop its loop."""
-        me = _me()
-        with self._changed:
-            if not isinstance(me, int) and not self._open_to(me):
-                raise RuntimeError(WAITS)
-            self._changed.wait_for(lambda: self._open_to(me))
-            self._let_in(me)
-            first = not isinstance(me, int) and not self._warned
-            self._warned |= first
-        if first:
-            try:
-                warnings.warn(WAITS, RuntimeWarning, stacklevel=3)
-            except BaseException:
-                self.leave()
-                raise
-
-    async def enter_soon(self) -> None:
-        """In a task, whose loop goes on meanwhile. Raises GuestMoved."""
-        me = _me()
-        while True:
-            with self._changed:
-                if self._open_to(me):
-                    self._let_in(me)
-                    return
-                waiter = self._waiter()
-            await self._news(waiter)
-
-    def leave(self) -> None:
-        me = _me()
-        with self._changed:
-            self._inside[me] -= 1
-            if not self._inside[me]:
-                del self._inside[me]
-                if self._closed:
-                    self._tell()
-
-    async def close(self, timeout: float) -> bool:
-        """Keeps writers out and waits for those inside; False where they stay."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while True:
-                    with self._changed:
-                        self._closed = True
-                        if not self._inside:
-                            return True
-                        waiter = self._waiter()
-                    await self._news(waiter)
-        return False
-
-    def open(self) -> None:
-        with self._changed:
-            self._closed = False
-            self._tell()
-
-    def move(self) -> None:
-        with self._changed:
-            self._moved = True
-            self._tell()
-
-    # -- with the lock held
-
-    def _open_to(self, me: object) -> bool:
-        """Whether this writer need not wait; not whether it may write."""
-        return me in self._inside or self._moved or not self._closed
-
-    def _let_in(self, me: object) -> None:
-        if self._moved and me not in self._inside:
-            raise GuestMoved("the guest runs at the destination now")
-        self._inside[me] = self._inside.get(me, 0) + 1
-
-    def _tell(self) -> None:
-        self._changed.notify_all()
-        for waiter in self._waiters:
-            with contextlib.suppress(RuntimeError):  # its loop is closed
-                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
-
-    def _waiter(self) -> asyncio.Future[None]:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        return waiter
-
-    # -- without it
-
-    async def _news(self, waiter: asyncio.Future[None]) -> None:
-        try:
-            await waiter
-        finally:
-            with self._changed:
-                self._waiters.remove(waiter)
-
-
-def _me() -> object:
-    """The task that calls; else its loop, or the number of the thread, where none runs there."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return threading.get_ident()
-    return asyncio.current_task(loop) or loop
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-class Writing:
-    """What `BufferGuest.writing` returns: as long as one is inside, the guest is not stopped."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        self._gate.enter()
-
-    def __exit__(self, *_: object) -> None:
-        self._gate.leave()
-
-    async def __aenter__(self) -> None:
-        await self._gate.enter_soon()
-
-    async def __aexit__(self, *_: object) -> None:
-        self._gate.leave()
 
 
 def bytes_of(buffer: Any, what: str) -> memoryview:
-    """The bytes of a writable, contiguous buffer. Raises UsageError where it is none."""
+    """Return the bytes of a writable, contiguous buffer. Raises UsageError for anything else.
+
+    what -- what the error calls it
+    """
     try:
         view = memoryview(buffer)
     except (TypeError, ValueError, BufferError) as error:
         raise UsageError(
-            f"{what} is no buffer: {error} (of an array of such a type, give array.view('u1'))"
+            f"{what} is not a buffer: {error} (of an array of such a type, give array.view('u1'))"
         ) from None
     if view.readonly:
         raise UsageError(f"{what} is read-only: give one that can be written")
@@ -194,16 +51,23 @@ def bytes_of(buffer: Any, what: str) -> memoryview:
 
 
 class BufferGuest(MemoryGuest):
-    """Moves `buffer` (writable, contiguous) while this program's threads go on writing to it.
+    """Move `buffer` (writable, contiguous) while this program continues to write to it.
 
     Writers do `with guest.writing(): array[i] += 1` in threads, and `async with guest.writing()` in
-    coroutines. In the last round they wait at the door for some milliseconds; after the hand-over
-    the door raises GuestMoved. Programs with a way of their own to stop give `pause` and `resume`
-    (coroutine functions) instead. `state` (bytes, at most 1 MiB) is asked for when all is still,
-    and given to the destination.
+    coroutines. In the last round that waits for some milliseconds; after the hand-over it raises
+    GuestMoved.
 
-    marks -- False: changes are found by scanning. True: the program calls `mark` after each write;
-             it is trusted, and a write that it does not mark may be missing at the destination
+    pause, resume -- coroutine functions of a program that stops its writers itself, without
+                     `writing`
+    state -- called once the writers are stopped: returns bytes for the destination, at most 1 MiB
+    marks -- True: the program calls `mark` after each write. It is trusted: a write that it does
+             not mark may be missing at the destination
+    tracking -- how changes are found without marks: "compare" compares all of the buffer; "kernel"
+                has the kernel record writes (Linux 6.7, private memory), so that the first write to
+                each page costs a page fault; "auto" does so if comparing takes too long
+    page_size -- bytes per mark
+
+    Raises UsageError.
     """
 
     kind = "buffer"
@@ -216,6 +80,7 @@ class BufferGuest(MemoryGuest):
         resume: Callable[[], Awaitable[None]] | None = None,
         state: Callable[[], bytes] = bytes,
         marks: bool = False,
+        tracking: str = "auto",
         page_size: int = 4096,
     ) -> None:
         view = bytes_of(buffer, "the buffer")
@@ -228,50 +93,64 @@ class BufferGuest(MemoryGuest):
                 raise UsageError(f"{name}= is called when it is time: give a function")
         if page_size not in PAGE_SIZES:
             raise UsageError(f"a page of {page_size!r} bytes: it is one of {PAGE_SIZES}")
+        if tracking not in {one.value for one in Tracking}:
+            raise UsageError(f"tracking={tracking!r}: it is auto, kernel or compare")
         self.marks = marks
+        self._tracking = Tracking(tracking)
+        self._paused = False
+        self._view = view
         self.memory = Memory(len(view), view)
         self._page_size = page_size
         pages = -(-len(view) // page_size)
         self._marks = bytearray(-(-pages // 8) * 8 if marks else 0)
-        self._gate = Gate()
+        self._write_lock = WriteLock()
         self._pause = pause
         self._resume = resume
         self._state = state
-        self._hold: MemoryHold | None = None
+        self._lock: BufferLock | None = None
         self.cautions: list[str] = []
 
-    async def hold(self) -> None:
-        if self._hold is None:
-            assert self.memory.view is not None
-            hold = MemoryHold(self.memory.view, "this guest")
-            await hold.take()
-            self._hold, self.cautions = hold, hold.cautions
+    async def lock(self) -> None:
+        if self._lock is None:
+            lock = BufferLock(self._view, "this guest")
+            await lock.acquire()
+            self._lock, self.cautions = lock, lock.cautions
 
-    def confirm_hold(self) -> None:
-        if self._hold is not None:
-            self._hold.confirm()
+    def confirm_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.confirm()
 
-    def unhold(self) -> None:
-        """Memory of a guest that has moved stays held: it is an old copy."""
-        if self._hold is not None and self.given_up:
-            self._hold.keep()
-        elif self._hold is not None:
-            self._hold.close()
-            self._hold = None
+    def unlock(self) -> None:
+        """Let other guests have this memory, unless the guest has moved: then it is an old copy."""
+        if self._lock is not None and self.relinquished:
+            self._lock.keep()
+        elif self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     async def close(self) -> None:
-        """Let another guest be put into this memory; not while this one moves."""
-        if self._hold is not None and not self.moving:
-            self._hold.close()
-            self._hold = None
+        """Let another guest be put into this memory, unless a migration moves this one."""
+        if self._lock is not None and not self.moving:
+            self._lock.close()
+            self._lock = None
 
     def writing(self) -> Writing:
-        """A context in which this thread, or this task (`async with`), may write.
+        """Return a context in which this thread, or this task (`async with`), may write.
 
-        Raises GuestMoved after the hand-over. A plain `with` where an event loop runs in this
-        thread is warned of, and raises RuntimeError rather than stop that loop.
+        Entering it raises GuestMoved after the hand-over. A plain `with` in a thread that runs an
+        event loop warns, and raises RuntimeError if it would have to stop that loop.
         """
-        return Writing(self._gate)
+        return Writing(self._write_lock)
+
+    @property
+    def admits_writers(self) -> bool:
+        """Whether a writer may enter `writing` at once."""
+        return self._write_lock.open
+
+    @property
+    def moved(self) -> bool:
+        """Whether the guest runs at the destination: writers get GuestMoved."""
+        return self._write_lock.moved
 
     def check_parameters(self, parameters: Parameters) -> None:
         if self.marks and parameters.page_size != self._page_size:
@@ -281,31 +160,40 @@ class BufferGuest(MemoryGuest):
             )
 
     def mark(self, offset: int, length: int) -> None:
-        """Says that `length` bytes from `offset` were written; call it after the write."""
+        """Mark `length` bytes from `offset` as written. Call it after the write."""
         if length > 0:
             first = offset // self._page_size
             last = (offset + length - 1) // self._page_size
             set_marks(self._marks, first, last - first + 1)
 
-    def track(self, encoder: PageEncoder) -> DirtyTracker:
-        if not self.marks:
-            return super().track(encoder)
-        return MarkTracker(memoryview(self._marks), encoder.pages)
+    def track(
+        self, encoder: PageEncoder, downtime_limit: Callable[[], float] = no_limit
+    ) -> DirtyTracker:
+        if self.marks:
+            return MarkTracker(memoryview(self._marks), encoder.pages)
+        view = self.memory.view
+        assert view is not None
+        return RecordTracker(
+            self.memory, encoder, lambda: OwnRecord(view, encoder.page_size),
+            is_wanted(self._tracking, downtime_limit), lambda: not self._paused,
+        )  # fmt: skip
 
     async def pause(self) -> None:
+        self._paused = True
         if self._pause is not None:
-            await _called(self._pause)
-        elif not await self._gate.close(PAUSE_PATIENCE):
+            await _call(self._pause)
+        elif not await self._write_lock.exclude(PAUSE_PATIENCE):
             raise MigrationError(
                 f"a writer stayed inside guest.writing() for {PAUSE_PATIENCE:g} s: keep it short"
             )
 
     async def resume(self) -> None:
+        self._paused = False
         if self._resume is None:
-            self._gate.open()
+            self._write_lock.admit()
             return
         try:
-            await _called(self._resume)
+            await _call(self._resume)
         except Exception as error:
             raise MigrationError(
                 f"the guest is still here, and may stand still: resume= raised "
@@ -318,24 +206,26 @@ class BufferGuest(MemoryGuest):
             raise UsageError(f"state= returned {type(state).__name__}: it has to be bytes")
         return bytes(state)
 
-    async def give_up(self) -> None:
-        """Nothing outlives this process that could run the guest."""
+    async def relinquish(self) -> None:
+        """Do nothing: the guest ends with this process."""
 
     async def release(self) -> None:
-        self._gate.move()
+        self._write_lock.end()
 
 
-async def _called(function: Callable[[], Awaitable[None]]) -> None:
-    """A user's, who may have given a plain one."""
-    done = function()
-    if inspect.isawaitable(done):
-        await done
+async def _call(function: Callable[[], Awaitable[None]]) -> None:
+    """Call a function of the user's, which may be a plain one instead of a coroutine function."""
+    result = function()
+    if inspect.isawaitable(result):
+        await result
 
 
 class BufferPlace(Place):
-    """Anonymous memory of this program, or a buffer it provides (`into`).
+    """Anonymous memory of this program, or a buffer that it provides (`into`).
 
-    A buffer of whole pages is written as pages come; another one is filled in the pause.
+    A buffer of whole pages is written as pages come. Any other one is filled in the pause.
+
+    Raises UsageError.
     """
 
     def __init__(self, info: GuestInfo, into: Any = None) -> None:
@@ -355,32 +245,32 @@ class BufferPlace(Place):
                 self.memory = private_buffer(padded)
             except (OSError, ValueError, OverflowError) as error:
                 raise UsageError(f"no memory for a guest of {info.size} bytes: {error}") from None
-        self.reads = Memory(info.size, self.memory)
-        self._hold: MemoryHold | None = None
+        self.content = Memory(info.size, self.memory)
+        self._lock: BufferLock | None = None
 
-    async def ready(self) -> None:
-        if self._into is not None and self._hold is None:
-            hold = MemoryHold(self._into, "the buffer for the guest", receives=True)
-            await hold.take()
-            self._hold = hold
+    async def make_ready(self) -> None:
+        if self._into is not None and self._lock is None:
+            lock = BufferLock(self._into, "the buffer for the guest", receives=True)
+            await lock.acquire()
+            self._lock = lock
 
     @property
     def received(self) -> memoryview:
-        """The guest's bytes, exactly `size` of them."""
+        """The memory of the guest: exactly `size` bytes."""
         return self.memory[: self.size] if self._into is None else self._into
 
     async def start(self, state: bytes) -> str:
         self.state = state
         if self._into is not None and self._into is not self.memory:
             self._into[:] = self.memory[: self.size]
-        # The guest is in its memory now: nothing below may say that it was not started.
+        # The guest is complete: nothing below may report that it was not started.
         with contextlib.suppress(OSError):
-            if self._hold is not None:
-                self._hold.replace()
+            if self._lock is not None:
+                self._lock.replace()
             await self.discard()
         return f"{self.size} bytes are here"
 
     async def discard(self) -> None:
-        if self._hold is not None:
-            self._hold.close()
-            self._hold = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

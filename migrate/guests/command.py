@@ -1,4 +1,4 @@
-"""Runs the commands that a user gives: --pause-cmd, --resume-cmd, --on-complete."""
+"""Run the commands that a user gives: --pause-cmd, --resume-cmd, --on-complete."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ import threading
 
 from migrate.errors import MigrationError, UsageError
 
+# Seconds that a command may take, unless the user says more.
 COMMAND_PATIENCE = 60.0
-# After SIGTERM, before SIGKILL.
+# Seconds between SIGTERM and SIGKILL.
 END_SECONDS = 5.0
+# Seconds for the shell to check the syntax of a command.
 CHECK_SECONDS = 5.0
-# A first word that the shell takes as it is.
+# A first word without anything that the shell expands.
 ABSOLUTE = re.compile(r"\s*(/[\w./+,@%-]+)(?:\s|$)", re.ASCII)
 
 
 def check_command(command: str, what: str) -> None:
-    """Raises UsageError where it is sure that a command cannot run: the shell does not understand
-    it, or its first word is the path of a program that is not there."""
+    """Raise UsageError if a command certainly cannot run.
+
+    Either the shell does not understand it, or its first word is the path of a missing program.
+
+    what -- the option that the command comes from
+    """
     if not command:
         return
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -42,7 +48,7 @@ def check_command(command: str, what: str) -> None:
     except OSError as error:
         raise UsageError(f"{what} {command!r}: {word[1]}: {error.strerror}") from None
     if not stat.S_ISREG(mode) or not os.access(word[1], os.X_OK):
-        raise UsageError(f"{what} {command!r}: {word[1]} is no program that can be run here")
+        raise UsageError(f"{what} {command!r}: {word[1]} is not a program that can be run here")
 
 
 def _check_status(command: str, what: str, status: int) -> None:
@@ -53,9 +59,12 @@ def _check_status(command: str, what: str, status: int) -> None:
 async def run_command(
     command: str, what: str, timeout: float = COMMAND_PATIENCE, **environment: str
 ) -> None:
-    """Runs a user's command, and ends it when `timeout` seconds are over, or we are cancelled.
+    """Run a user's command, and end it after `timeout` seconds, or when we are cancelled.
 
-    Raises MigrationError where it fails.
+    what        -- the option that the command comes from
+    environment -- variables to add
+
+    Raises MigrationError if the command fails.
     """
     process = await asyncio.create_subprocess_shell(
         command, env={**os.environ, **environment}, start_new_session=True
@@ -64,7 +73,7 @@ async def run_command(
         async with asyncio.timeout(timeout):
             status = await process.wait()
     except BaseException as error:
-        # It must not go on behind our back: a late pause would come after the resume.
+        # It must not run on unnoticed: a late pause could come after the resume.
         await asyncio.shield(_end(process))
         if not isinstance(error, TimeoutError):
             raise
@@ -73,7 +82,7 @@ async def run_command(
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Ends a command, and what it has started."""
+    """End a command, and what it has started."""
     with contextlib.suppress(TimeoutError, ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         async with asyncio.timeout(END_SECONDS):
@@ -84,39 +93,37 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def start_service(
-    command: str, what: str, timeout: float, told: asyncio.Event, **environment: str
+    command: str, what: str, timeout: float, stop: asyncio.Event, **environment: str
 ) -> None:
-    """Runs a user's command that may start something which stays. It is never ended by us.
+    """Run a user's command that may start a service. We never end it.
 
-    timeout -- seconds to wait for it; 0: as long as it takes
-    told    -- set: wait no longer
+    timeout -- seconds to wait for the command; 0: without a limit
+    stop    -- once it is set, the command is not waited for any longer
 
-    Raises MigrationError where it fails, or is not waited for any more; then it goes on.
+    Raises MigrationError if the command fails, or is not waited for any longer; it then runs on.
     """
     try:
-        process, ended = _in_the_background(command, environment)
+        process, ended = _start_in_background(command, environment)
     except OSError as error:
         raise MigrationError(f"{what} {command!r} cannot be run: {error.strerror}") from None
-    ends, stops = asyncio.ensure_future(ended.wait()), asyncio.ensure_future(told.wait())
+    waits = [asyncio.ensure_future(ended.wait()), asyncio.ensure_future(stop.wait())]
     try:
-        await asyncio.wait(
-            {ends, stops}, timeout=timeout or None, return_when=asyncio.FIRST_COMPLETED
-        )
+        await asyncio.wait(waits, timeout=timeout or None, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for one in (ends, stops):
-            one.cancel()
+        for wait in waits:
+            wait.cancel()
     if not ended.is_set():
-        why = "is not waited for any longer" if told.is_set() else f"takes more than {timeout:g} s"
+        why = "is not waited for any longer" if stop.is_set() else f"takes more than {timeout:g} s"
         raise MigrationError(f"{what} {command!r} {why}: it goes on, as process {process.pid}")
     _check_status(command, what, process.returncode)
 
 
-def _in_the_background(
+def _start_in_background(
     command: str, environment: dict[str, str]
 ) -> tuple[subprocess.Popen[bytes], asyncio.Event]:
-    """A command, and an event that is set when it ends.
+    """Start a command. Return its process, and an event that is set when the process has ended.
 
-    It is no process of the loop's: those are killed as the loop is closed.
+    The process does not belong to the event loop, which would kill it when it is closed.
     """
     process = subprocess.Popen(
         command, shell=True, env={**os.environ, **environment}, start_new_session=True
@@ -125,7 +132,7 @@ def _in_the_background(
 
     def wait() -> None:
         process.wait()
-        with contextlib.suppress(RuntimeError):  # nobody waits any more: the loop is closed
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
             loop.call_soon_threadsafe(ended.set)
 
     threading.Thread(target=wait, daemon=True).start()

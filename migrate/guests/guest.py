@@ -1,38 +1,42 @@
-"""What a guest is to the source, and what a place for one is to the destination.
+"""What the source moves: a running guest.
 
-    source                                destination
+    source                                destination (see migrate.guests.place)
+    Guest.lock
     Guest.memory  --pages-->              Place.memory
-    Guest.pause, state  --COMPLETE-->     Place.verify-ed by the digest
-    Guest.give_up  --GO-->                Place.start(state)
+    Guest.pause, state  --COMPLETE-->     the digest is verified; Place.prepare(state)
+    Guest.relinquish  --GO-->             Place.start(state)
     Guest.release                         (the guest runs here)
     Guest.resume on any failure           Place.discard on any failure
 
-A guest that is paused and whose program dies must run again by itself, unless it was given up:
-each kind arranges that with somebody who outlives us (see demo.py, guard.py).
+A paused guest must run again by itself if this program dies, unless the guest was relinquished.
+Each kind of guest arranges that with a process that outlives this one (demo.process, watchdog).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from migrate.errors import UsageError
-from migrate.memory import Memory
-from migrate.quantities import format_size
-from migrate.tracking import DirtyTracker, ScanTracker
-from proto.kernel import PageEncoder
-from proto.messages import MAX_SIZE
+from migrate.memory.dirty import DirtyTracker, Look, Method, ScanTracker
+from migrate.memory.memory import Memory
+from migrate.units import format_size
+from proto.codec.kernel import PageEncoder
+from proto.wire.messages import MAX_SIZE
 
 if TYPE_CHECKING:
-    from migrate.journal import Journal
-    from migrate.link import Link
-    from migrate.parameters import Parameters
-    from migrate.reception import Reception
+    from migrate.policy.parameters import Parameters
+
+
+def no_limit() -> float:
+    """Return the downtime limit of a guest that may be stopped for any time."""
+    return math.inf
 
 
 def check_size(size: int, what: str) -> None:
-    """Raise UsageError for a guest of more bytes than any page size can carry."""
+    """Raise UsageError if a guest has more bytes than any page size can address."""
     if size > MAX_SIZE:
         raise UsageError(
             f"{what}: it has {format_size(size)}; the most that can be moved, whatever "
@@ -44,122 +48,136 @@ class Guest(ABC):
     """A running guest."""
 
     kind: str
+    # Whether `pause` really stops the guest. If not, the pause looks for its writes once more.
     stoppable = True
-    """Whether `pause` really stops it; else what it writes in the pause is looked for again."""
+    # Whether `throttle` slows the guest.
     can_throttle = False
-    """Whether `throttle` slows it."""
+    # What the destination and the views call the guest.
     description = ""
-    pid, born = 0, ""
-    """Of the process that is the guest, where there is one of ours: number and start time."""
+    # The process that is the guest, if it is one that we started: its number and start time.
+    pid, start_time = 0, ""
+    # Whether the guest ran when we came. A virtual machine may have been paused.
     runs = True
-    """Whether it runs; a virtual machine may have been paused before we came."""
-    remains = "the guest runs on here"
-    """What is true of it after a migration that failed."""
-    trouble = ""
-    """What went wrong as it was closed."""
-    waits = "here it stays paused"
-    """What is true of it while nobody knows whose it is."""
-    ours = "the guest runs here"
-    theirs = "the guest runs at the destination, and no more here"
-    """What is true of it once that is found out."""
 
-    stop_seconds = 0.0
-    """What the pause takes longer, to see that everything that writes it has stopped."""
-    check_seconds = 0.0
-    """What `check_writers` takes, beside the last round."""
-    warn: Callable[[str], None] = staticmethod(lambda _text: None)
-    """Told what a user must know, however quiet the program is to be."""
-    moving = False
-    """Whether a migration moves it now."""
-    given_up = False
-    """Whether it was given up to a destination, where it runs, or may: it moves once."""
-    undecided: tuple[Journal, Sequence[Callable[[], Awaitable[Link]]]] | None = None
-    """Where nobody knows whose it is, and no file says so: what is to be asked, and how."""
+    # Sentences for the user: what is true of the guest after a failed migration, while its owner
+    # is unknown, and once it is known to be here or at the destination.
+    after_failure = "the guest runs on here"
+    while_undecided = "here it stays paused"
+    if_here = "the guest runs here"
+    if_there = "the guest runs at the destination, and no more here"
+    # What went wrong while the guest was closed.
+    close_warning = ""
+    # How the guest is locked, and what else writes it.
     cautions: Sequence[str] = ()
-    """Sentences for the user on how it is held, and on what else writes it."""
+
+    # Seconds that stopping all writers adds to the pause.
+    stop_seconds = 0.0
+    # Seconds that `check_writers` takes. It runs while the last round is sent.
+    check_seconds = 0.0
+
+    # Whether a migration moves the guest now.
+    moving = False
+    # Whether the guest was handed to a destination, where it runs or may run. A guest moves once.
+    relinquished = False
+    # Set while the owner of the guest is unknown and no journal file records it. Call it with the
+    # seconds to ask for, and "here", "there" or "" (ask). It returns whether the destination owns
+    # the guest.
+    decide_owner: Callable[[float, str], Awaitable[bool]] | None = None
+
+    # Called with what a user must know, even if the program is to be quiet.
+    warn: Callable[[str], None] = staticmethod(lambda _text: None)
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """Of its memory, in bytes."""
+        """Bytes of guest memory."""
 
-    async def hold(self) -> None:
-        """Hold the guest: no other program can move it until `unhold`, or until we die.
+    async def lock(self) -> None:
+        """Keep other programs from moving the guest until `unlock`, or until this program dies.
 
-        Comes before anything is written down or stopped. Does nothing while it is held. Raises
-        UsageError where another program moves it.
+        Call it before anything is recorded or stopped. Does nothing if the guest is locked. Raises
+        UsageError if another program moves the guest.
         """
 
-    def check_home(self) -> None:
-        """Raise UsageError if this program moves it already, or has moved it."""
+    def confirm_lock(self) -> None:
+        """Check, just before the guest is relinquished, that it is still locked.
+
+        Raises MigrationError if it is not.
+        """
+
+    def unlock(self) -> None:
+        """Let other programs move what is still here: the migration is over."""
+
+    def check_available(self) -> None:
+        """Raise UsageError if this program moves the guest already, or has moved it."""
         if self.moving:
             raise UsageError("this guest is being moved already: a guest moves to one place")
-        if self.given_up:
+        if self.relinquished:
             error = UsageError(
                 "this guest has moved, or may have: a guest moves once, and what is here is old"
             )
-            error.guest_is = "there" if self.undecided is None else "unknown"
+            error.guest_is = "there" if self.decide_owner is None else "unknown"
             raise error
 
     def refuse_if_moved(self) -> None:
-        """Raise UsageError if the guest has moved away, as far as can be told from the guest
-        itself: an earlier program may have had a journal of its own."""
+        """Raise UsageError if the guest itself shows that it has moved away.
 
-    def confirm_hold(self) -> None:
-        """Make sure that it is still held, just before it is given up. Raises MigrationError."""
+        The program that moved it may have kept a journal that we do not see.
+        """
 
-    def unhold(self) -> None:
-        """The migration is over: other programs may move what is still here."""
+    async def make_ready(self) -> None:
+        """Wait until the guest runs and can be paused."""
 
-    async def started(self) -> None:
-        """Waits until the guest runs and can be paused."""
+    def check(self) -> None:
+        """Raise MigrationError if the guest can no longer be moved. Called after each round."""
+
+    async def throttle(self, percent: int) -> None:
+        """Take `percent` (0 to 99) of its time from the guest.
+
+        The throttle lasts until the next call, or until this program dies. Sets `can_throttle` to
+        False if nothing is left to slow. Raises MigrationError on failure; the guest then runs at
+        full speed.
+        """
 
     @abstractmethod
     async def pause(self) -> None:
-        """Stops the guest; when this returns it writes no more. Raises MigrationError."""
+        """Stop the guest; it writes nothing after the return. Raises MigrationError."""
 
     @abstractmethod
     async def resume(self) -> None:
-        """Lets a paused guest go on here. Does nothing where it runs."""
+        """Let a paused guest run here again. Does nothing if the guest runs."""
 
     async def check_writers(self) -> bool:
-        """Looks, in the pause, whether anything can write the guest that was not stopped.
+        """Stop every process that can write the guest and was not stopped by `pause`.
 
-        True: there was something, and it is stopped now; what it wrote is to be looked for again.
-        Raises MigrationError where it cannot be stopped, or is not ours to stop.
+        Returns True if there was one: its writes must be looked for once more. Raises
+        MigrationError if one cannot be stopped, or may not be stopped by us.
         """
         return False
 
-    async def throttle(self, percent: int) -> None:
-        """Takes so much of its time from the guest (0 to 99), until told otherwise or we die.
-
-        Raises MigrationError where that fails; the guest runs at its own speed then. Where there is
-        nothing left to slow, `can_throttle` is false when it returns.
-        """
-
-    def check(self) -> None:
-        """Called after each round. Raises MigrationError where the guest can no longer be moved."""
-
     def state(self) -> bytes:
-        """What the guest needs beside its memory to go on elsewhere; it is paused."""
+        """Return what the paused guest needs, beside its memory, to run at the destination."""
         return b""
 
     @abstractmethod
-    async def give_up(self) -> None:
-        """From here on nothing here may run the guest, whatever dies. Comes before GO."""
+    async def relinquish(self) -> None:
+        """Make sure that nothing here can run the guest, whatever dies. Comes before GO."""
 
-    async def take_back(self) -> None:
-        """The destination said it will never run it: it is ours again (still paused)."""
+    async def reclaim(self) -> None:
+        """Own the guest again, still paused: the destination has said that it never runs it."""
 
     @abstractmethod
     async def release(self) -> None:
-        """It runs at the destination: free what it used here."""
+        """Free what the guest used here: it runs at the destination."""
 
     async def close(self) -> None:
-        """The migration is over; the guest stays as it is."""
+        """End this program's part in the guest, which stays as it is."""
 
     def facts(self) -> dict[str, Any]:
-        """What a later program needs to let the guest go on, or to end it (see reopen)."""
+        """Return what a later program needs to let the guest run, or to end it.
+
+        The journal keeps it; see migrate.cli.reopen.
+        """
         return {"kind": self.kind}
 
 
@@ -167,91 +185,30 @@ class MemoryGuest(Guest):
     """A guest whose memory can be read while it writes."""
 
     memory: Memory
+    # Whether the guest marks the pages that it writes. If not, the source scans its memory, and
+    # hashes what it sends.
     marks = False
-    """Whether it marks what it writes; else the source scans, and hashes what it sends."""
 
     @property
     def size(self) -> int:
         return self.memory.size
 
     def check_parameters(self, parameters: Parameters) -> None:
-        """Raise UsageError where this guest cannot be moved with them."""
+        """Raise UsageError if the guest cannot be moved with these parameters."""
 
-    def track(self, encoder: PageEncoder) -> DirtyTracker:
-        """Starts tracking for one migration."""
+    def track(
+        self, encoder: PageEncoder, downtime_limit: Callable[[], float] = no_limit
+    ) -> DirtyTracker:
+        """Start to track dirty pages for one migration.
+
+        downtime_limit -- returns the limit, in seconds, that is in force
+        """
         return ScanTracker(self.memory, encoder)
 
+    def foresee_look(self, scan_seconds: float, downtime_limit: float) -> Look:
+        """Return how written pages would be found in a migration. The guest is not touched.
 
-class Place(ABC):
-    """Where the destination puts a guest."""
-
-    reception: Callable[..., Reception] | None = None
-    """How it is received, where that is not page by page into `memory`."""
-    memory: memoryview
-    """Writable, whole pages."""
-    zeroed = True
-    """Whether `memory` is all zeros at first, but for what is `held`."""
-    held = False
-    """Whether an earlier program has received some of the guest here."""
-    lasting = False
-    """Whether it outlives this program: a later one can go on with it."""
-    fd = -1
-    """Of the file that `memory` maps, or -1: raw pages are written to it."""
-    fd_offset = 0
-    """Where the guest begins in that file."""
-    reads: Memory
-    """The same bytes as they are hashed."""
-    pid, born = 0, ""
-    """Of the process that is the guest, where there is one of ours: number and start time."""
-    runs = True
-    """Whether the guest runs once it is started; a virtual machine may arrive paused."""
-    irrevocable = False
-    """Whether `start` may have been heard though it has not returned: no later program can know."""
-
-    async def ready(self) -> None:
-        """Waits until the place can take a guest; the source is told to begin after that."""
-
-    def make_room(self, page: int) -> None:
-        """A page is written through `memory` for the first time. Raises OSError where it cannot
-        be: a mapping has only SIGBUS to say so."""
-
-    def sync(self) -> None:
-        """Brings what was written to where it is safe; called as rounds end."""
-
-    @abstractmethod
-    async def start(self, state: bytes) -> str:
-        """The guest is ours: let it run. Returns a sentence for the user.
-
-        Raises MigrationError where it cannot; then it did not run and never will.
+        scan_seconds -- what a comparison of the whole guest takes
         """
-
-    async def look(self, running: str) -> str:
-        """The sentence of `start`, or a truer one, when the source knows that the guest is ours."""
-        return running
-
-    async def prepare(self, state: bytes) -> None:
-        """Everything that can fail before the guest is ours, so that `start` cannot."""
-
-    def persist(self) -> None:
-        """Its facts are written down: where it is `lasting`, it outlives this program from here
-        on. Raises MigrationError."""
-
-    def unprepare(self) -> None:
-        """Undoes `prepare` and `secure`: more pages will come."""
-
-    def secure(self) -> None:
-        """It is written that the guest is whole: from here on it outlives this program."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a later program needs to start a prepared guest, or to discard it (see reopen)."""
-        return {"kind": "buffer"}
-
-    def close(self) -> None:
-        """The guest runs and the source knows it: lets go of what was only needed to receive it.
-
-        Not part of `start`, since unmapping a large memory would lengthen the pause.
-        """
-
-    @abstractmethod
-    async def discard(self) -> None:
-        """The guest does not come: leave nothing behind."""
+        del downtime_limit
+        return Look(Method.MARKS, 0.0) if self.marks else Look(Method.COMPARE, scan_seconds)

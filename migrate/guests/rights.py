@@ -1,8 +1,8 @@
-"""Mode and owner of a file: those that an output gets, and as they travel with a file guest.
+"""Mode and owner of an output, as they travel with a file guest and as they are set.
 
-Who decides, first to last: --mode and --owner; the file that --overwrite replaces; the guest's own
-file, which the source describes in the state of COMPLETE. What the source says is as hostile as all
-it sends: it is bounded here, and setuid, setgid and sticky never come from there.
+First --mode and --owner decide; then the file that --overwrite replaces; then the guest's own file,
+which the source describes in the state of COMPLETE. What the source says may be hostile, as all it
+sends: it is bounded here, and setuid, setgid and sticky never come from a source.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import stat
 from dataclasses import dataclass
 
 from migrate.errors import PeerError, UsageError
-from migrate.guests import moved
+from migrate.guests import moved_mark
 
 VERSION = 1
 MAX_STATE_BYTES = 4096
+# Bits of a mode: without and with setuid, setgid and sticky.
 PLAIN_BITS = 0o777
 ALL_BITS = 0o7777
-MAX_ID = (1 << 32) - 2  # the number behind it means "leave it" to chown(2)
-# Attributes of a replaced file that the new one gets. Not those that vouch for the content.
+MAX_ID = (1 << 32) - 2  # the next number means "no change" to chown(2)
+# Attributes that an output keeps of the file that it replaces. Not those that vouch for content,
+# as security.ima does.
 ACCESS_LIST = "system.posix_acl_access"
 KEPT_ATTRIBUTES = ("user.", ACCESS_LIST, "security.selinux", "security.SMACK64")
 
 
 @dataclass(frozen=True)
 class Rights:
-    """None: not said."""
+    """Mode and owner; None is for what is not given."""
 
     mode: int | None = None
     uid: int | None = None
@@ -37,11 +39,11 @@ class Rights:
 
     @classmethod
     def of(cls, found: os.stat_result) -> Rights:
-        """Those of an existing file; without the bits that give its content power."""
+        """Return those of an existing file, without setuid, setgid and sticky."""
         return cls(found.st_mode & PLAIN_BITS, found.st_uid, found.st_gid)
 
     def over(self, other: Rights) -> Rights:
-        """These, and what is not said here from `other`."""
+        """Return these, with what is not given here from `other`."""
         return Rights(
             other.mode if self.mode is None else self.mode,
             other.uid if self.uid is None else self.uid,
@@ -51,14 +53,17 @@ class Rights:
     # -- as they travel
 
     def pack(self) -> bytes:
+        """Return them as a source sends them."""
         said = {"version": VERSION, "mode": self.mode, "uid": self.uid, "gid": self.gid}
         return json.dumps(said).encode()
 
     @classmethod
     def unpack(cls, state: bytes) -> Rights:
-        """From a source. Nothing is said by an earlier release, and in words of a later one.
+        """Read what a source has sent.
 
-        Raises PeerError where it makes no sense.
+        An earlier release sends nothing; the version of a later one means nothing to us.
+
+        Raises PeerError for what makes no sense.
         """
         if not state:
             return cls()
@@ -81,7 +86,7 @@ class Rights:
 
     @classmethod
     def read(cls, found: object) -> Rights:
-        """From a journal, as a list; nothing is said by what makes no sense."""
+        """Read the list in a journal. What makes no sense counts as not given."""
         if not isinstance(found, list) or len(found) != 3:
             return cls()
         try:
@@ -92,9 +97,9 @@ class Rights:
     # -- as they are set
 
     def give(self, fd: int) -> str:
-        """Gives them to an open file; why some of them could not be set, or "".
+        """Set them on an open file. Return why some of them could not be set, or "".
 
-        The owner first: at no time may somebody do more than in the end.
+        The owner is set before the mode: at no time may a user do more than in the end.
         """
         why, before = "", os.fstat(fd)
         try:
@@ -114,7 +119,7 @@ class Rights:
         return f"mode and owner are {has} and could not be {wish}{f': {why}' if why else ''}"
 
     def _give_owner(self, fd: int, before: os.stat_result) -> str:
-        """Both, or the group alone, which a user may often set."""
+        """Set user and group, or the group alone, which a user may often set. Return why not."""
         uid, gid = (-1 if one is None else one for one in (self.uid, self.gid))
         if uid in (-1, before.st_uid) and gid in (-1, before.st_gid):
             return ""
@@ -129,6 +134,7 @@ class Rights:
 
 
 def _bounded(value: object, most: int) -> int | None:
+    """Return a number from 0 to `most`, or None as it is. Raises ValueError for anything else."""
     if value is None:
         return None
     if type(value) is not int or not 0 <= value <= most:
@@ -137,33 +143,35 @@ def _bounded(value: object, most: int) -> int | None:
 
 
 def keep_attributes(path: str, fd: int, *, access_list: bool) -> list[str]:
-    """Gives an open file the extended attributes of the one it replaces; those it could not.
+    """Copy the extended attributes of the file at `path` to an open file that replaces it.
 
-    access_list -- False: not that one, which would let others read it than a mode says
+    Return the names of those that were not copied.
+
+    access_list -- whether to copy the access list too: it may admit users that a mode excludes
     """
-    left = []
+    not_kept = []
     try:
         names = os.listxattr(path)
     except OSError:
         return []
     for name in names:
-        if name == moved.ATTRIBUTE:
-            continue  # it tells of the file that is replaced
+        if name == moved_mark.ATTRIBUTE:
+            continue  # it belongs to the file that is replaced
         if not name.startswith(KEPT_ATTRIBUTES) or (name == ACCESS_LIST and not access_list):
-            left.append(name)
+            not_kept.append(name)
             continue
         try:
             os.setxattr(fd, name, os.getxattr(path, name))
         except OSError:
-            left.append(name)
-    return left
+            not_kept.append(name)
+    return not_kept
 
 
 # ---------------------------------------------------------------- as people write them
 
 
 def parse_mode(text: str) -> int | None:
-    """Of --mode: octal, as chmod(1) takes it. Raises UsageError."""
+    """Parse --mode: octal digits, as for chmod(1). Raises UsageError."""
     if not text:
         return None
     if len(text) > 5 or not set(text) <= set("01234567") or int(text, 8) > ALL_BITS:
@@ -172,8 +180,10 @@ def parse_mode(text: str) -> int | None:
 
 
 def parse_owner(text: str) -> tuple[int | None, int | None]:
-    """Of --owner: USER, USER:GROUP, USER: (and the user's own group) or :GROUP, by name or number,
-    as chown(1) takes it. Raises UsageError."""
+    """Parse --owner: USER, USER:GROUP, USER: (with the user's own group) or :GROUP.
+
+    Names and numbers are accepted, as by chown(1). Returns user and group. Raises UsageError.
+    """
     if not text:
         return None, None
     user, colon, group = text.partition(":")
@@ -191,7 +201,7 @@ def parse_owner(text: str) -> tuple[int | None, int | None]:
 
 
 def _number_of(name: str, kind: str) -> int:
-    """A name comes before a number, as POSIX has it for chown."""
+    """Return the number of a user or group: POSIX has chown try a name before a number."""
     try:
         if kind == "user":
             return pwd.getpwnam(name).pw_uid

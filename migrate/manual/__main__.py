@@ -1,4 +1,4 @@
-"""Writes all pages and completions below a directory, as they lie below PREFIX/share."""
+"""Write all pages and completions below a directory, as they are installed below PREFIX/share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from migrate import output
 from migrate.manual import bash, fish, man, zsh
 from migrate.manual.parsers import Program, programs
+from migrate.output.run import run_program
 
 
 def files(date: str) -> Iterator[tuple[str, str]]:
-    """(path below share, text) of each."""
+    """Give (path below share, text) of each page and completion.
+
+    date -- of the pages, YYYY-MM-DD
+    """
     every = programs()
     pages = [page for program in every for page in (program, *program.subcommands)]
     for page in pages:
@@ -25,13 +28,17 @@ def files(date: str) -> Iterator[tuple[str, str]]:
 
 
 def completions(program: Program) -> Iterator[tuple[str, str]]:
+    """Give (path below share, text) of a program's completion for each shell."""
     yield f"bash-completion/completions/{program.name}", bash.script(program)
     yield f"zsh/site-functions/_{program.name}", zsh.script(program)
     yield f"fish/vendor_completions.d/{program.name}.fish", fish.script(program)
 
 
 def write(directory: Path) -> list[Path]:
-    """Writes them; the paths, below `directory`. The date is that of SOURCE_DATE_EPOCH or today."""
+    """Write all files; return their paths, relative to `directory`.
+
+    The pages have the date of SOURCE_DATE_EPOCH, else today's.
+    """
     when = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()))
     written = []
     for name, text in files(time.strftime("%Y-%m-%d", when)):
@@ -50,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    output.program("migrate.manual", main, waits=True)
+    run_program("migrate.manual", main, waits=True)

@@ -1,8 +1,8 @@
-"""The completion for bash. It needs nothing of the package bash-completion, which only finds it.
+"""The completion for bash. Of the package bash-completion it needs only that it is found.
 
-readline splits words at = and : (COMP_WORDBREAKS), which our values are full of: they are put
-together again from COMP_LINE, and of each answer only what follows the last such character is
-given back.
+readline splits words at = and : (COMP_WORDBREAKS), which our values often contain. So the script
+joins the words again, from COMP_LINE, and returns of each answer only what follows the last such
+character.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from string import Template
 
 from migrate.manual.parsers import Kind, Option, Program, Values
 
-# NAME is the function that bash calls; all others begin with it.
+# NAME is the function that bash calls; the names of all others begin with it.
 SCRIPT = Template(r"""# bash completion for $PROG, made from its parser
 
 ${NAME}_split() {  # words, as they were typed up to the cursor
@@ -117,7 +117,7 @@ _COMPGEN = {
 
 
 def script(program: Program) -> str:
-    """What bash sources when the program is completed first."""
+    """Return what bash sources when a user first completes the program."""
     name = f"_{program.page.replace('-', '_')}"
     branches = {"": program} | {_word(one): one for one in program.subcommands}
     return SCRIPT.substitute(
@@ -158,7 +158,7 @@ def _pattern(command: str, keys: tuple[str, ...]) -> str:
 
 
 def _values(program: Program) -> list[tuple[tuple[str, ...], Values]]:
-    """Each option, and each argument by its number, with what it takes."""
+    """Return the values of each option, and of each argument by its number."""
     taken = [(option.names, option.values) for option in program.options]
     taken += [((str(place),), one.values) for place, one in enumerate(program.arguments)]
     return [(keys, one) for keys, one in taken if one]

@@ -1,4 +1,4 @@
-"""The completion for fish: a line for each option, and functions for what a prefix hides."""
+"""The completion for fish: a line per option, and functions for values behind a prefix."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _FOUND = {
 
 
 def script(program: Program) -> str:
-    """What fish sources when the program is completed first."""
+    """Return what fish sources when a user first completes the program."""
     name = f"__{program.page.replace('-', '_')}"
     words = [one.name.split()[-1] for one in program.subcommands]
     lines = _lines(program, name, "")
@@ -95,12 +95,12 @@ def script(program: Program) -> str:
 
 
 def quote(text: str) -> str:
-    """As one word of fish, in which only \\ and ' mean something."""
+    """Return `text` as one word of fish, in which only \\ and ' are special."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def short(text: str) -> str:
-    """The first clause of a help: there is one line for it in a list."""
+    """Return the first clause of a help text, for a list with one line per option."""
     for end in (" (", ": ", "; "):
         text = text.partition(end)[0]
     return text.rstrip(".")
@@ -136,7 +136,7 @@ def _taken(option: Option, name: str) -> str:
 
 
 def _answer(taken: Values, name: str) -> str:
-    """One word of fish, which evaluates it when it is asked."""
+    """Return one word that fish evaluates each time it completes the value."""
     parts = list(taken.words)
     parts += [_FOUND[kind].format(name=name, prefix=prefix) for prefix, kind in taken.found]
     return quote(" ".join(parts))

@@ -1,4 +1,4 @@
-"""The man pages, in the man macros that groff and mandoc both have."""
+"""The man pages, in the man macros that both groff and mandoc have."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from migrate.cli.program import VERSION
+from migrate.cli.options import VERSION
 from migrate.manual.parsers import Option, Program
 
-# Of our lines: escapes come on top of that, and mandoc complains of more than 80.
+# Columns of a line before escapes are added: mandoc complains of more than 80.
 WIDTH = 70
 _ESCAPES = {"\\": r"\e", "-": r"\-", "^": r"\(ha", "~": r"\(ti", "`": r"\(ga"}
 
-# What an option makes of use: its variables and files.
+# The variables and files that matter to a program with this option.
 ENVIRONMENT = {
     "--journal": [
-        ("MIGRATE_JOURNAL", "the directory of the journals, where --journal does not name one"),
-        ("XDG_STATE_HOME", "where the journals of users other than root are: in xbmigrate there"),
-        ("MIGRATE_COREDUMPS", "1 allows core dumps, which have the guest's memory in them"),
+        ("MIGRATE_JOURNAL", "the directory of the journals, unless --journal names one"),
+        ("XDG_STATE_HOME", "other users than root have their journals in xbmigrate below it"),
+        ("MIGRATE_COREDUMPS", "1 allows core dumps, which contain the guest's memory"),
+    ],
+    "--log-level": [
+        ("MIGRATE_LOG", "what is logged: LEVEL, or LOGGER=LEVEL pairs separated by commas"),
     ],
     "--tls-creds": [
         ("MIGRATE_REQUIRE_TLS", "1 refuses plain TCP to and from another host"),
@@ -30,19 +33,23 @@ FILES = {
         ("~/.local/state/xbmigrate", "the journals, for other users"),
     ],
     "--tls-creds": [
-        ("DIR/ca-cert.pem", "in the directory of --tls-creds: the authority both sides trust"),
-        ("DIR/server-cert.pem, DIR/server-key.pem", "what migrate-dst proves itself with"),
-        ("DIR/client-cert.pem, DIR/client-key.pem", "what migrate-src proves itself with"),
-        ("DIR/ca-crl.pem", "certificates that are no longer good; there need be none"),
+        ("DIR/ca-cert.pem", "in the directory of --tls-creds: the authority that both sides trust"),
+        ("DIR/server-cert.pem, DIR/server-key.pem", "certificate of migrate-dst and its key"),
+        ("DIR/client-cert.pem, DIR/client-key.pem", "certificate of migrate-src and its key"),
+        ("DIR/ca-crl.pem", "revoked certificates; the file may be missing"),
     ],
 }
 
 
 def page(program: Program, others: list[str], date: str) -> str:
-    """The text of a page; `others` are the pages to see also, the date is YYYY-MM-DD."""
+    """Return the text of a page.
+
+    others -- the pages under SEE ALSO
+    date   -- YYYY-MM-DD
+    """
     lines = [
         f'.TH {program.page.upper()} 1 "{date}" "xbmigrate {VERSION}" "User Commands"',
-        ".nh",  # names of options and variables are to be found by searching
+        ".nh",  # no hyphenation: users search for names of options and variables
         ".ad l",
         ".SH NAME",
         f"{escape(program.page)} \\- {escape(_clause(program.description))}",
@@ -68,7 +75,7 @@ def page(program: Program, others: list[str], date: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as groff's input, in which some characters mean something."""
+    """Return `text` as input of groff, with its special characters escaped."""
     text = "".join(_ESCAPES.get(one, one) for one in text)
     return rf"\&{text}" if text[:1] in (".", "'") else text
 
@@ -79,7 +86,7 @@ def _also(others: list[str]) -> Iterator[str]:
 
 
 def _clause(description: str) -> str:
-    """What a program does, as whatis lists it."""
+    """Return what a program does, as whatis lists it."""
     first = re.split(r"\. |: | while |\.$", description)[0]
     return first[:1].lower() + first[1:]
 
@@ -102,7 +109,7 @@ def _heading(option: Option) -> str:
 
 
 def _taken(takes: str) -> str:
-    """A metavar: what is to be replaced in italics, what is written as it is in bold."""
+    """Return a metavar: placeholders in italics, literal text in bold."""
     parts = re.split(r"([A-Z]+(?:/[A-Z]+)?)", takes)
     return "".join(
         f"\\fI{part}\\fR" if part[0].isupper() else f"\\fB{escape(part)}\\fR"
@@ -118,13 +125,13 @@ def _tagged(heading: str, text: str) -> Iterator[str]:
 
 
 def _filled(text: str) -> Iterator[str]:
-    """Running text; a long word may be broken before its brackets, not after a hyphen."""
+    """Give the lines of running text. A long word may break before a bracket, not at a hyphen."""
     for line in textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False):
         yield re.sub(r"(?<=\S)\[", r"\:[", escape(line))
 
 
 def _epilog(epilog: str) -> Iterator[str]:
-    """The paragraphs under their headings: exit codes as a list, all others as they are typed."""
+    """Give the epilog's paragraphs: exit codes as a list, others as they are typed."""
     for heading, body in re.findall(r"^(\S[^\n]*):\n((?:[ \t]+[^\n]*(?:\n|$)|\n)+)", epilog, re.M):
         if heading == "exit codes":
             yield ".SH EXIT STATUS"
@@ -138,7 +145,7 @@ def _epilog(epilog: str) -> Iterator[str]:
 
 
 def exit_codes(body: str) -> list[tuple[str, str]]:
-    """(code, meaning) of the columns of a table: `0 done    1 failed`."""
+    """Return (code, meaning) of each cell of a table such as `0 done    1 failed`."""
     cells = [cell for line in body.splitlines() for cell in re.split(r"\s{2,}", line.strip())]
     pairs = [tuple(cell.split(" ", 1)) for cell in cells if cell]
     return [(code, meaning) for code, meaning in pairs]

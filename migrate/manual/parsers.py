@@ -1,9 +1,9 @@
-"""What the parsers say, without argparse and without a shell: options, and what they take.
+"""The programs' options and their values, read from the parsers.
 
-What may stand for a value is read from its metavar, so that a new option is completed well without
-a word here: `DIR` is a directory, `PATH` or `FILE` a file, `PID` a process, `CMD` a command;
-`a|b` is one or the other, and what stands before such a name in small letters (`unix:PATH`) is
-written as it is. Only where a metavar cannot say it, MEANT does.
+The possible values of an option are read from its metavar, so that a new option is completed
+without a change here: `DIR` is a directory, `PATH` or `FILE` a file, `PID` a process, `CMD` a
+command; `a|b` is one or the other, and small letters before such a name (`unix:PATH`) are literal.
+MEANT has the options whose metavar cannot say that.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from migrate.cli.control import control_parser
-from migrate.cli.destination import destination_parser
+from migrate.cli.destination_options import destination_parser
+from migrate.cli.migrate_ctl import control_parser
+from migrate.cli.migrate_stream import stream_parser
 from migrate.cli.resolve import resolve_parser
-from migrate.cli.source_words import source_parser
-from migrate.cli.stream import stream_parser
+from migrate.cli.source_options import source_parser
 
-# proto.capabilities has them, and more than there is at build time.
+# A copy: proto.wire.capabilities needs modules that are not there at build time.
 CAPABILITIES = ("xbzrle", "xbzrle-merge")
 MEANT = {
     "--capability": "|".join(f"{name}={value}" for name in CAPABILITIES for value in ("on", "off")),
@@ -30,23 +30,23 @@ MEANT = {
 
 
 class Kind(Enum):
-    """What a shell finds out when it is asked: the names are those of metavars."""
+    """What the shell looks up. The values are the names in metavars."""
 
     FILE = "FILE"
     DIRECTORY = "DIR"
     PROCESS = "PID"
     COMMAND = "CMD"
-    CONGESTION = "CONGESTION"  # what this system has
-    ASKED = "ASKED"  # the commands of the program that listens on the socket named before
+    CONGESTION = "CONGESTION"  # what the kernel of this system has
+    ASKED = "ASKED"  # the commands of the program on the socket that is named before
 
 
 _KINDS = {"PATH": Kind.FILE, **{kind.value: kind for kind in Kind}}
-_ALTERNATIVE = re.compile(r"([a-z0-9:=-]*)([A-Z]*)(?:\.[a-z]+)?")
+_ALTERNATIVE = re.compile(r"([a-z0-9:=-]*)([A-Z]*)(?:\.[a-z]+)?(.*)")
 
 
 @dataclass(frozen=True)
 class Values:
-    """What may stand for a value: fixed words, and what a shell finds, after a prefix."""
+    """The possible values: fixed words, and (prefix, kind) of what the shell looks up."""
 
     words: tuple[str, ...] = ()
     found: tuple[tuple[str, Kind], ...] = ()
@@ -57,10 +57,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Option:
-    """One option, or an argument without a name.
+    """One option or positional argument.
 
-    names  -- as they are typed; none for an argument
-    takes  -- what its value is called; "" for a switch
+    names -- of an option; empty for an argument
+    takes -- the name of its value; "" for a switch
     """
 
     names: tuple[str, ...]
@@ -73,7 +73,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Program:
-    """A program, or what one does where its first word is a subcommand.
+    """A program, or one of its subcommands.
 
     epilog -- as argparse prints it: paragraphs with headings
     """
@@ -91,7 +91,7 @@ class Program:
 
 
 def programs() -> tuple[Program, ...]:
-    """All programs, with their subcommands."""
+    """Return all programs, with their subcommands."""
     return (
         read(source_parser(), read(resolve_parser("migrate-src"))),
         read(destination_parser(), read(resolve_parser("migrate-dst"))),
@@ -101,8 +101,8 @@ def programs() -> tuple[Program, ...]:
 
 
 def read(parser: argparse.ArgumentParser, *subcommands: Program) -> Program:
-    """What a parser says."""
-    # argparse has no other way to ask for them.
+    """Return the program that a parser describes."""
+    # argparse has no public way to list them.
     actions = [one for one in parser._actions if one.help != argparse.SUPPRESS]
     return Program(
         parser.prog,
@@ -115,13 +115,11 @@ def read(parser: argparse.ArgumentParser, *subcommands: Program) -> Program:
 
 
 def values(meant: str) -> Values:
-    """What a metavar says may stand for it."""
+    """Return the possible values that a metavar describes."""
     words, found = [], []
     for alternative in meant.split("|"):
-        understood = _ALTERNATIVE.match(alternative)
-        assert understood is not None  # it matches nothing at least
-        prefix, name = understood.groups()
-        if name in _KINDS and understood.end() == len(alternative):
+        prefix, name, rest = _ALTERNATIVE.findall(alternative)[0]
+        if name in _KINDS and not rest:
             found.append((prefix, _KINDS[name]))
         elif prefix:
             words.append(prefix)
@@ -145,7 +143,7 @@ def _option(action: argparse.Action, prog: str) -> Option:
 
 
 def _help(action: argparse.Action, prog: str) -> str:
-    """The help, with the default where there is one that it does not name."""
+    """Return the help text, with the default if the text does not name it."""
     told = (action.help or "") % {**vars(action), "prog": prog}
     default = action.default
     if isinstance(action, argparse._VersionAction | argparse._HelpAction):

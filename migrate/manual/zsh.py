@@ -61,7 +61,7 @@ _FOUND = {
 
 
 def script(program: Program) -> str:
-    """What zsh loads from its fpath when the program is completed first."""
+    """Return what zsh loads from its fpath when a user first completes the program."""
     name = f"_{program.page.replace('-', '_')}"
     branches = [_branch(f"{_word(one)}:1", one, name) for one in program.subcommands]
     branches.append(_branch("*", program, name))
@@ -93,7 +93,7 @@ def _branch(pattern: str, program: Program, name: str) -> str:
 
 
 def _specifications(option: Option, name: str, states: dict[str, str]) -> list[str]:
-    """One for each of its names; when one is typed, the others are no longer offered."""
+    """Return one per name. Once one name is typed, the others are no longer offered."""
     repeated = "*" if option.repeatable else ""
     alone = f"({' '.join(option.names)})" if len(option.names) > 1 and not repeated else ""
     takes = ""
@@ -108,7 +108,7 @@ def _specifications(option: Option, name: str, states: dict[str, str]) -> list[s
 
 
 def _state(state: str, taken: Values, name: str, states: dict[str, str], first: str = "") -> str:
-    """The action of a value; what is to be done in its state is noted in `states`."""
+    """Return the action of a value, and add what its state does to `states`."""
     steps = [f"compadd -- {first} && ret=0"] if first else []
     if whole := [word for word in taken.words if word[-1] not in ":="]:
         steps.append(f"compadd -- {shlex.join(whole)} && ret=0")
@@ -125,5 +125,5 @@ def _state(state: str, taken: Values, name: str, states: dict[str, str], first: 
 
 
 def _plain(text: str) -> str:
-    """In a specification brackets and colons are marks."""
+    """Return `text` for a specification, where brackets and colons are special."""
     return re.sub(r"([\\\[\]:])", r"\\\1", text)

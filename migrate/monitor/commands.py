@@ -1,4 +1,4 @@
-"""The commands of the machine protocol, by name: arguments are checked here, in QEMU's words."""
+"""The commands of the machine protocol, by name. Their arguments are checked in QEMU's words."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ from collections.abc import Callable
 from typing import Any
 
 from migrate.monitor import settings
-from migrate.monitor.human import Human
-from migrate.monitor.node import Node, Refused
+from migrate.monitor.human import HumanMonitor
+from migrate.monitor.monitored import CommandError, MonitoredProgram
 
 Arguments = dict[str, Any]
 Command = Callable[[Arguments], Any]
 
 
-def commands(node: Node) -> dict[str, Command]:
-    """What an answer is JSON of; None stands for {}. A command raises Refused."""
-    human = Human(node)
+def commands(program: MonitoredProgram) -> dict[str, Command]:
+    """Return the commands that `program` answers.
+
+    Each takes its arguments and returns what the JSON answer is made of, None for {}; it raises
+    CommandError to refuse them.
+    """
+    human = HumanMonitor(program)
     plain: dict[str, Callable[[], Any]] = {
-        "query-migrate": node.query_migrate,
-        "query-status": node.query_status,
+        "query-migrate": program.query_migrate,
+        "query-status": program.query_status,
         "query-migrate-parameters": lambda: {
-            name: value for name, (value, _) in settings.table(node).items()
+            name: value for name, (value, _) in program.table().items()
         },
         "query-migrate-capabilities": lambda: [
             {"capability": name, "state": on}
-            for name, on in settings.switches(node.parameters).items()
+            for name, on in settings.switches(program.parameters).items()
         ],
-        "query-migrate-cache-size": lambda: node.parameters.cache_size,
-        "migrate_cancel": node.cancel,
-        "quit": node.quit,
+        "query-migrate-cache-size": lambda: program.parameters.cache_size,
+        "migrate_cancel": program.cancel,
+        "quit": program.quit,
     }
 
     def human_command(given: Arguments) -> str:
@@ -38,16 +42,16 @@ def commands(node: Node) -> dict[str, Command]:
 
     def set_cache_size(given: Arguments) -> None:
         _only(given, "value")
-        node.set_parameters({"xbzrle-cache-size": _given(given, "value")})
+        program.set_parameters({"xbzrle-cache-size": _given(given, "value")})
 
     return {
         **{name: _plain(what) for name, what in plain.items()},
         "human-monitor-command": human_command,
-        "migrate": lambda given: _migrate(node, given),
-        "migrate-incoming": lambda given: _migrate_incoming(node, given),
+        "migrate": lambda given: _migrate(program, given),
+        "migrate-incoming": lambda given: _migrate_incoming(program, given),
         "migrate-set-cache-size": set_cache_size,
-        "migrate-set-capabilities": lambda given: _set_capabilities(node, given),
-        "migrate-set-parameters": node.set_parameters,
+        "migrate-set-capabilities": lambda given: _set_capabilities(program, given),
+        "migrate-set-parameters": program.set_parameters,
     }
 
 
@@ -59,67 +63,74 @@ def _plain(what: Callable[[], Any]) -> Command:
     return command
 
 
-def _migrate(node: Node, given: Arguments) -> None:
+def _migrate(program: MonitoredProgram, given: Arguments) -> None:
     if given.get("resume"):
-        raise Refused("a migration that broke off resumes by itself")
+        raise CommandError("a migration whose connection breaks resumes by itself")
     if given.get("blk") or given.get("inc"):
-        raise Refused("there are no block devices here: memory alone is moved")
-    node.migrate(_uri(given, "detach", "resume", "blk", "inc"))
+        raise CommandError("there are no block devices: memory alone is moved")
+    program.migrate(_uri(given, "detach", "resume", "blk", "inc"))
 
 
-def _migrate_incoming(node: Node, given: Arguments) -> None:
+def _migrate_incoming(program: MonitoredProgram, given: Arguments) -> None:
     if given.get("exit-on-error") is False:
-        raise Refused("a destination ends when its guest has not come: exit-on-error cannot be off")
-    node.migrate_incoming(_uri(given, "exit-on-error"))
+        raise CommandError(
+            "exit-on-error cannot be off: a destination exits if the migration fails"
+        )
+    program.migrate_incoming(_uri(given, "exit-on-error"))
 
 
-def _set_capabilities(node: Node, given: Arguments) -> None:
+def _set_capabilities(program: MonitoredProgram, given: Arguments) -> None:
     _only(given, "capabilities")
     items = _given(given, "capabilities")
     if not isinstance(items, list) or not all(isinstance(one, dict) for one in items):
-        raise Refused("Parameter 'capabilities' expects an array of objects")
+        raise CommandError("Parameter 'capabilities' expects an array of objects")
     for one in items:
         _only(one, "capability", "state")
-    node.set_capabilities([(_given(one, "capability"), _given(one, "state")) for one in items])
+    program.set_capabilities([(_given(one, "capability"), _given(one, "state")) for one in items])
 
 
 def _uri(given: Arguments, *others: str) -> str:
-    """Where to, from `uri` or from `channels`."""
+    """Return the address in `uri` or `channels`, in the form that --listen and migrate-src take.
+
+    others -- the names of further arguments that the command has
+    """
     _only(given, "uri", "channels", *others)
     if "channels" not in given:
         return _text(given, "uri")
     if "uri" in given:
-        raise Refused("'uri' and 'channels' arguments are mutually exclusive; exactly one of the "
-                      "two should be present in 'migrate' qmp command ")  # fmt: skip
+        raise CommandError(
+            "'uri' and 'channels' arguments are mutually exclusive; exactly one of the two "
+            "should be present in 'migrate' qmp command "
+        )
     channels = given["channels"]
     address = None
     if isinstance(channels, list) and len(channels) == 1 and isinstance(channels[0], dict):
         address = channels[0].get("addr")
     if not isinstance(address, dict) or channels[0].get("channel-type") != "main":
-        raise Refused("Parameter 'channels' expects one channel of type main, with an addr")
+        raise CommandError("Parameter 'channels' expects one channel of type main, with an addr")
     host, port, path = (address.get(name) for name in ("host", "port", "path"))
     known = (address.get("transport"), address.get("type"))
     if known == ("socket", "inet") and isinstance(host, str) and isinstance(port, str):
         return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
     if known == ("socket", "unix") and isinstance(path, str):
         return f"unix:{path}"
-    raise Refused("Parameter 'addr' expects a socket of type inet (host, port) or unix (path)")
+    raise CommandError("Parameter 'addr' expects a socket of type inet (host, port) or unix (path)")
 
 
 def _only(given: Arguments, *known: str) -> None:
     for name in given:
         if name not in known:
-            raise Refused(f"Parameter '{name}' is unexpected")
+            raise CommandError(f"Parameter '{name}' is unexpected")
 
 
 def _given(given: Arguments, name: str) -> Any:
     if name not in given:
-        raise Refused(f"Parameter '{name}' is missing")
+        raise CommandError(f"Parameter '{name}' is missing")
     return given[name]
 
 
 def _text(given: Arguments, name: str) -> str:
     value = _given(given, name)
     if not isinstance(value, str):
-        raise Refused(f"Invalid parameter type for '{name}', expected: string")
+        raise CommandError(f"Invalid parameter type for '{name}', expected: string")
     return value

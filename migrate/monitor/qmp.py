@@ -1,4 +1,4 @@
-"""The machine protocol: a running program answers in the JSON of QEMU's.
+"""QEMU's machine protocol, QMP: JSON requests and answers.
 
     <- {"QMP": {"version": ..., "capabilities": []}}
     -> {"execute": "qmp_capabilities"}                  before anything else
@@ -6,8 +6,8 @@
     <- {"return": ..., "id": ...}  or  {"error": {"class": ..., "desc": ...}, "id": ...}
 
 Requests are a stream of JSON texts, not lines: QEMU's own client sends no line ends. Replies end
-with CR LF. Events come between them, to whoever has negotiated. What a command does is up to
-whoever serves it; nothing here knows migrations.
+with CR LF. Clients that have negotiated get events between them. This module knows no migrations:
+migrate.monitor.commands has what the commands do.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
-from migrate.monitor.node import Refused
+from migrate.monitor.monitored import CommandError
 
 MAX_REQUEST_BYTES = 64 << 10
 STRING = re.compile(rb"""(["'])((?:(?!\1)[^\\]|\\.)*)\1""", re.DOTALL)
 IN_STRING = re.compile(rb'\\.|"', re.DOTALL)
 
-# What it returns is the answer; None stands for {}. What it refuses it raises as Refused.
+# Takes the arguments and returns the answer, None for {}. Raises CommandError to refuse.
 Command = Callable[[dict[str, Any]], Any]
 
 
 class JsonStream:
-    """Cuts bytes into JSON texts: each ends with the bracket that closes it.
+    """Cuts a stream of bytes into JSON texts.
 
-    Outside of brackets a word ends with white space. 0xFF throws away what is unfinished.
-    Raises Refused where a text grows over `limit` bytes.
+    A text ends with the bracket that closes its first one; a text without brackets ends with white
+    space. The byte 0xFF discards an unfinished text, as in QEMU. `feed` raises CommandError if a
+    text is longer than `limit` bytes.
     """
 
     def __init__(self, limit: int = MAX_REQUEST_BYTES) -> None:
@@ -48,7 +49,7 @@ class JsonStream:
                 continue
             if self._text or byte not in b" \t\r\n":
                 if len(self._text) >= self._limit:
-                    raise Refused(f"a request has no more than {self._limit} bytes")
+                    raise CommandError(f"a request has no more than {self._limit} bytes")
                 self._text.append(byte)
                 if self._ends(byte):
                     text = bytes(self._text)
@@ -80,7 +81,7 @@ class JsonStream:
 
 
 class Conversation:
-    """What one client may ask, and the answers: bytes in, objects out, or bytes (`replies`)."""
+    """The state of one client: bytes in, answers out as objects, or as bytes (`replies`)."""
 
     def __init__(self, commands: Mapping[str, Command], version: Mapping[str, Any]) -> None:
         self._commands = commands
@@ -95,20 +96,20 @@ class Conversation:
         return _line(self.greeting())
 
     async def replies(self, data: bytes) -> AsyncIterator[bytes]:
-        """Raises Refused where the client must be dropped."""
+        """Give the replies to `data`. Raises CommandError if the client must be dropped."""
         for answer in self.answers(data):
             yield _line(answer)
 
     def event(self, message: dict[str, Any]) -> bytes:
-        """What this client is sent of an event: nothing before it has negotiated."""
+        """Return what to send of an event: nothing before the client has negotiated."""
         return _line(message) if self._negotiated else b""
 
-    def drop(self, error: Refused) -> bytes:
-        """The last word to a client that is dropped."""
+    def drop(self, error: CommandError) -> bytes:
+        """Return what to send last to a client that is dropped."""
         return _line({"error": {"class": error.kind, "desc": str(error)}})
 
     def answers(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Raises Refused where the client must be dropped."""
+        """Give the answers to `data`. Raises CommandError if the client must be dropped."""
         for text in self._stream.feed(data):
             yield self._answer(text)
 
@@ -119,30 +120,30 @@ class Conversation:
             if "id" in request:
                 identity = {"id": request["id"]}
             return {"return": self._execute(request), **identity}
-        except Refused as error:
+        except CommandError as error:
             return {"error": {"class": error.kind, "desc": str(error)}, **identity}
 
     def _execute(self, request: dict[str, Any]) -> Any:
         for key in request:
             if key not in ("execute", "arguments", "id"):
-                raise Refused(f"QMP input member '{key}' is unexpected")
+                raise CommandError(f"QMP input member '{key}' is unexpected")
         name, arguments = request.get("execute"), request.get("arguments", {})
         if not isinstance(name, str):
-            raise Refused("QMP input lacks member 'execute'")
+            raise CommandError("QMP input lacks member 'execute'")
         if not isinstance(arguments, dict):
-            raise Refused("QMP input member 'arguments' must be an object")
+            raise CommandError("QMP input member 'arguments' must be an object")
         if name == "qmp_capabilities":
             if self._negotiated:
-                raise Refused(
+                raise CommandError(
                     "Capabilities negotiation is already complete, command ignored",
                     "CommandNotFound",
                 )
             if arguments.get("enable"):
-                raise Refused("this program has no QMP capabilities to enable")
+                raise CommandError("this program has no QMP capabilities to enable")
             self._negotiated = True
             return {}
         if not self._negotiated:
-            raise Refused(
+            raise CommandError(
                 "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
             )
         if name == "query-version":
@@ -151,7 +152,7 @@ class Conversation:
             own = ("qmp_capabilities", "query-commands", "query-version")
             return [{"name": known} for known in sorted([*own, *self._commands])]
         if name not in self._commands:
-            raise Refused(f"The command {name} has not been found", "CommandNotFound")
+            raise CommandError(f"The command {name} has not been found", "CommandNotFound")
         answer = self._commands[name](arguments)
         return {} if answer is None else answer
 
@@ -159,17 +160,18 @@ class Conversation:
 def _request(text: bytes) -> dict[str, Any]:
     try:
         request = json.loads(double_quoted(text) if b"'" in text else text)
-        # What cannot be written (NaN, 1e999, too many brackets) cannot be given back as an `id`.
+        # A value that JSON cannot express (NaN, 1e999) or that nests too deeply cannot be sent back
+        # as the `id` of the answer.
         json.dumps(request, allow_nan=False)
     except (ValueError, RecursionError):
-        raise Refused("JSON parse error, expecting value") from None
+        raise CommandError("JSON parse error, expecting value") from None
     if not isinstance(request, dict):
-        raise Refused("QMP input must be a JSON object")
+        raise CommandError("QMP input must be a JSON object")
     return request
 
 
 def double_quoted(text: bytes) -> bytes:
-    """As JSON has it: QEMU takes strings in single quotes too, and \\' in each."""
+    """Return JSON for what QEMU accepts beyond JSON: strings in single quotes, and \\' in all."""
 
     def part(found: re.Match[bytes]) -> bytes:
         return {b'"': b'\\"', b"\\'": b"'"}.get(found[0], found[0])
@@ -178,7 +180,7 @@ def double_quoted(text: bytes) -> bytes:
 
 
 def version_of(version: str) -> dict[str, Any]:
-    """What is said of a version such as 1.2.3."""
+    """Return QMP's VersionInfo for a version such as 1.2.3."""
     major, minor, micro = (int(number) for number in version.split("."))
     return {
         "qemu": {"major": major, "minor": minor, "micro": micro},

@@ -1,6 +1,7 @@
-"""The sockets on which a program is asked: many clients each, and a person or a machine behind.
+"""The Unix sockets of --qmp and --monitor, each of which serves many clients.
 
-A conversation says what is talked (qmp.Conversation, terminal.Talk): bytes in, bytes out.
+A Conversation speaks the protocol, bytes in and bytes out: qmp.Conversation for machines,
+terminal.HumanConversation for people.
 """
 
 from __future__ import annotations
@@ -12,34 +13,40 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
 from migrate.errors import UsageError
-from migrate.monitor.node import Refused
-from migrate.socket_file import SocketFile
+from migrate.files.socket_file import SocketFile
+from migrate.monitor.monitored import CommandError
 
 MAX_CLIENTS = 32
-SEND_PATIENCE = 10.0
-# What may wait for a client that does not read its events: more, and it is dropped.
+# How long a client may take to read a reply before it is dropped.
+SEND_SECONDS = 10.0
+# Bytes of events that may wait for a client that does not read them, before it is dropped.
 MAX_WAITING = 1 << 20
-# Requests are served no faster than this: one client that asked without pause took the loop from
-# the migration, and made a pause of 8 ms one of 5 s.
+# The pause after each reply, to all clients together. Without it, one client that sent requests
+# without a pause starved the migration: a downtime of 8 ms became 5 s.
 TURN_SECONDS = 0.002
 
 
 class Conversation(Protocol):
-    """With one client. `replies` and `drop` are for what it sent; `event` for what happens."""
+    """The protocol that a client speaks, and the state of that client."""
 
-    def begin(self) -> bytes: ...
+    def begin(self) -> bytes:
+        """Return the greeting."""
 
-    def replies(self, data: bytes) -> AsyncIterator[bytes]: ...
+    def replies(self, data: bytes) -> AsyncIterator[bytes]:
+        """Give the replies to what the client has sent. Raises CommandError to drop the client."""
 
-    def event(self, message: dict[str, Any]) -> bytes: ...
+    def event(self, message: dict[str, Any]) -> bytes:
+        """Return what to send the client of a QMP event."""
 
-    def drop(self, error: Refused) -> bytes: ...
+    def drop(self, error: CommandError) -> bytes:
+        """Return what to send last to a client that is dropped."""
 
 
 class Server:
-    """Serves one socket until it is closed.
+    """Serves one Unix socket from `open` to `close`.
 
-    converse -- begins a conversation with a client
+    converse -- returns a conversation for a new client
+    option   -- the option that names the socket, for messages
     """
 
     def __init__(self, path: str, converse: Callable[[], Conversation], option: str) -> None:
@@ -48,19 +55,19 @@ class Server:
         self._option = option
         self._turn = asyncio.Lock()
         self._clients: dict[asyncio.StreamWriter, Conversation] = {}
+        # The number of each client's last request, all clients counted together; 0: none yet.
         self._asked: dict[asyncio.StreamWriter, int] = {}
-        """When each has asked last, counted in requests of all; 0: never."""
         self._count = itertools.count(1)
         self._server: asyncio.Server | None = None
         self._file: SocketFile | None = None
 
     async def open(self) -> None:
-        """Raises ConnectError where another program has the path, UsageError where it cannot be."""
+        """Listen. Raises ConnectError if the path is in use, UsageError if it is wrong."""
         self._file = SocketFile(self._path, self._option)
         self._server = await asyncio.start_unix_server(self._serve, sock=self._file.socket)
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Sends an event to all clients; one that does not read is dropped."""
+        """Send an event to all clients; drop those that do not read."""
         for writer, conversation in list(self._clients.items()):
             if said := conversation.event(message):
                 try:
@@ -68,7 +75,7 @@ class Server:
                         writer.transport.abort()
                     elif not writer.transport.is_closing():
                         writer.write(said)
-                except (OSError, RuntimeError):  # uvloop's for one that has hung up
+                except (OSError, RuntimeError):  # RuntimeError: uvloop, if the client has hung up
                     writer.transport.abort()
 
     async def close(self) -> None:
@@ -91,23 +98,25 @@ class Server:
                     self._asked[writer] = next(self._count)
                 async for reply in conversation.replies(data):
                     await _say(writer, reply)
-                    async with self._turn:  # all clients together: a migration goes on beside them
+                    async with self._turn:
                         await asyncio.sleep(TURN_SECONDS)
-        except Refused as error:
+        except CommandError as error:
             with contextlib.suppress(OSError, TimeoutError):
                 await _say(writer, conversation.drop(error))
         except (OSError, TimeoutError, RuntimeError, asyncio.CancelledError):
-            # It hung up, or does not read what it asked for (uvloop: RuntimeError); or the program
-            # ends, and asyncio's streams make a traceback of a task that was cancelled.
+            # The client has hung up (uvloop: RuntimeError) or does not read its replies; or the
+            # program ends: asyncio prints a traceback if the task of a stream is cancelled.
             pass
         finally:
             self._forget(writer)
 
     def _make_room(self) -> None:
-        """Drops who has been silent the longest, before all others who never asked anything: an
-        operator who wants to cancel must come in."""
+        """Drop the client that has been silent for longest: an operator who cancels must get in.
+
+        Clients that have never asked anything go first.
+        """
         silent = min(self._clients, key=self._asked.__getitem__)
-        gone = Refused(f"{MAX_CLIENTS} clients are connected, and another one came")
+        gone = CommandError(f"{MAX_CLIENTS} clients are connected, and another one has come")
         if not silent.transport.is_closing():
             silent.write(self._clients[silent].drop(gone))
         self._forget(silent)
@@ -119,7 +128,7 @@ class Server:
 
 
 def _hang_up(writer: asyncio.StreamWriter) -> None:
-    """What its client has not made room for by now is not sent any more."""
+    """Close the connection; discard what the client has not read yet."""
     if writer.transport.get_write_buffer_size():
         writer.transport.abort()
     else:
@@ -128,12 +137,12 @@ def _hang_up(writer: asyncio.StreamWriter) -> None:
 
 async def _say(writer: asyncio.StreamWriter, said: bytes) -> None:
     writer.write(said)
-    async with asyncio.timeout(SEND_PATIENCE):
+    async with asyncio.timeout(SEND_SECONDS):
         await writer.drain()
 
 
 def parse_path(text: str, option: str = "--qmp") -> str:
-    """The path of `unix:PATH`. Raises UsageError."""
+    """Return the path of `unix:PATH`, with or without QEMU's server flags. Raises UsageError."""
     path = text.removeprefix("unix:").removesuffix(",server=on,wait=off").removesuffix(",server")
     if not text.startswith("unix:") or not path:
         raise UsageError(f"{option} {text!r} is not understood: write unix:PATH")

@@ -1,7 +1,8 @@
-"""Parameters and capabilities by the names that operators use, which are QEMU's where it has one.
+"""Parameters and capabilities by the names that operators use: QEMU's, if it has one.
 
-Each has a path into Parameters (migrate.parameters), which checks what it is given. A program takes
-the whole of them anew with each change; a migration that runs takes what may change then.
+Each parameter has a path into policy.parameters.Parameters, which checks its value. Parameters is
+immutable: each change makes another one, which the program and a running migration apply as a
+whole.
 """
 
 from __future__ import annotations
@@ -9,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from migrate import quantities
+from migrate import units
 from migrate.errors import UsageError
-from migrate.parameters import LOCAL, Parameters
-from proto.capabilities import OPTIONAL
+from migrate.policy.parameters import LOCAL, Parameters
+from proto.wire.capabilities import OPTIONAL
 
-if TYPE_CHECKING:
-    from migrate.monitor.node import Node
-
+# Milliseconds, QEMU's limit.
 MAX_DOWNTIME = 2_000_000
-# xbzrle first: people look for it.
+# xbzrle comes first: people look for it.
 CAPABILITIES = (*sorted(OPTIONAL), *LOCAL)
 
 
 class Kind(Enum):
-    """What a value is; its text is what QEMU prints behind one."""
+    """The kind of a value. Its text is the unit as QEMU prints it after a value."""
 
     BYTES = " bytes"
     RATE = " bytes/second"
@@ -36,9 +35,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Setting:
-    """One parameter. For an operator a size is in bytes, a time in milliseconds.
+    """One parameter. Operators give sizes in bytes and times in milliseconds.
 
-    destination -- whether it means something there: it asks for this size
+    path        -- attributes that lead to it, from Parameters on; times are in seconds there
+    destination -- whether a destination has it, too: it asks the source for the cache size
     """
 
     name: str
@@ -54,13 +54,13 @@ class Setting:
         return shown
 
     def write(self, parameters: Parameters, value: int | bool) -> Parameters:
-        """Raises UsageError for what cannot be."""
+        """Return `parameters` with this value. Raises UsageError."""
         stored: Any = value / 1000 if self.kind is Kind.TIME else value
         changes: dict[str, Any] = {self.path[-1]: stored}
         if len(self.path) > 1:
             changes = {self.path[0]: replace(getattr(parameters, self.path[0]), **changes)}
         elif self.name == "xbzrle-cache-size":
-            changes["cache_max"] = 0  # whoever sets it wants no other
+            changes["cache_max"] = 0  # this size, not one that is found automatically
         return replace(parameters, **changes)
 
     def shown(self, parameters: Parameters) -> str:
@@ -92,26 +92,31 @@ SETTINGS = {
 }
 
 
-# Told beside them, and set where a program is started: its certificates are read then.
+# Shown among the parameters, and set on the command line: certificates are read at the start.
 TLS = ("tls-creds", "tls-hostname", "tls-authz")
 _BEFORE = list(SETTINGS).index("max-bandwidth")
 ORDER = (*list(SETTINGS)[:_BEFORE], *TLS, *list(SETTINGS)[_BEFORE:])
 
 
-def table(node: Node) -> dict[str, tuple[int | bool | str, str]]:
-    """What is set, in QEMU's order: each value, and how people read it."""
+def table(
+    parameters: Parameters, tls: Mapping[str, str], *, receives: bool
+) -> dict[str, tuple[int | bool | str, str]]:
+    """Return the parameters in QEMU's order: each value, and the text that people read.
+
+    tls      -- the TLS options that the program was started with, by QEMU's names
+    receives -- the program is a destination, which has fewer parameters
+    """
     rows: dict[str, tuple[int | bool | str, str]] = {
-        one.name: (one.read(node.parameters), one.shown(node.parameters))
+        one.name: (one.read(parameters), one.shown(parameters))
         for one in SETTINGS.values()
-        if one.destination or not node.receives
+        if one.destination or not receives
     }
-    rows |= {name: (node.tls.get(name, ""), f"'{node.tls.get(name, '')}'") for name in TLS}
+    rows |= {name: (tls.get(name, ""), f"'{tls.get(name, '')}'") for name in TLS}
     return {name: rows[name] for name in ORDER if name in rows}
 
 
 def changed(parameters: Parameters, values: Mapping[str, Any]) -> Parameters:
-    """The parameters with these values, as a machine gives them. Raises UsageError; then none of
-    them is taken."""
+    """Return `parameters` with these values, as QMP gives them. Raises UsageError."""
     for name, value in values.items():
         setting = SETTINGS.get(name)
         if setting is None:
@@ -127,7 +132,7 @@ def changed(parameters: Parameters, values: Mapping[str, Any]) -> Parameters:
 
 
 def _check(setting: Setting, value: int, page_size: int) -> None:
-    """What QEMU refuses in words of its own."""
+    """Raise UsageError, in QEMU's words, for a value that QEMU refuses."""
     if setting.name == "xbzrle-cache-size" and (value < page_size or value & (value - 1)):
         hint = f" (did you mean {value}m?)" if 0 < value < page_size else ""
         raise UsageError(
@@ -141,8 +146,10 @@ def _check(setting: Setting, value: int, page_size: int) -> None:
 
 
 def parse(name: str, text: str) -> int | bool | str:
-    """A value as a person writes it: sizes and times may have a suffix; a bare bandwidth is in
-    MiB/s, as QEMU has it. Raises UsageError."""
+    """Return the value of a parameter that an operator has typed. Raises UsageError.
+
+    Sizes and times may have a suffix. A bandwidth without one is in MiB/s, as in QEMU.
+    """
     if name in TLS:
         return "" if text in ("''", '""') else text
     setting = SETTINGS.get(name)
@@ -153,29 +160,29 @@ def parse(name: str, text: str) -> int | bool | str:
             raise UsageError(f"Parameter '{name}' expects 'on' or 'off'")
         return text == "on"
     if setting.kind is Kind.TIME:
-        return round(quantities.parse_milliseconds(text, name))
+        return round(units.parse_milliseconds(text, name))
     if setting.kind is Kind.RATE:
         return mebibytes(text, name)
     if setting.kind is Kind.BYTES:
-        return quantities.parse_size(text, name)
+        return units.parse_size(text, name)
     if not text.isdecimal() or len(text) > 18:
         raise UsageError(f"{name}: {text!r} is not a number")
     return int(text)
 
 
 def mebibytes(text: str, what: str) -> int:
-    """A size whose bare number counts mebibytes."""
+    """Return a size in bytes; a number without suffix counts mebibytes. Raises UsageError."""
     bare = text.strip().replace(".", "", 1).isdecimal()
-    return quantities.parse_size(f"{text.strip()}m" if bare else text, what)
+    return units.parse_size(f"{text.strip()}m" if bare else text, what)
 
 
 def switches(parameters: Parameters) -> dict[str, bool]:
-    """All capabilities, and whether each is on."""
+    """Return whether each capability is on."""
     return {name: parameters.capabilities.get(name, name not in LOCAL) for name in CAPABILITIES}
 
 
 def switched(parameters: Parameters, name: object, state: object) -> Parameters:
-    """The parameters with one capability switched. Raises UsageError."""
+    """Return `parameters` with one capability switched. Raises UsageError."""
     if name not in CAPABILITIES or not isinstance(name, str):
         raise UsageError(f"Parameter 'capability' does not accept value '{name}'")
     if not isinstance(state, bool):

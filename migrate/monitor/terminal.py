@@ -1,8 +1,8 @@
-"""The monitor for people, on a socket or on standard input.
+"""The human monitor on a socket or on standard input.
 
-Standard input has a thread: it may be a file, and a terminal that is made non-blocking is so for
-every program that has it. Standard output is that of migrate.output: a terminal that is stopped
-(^S), or a pipe that nobody reads, holds up who types there, and no migration.
+A thread reads standard input: it may be a file, and O_NONBLOCK would affect every program that
+shares a terminal. Standard output is written through migrate.output, so a terminal that is stopped
+(^S), or a pipe without a reader, delays the monitor but not the migration.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from migrate.monitor.human import Human
-from migrate.monitor.node import Node, Refused
-from migrate.output import behind, say
+from migrate.monitor.human import HumanMonitor
+from migrate.monitor.monitored import CommandError, MonitoredProgram
+from migrate.output import say
+from migrate.output.streams import behind
 
 MAX_LINE_BYTES = 4096
 TOO_LONG = f"Error: a line has no more than {MAX_LINE_BYTES} bytes\n"
-# So many pieces of standard input may wait while a line is executed.
-MAX_ASKED = 16
-# How often to look whether an answer was read.
-READ_INTERVAL = 0.05
+# How many pieces of standard input may wait while a line is executed.
+MAX_WAITING_PIECES = 16
+# How often to check whether an answer has been read, in seconds.
+CHECK_SECONDS = 0.05
 
 
 class Lines:
-    """Cuts bytes into lines. One of more than MAX_LINE_BYTES is thrown away, and None instead."""
+    """Cuts bytes into lines. Gives None in place of a line of more than MAX_LINE_BYTES."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -43,11 +44,11 @@ class Lines:
         self._rest = b"" if self._too_long else rest
 
 
-class Talk:
-    """With one client of a socket (see server.Conversation). Lines end with CR LF, as QEMU's do."""
+class HumanConversation:
+    """A conversation with one client (server.Conversation). Lines end with CR LF, as in QEMU."""
 
-    def __init__(self, node: Node, version: str) -> None:
-        self._human = Human(node)
+    def __init__(self, program: MonitoredProgram, version: str) -> None:
+        self._human = HumanMonitor(program)
         self._lines = Lines()
         self._greeting = f"xbmigrate {version} monitor - type 'help' for more information\n"
 
@@ -63,7 +64,7 @@ class Talk:
         del message
         return b""
 
-    def drop(self, error: Refused) -> bytes:
+    def drop(self, error: CommandError) -> bytes:
         return _bytes(f"{error}\n")
 
 
@@ -74,29 +75,32 @@ def _bytes(text: str) -> bytes:
 class Terminal:
     """The monitor on standard input and output, as long as its context lasts.
 
-    `closed` is set where nothing more will be asked: the end of standard input.
+    `closed` is set at the end of standard input, when all its lines are answered.
     """
 
-    def __init__(self, node: Node, version: str) -> None:
-        self._talk = Talk(node, version)
+    def __init__(self, program: MonitoredProgram, version: str) -> None:
+        self._talk = HumanConversation(program, version)
         self._asked: asyncio.Queue[bytes] = asyncio.Queue()
-        self._room = threading.Semaphore(MAX_ASKED)
-        self._task: asyncio.Task[None] | None = None
+        self._room = threading.Semaphore(MAX_WAITING_PIECES)
+        self._tasks: list[asyncio.Task[None]] = []
         self.closed = asyncio.Event()
 
     async def __aenter__(self) -> Terminal:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, args=(loop,), daemon=True).start()
-        self._task = asyncio.create_task(self._serve())
+        self._tasks.append(asyncio.create_task(self._serve()))
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait({self._task})
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait({task})
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread of its own. os.read, not sys.stdin: a lock held at exit would be fatal."""
+        """Read standard input, in a thread, up to its end.
+
+        Not through sys.stdin: this thread would hold its lock at exit, and Python would abort.
+        """
         while self._room.acquire():
             try:
                 data = os.read(0, 4096)
@@ -117,12 +121,12 @@ class Terminal:
                 async for reply in self._talk.replies(data):
                     await self._say(reply)
         except Exception as error:
-            say(f"--monitor stdio goes no further: {error}")
-        self.closed.set()  # not where it was cancelled
+            say(f"--monitor stdio stops: {error}")
+        self.closed.set()
 
     async def _say(self, said: bytes) -> None:
-        """Returns when it is read: no more is kept than one answer."""
+        """Print an answer, and wait until it is read, so that answers do not pile up."""
         sys.stdout.write(said.decode().replace("\r\n", "\n"))
         sys.stdout.flush()
         while behind(sys.stdout):
-            await asyncio.sleep(READ_INTERVAL)
+            await asyncio.sleep(CHECK_SECONDS)

@@ -1,4 +1,4 @@
-"""The words of a line for the monitor, and back: blanks, quotes and escapes as QEMU's has them."""
+"""Split a line of the human monitor into words, and quote words: as QEMU's monitor does."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Sequence
 
 from migrate.errors import UsageError
 
-# What QEMU's monitor takes for blank; a line that comes over a network ends in CR LF.
+# What QEMU's monitor treats as blank. CR is one: lines that come over a network end in CR LF.
 BLANK = " \t\r\n\v\f"
 _WORD = re.compile(rf'[{BLANK}]*(?:"((?:[^"\\]|\\.)*)"|([^{BLANK}"][^{BLANK}]*))', re.DOTALL)
 _ESCAPED = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 
 
 def words_of(line: str) -> list[str]:
-    """The words of a line, blanks between them. One in double quotes may have blanks, and a quote
-    behind a backslash (and \\n, \\r, \\\\), as in QEMU's monitor. Raises UsageError."""
+    """Return the words of a line, which blanks separate.
+
+    A word in double quotes may contain blanks, and the escapes \\", \\', \\n, \\r and \\\\. Raises
+    UsageError.
+    """
 
     def escaped(found: re.Match[str]) -> str:
         if found[1] not in _ESCAPED:
@@ -26,7 +29,7 @@ def words_of(line: str) -> list[str]:
     while at < end:
         found = _WORD.match(line, at, end)
         if found is None:
-            raise UsageError("unterminated string: a word that begins with a quote ends with one")
+            raise UsageError("unterminated string: missing closing quote")
         at = found.end()
         quoted = found[1]
         words.append(found[2] if quoted is None else re.sub(r"\\(.)", escaped, quoted, flags=re.S))
@@ -34,7 +37,7 @@ def words_of(line: str) -> list[str]:
 
 
 def line_of(words: Sequence[str]) -> str:
-    """A line that has these words: see words_of."""
+    """Return a line of these words, which `words_of` splits into the same again."""
     return " ".join(map(_quoted, words))
 
 

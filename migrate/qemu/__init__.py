@@ -1,12 +1,14 @@
-"""Virtual machines: the migration stream of a QEMU, carried from one to another.
+"""Virtual machines: the migration stream of a QEMU is carried to another QEMU, or to a directory.
 
-source       guest.py, holder.py   a QEMU that migrates to us, and what keeps its socket
-             intake.py             its stream, cut into items
-             source.py             sends them, in order, until they are taken
-             lifting.py            a stream made from a directory
-destination  reception.py          takes them in
-             place.py              a QEMU that waits for them
-             landing.py            a directory, by an incoming QEMU of ours
-control      machine.py, client.py, messages.py   a QEMU, driven over its QMP socket
-             governor.py           tells it when the rest is quick enough
+source        guest              a QEMU that sends us its stream
+              stream_listener    where it connects
+              socket_keeper      keeps its socket if this program dies in the hand-over
+              orphan             its guest, for `migrate-src resolve`
+              outgoing           sends the items of the stream until the destination has them
+              switchover         tells QEMU when the last round is short enough
+destination   incoming           receives the items
+              place              a QEMU that waits for a guest
+both          stream             QEMU's stream itself
+              snapshot           a machine in a directory
+              qmp                QEMU's control socket
 """

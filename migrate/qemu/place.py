@@ -1,116 +1,76 @@
-"""Where a guest lands that another QEMU brings: a QEMU that waits for it (`-incoming`)."""
+"""A QEMU that waits for a guest (`-incoming`), as the place where the guest goes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-import select
 import socket
-import struct
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from migrate.address import Address
-from migrate.dialing import open_tcp
 from migrate.errors import ConnectError, MigrationError
-from migrate.guests.guest import Place
-from migrate.qemu.machine import RUNNING, Changed, Machine, our_end
-from migrate.qemu.reception import StreamReception
-from migrate.threads import in_thread
-from proto import ErrorCode
-from proto.qemu import Command, Reply, order
+from migrate.qemu.qmp.connecting import OWN_PLACE
+from migrate.qemu.qmp.machine import RUNNING, Machine
+from migrate.qemu.qmp.settings import ChangedSettings
+from migrate.qemu.qmp.stream_pair import our_end
+from migrate.qemu.stream.loader import Loader
+from migrate.qemu.stream.place import NoQemuError, StreamPlace
+from migrate.transport.address import Address
+from migrate.transport.connect import check_listener, open_tcp
 
+logger = logging.getLogger(__name__)
+
+# QEMU is on this host or near it; it listens once it has made its devices.
 CONNECT_SECONDS = 10.0
 SEND_BYTES = 4 << 20
-# It loads the devices, and answers; disks may have to be opened.
-LOAD_SECONDS = 120.0
+# The guest is ours by then. QEMU opens disks, and starts the guest.
 START_SECONDS = 50.0
-# What reads our stream answers its first words at once.
-MUTE_SECONDS = 20.0
-FIRST_BYTES = 4096
-# Of what must not reach QEMU before GO: the end of the stream and the description.
-MAX_HELD = 80 << 20
-# Ours among the PINGs; QEMU itself counts from 1.
-PROOF = 0x58424D31
-NEWS_SECONDS = 0.1
-ENDED = (
-    "has ended before the guest was there (most often it was started with other memory, another "
-    "machine type or other devices)"
-)
+# The guest runs when we ask for its state, and put settings back: neither is worth a long wait.
+ASK_SECONDS = 1.0
 
 
-class NoQemuError(MigrationError):
-    """No QEMU waits for a guest where one should."""
-
-    exit_code = 2
-    code = ErrorCode.NO_PLACE
-
-
-class QemuPlace(Place):
+class QemuPlace(StreamPlace):
     """A QEMU that was started with `-incoming`.
 
-    address -- where it listens; None: it is told to (qmp; it was started with `-incoming defer`)
-
-    What comes back from it is given to `on_return`, but for what concerns us alone.
+    address -- where it listens; None: we pass it a socket over qmp (`-incoming defer`)
+    qmp     -- its control socket; "": it listens already
     """
 
-    reception = StreamReception
+    # QEMU may run the guest as soon as it has the last byte, before it can say so.
     irrevocable = True
 
     def __init__(self, address: Address | None, qmp: str = "") -> None:
+        super().__init__()
         self._qmp = qmp
-        self._given = address
+        self._incoming = address
         self.address = address or Address(path=qmp)
-        self.on_return: Callable[[bytes], None] = lambda _data: None
-        self.lost: asyncio.Future[None] | None = None
-        """Done, with an exception, when QEMU has closed its end, or said that it failed."""
-        self._socket: socket.socket | None = None
-        self._poll = select.poll()
-        self._held = bytearray()
-        self._listening: asyncio.Task[None] | None = None
-        self._proven = asyncio.Event()
-        self._ended = asyncio.Event()
-        self._shut: int | None = None
-        self._closed = False
-        self._asked_at: float | None = None
-        self._first = True
-        self._spoken = False
-        self._changed: Changed = {}, {}
+        # The settings that we have changed in QEMU, to be put back once the guest runs.
+        self._changed = ChangedSettings()
 
-    async def ready(self) -> None:
-        """Connects. Raises NoQemuError and QemuError."""
-        if self._socket is not None:
+    async def make_ready(self) -> None:
+        """Connect. Raises NoQemuError and QemuError."""
+        if self._loader is not None:
             return
         connection = await self._open()
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
-        self._poll.register(connection, select.POLLOUT)
-        self._socket = connection
-        self.lost = asyncio.get_running_loop().create_future()
-        self._listening = asyncio.create_task(self._listen(connection))
+        self._loader = Loader(connection, self._fault)
+        logger.debug("the QEMU at %s waits for the stream", self.address)
 
     async def _open(self) -> socket.socket:
-        """The other end of what QEMU reads from."""
+        """Return a socket that QEMU reads its stream from."""
         if not self._qmp:
             return await self._connect(self.address)
         async with await Machine.connect(self._qmp) as machine:
-            if self._given is not None:
-                await machine.incoming(str(self._given))
-                self._changed = machine.changed
-                return await self._connect(self._given)
+            if self._incoming is not None:
+                await machine.incoming(str(self._incoming))
+                self._changed = machine.settings.changed
+                return await self._connect(self._incoming)
             connection = await our_end(machine.incoming)
-            self._changed = machine.changed
+            self._changed = machine.settings.changed
             return connection
-
-    async def _put_back(self) -> None:
-        """What was off for us, in a QEMU that has its guest; one that cannot be asked is left, and
-        nothing is raised: the guest runs."""
-        with contextlib.suppress(Exception):
-            async with await Machine.connect(self._qmp, timeout=1.0) as machine:
-                machine.adopt(self._changed)
-                await machine.restore()
 
     async def _connect(self, where: Address) -> socket.socket:
         try:
@@ -121,7 +81,7 @@ class QemuPlace(Place):
             reason = str(error)
         except (OSError, TimeoutError) as error:
             number = getattr(error, "errno", None) or 0
-            reason = os.strerror(number) if number > 0 else "nobody answers"
+            reason = os.strerror(number) if number > 0 else "no answer"
         raise NoQemuError(
             f"no QEMU waits for a guest at {where}: {reason}: start it with -incoming {where}"
         )
@@ -132,141 +92,59 @@ class QemuPlace(Place):
             connection.setblocking(False)
             async with asyncio.timeout(CONNECT_SECONDS):
                 await asyncio.get_running_loop().sock_connect(connection, path)
+            try:
+                check_listener(connection, path, OWN_PLACE)
+            except ConnectError as error:
+                raise NoQemuError(str(error)) from None
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _gone(self, reason: str) -> MigrationError:
-        return MigrationError(f"the QEMU at {self.address} {reason}: its own messages say why")
+    def _fault(self, reason: str, advice: str = "its own messages say why") -> MigrationError:
+        advice = f": {advice}" if advice else ""
+        return MigrationError(f"the QEMU at {self.address} {reason}{advice}")
 
-    def announce(self, blocks: Sequence[tuple[bytes, int]], page_size: int) -> None:
-        """What RAM blocks the stream will have: their names, and pages."""
-
-    # -- to QEMU, in the worker thread
-
-    def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Raises MigrationError where QEMU has gone."""
-        assert self._socket is not None
-        view = memoryview(data)
-        if self._first:
-            self._first = False
-            if order(Command.OPEN_RETURN_PATH) in bytes(view[:FIRST_BYTES]):
-                self._asked_at = time.monotonic()
-        while view:
-            self._check_hears()
-            if self._closed:
-                raise MigrationError("the guest is not wanted here any more")
-            try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                self._poll.poll(NEWS_SECONDS * 1e3)
-            except OSError as error:
-                raise self._gone(f"does not take the guest ({error.strerror})") from None
-
-    def _check_hears(self) -> None:
-        """Raises MigrationError where QEMU reads nothing: its guest is not to wait for that."""
-        asked = self._asked_at
-        if asked is None or self._spoken or time.monotonic() - asked < MUTE_SECONDS:
-            return
-        raise MigrationError(
-            f"the QEMU at {self.address} does not read what it is sent: does it wait for further "
-            "connections? Switch the capabilities multifd and postcopy-preempt off there"
-        )
-
-    def hold(self, data: bytes) -> None:
-        """What it gets when the guest is ours. Raises MigrationError where that is too much."""
-        if len(self._held) + len(data) > MAX_HELD:
-            raise MigrationError(f"the end of the stream is longer than {MAX_HELD} bytes")
-        self._held += data
-
-    # -- from QEMU
-
-    async def _listen(self, connection: socket.socket) -> None:
-        loop, rest = asyncio.get_running_loop(), b""
-        assert self.lost is not None
-        try:
-            while data := await loop.sock_recv(connection, 1 << 16):
-                rest += data
-                while len(rest) >= 4:
-                    kind, length = struct.unpack_from(">HH", rest)
-                    if len(rest) < 4 + length:
-                        break
-                    self._hear(kind, rest[4 : 4 + length], rest[: 4 + length])
-                    rest = rest[4 + length :]
-            reason = ENDED
-        except OSError as error:
-            reason = f"is gone ({error.strerror})"
-        self._ended.set()
-        self.fail(reason)
-
-    def fail(self, reason: str) -> None:
-        """Whoever waits for this QEMU hears that it is of no use any more; nobody has to."""
-        if self.lost is not None and not self.lost.done():
-            self.lost.set_exception(self._gone(reason))
-            self.lost.exception()
-
-    def _hear(self, kind: int, data: bytes, whole: bytes) -> None:
-        self._spoken = True
-        if kind == Reply.PONG and data == PROOF.to_bytes(4, "big"):
-            self._proven.set()
-        elif kind == Reply.SHUT:
-            self._shut = int.from_bytes(data, "big")
-            self._ended.set()
-        else:
-            self.on_return(whole)
-
-    async def prove(self, *, return_path: bool) -> None:
-        """Returns when QEMU has loaded all that was sent. Raises MigrationError."""
-        orders = b"" if return_path else order(Command.OPEN_RETURN_PATH)
-        orders += order(Command.PING, PROOF.to_bytes(4, "big"))
-        await in_thread(self.send, orders)
-        proven = asyncio.ensure_future(self._proven.wait())
-        assert self.lost is not None
-        either: set[asyncio.Future[Any]] = {proven, self.lost}
-        try:
-            if self._asked_at is not None and not self._spoken:
-                await asyncio.wait(
-                    either, timeout=MUTE_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                self._check_hears()
-            await asyncio.wait(either, timeout=LOAD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if not self._proven.is_set():
-                if self.lost.done():
-                    self.lost.result()
-                raise MigrationError(
-                    f"the QEMU at {self.address} has not loaded the guest in {LOAD_SECONDS:g} s"
-                )
-        finally:
-            proven.cancel()
-
-    # -- whose it is
+    # -- the guest is ours
 
     async def start(self, state: bytes) -> str:
+        """Give QEMU the end of the stream, and return a sentence on what it says then.
+
+        The stream is complete in QEMU from there on, so silence is no failure: the sentence says
+        to look there.
+        """
         del state
-        await in_thread(self.send, self._held)
+        await self.loader.finish()
         began = time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_SECONDS):
-                await self._ended.wait()
-        if self._shut:
-            raise MigrationError(f"the QEMU at {self.address} says that it failed ({self._shut})")
-        if self._shut is None:
+                await self.loader.ended.wait()
+        failure = self.loader.failure
+        if failure:
+            raise MigrationError(f"the QEMU at {self.address} says that it failed ({failure})")
+        if failure is None:
             waited = time.monotonic() - began
             return (
                 f"the guest was given to the QEMU at {self.address}, which has not said in "
                 f"{waited:.0f} s that it runs: look there"
             )
-        if any(self._changed):
-            await self._put_back()
+        if self._changed:
+            await self._restore()
         return f"the guest runs in the QEMU at {self.address}"
 
-    async def look(self, running: str) -> str:
-        """One that cannot be asked is taken to run."""
-        if not self._qmp or self._shut is None:
+    async def _restore(self) -> None:
+        """Put back what was changed in QEMU. Nothing is raised: the guest runs."""
+        with contextlib.suppress(Exception):
+            async with await Machine.connect(self._qmp, timeout=ASK_SECONDS) as machine:
+                machine.settings.adopt(self._changed)
+                await machine.restore()
+
+    async def confirm_running(self, running: str) -> str:
+        """Ask QEMU whether the guest runs. If QEMU cannot be asked, the guest is taken to run."""
+        if not self._qmp or self.loader.failure is None:
             return running
         with contextlib.suppress(MigrationError):
-            async with await Machine.connect(self._qmp, timeout=1.0) as machine:
+            async with await Machine.connect(self._qmp, timeout=ASK_SECONDS) as machine:
                 runstate = (await machine.status()).runstate
                 self.runs = runstate == RUNNING
                 if not self.runs:
@@ -278,15 +156,3 @@ class QemuPlace(Place):
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "qemu", "address": str(self.address)}
-
-    def close(self) -> None:
-        self._closed = True
-        if self._listening is not None:
-            self._listening.cancel()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-    async def discard(self) -> None:
-        """QEMU sees the end of its stream, and ends."""
-        self.close()

@@ -1,9 +1,9 @@
-"""What is shown of a migration, while it runs and afterwards: each part observes, none decides.
+"""What is shown of a migration, while it runs and afterwards. Views observe; they decide nothing.
 
     Source --(event, statistics)--> Views --> history       what each round did
-                                        |---> progress      lines, where there is no terminal
-                                        |---> live          a picture, where there is one
-                                        |---> events        a JSON object for each event
+                                        |---> progress      lines, without a terminal
+                                        |---> live          a picture, on a terminal
+                                        |---> events        a JSON object per event
                                         |---> metrics       Prometheus text, by HTTP or in a file
                                         +---> report        one HTML page
 

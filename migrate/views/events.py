@@ -1,12 +1,12 @@
-"""`--events json[:FD]`: one JSON object on a line for each event, for programs that watch.
+"""`--events json[:FD]`: a line of JSON per event, for programs that watch a migration.
 
     {"event": NAME, "timestamp": {"seconds": S, "microseconds": U}, "data": {...}}
 
-Names are QEMU's where it has them; the README lists all events and what they hold.
+Names are QEMU's, if it has one; docs/observability.md lists all events and their data.
 
-A reader that is slow, or gone, keeps nobody waiting (see migrate.output): a line that finds no room
-is kept, up to a bound; beyond it, events are dropped, counted, and the number is told in their
-place.
+A reader that is slow or gone does not delay the migration (see migrate.output). Lines that the
+descriptor does not take are kept, up to a bound. Beyond it events are dropped and counted, and a
+DROPPED event with the count takes their place.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from migrate import output
 from migrate.errors import UsageError
-from migrate.output import MAX_WAITING_BYTES
-from migrate.statistics import Statistics, query_migrate
-from migrate.views.history import OVER, History, RoundRecord
+from migrate.events import Event, Notice, SourceEvent
+from migrate.output.outlet import MAX_WAITING_BYTES, Outlet
+from migrate.output.streams import is_inherited
+from migrate.statistics import OVER, Statistics, query_migrate
+from migrate.views.history import History, RoundRecord
 
-# How long the end of the program waits for a reader to take what is left.
+# How long the program waits at its end for a reader to take the rest.
 CLOSE_SECONDS = 1.0
 
 
 def parse_events(text: str) -> int:
-    """The descriptor of `json` or `json:FD`. Raises UsageError where it cannot be written."""
+    """Return the descriptor of `json` or `json:FD`. Raises UsageError if it is not writable."""
     kind, colon, number = text.partition(":")
     if kind != "json" or (colon and not (number.isdecimal() and len(number) < 8)):
         raise UsageError(f"--events {text!r} is not understood: write json, or json:FD")
     fd = int(number) if colon else 1
-    if not output.given(fd):  # a disk that is full may have room later
+    if not is_inherited(fd):  # a full disk is accepted: it may have room later
         raise UsageError(f"--events {text}: descriptor {fd}: {os.strerror(errno.EBADF)}")
     return fd
 
 
 def round_data(r: RoundRecord) -> dict[str, Any]:
-    """A round's figures: QEMU's names where it has them, times in milliseconds."""
+    """Return a round's figures: QEMU's names, if it has one; times in milliseconds."""
     data: dict[str, Any] = {
         "pass": r.number,
         "began": round(r.began * 1e3, 3),
@@ -64,25 +65,28 @@ def round_data(r: RoundRecord) -> dict[str, Any]:
     return data
 
 
-class Outlet:
-    """Lines for a descriptor that may not take them, each whole or not at all."""
+class EventLines:
+    """Lines for a descriptor that may not accept them. Each is written whole or not at all."""
 
     def __init__(self, fd: int) -> None:
-        self._outlet = output.Outlet(fd)
+        self._outlet = Outlet(fd)
         self._dropped = self._untold = 0
 
     @property
     def dropped(self) -> int:
-        """Lines that were not written, all in all."""
+        """Total number of lines that were not written."""
         return self._dropped + self._outlet.lost
 
     @property
     def fault(self) -> OSError | None:
-        """Why nothing more is written, where that is so."""
+        """The error after which nothing more is written, or None."""
         return self._outlet.fault
 
     def put(self, line: bytes, told: Callable[[int], bytes]) -> None:
-        """`told` makes the line that says how many were dropped."""
+        """Write a line, or drop it.
+
+        told -- makes the line that says how many were dropped
+        """
         self.flush()
         if self._untold and self._outlet.waiting_bytes < MAX_WAITING_BYTES // 2:
             self._outlet.put(told(self._untold))
@@ -96,11 +100,11 @@ class Outlet:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what there is room for."""
+        """Write what the descriptor accepts now."""
         self._outlet.flush()
 
     def close(self) -> None:
-        """Gives the reader a moment for the rest; the descriptor is whoever's it was."""
+        """Give the reader a moment for the rest. The descriptor itself stays open."""
         self._outlet.flush(CLOSE_SECONDS)
         self._outlet.drop()
         self._outlet.close()
@@ -109,41 +113,41 @@ class Outlet:
 class Events:
     """A view that writes events to a descriptor.
 
-    clock -- seconds since 1970
+    clock -- in seconds since 1970
     """
 
     def __init__(
         self, history: History, fd: int, clock: Callable[[], float] = time.time
     ) -> None:  # fmt: skip
         self._history = history
-        self._outlet = Outlet(fd)
+        self._lines = EventLines(fd)
         self._clock = clock
+        # The final statistics of a migration, until its last event is written.
         self._last: Statistics | None = None
-        """The last word of a migration, until it is told."""
 
     def describe(self, facts: Mapping[str, str]) -> None:
-        """What is about to move."""
+        """Write what is about to move."""
         self._emit("GUEST", {name.replace(" ", "-"): value for name, value in facts.items()})
 
-    def observe(self, event: str, s: Statistics) -> None:
-        """After the history was told."""
-        if event == "status" and s.status in OVER:
-            self._last = s  # what it has counted is not complete before `end`
+    def observe(self, event: Event, s: Statistics) -> None:
+        """Write an event. The history has taken it already."""
+        if event is SourceEvent.STATUS and s.status in OVER:
+            self._last = s  # its counters are not complete before `end`
             return
-        if event == "status":
+        if event is SourceEvent.STATUS:
             self.end(self._last)
             self._emit("MIGRATION", {"status": s.status})
-        elif event == "round":
+        elif event is SourceEvent.ROUND_DONE:
             self._emit("ROUND", round_data(self._history.recent[-1]))
-        elif event == "progress":
+        elif event is SourceEvent.PROGRESS:
             self._emit("PROGRESS", query_migrate(s))
-        elif event == "paused":
+        elif event is SourceEvent.PAUSED:
             self._emit("STOP", {})
-        elif event.startswith("notice: "):
-            self._emit("NOTICE", {"text": event.removeprefix("notice: ")})
+        elif isinstance(event, Notice):
+            self._emit("NOTICE", {"text": event.text})
 
     def end(self, s: Statistics | None) -> None:
-        """The last round, and the result; once for each migration."""
+        """Write the last round and the result, once per migration."""
         if s is None or self._last is None:
             return
         self._last = None
@@ -152,7 +156,7 @@ class Events:
         self._emit("MIGRATION", query_migrate(s))
 
     def _emit(self, name: str, data: dict[str, Any]) -> None:
-        self._outlet.put(self._line(name, data), self._dropped)
+        self._lines.put(self._line(name, data), self._dropped)
 
     def _dropped(self, count: int) -> bytes:
         return self._line("DROPPED", {"count": count})
@@ -163,13 +167,13 @@ class Events:
         return json.dumps({"event": name, "timestamp": stamp, "data": data}).encode() + b"\n"
 
     def close(self) -> str:
-        """The program ends; a sentence for the user where events were lost."""
+        """Close, as the program ends; return a sentence if events were lost, else ""."""
         self.end(self._last)
-        self._outlet.close()
-        if not self._outlet.dropped:
+        self._lines.close()
+        if not self._lines.dropped:
             return ""
         why = "its reader was too slow"
-        if (fault := self._outlet.fault) is not None:
+        if (fault := self._lines.fault) is not None:
             gone = isinstance(fault, BrokenPipeError)
             why = "its reader is gone" if gone else f"{fault.strerror}"
-        return f"--events: {self._outlet.dropped} events were dropped: {why}"
+        return f"--events: {self._lines.dropped} events were dropped: {why}"

@@ -1,16 +1,16 @@
-"""What each round did, from the snapshots that an observer of a Source is given.
+"""What each round did, from the snapshots that an observer of a migration gets.
 
-Statistics are counters from the beginning on; what a round did is the difference between two of
-them. All memory is bounded: of too many rounds those between the first and the last ones are added
-up, two by two, then four by four, so that the sums over all records stay those of the whole
-migration; of too many samples every other one is forgotten, and from then on half as many are
-taken.
+Statistics count from the start of the migration; what a round did is the difference between two
+snapshots. Memory is bounded. If there are too many rounds, those between the first and the last
+ones are merged two by two, then four by four, so the sums over all records stay the totals of the
+migration. If there are too many samples, every other one is dropped, and from then on half as many
+are taken.
 
-    head | body, `span` rounds each | recent | what was done since
-    -----+--------------------------+--------+---------------------
-                   closed                    | current; tail, once it is over
+    head | body, `span` rounds each | recent | since the last round
+    -----+--------------------------+--------+----------------------------------
+                   closed                    | current; tail, after the migration
 
-Nothing here knows clocks, terminals or files.
+This module knows no clocks, terminals or files.
 """
 
 from __future__ import annotations
@@ -18,28 +18,30 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from migrate.statistics import Statistics
+from migrate.events import Event, Notice, SourceEvent
+from migrate.statistics import OVER, Statistics, Status
 
-# Records of single rounds at the beginning and at the end, and records between them.
+# Records of single rounds at the start and at the end, and the most records between them.
 HEAD_ROUNDS = 8
 RECENT_ROUNDS = 64
 MAX_ROUNDS = 512
 MAX_SAMPLES = 2048
+# The first interval between samples, as long as a source's interval between PROGRESS events.
 SAMPLE_SECONDS = 0.05
-OVER = ("completed", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """Rounds `first` to `number`, mostly one and the same. Times in seconds, sizes in bytes.
+    """Rounds `first` to `number`, usually a single one. Times in seconds, sizes in bytes.
 
     began      -- seconds after the start of the migration
-    zero, normal, delta -- pages that were sent, by kind; skipped: dirty, but equal to what is there
-    remaining  -- dirty when the round was over
-    dirty_rate -- bytes per second that the guest dirtied in it
-    expected_downtime -- what the pause was predicted to take after it
-    paused     -- it was the last one, with the guest stopped
-    unfinished -- the migration ended in the middle of it
+    zero, normal, delta -- pages sent, by kind
+    skipped    -- pages that were dirty, but equal to those at the destination
+    remaining  -- bytes dirty at the end of the round
+    dirty_rate -- bytes per second that the guest dirtied in the round
+    expected_downtime -- the downtime that was predicted at the end of the round
+    paused     -- the guest was paused: the last round
+    unfinished -- the migration ended in the middle of the round
     """
 
     first: int
@@ -64,12 +66,12 @@ class RoundRecord:
 
     @property
     def count(self) -> int:
-        """How many rounds they are."""
+        """Number of rounds in this record."""
         return self.number - self.first + 1
 
     @property
     def pages(self) -> int:
-        """Sent, of all kinds."""
+        """Pages sent, of all kinds."""
         return self.zero + self.normal + self.delta
 
     @property
@@ -78,13 +80,13 @@ class RoundRecord:
 
     @property
     def hit_ratio(self) -> float | None:
-        """Of the pages that were looked up in the cache; None where none was."""
+        """Share of the pages looked up in the cache that were found; None if none was looked up."""
         looked_up = self.hits + self.misses
         return self.hits / looked_up if looked_up else None
 
     @property
     def mbps(self) -> float:
-        """10^6 bits per second."""
+        """Throughput in 10^6 bits per second."""
         return self.wire_bytes * 8 / self.seconds / 1e6 if self.seconds > 0 else 0.0
 
 
@@ -92,15 +94,15 @@ SUMS = ("seconds", "wire_bytes", "zero", "normal", "delta", "skipped", "delta_by
         "misses", "overflow")  # fmt: skip
 
 
-def together(one: RoundRecord, two: RoundRecord) -> RoundRecord:
-    """Two records that follow each other as one: counters added, the rest as at the end."""
+def merge(one: RoundRecord, two: RoundRecord) -> RoundRecord:
+    """Merge two consecutive records: add the counters, take the rest from the second."""
     sums = {name: getattr(one, name) + getattr(two, name) for name in SUMS}
     return replace(two, first=one.first, began=one.began, **sums)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An instant. `time` in seconds after the start, `mbps` in 10^6 bits/s, the rest in bytes."""
+    """One moment: `time` in seconds after the start, `mbps` in 10^6 bits/s, others in bytes."""
 
     time: float
     remaining: int
@@ -109,7 +111,7 @@ class Sample:
 
 
 def difference(before: Statistics, after: Statistics) -> RoundRecord:
-    """What was done between two snapshots of one migration."""
+    """Return what was done between two snapshots of one migration."""
     number = max(after.dirty_sync_count, before.dirty_sync_count + 1)
     began = max(before.total_time, 0.0 if before.dirty_sync_count else after.setup_time)
     return RoundRecord(
@@ -135,7 +137,13 @@ def difference(before: Statistics, after: Statistics) -> RoundRecord:
 
 
 class History:
-    """An observer for Source, of one migration after the other."""
+    """Observes one migration after the other, and keeps the records of the current one.
+
+    migrations -- number of migrations so far
+    last       -- the latest statistics
+    paused_at  -- seconds after the start at which the guest was paused; None while it runs
+    recent     -- the last rounds that are over, one record each
+    """
 
     def __init__(self) -> None:
         self.migrations = 0
@@ -144,7 +152,6 @@ class History:
     def _begin(self) -> None:
         self.last = Statistics()
         self.paused_at: float | None = None
-        """Seconds after the start, where the guest has been stopped."""
         self.samples: list[Sample] = []
         self.notices: list[str] = []
         self._mark = Statistics()
@@ -152,27 +159,37 @@ class History:
         self._body: list[RoundRecord] = []
         self._span = 1
         self.recent: deque[RoundRecord] = deque()
-        """The last rounds that are over, one by one."""
         self._interval = SAMPLE_SECONDS
 
-    def observe(self, event: str, s: Statistics) -> None:
+    def observe(self, event: Event, s: Statistics) -> None:
+        """Take an event of the source, and the statistics `s` at that moment."""
+        self._know(s)
+        if isinstance(event, Notice):
+            self.notices = [*self.notices[-99:], event.text]
+        elif event is SourceEvent.PAUSED:
+            self.paused_at = s.total_time
+        elif event is SourceEvent.ROUND_DONE:
+            self._close(s)
+        if s.status in (Status.SETUP, Status.ACTIVE):  # the pause was abandoned
+            self.paused_at = None
+        if event in (SourceEvent.ROUND_DONE, SourceEvent.PROGRESS):
+            self._sample(s)
+
+    def end(self, s: Statistics) -> None:
+        """Take the final statistics of a migration."""
+        self._know(s)
+
+    def _know(self, s: Statistics) -> None:
         if not self.migrations or self._another(s):
             self._begin()
             self.migrations += 1
         self.last = s
-        if event.startswith("notice: "):
-            self.notices = [*self.notices[-99:], event.removeprefix("notice: ")]
-        elif event == "paused":
-            self.paused_at = s.total_time
-        elif event == "round":
-            self._close(s)
-        if s.status in ("setup", "active"):  # a pause that was given up
-            self.paused_at = None
-        if event in ("round", "progress"):
-            self._sample(s)
 
     def _another(self, s: Statistics) -> bool:
-        """A migration that resumes has the status "setup" too, but its counters go on."""
+        """Return whether `s` belongs to another migration than `last`.
+
+        A migration that resumes has the status "setup" too, but its counters continue.
+        """
         last = self.last
         over = last.status in OVER and s.status not in OVER
         return over or s.transferred < last.transferred or (
@@ -188,12 +205,12 @@ class History:
         if len(self._head) < HEAD_ROUNDS:
             self._head.append(record)
         elif self._body and self._body[-1].count < self._span:
-            self._body[-1] = together(self._body[-1], record)
+            self._body[-1] = merge(self._body[-1], record)
         else:
             self._body.append(record)
         if len(self._body) > MAX_ROUNDS:
             body, self._span = self._body, self._span * 2
-            self._body = [together(one, two) for one, two in zip(body[::2], body[1::2])]  # noqa: B905
+            self._body = [merge(one, two) for one, two in zip(body[::2], body[1::2])]  # noqa: B905
             self._body += body[len(body) // 2 * 2 :]
 
     def _sample(self, s: Statistics) -> None:
@@ -211,19 +228,19 @@ class History:
 
     @property
     def closed(self) -> list[RoundRecord]:
-        """Rounds that are over, without the one in the pause."""
+        """Rounds that are over, without the paused one."""
         return [*self._head, *self._body, *self.recent]
 
     @property
     def current(self) -> RoundRecord:
-        """What was done since the last round was over."""
+        """What has been done since the last round was over."""
         return replace(difference(self._mark, self.last), paused=self.paused_at is not None)
 
     @property
     def tail(self) -> RoundRecord | None:
-        """The round in which the migration ended; None as long as it has not."""
+        """The round in which the migration ended; None before it has ended."""
         return self.current if self.over and self.current.wire_bytes else None
 
     def rounds(self) -> list[RoundRecord]:
-        """All of them, with the tail."""
+        """Return all rounds, with the tail."""
         return [*self.closed, *([self.tail] if self.tail else [])]

@@ -1,13 +1,12 @@
-"""The live view: what happens now, drawn in place on a terminal, notices above it.
+"""The live view: a picture that is redrawn in place on a terminal, with notices above it.
 
-Drawing happens in the event loop of the migration, between its steps, so it is kept short and
-rare, and in the pause nothing is drawn: the picture stands still from the moment before the guest
-is stopped to the moment after it runs. It is not drawn either while the terminal takes nothing
-(^S): what is written there waits in migrate.output.
+The event loop of the migration draws it, so drawing is kept short and rare. In the pause nothing is
+drawn: the last frame before it stays until the guest runs. While the terminal takes no output (^S),
+nothing is drawn either; what was written before waits in migrate.output.
 
-    under 60 columns    what happens now
-    more                the last rounds below it, as far as the height goes
-    140 columns         the last rounds beside it
+    under 60 columns    the current state
+    60 to 139           the last rounds below it, if the terminal is high enough
+    from 140            the last rounds beside it
 """
 
 from __future__ import annotations
@@ -22,26 +21,30 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from migrate.output import behind, printable
-from migrate.quantities import format_size
-from migrate.statistics import Statistics
+from migrate.events import Event, Notice, SourceEvent
+from migrate.output import printable
+from migrate.output.streams import behind
+from migrate.statistics import Statistics, Status
+from migrate.units import format_size
 from migrate.views.history import History, RoundRecord
 
 FRAME_SECONDS = 0.2
 NARROW, WIDE, WIDEST = 60, 140, 144
 KINDS = (("zero", "cyan"), ("whole", "yellow"), ("delta", "green"))
-COLOURS = {"completed": "bold green", "failed": "bold red", "cancelled": "bold red"}
+COLOURS = {
+    Status.COMPLETED: "bold green", Status.FAILED: "bold red", Status.CANCELLED: "bold red"
+}  # fmt: skip
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def bar(share: float, width: int, style: str) -> Text:
-    """A bar of `width` cells, so much of it filled."""
+    """Return a bar of `width` cells, filled up to `share` (0 to 1)."""
     filled = round(min(max(share, 0.0), 1.0) * width)
     return Text.assemble(("━" * filled, style), ("━" * (width - filled), "bright_black"))
 
 
 def stacked(parts: Sequence[tuple[float, str]], width: int) -> Text:
-    """One bar of several colours in proportion; each that is not zero is seen."""
+    """Return a bar of several colours in proportion. A value above zero gets at least one cell."""
     total = sum(value for value, _ in parts)
     if not total:
         return Text("━" * width, "bright_black")
@@ -53,7 +56,7 @@ def stacked(parts: Sequence[tuple[float, str]], width: int) -> Text:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The last values as columns of up to one line's height."""
+    """Return the last `width` values as columns in one line."""
     values = values[-width:]
     most = max(values, default=0.0)
     if not most:
@@ -66,9 +69,9 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def lines(rows: Iterable[tuple[str, Text | str]]) -> Text:
-    """A name and what there is to say, on a line each.
+    """Return one line per row: its name and its text.
 
-    One text of many lines: a table of rich takes ten times as long to draw.
+    This is one text of many lines, because a table of rich takes ten times as long to draw.
     """
     text = Text(no_wrap=True, overflow="ellipsis")
     for name, said in rows:
@@ -78,18 +81,18 @@ def lines(rows: Iterable[tuple[str, Text | str]]) -> Text:
 
 
 def facts(history: History, limit: str, width: int) -> Text:
-    """What happens now."""
+    """Return the current state, for a terminal of this width."""
     s, rounds = history.last, list(history.recent)
     room = max(min(width - 18, 40), 8)
     over = s.status in COLOURS
-    number = s.dirty_sync_count + (s.status == "active")
+    number = s.dirty_sync_count + (s.status is Status.ACTIVE)
     about = f"  round {number}  {s.total_time:.1f} s"
     moved = 1 - s.remaining / s.total if s.total else 0.0
     dirty = f"{format_size(s.dirty_pages_rate * s.page_size)}/s" if rounds else "-"
     rows: list[tuple[str, Text | str]] = [
         ("status", Text.assemble((s.status, COLOURS.get(s.status, "bold")), about)),
         ("remaining", f"{format_size(s.remaining)} of {format_size(s.total)}"),
-        ("", bar(moved, room, "green" if s.status == "completed" else "blue")),
+        ("", bar(moved, room, "green" if s.status is Status.COMPLETED else "blue")),
         ("dirtied", dirty + ("" if over else f", sending {s.mbps:.0f} Mbit/s")),
     ]
     if len(rounds) > 1:
@@ -105,7 +108,7 @@ def facts(history: History, limit: str, width: int) -> Text:
 
 
 def _downtime(s: Statistics, limit: str) -> tuple[str, Text | str]:
-    """What was expected, and what came."""
+    """Return the row of the downtime: predicted, then real."""
     if s.downtime is not None:
         expected = f", {milliseconds(s.expected_downtime)} expected"
         return "downtime", Text.assemble((milliseconds(s.downtime), "bold"), expected)
@@ -114,7 +117,7 @@ def _downtime(s: Statistics, limit: str) -> tuple[str, Text | str]:
 
 
 def _kinds(s: Statistics, room: int) -> list[tuple[str, Text | str]]:
-    """Bytes of the guest by how they were sent, and what they cost on the wire."""
+    """Return the rows of guest bytes by kind of page, and of their cost on the wire."""
     counts = (s.duplicate, s.normal, s.xbzrle_pages)
     rows: list[tuple[str, Text | str]] = [("on the wire", format_size(s.transferred))]
     for (name, style), pages in zip(KINDS, counts, strict=True):
@@ -139,7 +142,7 @@ COLUMNS = (("round", 7), ("s", 7), ("wire", 11), ("zero", 8), ("whole", 8), ("de
 
 
 def table(history: History, rows: int) -> Text:
-    """The last rounds, a line for each."""
+    """Return the last rounds, a line each."""
     records = [*history.recent, *([history.tail] if history.tail else [])]
     records = records[max(len(records) - rows, 0) :]
     heads = "".join(f"{name:>{width}}" for name, width in COLUMNS)
@@ -159,7 +162,7 @@ def table(history: History, rows: int) -> Text:
 def picture(
     history: History, described: Mapping[str, str], width: int, height: int
 ) -> RenderableType:  # fmt: skip
-    """One frame for a terminal of this size."""
+    """Return one frame for a terminal of this size."""
     limit = described.get("downtime limit", "")
     title = Text(
         f"{described.get('guest', 'guest')} → {described.get('destination', '')}", "bold",
@@ -183,7 +186,7 @@ def picture(
 class Live:
     """A view that draws on `stream`, a terminal.
 
-    clock -- seconds, for the distance of frames
+    clock -- in seconds; limits the rate of frames
     """
 
     def __init__(
@@ -201,18 +204,18 @@ class Live:
         self._drawn_width = 0
 
     def describe(self, facts: Mapping[str, str]) -> None:
-        """What is about to move: the title."""
+        """Take what is about to move, for the title."""
         self._described = facts
 
-    def observe(self, event: str, s: Statistics) -> None:
-        """After the history was told."""
-        if event.startswith("notice: "):
-            self.say(event.removeprefix("notice: "))
-        elif event == "status":
+    def observe(self, event: Event, s: Statistics) -> None:
+        """Draw a frame if one is due. The history has taken the event already."""
+        if isinstance(event, Notice):
+            self.say(event.text)
+        elif event is SourceEvent.STATUS:
             if not self._history.over:
-                self._draw()  # "device" comes before the guest is stopped
-        elif s.status == "active" and self._clock() - self._drawn_at >= FRAME_SECONDS:
-            self._draw()  # in the pause the status is "device"
+                self._draw()  # DEVICE comes before the guest is paused
+        elif s.status is Status.ACTIVE and self._clock() - self._drawn_at >= FRAME_SECONDS:
+            self._draw()  # in the pause the status is DEVICE
 
     def _draw(self) -> None:
         if behind(self._stream):
@@ -220,11 +223,11 @@ class Live:
         console = self._console
         width, height = console.size
         if self._region is not None and width < self._drawn_width:
-            # Its lines are wrapped now: nobody knows where they begin.
+            # The terminal has wrapped the old frame, so it cannot be overwritten in place.
             self._stop()
             console.clear()
         if self._region is None:
-            # What others print to standard error goes above it; the result goes where it belongs.
+            # Other output to standard error goes above the picture; standard output is untouched.
             self._region = Region(console=console, auto_refresh=False, redirect_stdout=False)
             self._region.start()
         self._drawn_width = min(width, WIDEST)
@@ -233,22 +236,22 @@ class Live:
         self._drawn_at = self._clock()
 
     def say(self, text: str) -> None:
-        """A sentence above the picture."""
+        """Print a sentence above the picture."""
         line = Text(f"{self._name}: {printable(text)}")
         self._console.print(line, soft_wrap=True, markup=False, emoji=False)
 
     def end(self, _s: Statistics) -> None:
-        """The last frame, which stays."""
+        """Draw the last frame, which stays."""
         self.clear()
 
     def clear(self) -> None:
-        """Others may write below the last frame from here on; the cursor is as it was."""
+        """Release the terminal: the last frame stays, and the cursor is below it."""
         if self._region is not None and self._history.over:
             self._draw()
         self._stop()
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Release the terminal for good."""
         self.clear()
 
     def _stop(self) -> None:

@@ -1,13 +1,13 @@
-"""What the command line says about views, and all of them as one observer.
+"""The views that the command line asks for, as one observer.
 
     views = Views(args)                raises UsageError or ConnectError before anything moves
     views.describe(...)                what moves, from where to where
-    views.observe(event, statistics)   as a Source calls it
+    views.observe(event, statistics)   called by the migration
     views.end(statistics)              a migration is over; another one may follow
     views.close()                      the program ends
 
-A view that fails is left out from then on, with a word to the user: no call here raises, once the
-views are made. What they show of names and of the peer's words is printable.
+A view that fails is dropped, and the user is told so: once the views are made, no call here raises.
+Text from outside (names, the peer's sentences) is made printable before a view gets it.
 """
 
 from __future__ import annotations
@@ -19,56 +19,57 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from migrate.events import Event, Notice
 from migrate.output import printable
-from migrate.statistics import Statistics
+from migrate.statistics import Statistics, Status
 from migrate.views.history import History
 from migrate.views.progress import Lines
 
 if TYPE_CHECKING:
-    from migrate.reception import Arrival
+    from migrate.destination.receiver import Arrival
     from migrate.views.metrics import Metrics
 
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:
-    """The options of migrate-src that say what is shown."""
+    """Add the options of migrate-src that say what is shown."""
     parser.add_argument(
         "--progress", choices=["auto", "plain", "never"], default="auto",
-        help="auto: a live view on a terminal, else a line each 2 s and for each round; plain: "
-        "lines; never: neither",
+        help="auto: a live view on a terminal, else a line every 2 s and per round; plain: lines; "
+        "never: neither",
     )  # fmt: skip
     parser.add_argument(
         "--events", default="", metavar="json[:FD]",
-        help="write each event as a JSON object on a line, to descriptor FD (default: 1, and then "
-        "nothing else goes to standard output)",
+        help="write each event as a line of JSON to file descriptor FD (default: 1; nothing else "
+        "goes to standard output then)",
     )  # fmt: skip
     parser.add_argument(
         "--report", default="", metavar="FILE.html",
-        help="write a page with tables and plots when the migration is over, whatever came of it",
+        help="write a page with tables and plots after the migration, also if it failed",
     )  # fmt: skip
     add_metrics_options(parser)
 
 
 def add_metrics_options(parser: argparse.ArgumentParser) -> None:
-    """The options of both programs."""
+    """Add the options of both programs."""
     parser.add_argument(
         "--metrics", default="", metavar="[HOST:]PORT",
-        help="serve Prometheus metrics over HTTP (default host: 127.0.0.1; port 0 picks a free one "
-        "and prints it)",
+        help="serve Prometheus metrics over HTTP (default host: 127.0.0.1; port 0 picks a free "
+        "port and prints it)",
     )  # fmt: skip
     parser.add_argument(
         "--metrics-textfile", default="", metavar="PATH",
-        help="write them to this file, each 5 s and at the end, for node_exporter to collect",
+        help="write the metrics to this file every 5 s and at the end, for node_exporter",
     )  # fmt: skip
 
 
 def wants_live(mode: str, stream: TextIO) -> bool:
-    """Whether there is a terminal that can be drawn on, and it was not declined."""
+    """Return whether to draw a live view: the terminal is capable, and the user wants no lines."""
     terminal = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return mode == "auto" and terminal and _has_boxes(stream)
 
 
 def _has_boxes(stream: TextIO) -> bool:
-    """Whether the encoding has what pictures are drawn with."""
+    """Return whether the stream's encoding has the characters that the live view uses."""
     try:
         "╭━█".encode(stream.encoding or "utf-8")
     except (UnicodeError, LookupError):
@@ -77,14 +78,18 @@ def _has_boxes(stream: TextIO) -> bool:
 
 
 class Views:
-    """All that is shown of the migrations of one program."""
+    """All views of the migrations of one program.
+
+    history     -- what each round did
+    owns_stdout -- whether standard output is for events alone
+    """
 
     def __init__(self, args: argparse.Namespace, name: str = "migrate-src") -> None:
         self.history = History()
         self._name, self._stream = name, sys.stderr
         self._views: dict[str, Any] = {}
+        # Views that have failed, by their option; "" is the text view.
         self._failed: set[str] = set()
-        """Views that have failed, by their option; "" is the text."""
         self._metrics: Metrics | None = None
         mode = "never" if args.quiet else args.progress
         self._add_events(args.events)
@@ -104,7 +109,6 @@ class Views:
 
     def _add_events(self, text: str) -> None:
         self.owns_stdout = False
-        """Whether nothing but events may go to standard output."""
         self._events_on_terminal = False
         if text:
             from migrate.views.events import Events, parse_events
@@ -126,12 +130,13 @@ class Views:
         return source_families(self.history.last)
 
     def describe(self, facts: Mapping[str, str]) -> None:
-        """What is about to move, by name: guest, destination, and what was set."""
+        """Take what is about to move, by name: guest, destination, and parameters."""
         self._each("describe", {name: printable(value) for name, value in facts.items()})
 
-    def observe(self, event: str, s: Statistics) -> None:
-        """An observer for Source."""
-        event = printable(event)  # a notice is a sentence
+    def observe(self, event: Event, s: Statistics) -> None:
+        """Show an event of the migration (see migrate.events)."""
+        if isinstance(event, Notice):
+            event = Notice(printable(event.text))
         self.history.observe(event, s)
         self._each("observe", event, s)
         if self._metrics is not None:
@@ -139,8 +144,8 @@ class Views:
             self._guarded("--metrics-textfile", self._metrics.observe, paused)
 
     def end(self, s: Statistics) -> None:
-        """A migration is over, whatever came of it; `s` is its last word."""
-        self.history.observe("end", s)
+        """Show the final statistics of a migration, also of one that failed."""
+        self.history.end(s)
         self._each("end", s)
         if self._metrics is not None:
             self._guarded("--metrics-textfile", self._metrics.write)
@@ -151,7 +156,10 @@ class Views:
             self._guarded(name, getattr(self._views[name], verb), *arguments)
 
     def _guarded(self, name: str, act: Callable[..., Any], *arguments: Any) -> None:
-        """Does it, or leaves that view out from now on. Metrics are tried again, and may come."""
+        """Call a view; if it fails, drop it. Metrics are kept, and tried again next time.
+
+        name -- its option; "" is the text view
+        """
         try:
             act(*arguments)
         except Exception as error:
@@ -161,29 +169,29 @@ class Views:
             if not name:
                 self._stop_drawing()
             if first:
-                self.say(f"{name or 'the live view'} goes no further: {why(error)}")
+                self.say(f"{name or 'the live view'} has failed: {why(error)}")
 
     def _stop_drawing(self) -> None:
-        """The text goes on as lines."""
+        """Replace the live view by lines."""
         drawing, self._text = self._text, Lines(self.history, self._name, self._stream)
         with contextlib.suppress(Exception):
             drawing.clear()
 
     def say(self, text: str) -> None:
-        """A sentence for the user, on standard error."""
+        """Print a sentence to standard error."""
         try:
             self._text.say(text)
         except Exception:
             self._stop_drawing()
-            with contextlib.suppress(Exception):  # not a stream of migrate.output
+            with contextlib.suppress(Exception):  # a stream that is not of migrate.output
                 self._text.say(text)
 
     def clear(self) -> None:
-        """Somebody else is about to write to the terminal."""
+        """Release the terminal: other output follows."""
         self._guarded("", self._text.clear)
 
     def close(self) -> None:
-        """The program ends."""
+        """Close all views, as the program ends."""
         self.clear()
         for name in list(self._views):
             self._guarded(name, self._close, name)
@@ -199,12 +207,12 @@ class Views:
 
 
 def why(error: Exception) -> str:
-    """What is said of an error."""
+    """Return the text of an error, without the file name that OSError adds."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _metrics(args: argparse.Namespace, families: Callable[[], Any]) -> Metrics | None:
-    """Raises UsageError, ConnectError."""
+    """Return the metrics that the command line asks for. Raises UsageError, ConnectError."""
     if not args.metrics and not args.metrics_textfile:
         return None
     from migrate.views.metrics import Metrics
@@ -213,7 +221,7 @@ def _metrics(args: argparse.Namespace, families: Callable[[], Any]) -> Metrics |
 
 
 class DestinationViews:
-    """What migrate-dst shows of the guest that comes: metrics."""
+    """The views of migrate-dst: metrics of the guest that it receives."""
 
     def __init__(
         self, args: argparse.Namespace, arrival: Callable[[], Arrival | None],
@@ -232,13 +240,13 @@ class DestinationViews:
         return destination_families(self._arrival())
 
     def observe(self) -> None:
-        """Something has happened."""
+        """Update the metrics after an event."""
         arrival = self._arrival()
         if self._metrics is not None:
-            self._do(self._metrics.observe, arrival is not None and arrival.status == "device")
+            self._do(self._metrics.observe, arrival is not None and arrival.status is Status.DEVICE)
 
     def close(self) -> None:
-        """The program ends."""
+        """Write the metrics for the last time, as the program ends."""
         if self._metrics is not None:
             self._do(self._metrics.write)
             self._do(self._metrics.close)

@@ -1,7 +1,8 @@
-"""The report's pictures, as SVG that takes its colours from the page it stands in.
+"""The report's figures, as SVG that takes its colours from the page.
 
-Drawn with stand-ins for colours, which are then replaced by the page's variables: so one picture
-is right in light and dark. Loads matplotlib; imported when a migration is over.
+They are drawn in placeholder colours, which are then replaced by the page's CSS variables, so each
+figure suits the light and the dark theme. This module loads matplotlib: it is imported after the
+migration only.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from migrate.quantities import format_size
-from migrate.views.history import History, RoundRecord, together
+from migrate.units import format_size
+from migrate.views.history import History, RoundRecord, merge
 
 INK, SOFT, LINE = "#010101", "#020202", "#030303"
 BLUE, GREEN, AMBER, RED = "#040404", "#050505", "#060606", "#070707"
@@ -27,11 +28,11 @@ VARIABLES = {
     INK: "ink", SOFT: "soft", LINE: "line", BLUE: "blue", GREEN: "green", AMBER: "amber",
     RED: "red",
 }  # fmt: skip
-# A picture is half a page wide, or the whole of a telephone.
+# A figure is half as wide as the page, or as wide as a phone.
 INCHES = (5.4, 2.9)
-# With more rounds than this, their marks would be one thick line.
+# With more rounds than this, their markers would merge into one thick line.
 MOST_MARKS = 60
-# A step in the picture of rates is no shorter than this part of the whole.
+# The shortest step in the figure of rates, as a share of the total time.
 SHORTEST_STEP = 1 / 80
 RC: dict[str, Any] = {
     "font.size": 10, "svg.fonttype": "none", "text.color": INK, "axes.labelcolor": SOFT,
@@ -45,7 +46,7 @@ Draw = Callable[[History, list[RoundRecord], Axes], None]
 
 
 def draw_remaining(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """What is left inside the rounds, and what was dirty after each."""
+    """Draw what was left to send over time, and what was dirty after each round."""
     samples = [(one.time, one.remaining) for one in history.samples]
     ends = [(r.ended, r.remaining) for r in rounds]
     line = sorted({*samples, *ends, (0.0, history.last.total)})
@@ -64,7 +65,7 @@ def draw_remaining(history: History, rounds: list[RoundRecord], axes: Axes) -> N
 
 
 def draw_rates(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """Bytes a second: what went over the wire, and what the guest dirtied."""
+    """Draw bytes per second: sent on the wire, and dirtied by the guest."""
     steps = _steps(rounds, history.last.total_time * SHORTEST_STEP)
     page_size = history.last.page_size
     if steps:
@@ -88,7 +89,7 @@ def draw_rates(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
 
 
 def draw_kinds(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """Pages of each round, by how they were sent; the mean of those that were added up."""
+    """Draw the pages of each round by kind; of merged rounds, their mean."""
     floor = [0.0] * len(rounds)
     for name, colour in (("zero", SOFT), ("normal", AMBER), ("delta", GREEN)):
         top = [low + getattr(r, name) / r.count for low, r in zip(floor, rounds, strict=True)]
@@ -102,7 +103,7 @@ def draw_kinds(_history: History, rounds: list[RoundRecord], axes: Axes) -> None
 
 
 def draw_hits(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """Of the pages that were looked up, how many were in the cache."""
+    """Draw the share of the pages looked up that were in the cache."""
     looked_up = [(at, r.hit_ratio * 100) for at, r in enumerate(rounds) if r.hit_ratio is not None]
     if looked_up:
         axes.plot(
@@ -121,7 +122,7 @@ def draw_hits(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
 
 
 def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """The pause as it was predicted after each round, and as it came."""
+    """Draw the downtime predicted after each round, and the real one."""
     predicted = [
         (at, r.expected_downtime * 1e3)
         for at, r in enumerate(rounds)
@@ -149,7 +150,7 @@ def draw_downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> No
 
 
 def draw_wire(_history: History, rounds: list[RoundRecord], axes: Axes) -> None:
-    """What each round cost on the wire."""
+    """Draw the bytes on the wire of each round."""
     costs = [r.wire_bytes / r.count for r in rounds]
     _bars(axes, costs, [0.0] * len(rounds), BLUE)
     if costs and max(costs) > 50 * min(costs) > 0:
@@ -170,8 +171,11 @@ PLOTS: tuple[tuple[str, Draw], ...] = (
 
 
 def figures(history: History, limit: float | None = None) -> list[tuple[str, str]]:
-    """Title and SVG of each picture; `limit`: the downtime allowed, in milliseconds."""
-    # A last word of why it failed is no round.
+    """Return title and SVG of each figure.
+
+    limit -- the downtime limit in milliseconds, or None
+    """
+    # After a failure the last record may have nothing but the ERROR message.
     rounds = [r for r in history.rounds() if r.pages or not r.unfinished]
 
     def downtime(history: History, rounds: list[RoundRecord], axes: Axes) -> None:
@@ -203,14 +207,14 @@ def _svg(index: int, draw: Draw, history: History, rounds: list[RoundRecord]) ->
 
 
 def _pause(history: History, axes: Axes) -> None:
-    """Where the guest stood still."""
+    """Shade the time in which the guest was paused."""
     if history.paused_at is not None:
         end = max(history.last.total_time, history.paused_at)
         axes.axvspan(history.paused_at, end, color=RED, alpha=0.18, linewidth=0, label="pause")
 
 
 def _sizes(axes: Axes, suffix: str = "") -> None:
-    """Ticks at round numbers of bytes as they are written: 32 MiB, not 38.1."""
+    """Put the ticks at round binary sizes: 32 MiB, not 38.1 MiB."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _at: format_size(value).replace(".0 ", " ") + suffix)
@@ -228,18 +232,18 @@ def _sizes(axes: Axes, suffix: str = "") -> None:
 
 
 def _from_zero(axes: Axes) -> None:
-    """Seconds from 0 on, the first label clear of the other axis's."""
+    """Start the time axis at 0, with its first label clear of the other axis."""
     end = axes.get_xlim()[1]
     axes.set_xlim(-0.02 * end, end)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
 
 
 def _steps(rounds: list[RoundRecord], shortest: float) -> list[RoundRecord]:
-    """Rounds of milliseconds added up; the one in the pause is not mixed with others."""
+    """Merge rounds shorter than `shortest` seconds, but never the paused one."""
     steps: list[RoundRecord] = []
     for r in rounds:
         if steps and steps[-1].seconds < shortest and not r.paused:
-            steps[-1] = together(steps[-1], r)
+            steps[-1] = merge(steps[-1], r)
         else:
             steps.append(r)
     return steps
@@ -250,7 +254,7 @@ def _marks(mark: str, points: Sequence[object]) -> str:
 
 
 def _bars(axes: Axes, tops: list[float], floor: list[float], colour: str, label: str = "") -> None:
-    """With gaps as long as those can be seen; more are one outline, which costs little to store."""
+    """Draw bars; very many become one outline, which keeps the SVG small."""
     if len(tops) > MOST_MARKS:
         edges = [at - 0.5 for at in range(len(tops) + 1)]
         axes.stairs(tops, edges, baseline=floor, fill=True, color=colour, label=label)
@@ -264,7 +268,7 @@ def _thousands(value: float) -> str:
 
 
 def _rounds_axis(rounds: list[RoundRecord], axes: Axes) -> None:
-    """Names of rounds below, as many as there is room for."""
+    """Label the axis with round numbers, as many as there is room for."""
     most = 12 if not rounds or rounds[-1].number < 1000 else 7
     step = -(-len(rounds) // most) or 1
     places = range(0, len(rounds), step)
@@ -275,7 +279,7 @@ def _rounds_axis(rounds: list[RoundRecord], axes: Axes) -> None:
 
 
 def _legend(axes: Axes, columns: int) -> None:
-    """Above the picture, where no line passes."""
+    """Put the legend above the figure, where it hides no line."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns,
                     borderaxespad=0.1, handlelength=1.4, columnspacing=1.2)  # fmt: skip

@@ -1,7 +1,8 @@
-"""What a user sees of a migration where there is no terminal: whole lines, never too many.
+"""Progress as plain lines, for output that is not a terminal.
 
-One line each two seconds, and one for each round. Rounds of milliseconds are told together, five
-times a second at most; the last one before the pause always. In the pause nothing is written.
+There is a line every two seconds, and a line per round. Short rounds are merged, so there are at
+most five such lines a second; the last round before the pause is always shown. In the pause nothing
+is written.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-from migrate.output import behind, printable
-from migrate.quantities import format_size
-from migrate.statistics import Statistics
-from migrate.views.history import History, RoundRecord, together
+from migrate.events import Event, Notice, SourceEvent
+from migrate.output import printable
+from migrate.output.streams import behind
+from migrate.statistics import Statistics, Status
+from migrate.units import format_size
+from migrate.views.history import History, RoundRecord, merge
 
 PLAIN_SECONDS = 2.0
 ROUND_SECONDS = 0.2
 
 
 def progress_line(s: Statistics) -> str:
-    """Round, remaining, dirty rate, throughput and expected downtime, on a line for 80 columns."""
+    """Return round, remaining, dirty rate, throughput and expected downtime in 80 columns."""
     parts = [
-        f"round {s.dirty_sync_count + (s.status == 'active')}: {format_size(s.remaining)} left"
+        f"round {s.dirty_sync_count + (s.status is Status.ACTIVE)}: {format_size(s.remaining)} left"
     ]
     if s.dirty_sync_count:
         parts.append(f"dirty {format_size(s.dirty_pages_rate * s.page_size)}/s")
@@ -36,7 +39,7 @@ def progress_line(s: Statistics) -> str:
 
 
 def round_line(r: RoundRecord) -> str:
-    """What one round, or several, have moved, and what is dirty after them."""
+    """Return what a round has moved, and what is dirty after it."""
     name = f"round {r.number}" if r.first == r.number else f"rounds {r.first} to {r.number}"
     parts = [
         f"{name} took {r.seconds:.2f} s: {format_size(r.wire_bytes)} for {r.zero} zero, "
@@ -51,9 +54,11 @@ def round_line(r: RoundRecord) -> str:
 
 
 class Lines:
-    """A view that writes to `stream` (stderr, see migrate.output); silent: notices only.
+    """A view that prints lines.
 
-    clock -- seconds, for the distance of lines
+    stream -- where to; standard error by default (see migrate.output)
+    silent -- print notices only
+    clock  -- in seconds; limits the rate of lines
     """
 
     def __init__(
@@ -66,31 +71,31 @@ class Lines:
         self._silent = silent
         self._clock = clock
         self._line_at = self._round_at = float("-inf")
-        self._held: RoundRecord | None = None
+        self._unprinted: RoundRecord | None = None
 
-    def observe(self, event: str, s: Statistics) -> None:
-        """After the history was told."""
-        if event.startswith("notice: "):
-            self.say(event.removeprefix("notice: "))
+    def observe(self, event: Event, s: Statistics) -> None:
+        """Print a line if one is due. The history has taken the event already."""
+        if isinstance(event, Notice):
+            self.say(event.text)
         elif self._silent:
             return
-        elif event == "status":
-            self._tell_held()  # before the pause, or at the end
-        elif event == "round":
+        elif event is SourceEvent.STATUS:
+            self._print_round()  # before the pause, or at the end
+        elif event is SourceEvent.ROUND_DONE:
             self._round(self._history.recent[-1])
-        elif event == "progress" and s.status == "active":
+        elif event is SourceEvent.PROGRESS and s.status is Status.ACTIVE:
             self._interval(s)
 
     def _round(self, record: RoundRecord) -> None:
-        self._held = record if self._held is None else together(self._held, record)
+        self._unprinted = record if self._unprinted is None else merge(self._unprinted, record)
         if self._clock() - self._round_at >= ROUND_SECONDS:
-            self._tell_held()
+            self._print_round()
 
-    def _tell_held(self) -> None:
-        if self._held is not None:
+    def _print_round(self) -> None:
+        if self._unprinted is not None:
             self._round_at = self._clock()
-            self._line(round_line(self._held))
-            self._held = None
+            self._line(round_line(self._unprinted))
+            self._unprinted = None
 
     def _interval(self, s: Statistics) -> None:
         now = self._clock()
@@ -99,7 +104,7 @@ class Lines:
             self._line(progress_line(s))
 
     def _line(self, text: str) -> None:
-        """Print a line that may be left out: nothing is printed behind a reader that is slow."""
+        """Print a line, or leave it out if the reader has not read the earlier ones yet."""
         if not behind(self._stream):
             self.say(text)
 
@@ -109,14 +114,14 @@ class Lines:
         self._stream.flush()
 
     def clear(self) -> None:
-        """Before somebody else writes: lines leave nothing behind."""
+        """Release the terminal: lines need nothing for that."""
 
     def describe(self, facts: Mapping[str, str]) -> None:
-        """What is about to move: it is said elsewhere."""
+        """Take what is about to move: migrate-src prints it."""
 
     def end(self, _s: Statistics) -> None:
-        """A migration is over."""
-        self._tell_held()
+        """Print the last round of a migration."""
+        self._print_round()
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Release the terminal for good."""

@@ -33,9 +33,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
         help="where bench.json and the plots go (default: build/bench)",
     )  # fmt: skip
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE",
-        help="put the tables of bench.json in DIR between the two benchmark marks of FILE, "
-        "and measure nothing",
+        "--write", type=Path, metavar="FILE",
+        help="also put the tables between the two benchmark marks of FILE; not with --quick",
     )  # fmt: skip
     args = parser.parse_args(words)
     unknown = [name for name in args.part if name not in PARTS]
@@ -48,8 +47,6 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     args = arguments(words)
-    if args.readme:
-        return rewrite(args.readme, args.output / "bench.json")
     signal.signal(signal.SIGTERM, _end)
     args.output.mkdir(parents=True, exist_ok=True)
     facts = machine.describe()
@@ -72,6 +69,8 @@ def main(words: list[str]) -> int:
         parts.append(part)
         write(args.output, facts, options, parts)
     draw(args.output, parts)
+    if args.write and parts and not args.quick:
+        rewrite(args.write, args.output / "bench.json")
     return int(failed)
 
 
@@ -99,21 +98,22 @@ def as_json(part: Part) -> dict[str, Any]:
     }
 
 
-def rewrite(readme: Path, results: Path) -> int:
-    """Replaces what stands between the marks; a part that was left out keeps its old section."""
+def rewrite(page: Path, results: Path) -> None:
+    """Replace the sections between the marks of a page; parts that were not run keep theirs.
+
+    Raises ProgramError if the page has no marks.
+    """
     everything = json.loads(results.read_text())
-    text = readme.read_text()
+    text = page.read_text()
     before, begin, rest = text.partition(BEGIN)
     old, end, after = rest.partition(END)
     if not end:
-        print(f"{readme} has no marks {BEGIN} and {END}", file=sys.stderr)
-        return 1
+        raise ProgramError(f"{page} has no marks {BEGIN} and {END}")
     sections = dict(re.findall(r"(?ms)^<!-- part: (\w+) -->\n(.*?)(?=^<!-- part: |\Z)", old))
     for name, part in everything["parts"].items():
         sections[name] = _section(part, everything["machine"])
     pieces = [f"<!-- part: {name} -->\n{sections[name]}" for name in PARTS if name in sections]
-    readme.write_text(f"{before}{begin}\n{''.join(pieces)}{end}{after}")
-    return 0
+    page.write_text(f"{before}{begin}\n{''.join(pieces)}{end}{after}")
 
 
 def _section(part: dict[str, Any], facts: dict[str, str]) -> str:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from tests import network
 from tests.bench import qemu, rivals
-from tests.bench.boot_sector import boot_sector
 from tests.bench.report import Options, Part, size_name
 from tests.bench.turns import in_turn
 from tests.bench.workload import Workload
@@ -25,7 +24,6 @@ def run(options: Options) -> Part:
     ]
     data, found = [], []
     for workload in workloads:
-        boot_sector(workload.size, workload.hot, workload.stride, workload.rate)
         options.say(f"{workload.title}:")
         contenders = {
             "QEMU, xbzrle off": lambda w=workload: qemu.attempt(w, False),

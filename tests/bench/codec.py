@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from proto import _codec
+from proto.codec import _xbzrle
 from proto.xbzrle import decode_pages, encode_pages
 from tests.bench.report import Options, Part, Table
 from tests.bench.turns import median
@@ -104,14 +104,14 @@ class Case:
 def run(options: Options) -> Part:
     turns = options.turns(5) * 3
     cases = [Case.make(pattern) for pattern in PATTERNS]
-    simds = [name for name, usable in _codec.simd_kernels().items() if usable]
+    simds = [name for name, usable in _xbzrle.simd_kernels().items() if usable]
     times: dict[str, list[float]] = {}
     sizes: dict[str, float] = {}
     try:
         for _ in range(turns):
             _measure(cases, simds, times, sizes)
     finally:
-        _codec.use_simd()
+        _xbzrle.use_simd()
     speeds = {name: SIZE / median(taken) / 1e9 for name, taken in times.items()}
     call = median(times["call"])
     data = {"gb_per_second": speeds, "bytes_per_page": sizes, "simd": simds, "call_seconds": call}
@@ -149,9 +149,9 @@ def _measure(
     for case in cases:
         name = case.pattern.name
         for simd in simds:
-            _codec.use_simd(simd)
+            _xbzrle.use_simd(simd)
             take(f"{simd}: {name}", case.encode)
-        _codec.use_simd()
+        _xbzrle.use_simd()
         for kind, merge in (("merged", True), ("canonical", False)):
             take(f"{kind}: {name}", partial(case.encode, merge))
             length = case.encode(merge)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from migrate.guests.process import start_time
+from migrate.runtime.processes import start_time_of
 
 SAMPLING_INTERVAL = 0.02
 
@@ -61,7 +61,7 @@ class Measured:
         )
         self.pid = self.process.pid
         self.memory = 0
-        self._family = {self.pid: start_time(self.pid)}
+        self._family = {self.pid: start_time_of(self.pid)}
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         self._sampler.start()
@@ -78,7 +78,7 @@ class Measured:
         self._stop.set()
         self._sampler.join()
         for pid, started in self._family.items():
-            if started and start_time(pid) == started:
+            if started and start_time_of(pid) == started:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         if self.process.returncode is None:
@@ -145,7 +145,7 @@ class Measured:
         while True:
             family = _family(self.pid)
             for pid in family:
-                self._family.setdefault(pid, start_time(pid))
+                self._family.setdefault(pid, start_time_of(pid))
             self.memory = max(self.memory, sum(map(private_memory, family)))
             if self._stop.wait(SAMPLING_INTERVAL):
                 return

@@ -1,4 +1,5 @@
-"""QEMU's attempt at the workload: two real QEMUs (TCG), one boot sector, driven by QMP."""
+"""QEMU's attempt at the workload: two real QEMUs (TCG) with the guest of
+tests/machine, driven by QMP."""
 
 from __future__ import annotations
 
@@ -10,19 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.bench.boot_sector import BASE, boot_sector
 from tests.bench.guest_files import same_content, shelf
 from tests.bench.migration import migration
 from tests.bench.processes import Measured, ProgramError
 from tests.bench.qmp import QMP
 from tests.bench.report import LeftOutError
 from tests.bench.workload import Attempt, Workload
+from tests.machine.sweep import BASE, LINE, Sweep, assembled
 from tests.network import FAR, Link
 
 PROGRAM = "qemu-system-x86_64"
 PORT = 4440
-STATUS, COUNT = 0x600, 0x604
-COUNTING = 2
 POLL = 0.05
 ENDED = ("completed", "failed", "cancelled")
 
@@ -30,6 +29,10 @@ ENDED = ("completed", "failed", "cancelled")
 def check_usable() -> None:
     if shutil.which(PROGRAM) is None:
         raise LeftOutError(f"QEMU is left out: {PROGRAM} is not installed.")
+    try:
+        assembled()
+    except (OSError, RuntimeError) as error:
+        raise LeftOutError(f"QEMU is left out, its guest cannot be assembled: {error}") from error
 
 
 class Machine:
@@ -38,13 +41,16 @@ class Machine:
     def __init__(
         self, workload: Workload, directory: Path, name: str, namespace: str, *extra: str
     ) -> None:
-        disk = directory / f"{name}.img"
-        disk.write_bytes(boot_sector(workload.size, workload.hot, workload.stride, workload.rate))
-        path = directory / f"{name}.qmp"
+        self.sweep = Sweep(
+            workload.hot, stride=workload.stride, fill=workload.size, rate=workload.rate
+        )
+        image, path = directory / f"{name}.img", directory / f"{name}.qmp"
+        image.write_bytes(self.sweep.image())
+        self._serial = directory / f"{name}.serial"
         command = [
             PROGRAM, "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg",
             "-m", f"{(BASE + workload.size) >> 20}M",
-            "-drive", f"file={disk},format=raw,if=ide",
+            "-bios", str(image), "-serial", f"file:{self._serial}",
             "-qmp", f"unix:{path},server=on,wait=off", *extra,
         ]  # fmt: skip
         with contextlib.ExitStack() as stack:
@@ -63,27 +69,29 @@ class Machine:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def word(self, address: int) -> int:
-        """32 bits of the guest's memory."""
-        text = self.qmp.monitor(f"xp /1wx {address}")
-        found = re.search(r": 0x([0-9a-f]+)", text)
-        if not found:
-            raise ProgramError(f"QEMU's monitor says {text!r} of its guest's memory")
-        return int(found[1], 16)
+    def increments(self) -> int:
+        """Return how many the guest has made: it keeps them in registers, see guest.S."""
+        text = self.qmp.monitor("info registers")
+        found = [re.search(rf"\b{name}=([0-9a-f]+)", text) for name in ("RBX", "RDI")]
+        if None in found:
+            raise ProgramError(f"QEMU's monitor says {text!r} of its guest's registers")
+        sweeps, address = (int(one[1], 16) for one in found if one)
+        turn = -(-self.sweep.size // self.sweep.stride)
+        return sweeps * turn + (address - self.sweep.start) // self.sweep.stride
 
     def wait_counting(self, timeout: float = 60) -> None:
         end = time.monotonic() + timeout
-        while self.word(STATUS) != COUNTING:
+        while not LINE.match(self._serial.read_bytes()):
             if time.monotonic() > end:
                 raise ProgramError("QEMU's guest has not filled its memory in time")
             time.sleep(0.1)
 
     def rate(self, seconds: float = 1.0) -> float:
         """Increments a second that the guest really makes."""
-        began, before = time.monotonic(), self.word(COUNT)
+        began, before = time.monotonic(), self.increments()
         time.sleep(seconds)
-        after, ended = self.word(COUNT), time.monotonic()
-        return ((after - before) & 0xFFFFFFFF) / (ended - began)
+        after, ended = self.increments(), time.monotonic()
+        return (after - before) / (ended - began)
 
     def prepare(self, workload: Workload, xbzrle: bool) -> None:
         """Capability and parameters; it has no limit of its own: the link has one."""

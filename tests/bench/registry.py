@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, carry, channels, codec, forecast, lossy, rivals, scaling, tls
+from tests.bench import bulk, carry, channels, codec, forecast, lossy, rivals, scaling, size, tls
 from tests.bench.report import Options, Part
 
 
@@ -22,6 +22,7 @@ PARTS: dict[str, PartModule] = {
     "codec": codec,
     "bulk": bulk,
     "scaling": scaling,
+    "size": size,
     "channels": channels,
     "lossy": lossy,
     "tls": tls,

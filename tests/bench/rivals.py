@@ -9,7 +9,6 @@ from typing import Any
 
 from tests import network
 from tests.bench import copies, ours, qemu
-from tests.bench.boot_sector import boot_sector
 from tests.bench.processes import ProgramError
 from tests.bench.qmp import QMPError
 from tests.bench.report import LeftOutError, Options, Part, Table, seconds, size_name
@@ -75,7 +74,6 @@ def contenders_for(
     }
     try:
         qemu.check_usable()
-        boot_sector(workload.size, workload.hot, workload.stride, workload.rate)
         contenders["QEMU, xbzrle on"] = lambda: qemu.attempt(workload, True)
         contenders["QEMU, xbzrle off"] = lambda: qemu.attempt(workload, False)
     except LeftOutError as error:

@@ -101,7 +101,7 @@ def project(base: str) -> Iterator[Project]:
         project.down()
 
 
-def test_the_demo_guest_moves_and_is_verified(project: Project) -> None:
+def test_demo_guest_moves_and_is_verified(project: Project) -> None:
     """Exit status 0 means that the guest ran in dst and each of its bytes was right there."""
     status, said = project.up("verdict")
     assert status == 0, said
@@ -115,7 +115,7 @@ def test_the_demo_guest_moves_and_is_verified(project: Project) -> None:
         assert project.inspect(service, ".Config.User") == "xbmigrate"
 
 
-def test_a_program_goes_on_on_the_other_node_with_all_it_had_acknowledged(project: Project) -> None:
+def test_program_goes_on_on_the_other_node_with_all_it_had_acknowledged(project: Project) -> None:
     status, said = project.up("ledger-verdict")
     assert status == 0, said
     assert "VERDICT: OK, nothing that was acknowledged is lost" in said
@@ -143,7 +143,7 @@ def test_up_fails_where_the_destination_is_killed_and_the_guest_goes_on(project:
     assert project.inspect("src", ".State.Health.Status") == "healthy"
     for _ in range(2):
         status, said = project.run(
-            "exec", "-T", "src", "python", "-I", "-m", "migrate.guests.demo_check"
+            "exec", "-T", "src", "python", "-I", "-m", "migrate.guests.demo.check"
         )
         assert status == 0, said
         assert "every one of its 268435456 bytes is right" in said
@@ -174,6 +174,6 @@ def test_stopping_a_node_in_the_middle_puts_the_guest_back(project: Project) -> 
     assert project.inspect("dst", ".State.ExitCode") == "143"
     assert "the other side gave up: cancelled at the destination" in project.logs("src")
     status, said = project.run(
-        "exec", "-T", "src", "python", "-I", "-m", "migrate.guests.demo_check"
+        "exec", "-T", "src", "python", "-I", "-m", "migrate.guests.demo.check"
     )
     assert status == 0, said

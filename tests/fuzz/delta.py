@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 
-from proto.errors import DecodeError
+from proto.wire.errors import DecodeError
 from tests.fuzz.guarded import Guarded, closed
 from tests.fuzz.pieces import CONTROL
 from tests.fuzz.sides import PATTERN, SIDES, SIMD, outcome, use_simd

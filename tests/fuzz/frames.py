@@ -17,10 +17,10 @@ from pathlib import Path
 import xxhash
 
 from migrate.errors import peer_error
-from proto.capabilities import OPTIONAL, agree, answer, offer
-from proto.errors import RemoteError
-from proto.frames import ARENAS_KEPT, HEADER, HEADER_BYTES, LEAST_READ, Frame
-from proto.messages import (
+from proto.wire.capabilities import OPTIONAL, agree, answer, offer
+from proto.wire.errors import RemoteError
+from proto.wire.frames import ARENAS_KEPT, HEADER, HEADER_BYTES, LEAST_READ, Frame
+from proto.wire.messages import (
     MAX_BODY,
     MAX_CHANNELS,
     Error,
@@ -36,8 +36,8 @@ from proto.messages import (
     pack,
     unpack,
 )
-from proto.ownership import Role
-from proto.session import TABLE, Session, State
+from proto.wire.ownership import Role
+from proto.wire.session import TABLE, Session, State
 from tests.fuzz.pieces import Piece, split
 from tests.fuzz.sides import PATTERN
 
@@ -195,7 +195,7 @@ class _Talk:
 
     def _share(self, channels: int) -> None:
         self.channels = channels
-        self.session.reader.share(channels)
+        self.session.reader.limit_bodies(channels)
 
     def _speak(self) -> None:
         """Says what leads on, where nothing that the peer could say does."""

@@ -2,7 +2,7 @@
 
    The compiled kernels are built with coverage of their own. The lines of the Python code under
    test are counted here, edge by edge, in counters that libFuzzer looks at like its own: so it is
-   guided through proto/frames.py as it is through proto/_batch.pyx.
+   guided through proto/wire/frames.py as it is through proto/codec/_decoder.pyx.
 
    Environment: FUZZ_TARGET names the function, FUZZ_TREE the directory of the instrumented
    packages; Python code outside of it is not counted. Without FUZZ_LINES none is: where kernels

@@ -12,8 +12,9 @@ import os
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from proto import _twin
-from proto.errors import DecodeError
+from proto.codec import faults
+from proto.codec._hashes_twin import PageHashes
+from proto.wire.errors import DecodeError
 from tests.fuzz.guarded import Guarded, closed
 from tests.fuzz.pieces import Piece, split
 from tests.fuzz.sides import PATTERN, SIDES, outcome
@@ -25,8 +26,8 @@ SIZES = (1024, 1024, 1024, 2048)
 MOST_BATCHES = 24
 # What `check` leaves to `apply`: the content of raw pages, and what is inside of deltas.
 UNSEEN = (
-    _twin.BAD_CHECK, _twin.SHORT, _twin.BAD_LENGTH, _twin.ZERO_RUN, _twin.PAST_PAGE,
-    _twin.EMPTY_RUN, _twin.PAST_DELTA,
+    faults.BAD_CHECK, faults.SHORT, faults.BAD_LENGTH, faults.ZERO_RUN, faults.PAST_PAGE,
+    faults.EMPTY_RUN, faults.PAST_DELTA,
 )  # fmt: skip
 
 # of a piece's kind
@@ -116,7 +117,7 @@ def pages(data: bytes) -> None:
             guest.close()
 
 
-def batch_of(page_size: int, hashes: _twin.PageHashes, piece: Piece) -> tuple[bytes, bytes]:
+def batch_of(page_size: int, hashes: PageHashes, piece: Piece) -> tuple[bytes, bytes]:
     """The head and the raw pages of a batch."""
     kind, head = piece
     fills = [(head[-1 - i] if i < len(head) else 0) for i in range(kind & RAW)]
@@ -145,7 +146,7 @@ def _take(guests: list[Guest], head: bytes, data: bytes, kind: int) -> None:
     if isinstance(first, str):
         assert first.startswith(DecodeError.__name__), first
         assert refused or first.endswith(UNSEEN), f"not refused before: {first}"
-    if isinstance(first, str) and first.endswith(_twin.BAD_CHECK):
+    if isinstance(first, str) and first.endswith(faults.BAD_CHECK):
         assert guests[0].content() == before
     assert guests[0].content() == guests[1].content()
     assert guests[0].state() == guests[1].state()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from types import ModuleType, SimpleNamespace
 
-from proto.errors import CacheSizeError
-from proto.pageset import PageSet
+from proto.codec.pageset import PageSet
+from proto.wire.errors import CacheSizeError
 from tests.fuzz.guarded import Guarded, closed
 from tests.fuzz.pieces import split
 from tests.fuzz.sides import PATTERN, SIDES, SIMD, use_simd
@@ -83,7 +83,7 @@ class Pair:
         """Takes the open batch, if there is one, and applies it over there."""
         if not self.encoder.pending:
             return
-        head, data = (bytes(part) for part in self.encoder.take())
+        head, data = (bytes(part) for part in self.encoder.finish_batch())
         batches.append((head[HEADROOM:], data))
         records, raw = Guarded(head[HEADROOM:]), Guarded(data)
         with closed(records, raw, self.memory):
@@ -107,7 +107,7 @@ class Pair:
     def state(self) -> tuple[object, ...]:
         cache = None if self.cache is None else (len(self.cache), self.cache.evictions)
         counters: list[object] = [getattr(self.encoder, name) for name in COUNTERS]
-        counters += [*self.encoder.survey()]
+        counters += [*self.encoder.sample_heat()]
         tables = [bytes(h.table) + bytes(h.stale) + h.sum for h in (self.hashes, self.there)]
         return cache, counters, tables, bytes(self.memory)
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable
 
 from proto import xbzrle
-from proto.capabilities import OPTIONAL, answer, offer
-from proto.frames import HEADER_BYTES
-from proto.messages import MessageType, pack
+from proto.wire.capabilities import OPTIONAL, answer, offer
+from proto.wire.frames import HEADER_BYTES
+from proto.wire.messages import MessageType, pack
 from tests.fuzz import pages, rounds
 from tests.fuzz import stream as streams
 from tests.fuzz.frames import GOLDEN, LONG, LONGEST, ODD

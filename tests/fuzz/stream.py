@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from proto import _ram, _twin, _twin_ram
-from proto.errors import DecodeError, StreamError
-from proto.qemu import Body, Pages, Part, StreamParser, Text
+from proto.codec._batch_twin import RAM_DELTA, RAM_RECORD
+from proto.codec._hashes_twin import PageHashes
+from proto.codec._xbzrle_twin import delta_runs
+from proto.qemu._ram_reader_twin import RamReader
+from proto.qemu._ram_writer_twin import RamWriter
+from proto.qemu.parts import Body, Pages, Part, Text
+from proto.qemu.stream_parser import StreamParser
+from proto.wire.errors import DecodeError, StreamError
 from tests.fuzz.guarded import Guarded, closed
 from tests.fuzz.pages import SIZES, batch_of
 from tests.fuzz.pieces import Piece, split
 from tests.fuzz.sides import PATTERN, SIDES, outcome
 
 SEED = bytes(range(16))
-ROW = _twin.RAM_RECORD
+ROW = RAM_RECORD
 LAYOUTS = (
     [(b"pc.ram", 20)],
     [(b"pc.ram", 9), (b"pc.rom", 1), (b"/rom@etc/acpi/tables", 14)],
@@ -112,8 +117,8 @@ class Carrier:
         self.round = 1
         self.encoder.begin_round(1)
 
-    def _hashes(self, side: SimpleNamespace) -> _twin.PageHashes:
-        hashes: _twin.PageHashes = side.PageHashes(self.pages, self.page_size, SEED)
+    def _hashes(self, side: SimpleNamespace) -> PageHashes:
+        hashes: PageHashes = side.PageHashes(self.pages, self.page_size, SEED)
         return hashes
 
     def scan(self, data: bytes) -> tuple[object, bytes]:
@@ -134,7 +139,7 @@ class Carrier:
     def take(self) -> tuple[bytes, bytes] | None:
         if not self.encoder.pending:
             return None
-        head, data = self.encoder.take()
+        head, data = self.encoder.finish_batch()
         return bytes(head), bytes(data)
 
     def apply(self, head: bytes, data: bytes) -> None:
@@ -143,7 +148,7 @@ class Carrier:
             assert self.decoder.check(records.view, len(data))[0] == self.round
             self.decoder.apply(records.view, raw.view, self.memory.view)
 
-    def write(self, writer: _twin_ram.RamWriter, head: bytes, data: bytes) -> object:
+    def write(self, writer: RamWriter, head: bytes, data: bytes) -> object:
         """The records of a batch, or why it is refused."""
         records, raw = Guarded(head), Guarded(data)
         with closed(records, raw):
@@ -174,7 +179,7 @@ class Carrier:
 
 def records(data: bytes) -> None:
     control, pieces = split(data)
-    pair = _Pair([Carrier(*sides, control) for sides in zip(SIDES, (_ram, _twin_ram), strict=True)])
+    pair = _Pair([Carrier(*sides, control) for sides in zip(SIDES, SIDES, strict=True)])
     for piece in pieces[:MOST_PIECES]:
         if not pair.happens(piece):
             break
@@ -186,9 +191,9 @@ class _Pair:
         self.both = both
         self.one = both[1]
         self.model = bytearray(self.one.pages * self.one.page_size)
-        self.there = _twin_ram.RamReader(self.one.blocks, self.one.page_size)
+        self.there = RamReader(self.one.blocks, self.one.page_size)
         self.passed_on = bytearray(self.model)
-        self.hashes = _twin.PageHashes(self.one.pages, self.one.page_size, SEED)
+        self.hashes = PageHashes(self.one.pages, self.one.page_size, SEED)
 
     def happens(self, piece: Piece) -> bool:
         """False where nothing more can follow."""
@@ -263,8 +268,8 @@ class _Pair:
         size = self.one.page_size
         page, at, length, kind = ROW.unpack_from(rows, i * ROW.size)
         base = page * size
-        if kind == _twin.RAM_DELTA:
-            for place, run in _twin.delta_runs(data[at : at + length], size):
+        if kind == RAM_DELTA:
+            for place, run in delta_runs(data[at : at + length], size):
                 memory[base + place : base + place + len(run)] = run
         else:
             memory[base : base + size] = data[at : at + length] if kind else bytes(size)

@@ -14,18 +14,22 @@ import zlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from migrate import address, journal, quantities
-from migrate.errors import MigrationError, UsageError
+from migrate import units
+from migrate.errors import JournalError, MigrationError, UsageError
 from migrate.monitor import qmp, server
-from migrate.monitor.node import Refused
-from migrate.monitor.terminal import MAX_LINE_BYTES, TOO_LONG, Talk
-from proto.ownership import TABLE, Claim, Event, Role
+from migrate.monitor.monitored import CommandError
+from migrate.monitor.terminal import MAX_LINE_BYTES, TOO_LONG, HumanConversation
+from migrate.ownership.journal import Journal, name_of
+from migrate.ownership.source_attempts import find_attempt
+from migrate.ownership.stored_journals import claim_in, journals
+from migrate.transport import address
+from proto.wire.ownership import TABLE, Claim, Event, Role
 from tests.fuzz.pieces import Piece, split
-from tests.node import NotingNode
+from tests.recording_program import RecordingProgram
 
 PLACE = "/dev/shm" if os.path.isdir("/dev/shm") else None
 TOKEN = bytes(range(16))
-QUIT = Refused("not now")
+QUIT = CommandError("not now")
 SIZE_TEXT = 200
 
 
@@ -77,7 +81,7 @@ def _answers(content: bytes, sizes: list[int]) -> list[str]:
                 assert answer.keys() - {"id"} in ({"return"}, {"error"}), answer
                 said.append(json.dumps(answer))
             at += size
-    except Refused as error:
+    except CommandError as error:
         said.append(str(error))
     return said
 
@@ -100,10 +104,10 @@ def _long(piece: Piece) -> bytes:
 
 def _said(parts: list[bytes], receives: bool) -> tuple[object, ...]:
     """The answers, line by line, and what has come of them."""
-    node = NotingNode(receives=receives)
-    node.why = "nobody listens there"
-    talk, said = Talk(node, "1.2.3"), []
-    prompt = f"({node.program}) ".encode()
+    program = RecordingProgram(receives=receives)
+    program.why = "nobody listens there"
+    talk, said = HumanConversation(program, "1.2.3"), []
+    prompt = f"({program.name}) ".encode()
 
     async def listen() -> None:
         for part in parts:
@@ -117,7 +121,7 @@ def _said(parts: list[bytes], receives: bool) -> tuple[object, ...]:
         assert not text or text.endswith(b"\r\n"), reply
         too_long = text == TOO_LONG.replace("\n", "\r\n").encode()
         assert too_long == (len(line) > MAX_LINE_BYTES), line[:80]
-    return said, node.done, node.parameters
+    return said, program.done, program.parameters
 
 
 def _at_once(work: Coroutine[Any, Any, None]) -> None:
@@ -134,20 +138,20 @@ def _journal(control: bytes, pieces: list[Piece]) -> None:
     role = Role.SOURCE if control[1] & 1 else Role.DESTINATION
     lines = [_line(piece) for piece in pieces]
     with tempfile.TemporaryDirectory(dir=PLACE) as directory:
-        path = os.path.join(directory, f"{journal.name_of(TOKEN)}.{role.value}")
+        path = os.path.join(directory, f"{name_of(TOKEN)}.{role.value}")
         content = b"".join(lines)
         with open(path, "wb") as file:
             file.write(content)
         with contextlib.suppress(MigrationError):
-            assert journal.claim_in(path)[:2] == (role, journal.name_of(TOKEN))
-        for found in journal.journals(role, directory):
-            assert isinstance(journal.settled(found), bool)
-        with contextlib.suppress(journal.JournalError):
-            if found := journal.attempt({"kind": "demo"}, "tcp:there:1", directory):
-                found._release()
+            assert claim_in(path)[:2] == (role, name_of(TOKEN))
+        for found in journals(role, directory):
+            assert isinstance(found.settled, bool)
+        with contextlib.suppress(JournalError):
+            if found := find_attempt({"kind": "demo"}, "tcp:there:1", directory):
+                found._unlock()
         event = list(Event)[control[2] % len(Event)]
-        with contextlib.suppress(journal.JournalError):
-            _write_on(journal.Journal(role, TOKEN, directory), path, event)
+        with contextlib.suppress(JournalError):
+            _write_on(Journal(role, TOKEN, directory), path, event)
         if os.path.exists(path):
             with open(path, "rb") as file:
                 _assert_kept(content, lines, file.read())
@@ -160,18 +164,18 @@ def _line(piece: Piece) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(line), line)
 
 
-def _write_on(found: journal.Journal, path: str, event: Event) -> None:
+def _write_on(found: Journal, path: str, event: Event) -> None:
     """What is written stands there for the next who reads, and so does what stood there."""
     found.open()
     try:
         assert isinstance(found.claim, Claim)
         json.dumps(found.facts)
         before = found.claim, dict(found.facts)
-        with contextlib.suppress(journal.JournalError):
+        with contextlib.suppress(JournalError):
             found.move(event, must=True, place={"path": "x"})
             assert found.claim is TABLE[found.role][before[0], event]
             assert found.facts == before[1] | {"place": {"path": "x"}}
-        assert journal.claim_in(path) == (found.role, found.name, found.claim)
+        assert claim_in(path) == (found.role, found.name, found.claim)
     finally:
         found.close()
 
@@ -204,15 +208,15 @@ def _address(said: str) -> None:
 
 def _quantities(said: str) -> None:
     with contextlib.suppress(UsageError):
-        assert 0 <= quantities.parse_size(said, "it") < 1 << 62
+        assert 0 <= units.parse_size(said, "it") < 1 << 62
     for page in (1, 4096):
         with contextlib.suppress(UsageError):
-            size = quantities.parse_cache_size(said, page)
+            size = units.parse_cache_size(said, page)
             assert size.bit_count() == 1
             assert size >= page
     for bare in ("ms", "s"):
         with contextlib.suppress(UsageError):
-            assert 0 <= quantities.parse_milliseconds(said, "it", bare=bare) < 1e20
+            assert 0 <= units.parse_milliseconds(said, "it", bare=bare) < 1e20
 
 
 # ---------------------------------------------------------------- what to begin with

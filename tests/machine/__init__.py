@@ -1,4 +1,4 @@
-"""Real machines: QEMUs whose guest counts in its memory, and what must hold of them when moved."""
+"""Real QEMUs whose guest counts in its memory, and checks of the guest after a migration."""
 
 from tests.machine.qemu import Machine, MachineError, compare
 from tests.machine.sweep import Sweep, SweepError

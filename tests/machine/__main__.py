@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from migrate.errors import UsageError
-from migrate.quantities import parse_size
+from migrate.units import parse_size
 from tests.machine import Machine, Sweep
 from tests.machine.capture import capture
 from tests.machine.qemu import PROGRAM

@@ -1,4 +1,4 @@
-"""Our two programs between two real machines, or between one and a directory."""
+"""The two programs between two real machines, or between a machine and a snapshot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWEEP = Sweep(4 * MIB, fill=6 * MIB, rate=1_000_000)
 
 
 def later() -> str:
-    """Debian's backport of QEMU."""
+    """Return the path of Debian's backport of QEMU; skip the test if it cannot be had."""
     script = Path(__file__).with_name("later.sh")
     made = subprocess.run([script], capture_output=True, text=True, check=False)
     need(made.returncode == 0, f"a later QEMU than the system's: {made.stderr}")
@@ -28,7 +28,7 @@ def later() -> str:
 
 
 class Carried:
-    """Two machines, and what carries the one into the other."""
+    """Two machines, and the programs that carry the guest from one to the other."""
 
     def __init__(
         self, source: Machine, there: Machine, here: Program, far: Program, uri: str, qmp: str
@@ -36,22 +36,22 @@ class Carried:
         self.source, self.destination = source, there
         self.here, self.far = here, far
         self.uri, self.qmp = uri, qmp
+        # Whether migrate-dst can ask its QEMU whether the guest runs.
         self.asked = False
-        """Whether the destination can ask its QEMU whether the guest runs."""
 
     async def begin(self, *capabilities: str, passes: int = 3, return_path: bool = True) -> None:
-        """It moves, slowly, and does not end before `finish`."""
+        """Begin to migrate, slowly: it does not complete before `finish`."""
         path = ("return-path",) if return_path else ()
         await self.source.begin(self.uri, *path, *capabilities, passes=passes, bandwidth=SLOW)
 
     async def arrived(self) -> None:
-        """It is there, whole, and the programs say so."""
+        """Check that the guest is there with all its memory, and that the programs say so."""
         await self.destination.wait_run_state("paused")
         status = await asyncio.to_thread(self.here.wait)
         assert status == 0, self.here.err
         assert await asyncio.to_thread(self.far.wait) == 0, self.far.err
         assert "Migration status: completed" in self.here.out
-        if self.asked:  # it was started with -S, and its QMP says so
+        if self.asked:  # QEMU was started with -S, and says so over QMP
             assert "completed and verified: the guest is in the QEMU" in self.far.out
             assert "does not run yet (paused)" in self.far.out
         else:
@@ -63,7 +63,7 @@ class Carried:
         await self.destination.wait_for_more()
 
     async def stayed(self) -> None:
-        """It runs on at the source, whole, and not at the destination."""
+        """Check that the guest runs on at the source, undamaged, and not at the destination."""
         await self.source.wait_status("failed", "cancelled", "none")
         await self.source.wait_run_state("running")
         await self.source.wait_for_more()
@@ -80,9 +80,11 @@ async def carried(
     extra: Sequence[str] = (), first: Callable[[Machine], Awaitable[None]] | None = None,
     **options: Any,
 ) -> AsyncIterator[Carried]:  # fmt: skip
-    """The programs wait, the source counts; `between` stands between them, given an address.
+    """Start two machines, and the programs between them, until the source may migrate.
 
-    first -- what is done to the source before that
+    here, there -- more arguments of migrate-src and migrate-dst
+    between     -- makes a proxy between the programs, from the address of migrate-dst
+    first       -- called with the source before the programs start
     """
     with tempfile.TemporaryDirectory(prefix="xbmigrate-carry-") as directory:
         incoming, out = incoming.format(directory), out.format(directory)
@@ -121,7 +123,7 @@ async def carried(
 
 
 def end(program: Program) -> None:
-    """Kill it, and print what it said: pytest shows that of a test that fails."""
+    """Kill a program and print its output: pytest shows that of a test that fails."""
     program.kill()
     if program.process.returncode is None:
         program.wait()
@@ -132,7 +134,7 @@ def end(program: Program) -> None:
 
 
 class Way:
-    """The programs between a machine, or a snapshot, and where it goes; all in `directory`."""
+    """Starts the programs between a machine, or a snapshot, and where it goes."""
 
     def __init__(self, directory: Path) -> None:
         self._here = directory
@@ -145,7 +147,7 @@ class Way:
         return await self.destination("--guest", "qemu", "--output", str(output), *arguments)
 
     async def source(self, guest: str, address: str, *arguments: str) -> tuple[Program, str]:
-        """A migrate-src; and where it waits for QEMU, if it does."""
+        """Start a migrate-src; return it, and where it waits for QEMU, or ""."""
         program = Program(
             "migrate-src", "--guest", guest, address, *arguments,
             "--journal", str(self._here / "src"),
@@ -156,7 +158,7 @@ class Way:
         return program, found[1]
 
     async def landed(self, machine: Machine, output: Path, *capabilities: str) -> Program:
-        """The machine, after some passes over its memory; the migrate-dst that took it."""
+        """Save a machine as a snapshot after some passes over its memory; return migrate-dst."""
         receiver, address = await self.land(output)
         sender, where = await self.source("qemu:tcp:127.0.0.1:0", address)
         if (await machine.execute("query-status"))["running"]:

@@ -1,8 +1,7 @@
-"""Takes what a real QEMU sends into a file, for those that read such streams.
+"""Captures the migration stream of a real QEMU in a file.
 
-With the return path QEMU waits for a word of the other side before it calls a migration completed:
-the sink answers its ping, and says that all is well once the stream is whole. It reads no more of
-it than that takes.
+With return-path QEMU waits for SHUT before its migration completes. The sink answers QEMU's PING,
+and says SHUT 0 when the stream is whole. It understands no more of the stream than that.
 
     QEMU ---- OPEN_RETURN_PATH, PING n --> sink        within the first bytes
     QEMU <------------------------ PONG n
@@ -31,8 +30,10 @@ DESCRIPTION_WITHIN = 1 << 20
 async def capture(
     machine: Machine, path: Path, *capabilities: str, passes: int = 4, bandwidth: int = SLOW
 ) -> dict[str, Any]:
-    """Moves a machine into a file, with so many passes over its memory at least (see
-    Machine.begin); query-migrate."""
+    """Migrate a machine into a file; return the answer to query-migrate.
+
+    passes -- at least, over its memory; see Machine.begin
+    """
     with path.open("wb") as file:
         sink = Sink(file, answers="return-path" in capabilities)
         where = machine.directory / "sink"
@@ -48,7 +49,11 @@ async def capture(
 
 
 class Sink:
-    """Writes what comes to a file, and answers what must be answered."""
+    """Writes a stream to a file, and answers on the return path.
+
+    closed -- set when QEMU has closed the connection
+    whole  -- whether the stream has its end
+    """
 
     def __init__(self, file: BinaryIO, *, answers: bool) -> None:
         self.closed = asyncio.Event()
@@ -84,9 +89,9 @@ class Sink:
 
 
 def is_end(tail: bytes) -> bool:
-    """Whether a stream that ends so is whole: the last thing in it is a description, of its length.
+    """Return whether a stream with this tail is whole: a description of the right length ends it.
 
-    That is text: the last byte that is 0 is one of the four of its length.
+    The description is text, so the last zero byte is one of the four bytes of its length.
     """
     if not tail.endswith(b"}"):
         return False

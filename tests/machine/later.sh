@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Prints the path of a later QEMU than the system's, taken from Debian's backports and unpacked
-# beside it, without installing anything. Fails where there is none.
+# Print the path of a QEMU that is newer than the system's. It comes from Debian's backports, from the
+# mirror that this machine uses, and is unpacked in the cache: nothing is installed. Fail if there is none.
 set -euo pipefail
 place=${XDG_CACHE_HOME:-$HOME/.cache}/xbmigrate/qemu-later
-# Tests ask for it at the same time: the first one fetches it.
+# Tests run at the same time: the first one that needs it fetches it.
 mkdir -p "$(dirname "$place")"
 exec 9>"$place.lock"
 flock 9
@@ -13,12 +13,14 @@ if [ ! -x "$place/run" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work/lists/partial" "$work/root"
-    cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list \
-        2>/dev/null >"$work/known" || true
-    host=$(grep -v '^#' "$work/known" | grep -om1 'https\?://[^ ]*/debian/\?\( \|$\)') ||
-        host=http://deb.debian.org/debian
+    known=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list \
+        2>/dev/null) || true
+    # The address ends the line (URIs: of the deb822 format) or a blank follows it (one-line entries).
+    mirror=$(sed -nE '/^#/d; s|.*(https?://[^ ]*/debian)/?( .*)?$|\1|p' <<<"$known")
+    [ -n "$mirror" ] ||
+        { echo "later.sh: no Debian mirror in /etc/apt/sources.list or sources.list.d" >&2; exit 1; }
     key=/usr/share/keyrings/debian-archive-keyring.gpg
-    echo "deb [signed-by=$key] ${host% } $VERSION_CODENAME-backports main" >"$work/sources.list"
+    echo "deb [signed-by=$key] ${mirror%%$'\n'*} $VERSION_CODENAME-backports main" >"$work/sources.list"
     options=(-q -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o "Dir::State::lists=$work/lists" -o APT::Sandbox::User=root)
     cd "$work"

@@ -1,6 +1,6 @@
-"""Plugs memory of a virtio-mem device into a machine, as the driver of a guest's kernel would.
+"""Plugs memory of a virtio-mem device into a machine, as the driver in a guest's kernel would.
 
-The guest of the tests has no driver: QEMU's `-qtest` reaches the machine's ports and memory for it.
+The guest of the tests has no driver: `-qtest` gives us the ports and the memory of the machine.
 
     device found on the PCI bus -> its registers -> one queue -> a request PLUG -> its answer ACK
 
@@ -17,13 +17,14 @@ ID = 0x1058_1AF4  # virtio-mem
 COMMON, NOTIFY, DEVICE = 1, 2, 4
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 MEMORY, MASTER = 2, 4
+REGISTERS_AT, REGISTERS = 0xF000_0000, 1 << 20
 QUEUE = 8
 ACK = 0
 TRIES = 1000
 
 
 class Qtest:
-    """What `-qtest unix:PATH,server=on,wait=off` listens for."""
+    """A client of the socket of `-qtest unix:PATH,server=on,wait=off`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -37,6 +38,7 @@ class Qtest:
         await self._writer.wait_closed()
 
     async def say(self, *words: object) -> str:
+        """Send a command; return the value of its answer, or ""."""
         self._writer.write(" ".join(map(str, words)).encode() + b"\n")
         answer = (await self._reader.readline()).decode().split()
         assert answer[:1] == ["OK"], (words, answer)
@@ -49,7 +51,7 @@ class Qtest:
         await self.say("write", address, len(data), "0x" + data.hex())
 
     async def config(self, slot: int, at: int) -> int:
-        """A word of a device's configuration on bus 0."""
+        """Return a word of the PCI configuration of a device on bus 0."""
         await self.say("outl", 0xCF8, 1 << 31 | slot << 11 | at)
         return int(await self.say("inl", 0xCFC), 16)
 
@@ -59,16 +61,18 @@ class Qtest:
 
 
 async def registers(qtest: Qtest, slot: int) -> tuple[dict[int, int], int]:
-    """Where each kind of them is, and what a queue's number is multiplied with to notify it."""
+    """Return the address of each kind of register, and the multiplier of a queue's notification.
+
+    The registers get an address here: the machine's firmware, guest.S, does not give them one.
+    """
     found, multiplier = {}, 0
     at = await qtest.config(slot, 0x34) & 0xFF
     while at:
         head = await qtest.config(slot, at)
         if head & 0xFF == 9:
             kind, bar = head >> 24, await qtest.config(slot, at + 4) & 0xFF
-            low = await qtest.config(slot, 0x10 + 4 * bar)
-            high = await qtest.config(slot, 0x14 + 4 * bar) if low & 4 else 0
-            base = high << 32 | low & ~0xF
+            base = REGISTERS_AT + bar * REGISTERS
+            await qtest.set_config(slot, 0x10 + 4 * bar, base)
             found[kind] = base + await qtest.config(slot, at + 8)
             if kind == NOTIFY:
                 multiplier = await qtest.config(slot, at + 16)
@@ -77,9 +81,9 @@ async def registers(qtest: Qtest, slot: int) -> tuple[dict[int, int], int]:
 
 
 async def plug(qtest: Qtest, scratch: int, first: int, count: int) -> int:
-    """Plugs blocks first to first + count - 1; the address of the device's memory.
+    """Plug blocks first to first + count - 1; return the address of the device's memory.
 
-    scratch -- 4096 bytes of memory that the guest never touches: the queue is there
+    scratch -- address of 4096 bytes that the guest never touches, for the queue
     """
     slots = [slot for slot in range(32) if await qtest.config(slot, 0) == ID]
     assert slots, "there is no virtio-mem"

@@ -1,4 +1,4 @@
-"""A QEMU (TCG) that runs a sweep, driven by QMP; nothing of it is left after its context.
+"""A QEMU whose guest sweeps its memory, driven over QMP. Its context leaves nothing behind.
 
     async with (
         Machine(sweep) as source,
@@ -10,14 +10,16 @@
         await destination.wait_run_state("paused")
         await compare(source, destination)
 
-Every wait is bounded. What fails raises MachineError, with what QEMU has written to standard error;
-a command that QEMU refuses raises qemu.qmp.ExecuteError, with QEMU's words.
+Every wait is bounded. Failures raise MachineError, with what QEMU has written to standard error. A
+command that QEMU refuses raises qemu.qmp.ExecuteError, with QEMU's words.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import random
 import shutil
 import socket
@@ -27,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
 import xxhash
 from qemu.qmp import EventListener, QMPClient, QMPError
 
@@ -34,6 +37,7 @@ from tests.machine.sweep import Sweep, differing
 from tests.requirements import need
 
 PROGRAM = "qemu-system-x86_64"
+KVM = "/dev/kvm"
 MIB = 1 << 20
 PAGE = 4096
 PIECE = 4 * MIB
@@ -41,6 +45,7 @@ DIMM_AT = 1 << 32
 LARGEST = 2 << 30  # a PC with more has some of it above 4 GiB
 SLOW = 16_000_000  # bytes a second: 400 pages in 100 ms
 PATIENCE = 100.0
+KVM_PATIENCE = 30.0
 POLL = 0.01
 LONGEST_DOWNTIME = 2_000_000
 ENDED = {"completed", "failed", "cancelled"}
@@ -49,30 +54,33 @@ Info = dict[str, Any]
 
 
 class MachineError(Exception):
-    """A machine did not do what it should; says which, what, and what its QEMU said of it."""
+    """A machine did not do what it should. The text says which, what, and what its QEMU said."""
 
 
 class Machine:
     """A PC with one processor, `size` bytes of memory, and the guest of `sweep`.
 
     size     -- bytes of memory from address 0 on, up to 2 GiB
-    incoming -- where it awaits another machine: a URI, or "defer" (see `listen`)
-    paused   -- does not run until `cont`; one that awaits another stays so when that has arrived
-    before   -- the machine that it is moved from: `counted` goes over the serial ports of both
-    blocks   -- names of the memory's blocks, equal parts of it in this order; one, pc.ram, if none
-    dimm     -- bytes of one more block, "dimm0", at 4 GiB: random in a machine that awaits none
-    devices  -- what -device takes: "virtio-rng-pci", ...
-    machine  -- the type, for another version to be able to load it
+    incoming -- where it waits for a guest: a URI, or "defer" (see `listen`)
+    paused   -- the guest does not run until `cont`, also after it has arrived
+    before   -- the machine that the guest comes from: `counted` reads the serial ports of both
+    blocks   -- names of the RAM blocks, equal parts of the memory in this order; none: pc.ram
+    dimm     -- bytes of one more block, "dimm0", at 4 GiB: random unless the machine is `incoming`
+    devices  -- arguments of -device: "virtio-rng-pci", ...
+    machine  -- QEMU's machine type
+    accel    -- "tcg" or "kvm" (see `need_kvm`); under kvm a guest with a rate never sleeps
     binary   -- the QEMU
-    extra    -- arguments of that; {here} in them is its directory
-    capabilities -- of its migration, that are on from the beginning
+    disk     -- content of its disk, the file "disk" in its directory; b"": it has none
+    extra    -- more arguments of QEMU; {here} in them is its directory
+    capabilities -- of the migration, that are on from the beginning
     """
 
     def __init__(
         self, sweep: Sweep, *, size: int = 64 * MIB, incoming: str = "", paused: bool = False,
         before: Machine | None = None, blocks: Sequence[str] = (), dimm: int = 0,
-        devices: Sequence[str] = (), machine: str = "pc", binary: str = PROGRAM,
-        extra: Sequence[str] = (), capabilities: Sequence[str] = (),
+        devices: Sequence[str] = (), machine: str = "pc", accel: str = "tcg",
+        binary: str = PROGRAM, disk: bytes = b"", extra: Sequence[str] = (),
+        capabilities: Sequence[str] = (),
     ) -> None:  # fmt: skip
         need(shutil.which(binary), f"{binary} (qemu-system-x86)")
         if not sweep.end <= size <= LARGEST or size % MIB:
@@ -85,17 +93,19 @@ class Machine:
         self.directory = Path(tempfile.mkdtemp(prefix="xbmigrate-machine-"))
         self._serial, self._stderr = self.directory / "serial", self.directory / "stderr"
         self._command = [
-            # ends with us, however we end
+            # it ends when the tests end, however they end
             "setpriv", "--pdeathsig", "KILL", binary,
-            "-nodefaults", "-display", "none", "-machine", f"{machine},accel=tcg",
+            "-nodefaults", "-display", "none", "-machine", f"{machine},accel={accel}",
             "-m", f"{size >> 20}M" + (f",slots=1,maxmem={(size + dimm) >> 20}M" if dimm else ""),
-            "-drive", f"file={self.directory}/disk,format=raw,if=ide",
+            "-bios", f"{self.directory}/firmware",
             "-serial", f"file:{self._serial}",
+            *(["-drive", f"file={self.directory}/disk,format=raw,if=ide"] if disk else []),
             *self._memory(blocks), *(word for device in devices for word in ("-device", device)),
             *(["-incoming", incoming] if incoming else []), *(["-S"] if paused else []),
             *(word.replace("{here}", str(self.directory)) for word in extra),
         ]  # fmt: skip
         self._incoming = bool(incoming)
+        self._disk = disk
         self._capabilities = capabilities
         self._process: asyncio.subprocess.Process | None = None
         self._qmp = QMPClient(self.name)
@@ -133,8 +143,10 @@ class Machine:
         await self._leave()
 
     async def _start(self) -> None:
-        sector = await asyncio.to_thread(self.sweep.sector)
-        (self.directory / "disk").write_bytes(sector.ljust(MIB, b"\0"))
+        image = await asyncio.to_thread(self.sweep.image)
+        (self.directory / "firmware").write_bytes(image)
+        if self._disk:
+            (self.directory / "disk").write_bytes(self._disk)
         if self.dimm and not self._incoming:
             (self.directory / "dimm").write_bytes(random.Random(0).randbytes(self.dimm))
         ours, theirs = socket.socketpair()
@@ -164,14 +176,14 @@ class Machine:
         shutil.rmtree(self.directory)
 
     async def kill(self) -> None:
-        """Ends QEMU as a crash would, if it still runs."""
+        """Kill QEMU, as a crash would, if it still runs."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
 
     async def ended(self, timeout: float = PATIENCE) -> int:
-        """Waits until QEMU has ended by itself; its exit code."""
+        """Wait until QEMU has ended by itself; return its exit code."""
         assert self._process is not None
         try:
             async with asyncio.timeout(timeout):
@@ -186,7 +198,7 @@ class Machine:
 
     @property
     def stderr(self) -> str:
-        """What QEMU has said so far; also after the context."""
+        """What QEMU has written to standard error so far; also after the context."""
         return self._read(self._stderr).decode(errors="replace")
 
     def _read(self, path: Path) -> bytes:
@@ -206,7 +218,7 @@ class Machine:
     # ---------------------------------------------------------------- commands
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """The command's result. Underscores in names of arguments stand for dashes."""
+        """Run a command; return its result. Underscores in names of arguments stand for dashes."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(PATIENCE):
@@ -224,12 +236,12 @@ class Machine:
 
     @property
     def events(self) -> list[Info]:
-        """All that QEMU has told, the oldest first."""
+        """All events so far, the oldest first."""
         self._events += [dict(event) for event in self._listener.clear()]
         return self._events
 
     async def wait_run_state(self, *states: str, timeout: float = PATIENCE) -> str:
-        """Waits for a status of query-status: running, paused, postmigrate, inmigrate, ..."""
+        """Wait for a status of query-status: running, paused, postmigrate, inmigrate, ..."""
         info = await self._wait(
             "query-status", lambda info: info["status"] in states, " or ".join(states), timeout
         )
@@ -252,7 +264,7 @@ class Machine:
     # ---------------------------------------------------------------- migration
 
     async def prepare(self, *capabilities: str, **parameters: int | str) -> None:
-        """Switches capabilities on, and sets parameters (with underscores for their dashes)."""
+        """Switch capabilities on, and set parameters (with underscores for their dashes)."""
         if capabilities:
             switched = [{"capability": name, "state": True} for name in capabilities]
             await self.execute("migrate-set-capabilities", capabilities=switched)
@@ -260,12 +272,12 @@ class Machine:
             await self.execute("migrate-set-parameters", **parameters)
 
     async def listen(self, uri: str) -> str:
-        """Of a machine with incoming="defer": where it listens, see `uri`."""
+        """Have a machine with incoming="defer" listen; return where, see `uri`."""
         await self.execute("migrate-incoming", uri=uri)
         return await self.uri()
 
     async def uri(self) -> str:
-        """Where a machine that awaits another listens."""
+        """Return where an incoming machine listens."""
         addresses = (await self.execute("query-migrate")).get("socket-address")
         if not addresses:
             raise await self._failure("does not listen")
@@ -275,18 +287,18 @@ class Machine:
         return f"tcp:{address['host']}:{address['port']}"
 
     async def migrate(self, uri: str, *capabilities: str, **parameters: int | str) -> None:
-        """Begins to move it; see `prepare`."""
+        """Begin to migrate; see `prepare`."""
         await self.prepare(*capabilities, **parameters)
         await self.execute("migrate", uri=uri)
 
     async def begin(
         self, uri: str, *capabilities: str, passes: int = 4, bandwidth: int = SLOW
     ) -> Info:
-        """Begins to move it, and lets it go on for so many passes; query-migrate.
+        """Begin to migrate, wait for a number of passes, and return the answer to query-migrate.
 
-        QEMU is through before that if its first pass takes less than 100 ms (`bandwidth` is too
+        QEMU completes before that if its first pass takes less than 100 ms (`bandwidth` is too
         high), or if it finds less dirty than it can send in a millisecond: a pass of small deltas
-        is short, and a guest may sleep, or wait for a processor, all the while.
+        is short, and meanwhile the guest may sleep, or wait for a processor.
         """
         await self.migrate(uri, *capabilities, max_bandwidth=bandwidth, downtime_limit=1)
         return await self.wait_info(
@@ -296,16 +308,17 @@ class Machine:
         )  # fmt: skip
 
     async def finish(self) -> Info:
-        """Lets what has begun end, by stopping the guest at once; query-migrate."""
+        """Let the migration complete, by pausing the guest at once; return query-migrate."""
         await self.prepare(max_bandwidth=0, downtime_limit=LONGEST_DOWNTIME)
         info = await self.wait_status("completed")
         await self.wait_run_state("postmigrate")
         return info
 
     async def wait_status(self, *statuses: str, timeout: float = PATIENCE) -> Info:
-        """Waits for a status of the migration (setup, active, completed, failed, cancelled, ...).
+        """Wait for a status of the migration (setup, active, completed, failed, cancelled, ...).
 
-        Raises MachineError as soon as the migration has ended in another way; query-migrate.
+        Returns the answer to query-migrate. Raises MachineError as soon as the migration has ended
+        with another status.
         """
         return await self.wait_info(
             lambda info: info.get("status") in statuses, " or ".join(statuses), timeout
@@ -314,22 +327,25 @@ class Machine:
     async def wait_info(
         self, accepts: Callable[[Info], bool], what: str, timeout: float = PATIENCE
     ) -> Info:
-        """Waits until the answer to query-migrate is accepted; `what` that means. The answer."""
+        """Wait until the answer to query-migrate is accepted; return it.
+
+        what -- the accepted state, for messages
+        """
         return await self._wait("query-migrate", accepts, what, timeout)
 
     # ---------------------------------------------------------------- what the guest does
 
     @property
     def serial(self) -> bytes:
-        """What the guest has written to its serial ports, here and on the machines before."""
+        """What the guest has written to its serial port, here and on the machines before."""
         return (self.before.serial if self.before else b"") + self._read(self._serial)
 
     def counted(self) -> list[int]:
-        """Its counts so far. Raises SweepError where they are not what they must be."""
+        """Return the counts so far. Raises SweepError if one is missing or wrong."""
         return self.sweep.counted(self.serial)
 
     async def wait_for_count(self, number: int, timeout: float = PATIENCE) -> list[int]:
-        """Waits until it has swept so many times; its counts."""
+        """Wait until the guest has swept `number` times; return its counts."""
         end = asyncio.get_running_loop().time() + timeout
         while not (counts := self.counted()) or counts[-1] < number:
             assert self._process is not None
@@ -339,14 +355,14 @@ class Machine:
         return counts
 
     async def wait_for_more(self, lines: int = 2, timeout: float = PATIENCE) -> list[int]:
-        """Waits until it has counted on, by so many lines; its counts."""
+        """Wait until the guest has written more counts, and return all of them."""
         counts = self.counted()
         last = counts[-1] if counts else -self.sweep.every
         return await self.wait_for_count(last + lines * self.sweep.every, timeout)
 
     async def check_sweep(self) -> int:
-        """Of a guest that stands still: raises SweepError unless its memory and count agree."""
-        await self._stands_still()
+        """Raise SweepError unless memory and count of a paused guest agree."""
+        await self._check_paused()
         memory = await self.read(self.sweep.start, self.sweep.size)
         return self.sweep.check(memory, self.counted())
 
@@ -354,31 +370,31 @@ class Machine:
 
     @property
     def memory(self) -> list[tuple[int, int]]:
-        """All of it: the first address and the size of what is contiguous."""
+        """The parts of the memory that are contiguous: first address, and size."""
         return [(0, self.size), *([(DIMM_AT, self.dimm)] if self.dimm else [])]
 
     async def read(self, address: int, size: int) -> bytes:
-        """What the guest would read there; all at once only if it stands still."""
+        """Return what the guest would read there: of one moment only if the guest is paused."""
         return b"".join([piece async for piece in self._pieces(address, size)])
 
     async def ram_hash(self, first: int = 0, size: int | None = None) -> str:
-        """Of a guest that stands still: the hash of a part of its memory; from 0 on of all."""
+        """Return the hash of a part of a paused guest's memory; by default of all below 4 GiB."""
         digest = xxhash.xxh3_128()
-        await self._stands_still()
+        await self._check_paused()
         async for piece in self._pieces(first, self.size - first if size is None else size):
             digest.update(piece)
         return digest.hexdigest()
 
     async def page_hashes(self, first: int = 0, size: int | None = None) -> list[bytes]:
-        """As `ram_hash`, of each page."""
-        await self._stands_still()
+        """As `ram_hash`, for each page."""
+        await self._check_paused()
         return [
             xxhash.xxh3_128_digest(piece[offset : offset + PAGE])
             async for piece in self._pieces(first, self.size - first if size is None else size)
             for offset in range(0, len(piece), PAGE)
         ]
 
-    async def _stands_still(self) -> None:
+    async def _check_paused(self) -> None:
         if (await self.execute("query-status"))["running"]:
             raise MachineError(f"{self.name} runs: memory that changes cannot be compared")
 
@@ -394,8 +410,36 @@ class Machine:
         path.unlink(missing_ok=True)
 
 
+@functools.cache
+def kvm_trouble() -> str:
+    """Return why KVM does not run the guest here, or ""."""
+
+    async def count() -> None:
+        sweep = Sweep(MIB)
+        async with Machine(sweep, size=16 * MIB, accel="kvm") as machine:
+            await machine.wait_for_count(sweep.every, timeout=KVM_PATIENCE)
+
+    if not os.access(KVM, os.R_OK | os.W_OK):
+        return f"{KVM} cannot be used"
+    try:
+        asyncio.run(count())
+    except MachineError as error:
+        return str(error)
+    return ""
+
+
+def need_kvm() -> None:
+    """Skip the test without KVM; in CI fail it if KVM is there and does not run the guest.
+
+    Not for use in a coroutine.
+    """
+    if not os.access(KVM, os.R_OK | os.W_OK):
+        pytest.skip(f"{KVM} cannot be used: this machine has no KVM")
+    need(not kvm_trouble(), f"KVM: {kvm_trouble()}")
+
+
 async def compare(ours: Machine, theirs: Machine) -> None:
-    """Raises MachineError unless the two, which stand still, have the same memory."""
+    """Raise MachineError unless two paused guests have the same memory."""
     for first, size in ours.memory:
         pages = [await machine.page_hashes(first, size) for machine in (ours, theirs)]
         if wrong := differing(pages[0], pages[1], first, PAGE):

@@ -1,13 +1,13 @@
-"""What the guest of guest.S does to its memory, and what must hold of it at any moment.
+"""What the guest of guest.S does to its memory, and what must be true of it at any moment.
 
-One byte each `stride` bytes is counted up, in order, over and over. So while the guest stands
-still the swept bytes, read in order, are
+The guest increments one byte in each `stride` bytes, in order, over and over. While it is paused,
+the swept bytes in order are
 
     v v v v ... v  v-1 v-1 ... v-1        (modulo 256)
                  ^ the sweep was interrupted here
 
 and v follows from the number of sweeps that the guest has written to its serial port. A page that
-is stale, or in another's place, breaks this.
+is stale, or in the place of another, breaks this.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ SOURCE = Path(__file__).with_name("guest.S")
 LINE = re.compile(rb"[0-9a-f]{8}\n")
 PARAMETERS = struct.Struct("<8I")
 PARAMETERS_AT = 8
+IMAGE_SIZE = 1 << 16
+IMAGE_AT = 0xF0000
 CLOCK = 1193182
 BASE = 1 << 20
 
 
 class SweepError(AssertionError):
-    """The guest's memory, or its count, is not what a guest that ran on undisturbed would have."""
+    """The guest's memory or count is not that of a guest that was never disturbed."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Sweeps [start, start + size), and says so each `every` sweeps.
+    """Increments in [start, start + size); each `every` sweeps a count goes to the serial port.
 
-    stride -- 4096 is one increment in a page. With more, QEMU before 9.0 (TCG) may leave a page
-              without the last of them: guest.S has it look again once each sweep (`forget`).
-    fill   -- bytes from `start` on that are pseudo-random before the first sweep, but for those
-              that are swept: no page of it is zero, or like another; 0 leaves them as they are
-    rate   -- increments a second at most, in steps of 1000; 0 for full speed
+    stride -- 4096 is one increment in a page. With more increments, QEMU before 9.0 (TCG) may miss
+              the last of them; guest.S has it look again once each sweep (`forget`).
+    fill   -- bytes from `start` on that are pseudo-random before the first sweep, apart from the
+              swept ones: no page is zero, or equal to another; 0 leaves them as they are
+    rate   -- increments a second at most, in steps of 1000; 0: full speed
     """
 
     size: int
@@ -67,8 +69,8 @@ class Sweep:
         """The first byte of memory that the guest does not touch."""
         return self.start + max(self.size, self.fill)
 
-    def sector(self) -> bytes:
-        """What the machine boots from."""
+    def image(self) -> bytes:
+        """Return the firmware of the machine."""
         content = bytearray(assembled())
         PARAMETERS.pack_into(
             content, PARAMETERS_AT, self.start, self.start + self.size, self.stride, self.every,
@@ -77,9 +79,9 @@ class Sweep:
         return bytes(content)
 
     def check(self, memory: bytes, counts: Sequence[int] = ()) -> int:
-        """Raises SweepError unless [start, start + size) is as it must be; v, see above.
+        """Raise SweepError unless [start, start + size) is as it must be; return v, see above.
 
-        memory -- those bytes, of a guest that stands still
+        memory -- those bytes, of a paused guest
         counts -- what that guest has counted
         """
         if len(memory) != self.size:
@@ -103,11 +105,12 @@ class Sweep:
         return value
 
     def counted(self, serial: bytes) -> list[int]:
-        """The counts in what the guest has written to its serial port; 0 is the first.
+        """Return the counts that the guest has written to its serial port; 0 is the first.
 
-        Of a guest that has moved: what its machines' serial ports have got, one after the other. A
-        last line may be unfinished. Raises SweepError where a count, or a part of it, is missing,
-        repeated, or out of order.
+        serial -- for a guest that has moved: the output of its machines, one after the other. The
+                  last line may be incomplete.
+
+        Raises SweepError if a count, or a part of one, is missing, repeated, or out of order.
         """
         whole = serial[: serial.rfind(b"\n") + 1]
         lines = whole.splitlines(keepends=True)
@@ -122,25 +125,25 @@ class Sweep:
 
 @functools.cache
 def assembled() -> bytes:
-    """guest.S as a boot sector, its parameters all 0."""
+    """Return guest.S as a firmware image, with all parameters 0. Raises RuntimeError."""
     with tempfile.TemporaryDirectory() as directory:
         image = Path(directory, "guest")
         done = subprocess.run(
             [
-                "gcc", "-m32", "-nostdlib", "-static", "-x", "assembler", str(SOURCE),
-                "-Wl,-m,elf_i386,-Ttext=0x7c00,--oformat=binary,--build-id=none", "-o", str(image),
+                "gcc", "-m64", "-nostdlib", "-static", "-x", "assembler", str(SOURCE),
+                f"-Wl,-Ttext={IMAGE_AT:#x},--oformat=binary,--build-id=none", "-o", str(image),
             ],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"gcc failed on {SOURCE.name}: {done.stderr.strip()}")
         content = image.read_bytes()
-    if len(content) != 512:
-        raise RuntimeError(f"{SOURCE.name} is {len(content)} bytes: a boot sector has 512")
+    if len(content) != IMAGE_SIZE:
+        raise RuntimeError(f"{SOURCE.name} is {len(content)} bytes: the image has {IMAGE_SIZE}")
     return content
 
 
 def differing(ours: Sequence[bytes], theirs: Sequence[bytes], first: int, page: int) -> list[int]:
-    """The addresses of the pages whose hashes differ, of two memories from `first` on."""
+    """Return the addresses of pages whose hashes differ, in two memories from `first` on."""
     pairs = itertools.zip_longest(ours, theirs)
     return [first + number * page for number, (one, other) in enumerate(pairs) if one != other]

@@ -1,0 +1,1 @@
+"""Guest memory: how it is read, which pages were written, and its digest."""

@@ -1,0 +1,1 @@
+"""Surveys: what a captured stream holds, QEMU's or ours."""
