@@ -26,8 +26,8 @@ def run(options: Options) -> Part:
     for workload in workloads:
         options.say(f"{workload.title}:")
         contenders = {
-            "QEMU, xbzrle off": lambda w=workload: qemu.attempt(w, False),
-            "QEMU, xbzrle on": lambda w=workload: qemu.attempt(w, True),
+            "QEMU, xbzrle off": lambda w=workload: qemu.attempt(w),
+            "QEMU, xbzrle on": lambda w=workload: qemu.attempt(w, "xbzrle"),
             "through xbmigrate": lambda w=workload: qemu.carried(w),
             "through xbmigrate, --auto-converge": lambda w=workload: qemu.carried(
                 w, "--auto-converge"

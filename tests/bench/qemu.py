@@ -1,5 +1,4 @@
-"""QEMU's attempt at the workload: two real QEMUs (TCG) with the guest of
-tests/machine, driven by QMP."""
+"""QEMU's attempt at the workload: two real QEMUs with the guest of tests/machine, driven by QMP."""
 
 from __future__ import annotations
 
@@ -7,6 +6,8 @@ import contextlib
 import re
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,17 @@ POLL = 0.05
 ENDED = ("completed", "failed", "cancelled")
 
 
+@dataclass(frozen=True)
+class Emulator:
+    """One QEMU: its command, and the accelerator that it runs its guest with."""
+
+    command: str = PROGRAM
+    accel: str = "tcg"
+
+
+TCG = Emulator()
+
+
 def check_usable() -> None:
     if shutil.which(PROGRAM) is None:
         raise LeftOutError(f"QEMU is left out: {PROGRAM} is not installed.")
@@ -39,8 +51,9 @@ class Machine:
     """A QEMU whose guest has the workload's memory from 1 MiB on."""
 
     def __init__(
-        self, workload: Workload, directory: Path, name: str, namespace: str, *extra: str
-    ) -> None:
+        self, workload: Workload, emulator: Emulator, directory: Path, name: str, namespace: str,
+        *extra: str,
+    ) -> None:  # fmt: skip
         self.sweep = Sweep(
             workload.hot, stride=workload.stride, fill=workload.size, rate=workload.rate
         )
@@ -48,7 +61,8 @@ class Machine:
         image.write_bytes(self.sweep.image())
         self._serial = directory / f"{name}.serial"
         command = [
-            PROGRAM, "-nodefaults", "-display", "none", "-machine", "pc,accel=tcg",
+            emulator.command, "-nodefaults", "-display", "none",
+            "-machine", f"pc,accel={emulator.accel}",
             "-m", f"{(BASE + workload.size) >> 20}M",
             "-bios", str(image), "-serial", f"file:{self._serial}",
             "-qmp", f"unix:{path},server=on,wait=off", *extra,
@@ -93,10 +107,10 @@ class Machine:
         after, ended = self.increments(), time.monotonic()
         return (after - before) / (ended - began)
 
-    def prepare(self, workload: Workload, xbzrle: bool) -> None:
-        """Capability and parameters; it has no limit of its own: the link has one."""
-        switch = {"capability": "xbzrle", "state": xbzrle}
-        self.qmp.execute("migrate-set-capabilities", capabilities=[switch])
+    def prepare(self, workload: Workload, capabilities: Sequence[str]) -> None:
+        """Capabilities and parameters; it has no limit of its own: the link has one."""
+        switches = [{"capability": name, "state": True} for name in capabilities]
+        self.qmp.execute("migrate-set-capabilities", capabilities=switches)
         self.qmp.execute(
             "migrate-set-parameters", max_bandwidth=0, xbzrle_cache_size=workload.cache,
             downtime_limit=round(workload.downtime_limit * 1e3),
@@ -107,24 +121,28 @@ class Machine:
         return path
 
 
-def attempt(workload: Workload, xbzrle: bool) -> Attempt:
-    """Moves it, or cancels after the workload's patience."""
+def attempt(workload: Workload, *capabilities: str, emulator: Emulator = TCG) -> Attempt:
+    """Moves it, or cancels after the workload's patience.
+
+    With postcopy-ram, the destination takes over after the first round.
+    """
     # two files of saved memory beside the memories of both
     with (
         shelf(4 * workload.size) as directory,
         Link(workload.link) as link,
         Machine(
-            workload, directory, "far", link.far, "-S", "-incoming", f"tcp:{FAR}:{PORT}"
+            workload, emulator, directory, "far", link.far, "-S", "-incoming", "defer"
         ) as far,
-        Machine(workload, directory, "near", link.near) as near,
-    ):
+        Machine(workload, emulator, directory, "near", link.near) as near,
+    ):  # fmt: skip
         near.wait_counting()
         rate = near.rate()
         for machine in (far, near):
-            machine.prepare(workload, xbzrle)
+            machine.prepare(workload, capabilities)
+        far.qmp.execute("migrate-incoming", uri=f"tcp:{FAR}:{PORT}")
         before = link.carried()
         near.qmp.execute("migrate", uri=f"tcp:{FAR}:{PORT}")
-        info = follow(near.qmp, workload.patience)
+        info = follow(near.qmp, workload.patience, postcopy="postcopy-ram" in capabilities)
         carried = link.carried() - before
         completed = info["status"] == "completed"
         memory = "-"
@@ -142,16 +160,17 @@ def attempt(workload: Workload, xbzrle: bool) -> Attempt:
     )
 
 
-def carried(workload: Workload, *options: str) -> Attempt:
+def carried(workload: Workload, *options: str, emulator: Emulator = TCG) -> Attempt:
     """The same two machines, and our two programs between them; the link is between those."""
     with (
         shelf(4 * workload.size) as directory,
         Link(workload.link) as link,
         Machine(
-            workload, directory, "far", link.far, "-S", "-incoming", f"unix:{directory}/in"
+            workload, emulator, directory, "far", link.far, "-S", "-incoming",
+            f"unix:{directory}/in",
         ) as far,
         Machine(
-            workload, directory, "near", link.near,
+            workload, emulator, directory, "near", link.near,
             "-qmp", f"unix:{directory}/drive,server=on,wait=off",
         ) as near,
     ):  # fmt: skip
@@ -182,10 +201,11 @@ def carried(workload: Workload, *options: str) -> Attempt:
             )
 
 
-def follow(qmp: QMP, patience: float) -> dict[str, Any]:
+def follow(qmp: QMP, patience: float, *, postcopy: bool) -> dict[str, Any]:
     """The last query-migrate of a migration that has ended, by itself or because we cancelled.
 
-    A forecast that was given while it ran is kept.
+    A forecast that was given while it ran is kept. With `postcopy` the destination takes over
+    after the first round.
     """
     end = time.monotonic() + patience
     last: dict[str, Any] = {}
@@ -198,6 +218,9 @@ def follow(qmp: QMP, patience: float) -> dict[str, Any]:
             time.sleep(0.2)  # right at the end the times can still be zero
             return {**info, **qmp.execute("query-migrate")}
         last = info
+        if postcopy and info.get("ram", {}).get("dirty-sync-count", 0) > 1:
+            qmp.execute("migrate-start-postcopy")
+            postcopy = False
         if time.monotonic() > end:
             qmp.execute("migrate_cancel")
             while qmp.execute("query-migrate").get("status") not in ENDED:

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tests.bench import bulk, carry, channels, codec, forecast, lossy, rivals, scaling, size, tls
+from tests.bench import (
+    bulk,
+    carry,
+    channels,
+    codec,
+    forecast,
+    kvm,
+    lossy,
+    rivals,
+    scaling,
+    size,
+    tls,
+)
 from tests.bench.report import Options, Part
 
 
@@ -29,4 +41,5 @@ PARTS: dict[str, PartModule] = {
     "forecast": forecast,
     "rivals": rivals,
     "carry": carry,
+    "kvm": kvm,
 }

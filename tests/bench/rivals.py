@@ -74,8 +74,8 @@ def contenders_for(
     }
     try:
         qemu.check_usable()
-        contenders["QEMU, xbzrle on"] = lambda: qemu.attempt(workload, True)
-        contenders["QEMU, xbzrle off"] = lambda: qemu.attempt(workload, False)
+        contenders["QEMU, xbzrle on"] = lambda: qemu.attempt(workload, "xbzrle")
+        contenders["QEMU, xbzrle off"] = lambda: qemu.attempt(workload)
     except LeftOutError as error:
         left_out.append(str(error))
     if shutil.which("rsync") is None:
