@@ -138,7 +138,7 @@ class Rewritten(migrate.BufferGuest):
     """A guest whose hot pages have changed at each of ten looks."""
 
     def __init__(self, array: Any) -> None:
-        super().__init__(array)
+        super().__init__(array, tracking="compare")
         self.array, self.times = array, 0
 
     def track(self, encoder: PageEncoder, *limit: Any) -> DirtyTracker:
