@@ -13,6 +13,8 @@ as sent). Here they are:
     throughput            of the current round; at the end, of the whole migration without its setup
     skipped               pages that were dirty but equal to what the peer has: they cost nothing
     cache miss            pages sent before whose old content was not in the cache
+    compression busy      batches that their sender has waited for while they were compressed
+    compression rate      bytes of batches before, per byte after compression; QEMU counts pages
     overflow skipped      pages sent whole without an attempt, because their last deltas overflowed
     cpu throttle highest  the highest throttle: the current percentage is 0 in the end
     xbzrle active         whether deltas are made: they are switched off if they cost more than they
@@ -81,6 +83,11 @@ class Statistics:
     overflow_skipped: int = 0
     xbzrle_active: bool = True
     evictions: int = 0
+    compression_pages: int = 0
+    compression_batches: int = 0
+    compression_busy: int = 0
+    compressed_size: int = 0
+    compressed_content: int = 0
     channels: int = 1
     channel_bytes: int = 0
     reconnects: int = 0
@@ -101,6 +108,21 @@ class Statistics:
     @property
     def xbzrle(self) -> bool:
         return self.capabilities.get("xbzrle", False)
+
+    @property
+    def zstd(self) -> bool:
+        return self.capabilities.get("zstd", False)
+
+    @property
+    def compression_busy_rate(self) -> float:
+        batches = self.compression_batches
+        return self.compression_busy / batches if batches else 0.0
+
+    @property
+    def compression_rate(self) -> float:
+        """Bytes of batches per byte that they were compressed to."""
+        size = self.compressed_size
+        return self.compressed_content / size if size else 0.0
 
     def with_(self, **changes: Any) -> Statistics:
         return replace(self, **changes)
@@ -162,6 +184,14 @@ def info_migrate(s: Statistics) -> str:
             f"xbzrle cache evictions: {s.evictions}",
             f"xbzrle overflow skipped: {s.overflow_skipped} pages",
             f"xbzrle active: {'on' if s.xbzrle_active else 'off'}",
+        ]
+    if s.compression_pages:
+        lines += [
+            f"compression pages: {s.compression_pages} pages",
+            f"compression busy: {s.compression_busy}",
+            f"compression busy rate: {s.compression_busy_rate:.2f}",
+            f"compressed size: {s.compressed_size // KIB} kbytes",
+            f"compression rate: {s.compression_rate:.2f}",
         ]
     if s.cpu_throttle_percentage:
         lines.append(f"cpu throttle percentage: {s.cpu_throttle_percentage}")
@@ -259,6 +289,14 @@ def query_migrate(s: Statistics) -> dict[str, Any]:
             "overflow": s.overflow,
             "overflow-skipped": s.overflow_skipped,
             "xbzrle-active": s.xbzrle_active,
+        }
+    if s.compression_pages:
+        result["compression"] = {
+            "pages": s.compression_pages,
+            "busy": s.compression_busy,
+            "busy-rate": round(s.compression_busy_rate, 3),
+            "compressed-size": s.compressed_size,
+            "compression-rate": round(s.compression_rate, 3),
         }
     if s.cpu_throttle_percentage:
         result["cpu-throttle-percentage"] = s.cpu_throttle_percentage

@@ -29,7 +29,9 @@ def test_both_sides_come_to_the_same_agreement(name, source, destination):
     assert here.used == caps.REQUIRED | others | (one if source and destination else frozenset())
     assert here.dropped == (one if source and not destination else frozenset())
     assert here.xbzrle is (name != "xbzrle" or (source and destination))
-    assert here.merge is (source and destination), "merging means nothing without xbzrle"
+    assert here.zstd is (name != "zstd" or (source and destination))
+    merges = name == "zstd" or (source and destination)
+    assert here.merge is merges, "merging means nothing without xbzrle"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_every_destination_knows_probe_and_stream(name):
     assert not agreed.stream
 
 
-@pytest.mark.parametrize("name", ["zstd", "page-hash-nh", ""])
+@pytest.mark.parametrize("name", ["lz4", "page-hash-nh", ""])
 def test_unknown_capability_switch_is_refused_with_the_known_ones(name):
     with pytest.raises(LocalError, match=f"no capability '{name}': known are xbzrle, xbzrle-merge"):
         caps.switched_on({name: True})

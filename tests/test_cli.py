@@ -69,7 +69,9 @@ def test_auto_converge_is_off_by_default(arguments, on):
     assert parameters.auto_converge is on
     assert parameters.throttle.max_cpu_throttle == 80
     assert parameters.throttle.cpu_throttle_initial == 20
-    assert parameters.wire_capabilities == {"xbzrle", "xbzrle-merge"}, "the peer is not told"
+    assert parameters.wire_capabilities == {"xbzrle", "xbzrle-merge", "zstd"}, (
+        "the peer is not told"
+    )
 
 
 # ---------------------------------------------------------------- mistakes: exit code 2

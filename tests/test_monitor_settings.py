@@ -96,15 +96,15 @@ def test_order_has_every_setting() -> None:
 def test_switch_capabilities() -> None:
     parameters = Parameters()
     assert settings.switches(parameters) == {
-        "xbzrle": True, "xbzrle-merge": True, "auto-converge": False, "events": False,
+        "xbzrle": True, "xbzrle-merge": True, "zstd": True, "auto-converge": False, "events": False,
     }  # fmt: skip
     parameters = settings.switched(parameters, "auto-converge", True)
     parameters = settings.switched(settings.switched(parameters, "events", True), "xbzrle", False)
     assert settings.switches(parameters) == {
-        "xbzrle": False, "xbzrle-merge": True, "auto-converge": True, "events": True,
+        "xbzrle": False, "xbzrle-merge": True, "zstd": True, "auto-converge": True, "events": True,
     }  # fmt: skip
     assert parameters.auto_converge
-    assert parameters.wire_capabilities == {"xbzrle-merge"}
+    assert parameters.wire_capabilities == {"xbzrle-merge", "zstd"}
     with pytest.raises(UsageError, match="'capability' does not accept value 'foo'"):
         settings.switched(parameters, "foo", True)
     with pytest.raises(UsageError, match="'state' expects a boolean"):

@@ -16,6 +16,7 @@ from proto.wire.messages import MAX_CHANNELS
 OTHER: dict[str, Any] = {
     "cache_size": 1 << 20, "page_size": 8192, "limits": Limits(max_rounds=3), "channels": 2,
     "capabilities": {"xbzrle": False}, "cache_max": 1 << 30, "throttle": ThrottleParameters(30),
+    "compress_level": 3,
 }  # fmt: skip
 
 
@@ -26,6 +27,7 @@ OTHER: dict[str, Any] = {
         ({"cache_size": 3 << 20}, "a cache of 3145728 bytes: it is a power of two"),
         ({"cache_size": 2048}, "of at least one page"),
         ({"cache_max": 3 << 20}, "a cache of at most 3145728 bytes"),
+        ({"compress_level": 20}, "a compress level of 20: it is -7 to 19"),
         ({"channels": 0}, "0 channels: there can be 1 to"),
         ({"channels": MAX_CHANNELS + 1}, "channels: there can be"),
         ({"capabilities": {"rdma": True}}, "there is no capability 'rdma'"),
@@ -57,5 +59,5 @@ def test_parameters_that_may_change_during_migration() -> None:
 def test_local_capabilities_are_not_offered() -> None:
     parameters = Parameters(capabilities={"auto-converge": True, "events": True, "xbzrle": True})
     assert parameters.auto_converge
-    assert parameters.wire_capabilities == {"xbzrle", "xbzrle-merge"}
+    assert parameters.wire_capabilities == {"xbzrle", "xbzrle-merge", "zstd"}
     assert not Parameters().auto_converge

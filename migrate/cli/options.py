@@ -53,7 +53,8 @@ def migration_parser(prog: str, description: str, examples: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
     parser.add_argument(
         "--capability", action="append", default=[], metavar="NAME=on|off",
-        help="switch a capability: xbzrle, xbzrle-merge (shorter deltas); both are on by default",
+        help="switch a capability: xbzrle, xbzrle-merge (shorter deltas), zstd (compression); all "
+        "are on by default",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")

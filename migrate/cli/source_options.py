@@ -127,6 +127,11 @@ def _add_policy(parser: Parser) -> None:
         help="upper limit of --cache-size auto (default: 1g, or a quarter of free memory)",
     )  # fmt: skip
     parser.add_argument(
+        "--compress-level", default="auto", metavar="N|auto",
+        help="level of zstd, -7 to 19, for what compresses fast enough for the link (default: "
+        "auto, the level that sends most)",
+    )  # fmt: skip
+    parser.add_argument(
         "--downtime-limit", default="300", metavar="MS",
         help="pause the guest when the last round will take no longer than this (default: 300 ms)",
     )  # fmt: skip
@@ -267,8 +272,19 @@ def parameters_of(args: argparse.Namespace) -> Parameters:
         channels=number(args.channels, "--channels"),
         capabilities=capabilities,
         cache_max=cache_max,
+        compress_level=compress_level_of(args),
         throttle=throttle_of(args),
     )
+
+
+def compress_level_of(args: argparse.Namespace) -> int | None:
+    """Return the level of zstd, or None for `auto`. Raises UsageError."""
+    if args.compress_level == "auto":
+        return None
+    try:
+        return int(args.compress_level)
+    except ValueError:
+        raise UsageError(f"--compress-level: {args.compress_level!r} is no number") from None
 
 
 def cache_sizes(size: str, most: str | None, page_size: int) -> tuple[int, int]:

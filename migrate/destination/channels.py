@@ -21,6 +21,7 @@ from migrate.destination.greeting import HANDSHAKE_SECONDS
 from migrate.errors import MigrationError, PeerLost
 from migrate.transport.link import Link
 from proto import ErrorCode, ProtoError
+from proto.wire.capabilities import Agreement
 from proto.wire.errors import MessageError
 from proto.wire.messages import Join, Joined
 
@@ -29,19 +30,23 @@ from proto.wire.messages import Join, Joined
 class ReceivingChannels:
     """The TCP connections of one attempt.
 
-    link    -- channel 0
-    sparse  -- the capability `sparse` is used in this attempt
-    further -- the links of the other channels, by their number
+    link      -- channel 0
+    agreement -- the capabilities that are used in this attempt
+    further   -- the links of the other channels, by their number
     """
 
     link: Link
-    sparse: bool = False
+    agreement: Agreement
     further: dict[int, Link] = field(default_factory=dict)
 
     @property
     def links(self) -> list[Link]:
         """All links in the order of their numbers; they join in any order."""
         return [self.link, *(self.further[channel] for channel in sorted(self.further))]
+
+    @property
+    def count(self) -> int:
+        return 1 + len(self.further)
 
     @property
     def received_bytes(self) -> int:
@@ -116,7 +121,7 @@ class _Gathering:
             if message.channel >= self._count or message.channel in self._channels.further:
                 raise MessageError(f"channel {message.channel} is not to be had")
             link.session.channel = message.channel
-            link.share_receiving(self._count)
+            link.share_receiving(self._count, compressed=self._channels.agreement.zstd)
             self._channels.further[message.channel] = link
             self._on_join()
             self._changed.set()

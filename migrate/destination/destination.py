@@ -84,7 +84,7 @@ class Destination:
         self._options = options
         self._introduction = introduction
         """How the source of the current attempt has introduced itself."""
-        self._channels = ReceivingChannels(introduction.link, agreement.sparse)
+        self._channels = ReceivingChannels(introduction.link, agreement)
         self._returning = ReturningSource(options.retry)
         self._journals = AttemptJournals(options.records)
         self._place: Place | None = None
@@ -172,7 +172,7 @@ class Destination:
             except PeerLost as error:
                 self._introduction = back = await self._wait_for_return(error)
                 release_frames(error)
-            self._channels = ReceivingChannels(back.link, back.agreement.sparse)
+            self._channels = ReceivingChannels(back.link, back.agreement)
             logger.info("the source is back, from %s", back.link.peer_name)
             self._observer(DestinationEvent.RETURNED, self.arrival)
 
@@ -216,7 +216,7 @@ class Destination:
         journal = await self._journals.begin(place, info.resume)
         name_migration(journal.name)
         logger.info("a %s guest comes from %s", info.kind, self.link.peer_name)
-        self.link.share_receiving(info.channels)
+        self.link.share_receiving(info.channels, compressed=agreement.zstd)
         await self.link.send(Accept(journal.token, resumes))
         if info.channels > 1 and accept is not None:
             await self._channels.gather(journal.token, info.channels, accept, self._confirmed)

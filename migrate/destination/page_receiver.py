@@ -33,6 +33,7 @@ from migrate.memory.digest import Digest
 from migrate.runtime.cancellation import finish
 from migrate.transport.link import Link, expect
 from proto.codec.kernel import PageDecoder, PageHashes
+from proto.wire.compressed import BatchOpener
 from proto.wire.frames import Frame
 from proto.wire.messages import (
     HELD_PAGES,
@@ -44,6 +45,7 @@ from proto.wire.messages import (
     MessageType,
     Round,
     RoundAck,
+    body_limits,
     unpack,
 )
 
@@ -81,9 +83,10 @@ class PageReceiver(Receiver):
     ) -> Complete:
         loop = asyncio.get_running_loop()
         self._state = state = await loop.run_in_executor(self._worker, self._adopt_pages, info)
-        state.digest.by_sum = channels.sparse
+        sparse = channels.agreement.sparse
+        state.digest.by_sum = sparse
         if resumes:
-            await send_held(channels.link, state.hashes, sparse=channels.sparse)
+            await send_held(channels.link, state.hashes, sparse=sparse)
         return await _Rounds(self, self._reception, channels, state, info.round).receive()
 
     def _adopt_pages(self, info: GuestInfo) -> _PageState:
@@ -152,6 +155,7 @@ class _Rounds:
         self._reception = reception
         self._channels = channels
         self._decoder, self._digest = state.decoder, state.digest
+        self._opener = BatchOpener(body_limits(channels.count, 0)[MessageType.PAGES])
         self._round = first
         self._ended = dict.fromkeys(channels.further, 0)
         """The last round that each further channel has ended."""
@@ -245,12 +249,13 @@ class _Rounds:
         """Check a batch of round `number`, then apply it. Runs in the worker thread."""
         began, place, decoder = time.thread_time(), self._reception.place, self._decoder
         try:
-            came, fresh = decoder.check(frame.head, len(frame.data))
+            head, data = self._opener.open(frame)
+            came, fresh = decoder.check(head, len(data))
             if came != number:
                 raise PeerError(f"a batch of round {came} came in round {number}")
             for page in fresh:
                 place.allocate(page)
-            decoder.apply(frame.head, frame.data, place.memory, place.fd, place.fd_offset)
+            decoder.apply(head, data, place.memory, place.fd, place.fd_offset)
             self._receiver.progress += 1
             if decoder.delta and not self._reception.arrival.capabilities["xbzrle"]:
                 raise PeerError("a delta came, though xbzrle was not agreed on")

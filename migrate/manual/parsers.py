@@ -20,7 +20,7 @@ from migrate.cli.resolve import resolve_parser
 from migrate.cli.source_options import source_parser
 
 # A copy: proto.wire.capabilities needs modules that are not there at build time.
-CAPABILITIES = ("xbzrle", "xbzrle-merge")
+CAPABILITIES = ("xbzrle", "xbzrle-merge", "zstd")
 MEANT = {
     "--capability": "|".join(f"{name}={value}" for name in CAPABILITIES for value in ("on", "off")),
     "--congestion": "CONGESTION",

@@ -101,7 +101,7 @@ class DeltaSwitch:
         known = self.with_deltas
         self.with_deltas = known + WEIGHT * (taken - known) if known else taken
         costly = bandwidth > 0 and taken > MARGIN * self._page_size / bandwidth
-        dense = 2 * cost.wire_bytes > cost.pages * self._page_size
+        dense = 2 * cost.batch_bytes > cost.pages * self._page_size
         if dense and cost.encode_seconds > ENCODER_BOUND * cost.wall_seconds:
             costly = True
         self._costly = self._costly + 1 if costly else 0

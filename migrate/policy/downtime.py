@@ -40,13 +40,23 @@ DIGEST_SECONDS = 1e-6
 
 @dataclass(frozen=True)
 class RoundCost:
-    """The cost of one round. The encoder's and the decoder's seconds are CPU time."""
+    """The cost of one round. The encoder's and the decoder's seconds are CPU time.
+
+    wire_bytes -- that were sent
+    saved      -- bytes that compression has saved: without it they would have been sent too
+    """
 
     pages: int
     wire_bytes: int
     wall_seconds: float
     encode_seconds: float
     apply_seconds: float
+    saved: int = 0
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of the round's batches before compression."""
+        return self.wire_bytes + self.saved
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,9 @@ class DowntimeModel:
 
     round_trip                      -- seconds; set by the owner
     encode_per_page, apply_per_page -- CPU seconds at the source and at the destination
-    bytes_per_page                  -- on the wire, framing included
+    bytes_per_page                  -- on the wire without compression, framing included
+    compressed_share                -- share of the link's time that compression leaves of the
+                                       pause, 1.0 without; set by the owner
     bandwidth                       -- bytes per second, the best of recent rounds
     source_digest, peer_digest      -- seconds to hash a page at either side
     """
@@ -106,6 +118,7 @@ class DowntimeModel:
         self.encode_per_page = 0.0
         self.apply_per_page = 0.0
         self.bytes_per_page = 0.0
+        self.compressed_share = 1.0
         self.bandwidth = 0.0
         self.source_digest = DIGEST_SECONDS
         self.peer_digest = DIGEST_SECONDS
@@ -128,7 +141,7 @@ class DowntimeModel:
         pages = cost.pages
         self.encode_per_page += weight * (cost.encode_seconds / pages - self.encode_per_page)
         self.apply_per_page += weight * (cost.apply_seconds / pages - self.apply_per_page)
-        self.bytes_per_page += weight * (cost.wire_bytes / pages - self.bytes_per_page)
+        self.bytes_per_page += weight * (cost.batch_bytes / pages - self.bytes_per_page)
         self._rounds += 1
 
     def learn_digest(self, pages: int, seconds: float, *, peer: bool) -> None:
@@ -160,7 +173,8 @@ class DowntimeModel:
     def wire_seconds(self, pages: int, limits: Limits) -> float:
         """Return the seconds that `pages` dirty pages take on the wire."""
         bandwidth = self.link_bandwidth(limits)
-        return pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
+        seconds = pages * self.bytes_per_page / bandwidth if bandwidth else 0.0
+        return seconds * self.compressed_share
 
     def transfer_seconds(self, pages: int, limits: Limits) -> float:
         """Return the seconds to move `pages` dirty pages.

@@ -17,6 +17,9 @@ from proto.wire.messages import MAX_CHANNELS
 PAGE_SIZES = (1024, 2048, 4096, 8192, 16384)
 DEFAULT_CACHE_SIZE = 64 << 20
 DEFAULT_CACHE_MAX = 1 << 30
+# Levels of zstd. Higher ones need windows that the protocol does not allow, and are slower than any
+# link that needs them.
+COMPRESS_LEVELS = range(-7, 20)
 # QEMU's capability for events on its monitor; here only our own monitor sends them.
 EVENTS = "events"
 # Capabilities of this side alone; they are not offered to the destination.
@@ -31,6 +34,7 @@ class Parameters:
 
     cache_max -- upper bound for a cache that finds its own size, starting from `cache_size`; 0: the
                  cache keeps its size
+    compress_level -- the level of zstd, if it pays; None: whichever pays most
 
     Raises UsageError for an invalid value.
     """
@@ -41,6 +45,7 @@ class Parameters:
     channels: int = 1
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     cache_max: int = 0
+    compress_level: int | None = None
     throttle: ThrottleParameters = field(default_factory=ThrottleParameters)
 
     @property
@@ -75,6 +80,11 @@ class Parameters:
             raise UsageError(
                 f"a cache of at most {self.cache_max} bytes: it is a power of two of at least one "
                 "page"
+            )
+        if self.compress_level is not None and self.compress_level not in COMPRESS_LEVELS:
+            raise UsageError(
+                f"a compress level of {self.compress_level}: it is {COMPRESS_LEVELS.start} to "
+                f"{COMPRESS_LEVELS.stop - 1}"
             )
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"{self.channels} channels: there can be 1 to {MAX_CHANNELS}")

@@ -40,6 +40,7 @@ from migrate.runtime.cancellation import finish
 from migrate.transport.link import Link
 from proto.codec.kernel import PageHashes
 from proto.qemu.kernel import RamWriter
+from proto.wire.compressed import BatchOpener
 from proto.wire.frames import Frame
 from proto.wire.messages import (
     MAX_RETURNED,
@@ -51,6 +52,7 @@ from proto.wire.messages import (
     GuestInfo,
     MessageType,
     Taken,
+    body_limits,
     unpack,
 )
 
@@ -89,6 +91,7 @@ class StreamReceiver(Receiver):
         self._place = reception.place
         self._info: GuestInfo | None = None
         self._writer: RamWriter | None = None
+        self._opener = BatchOpener(0)
         self._records = private_buffer(RECORD_BYTES)
         self._digest = xxhash.xxh3_128()
         self._items = 0  # sent to the loader
@@ -105,6 +108,7 @@ class StreamReceiver(Receiver):
         if (info.hash_seed, info.channels) != (ours.hash_seed, ours.channels):
             raise PeerError("the stream goes on with another seed, or over other channels")
         self._info = info
+        self._opener = BatchOpener(body_limits(channels.count, 0)[MessageType.PAGES])
         if resumes:
             await channels.link.send(Taken(self._items))
         if self._writer is None or not self._items:
@@ -232,8 +236,9 @@ class StreamReceiver(Receiver):
         loader = self._place.loader
         try:
             if frame.type is MessageType.PAGES:
-                writer.begin(frame.head, frame.data)
-                self._digest.update(frame.head)
+                head, data = self._opener.open(frame)
+                writer.begin(head, data)
+                self._digest.update(head)
                 while count := writer.fill(self._records):
                     loader.send(self._records[:count])
                 return

@@ -1,12 +1,12 @@
 """Sends the items of a QEMU's stream in order, and keeps each until the destination has taken it.
 
-    Intake --worker--> unsent --SendWindow--> channels, in turn --> kept --TAKEN--> (done)
-                          ^                                           |
-                          +---------------- after a break ------------+
+    Intake --worker--> unsent --SecondStage, SendWindow--> channels, in turn --> kept --TAKEN-->
+                          ^                                                        |
+                          +----------------------- after a break ------------------+
 
 At any moment an item is unsent or kept, so a break loses none: what the destination has not taken
 is sent again. The encoder knows what the destination will hold after all items, so its deltas are
-as good over another connection.
+as good over another connection. A batch is kept as it was sent: compressed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import xxhash
 
@@ -22,7 +23,9 @@ from migrate.errors import PeerError
 from migrate.policy.working_set import WorkingSet
 from migrate.qemu.send_window import SendWindow
 from migrate.qemu.stream.intake import Intake, Item
+from migrate.source.batches import PageCounts
 from migrate.source.page_sender import new_encoder
+from migrate.source.second_stage import Batch, SecondStage
 from migrate.source.transfer import TransferContext
 from migrate.transport.channels import Channels
 from proto.codec.kernel import PageHashes
@@ -31,6 +34,28 @@ from proto.wire.frames import HEADER_BYTES, seal
 from proto.wire.messages import Bytes, MessageType
 
 _OVER = object()
+
+
+class _Outgoing:
+    """An item on its way.
+
+    coming -- a batch that may still be compressed; None for a piece
+    pages  -- of a batch
+    """
+
+    def __init__(self, item: Item, coming: asyncio.Future[Batch] | None, pages: int) -> None:
+        self.item = item
+        self.coming = coming
+        self.pages = pages
+
+    @property
+    def ready(self) -> bool:
+        return self.coming is None or self.coming.done()
+
+    @property
+    def size(self) -> int:
+        """Bytes; of a batch that is ready, those on the wire."""
+        return self.item.size if self.coming is None else self.coming.result().size
 
 
 class ItemSender:
@@ -48,16 +73,20 @@ class ItemSender:
         self.encoder = new_encoder(settings, hashes, agreement)
         self.encoder.begin_round(intake.rounds)
         self.working = WorkingSet(settings.parameters.page_size)
+        self.stage = SecondStage(
+            active=agreement.zstd, level=settings.parameters.compress_level
+        )  # fmt: skip
         self.all_read = False
         self.count = 0
         self._intake = intake
         self._context = context
         self._items: Iterator[Item | None] = intake.items(self.encoder)
-        self._sampled = intake.rounds
+        self._sampled = self._round = intake.rounds
         # The item that the worker makes; it outlives an attempt.
-        self._turn: asyncio.Future[object] | None = None
-        self._unsent: deque[Item] = deque()
-        self._kept: deque[Item] = deque()
+        self._turn: asyncio.Future[tuple[object, int]] | None = None
+        self._made = PageCounts()
+        self._unsent: deque[_Outgoing] = deque()
+        self._kept: deque[_Outgoing] = deque()
         self._kept_bytes = 0
         self._channel = 0
         self._digest = xxhash.xxh3_128()
@@ -82,16 +111,33 @@ class ItemSender:
         """Wait for the worker, which may have made another item, or seen the end of the stream."""
         if self._turn is None:
             self._turn = self._context.in_worker(self._make)
-        made = await asyncio.shield(self._turn)
+        waited: set[asyncio.Future[Any]] = {self._turn}
+        if self._unsent and not self._unsent[0].ready:
+            assert self._unsent[0].coming is not None
+            waited.add(self._unsent[0].coming)
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not self._turn.done():
+            return
+        made, pages = self._turn.result()
         self._turn = None
         if made is _OVER:
             self.all_read = True
         elif isinstance(made, Item):
-            self._unsent.append(made)
             self._turn = self._context.in_worker(self._make)  # while this one is sent
+            if self._intake.rounds > self._round:
+                self._round = self._intake.rounds
+                self.stage.begin_round()
+            coming = None
+            if made.head is not None and made.data is not None:
+                paused = self._intake.stopped_at is not None
+                coming = self.stage.start(made.head, made.data, 0, paused=paused)
+            self._unsent.append(_Outgoing(made, coming, pages))
 
-    def _make(self) -> object:
-        """Return the next item, None if none came yet, or _OVER. Runs in the worker thread."""
+    def _make(self) -> tuple[object, int]:
+        """Return the next item, None if none came yet, or _OVER; and the pages of a batch.
+
+        Runs in the worker thread.
+        """
         if self._intake.rounds > self._sampled:
             self._sampled = self._intake.rounds
             self.working.learn(*self.encoder.sample_heat())
@@ -99,27 +145,38 @@ class ItemSender:
         item = next(self._items, _OVER)
         if isinstance(item, Item):
             self._digest.update(item.body if item.head is None else item.head[HEADER_BYTES:])
-        return item
+        counts = PageCounts.of(self.encoder)
+        before, self._made = self._made, counts
+        return item, counts.since(before).in_batches
 
     async def send(self, channels: Channels) -> None:
         """Send what is unsent, as far as the window allows it."""
         while self._unsent:
-            item = self._unsent[0]
-            while self._kept_bytes and self._kept_bytes + item.size > self._window.most:
+            outgoing = self._unsent[0]
+            if not outgoing.ready and len(self._unsent) <= self.stage.depth and not self.all_read:
+                return
+            if outgoing.coming is not None:
+                await self.stage.finish(outgoing.coming)
+            size = outgoing.size
+            while self._kept_bytes and self._kept_bytes + size > self._window.most:
                 self._taken.clear()
                 await self._taken.wait()
             channel = self._channel
             link = channels.links[channel]
             self._channel = (channel + 1) % len(channels.links)
             self._kept.append(self._unsent.popleft())
-            self._kept_bytes += item.size
+            self._kept_bytes += size
             self.count += 1
-            self._window.sent(item.size, time.monotonic())
-            if item.head is not None and item.data is not None:
-                seal(item.head, MessageType.PAGES, channel, len(item.data))
-                await link.send_batch(item.head, item.data)
+            self._window.sent(size, time.monotonic())
+            if outgoing.coming is not None:
+                batch = outgoing.coming.result()
+                seal(
+                    batch.head, MessageType.PAGES, channel, len(batch.data),
+                    compressed=batch.compressed,
+                )  # fmt: skip
+                await self.stage.send(link, batch, outgoing.pages, len(channels.links))
             else:
-                await link.send(Bytes(item.body, item.held))
+                await link.send(Bytes(outgoing.item.body, outgoing.item.held))
 
     # -- what the destination takes
 
@@ -148,7 +205,7 @@ class ItemSender:
         self._unsent.extendleft(reversed(self._kept))
         self._kept.clear()
         self.count, self._kept_bytes, self._channel = items, 0, 0
-        return sum(item.size for item in self._unsent)
+        return sum(one.size if one.ready else one.item.size for one in self._unsent)
 
     def _drop_oldest(self) -> None:
         self._kept_bytes -= self._kept.popleft().size

@@ -102,8 +102,8 @@ class StreamTransfer(Transfer):
         await channels.link.send(CacheSize(cache_size))
         attempt.begin()
         telemetry.change(
-            capabilities={"xbzrle": agreement.xbzrle}, channels=context.parameters.channels,
-            cache_size=cache_size,
+            capabilities={"xbzrle": agreement.xbzrle, caps.ZSTD: agreement.zstd},
+            channels=context.parameters.channels, cache_size=cache_size,
         )  # fmt: skip
         if not admission.resumes:
             telemetry.change(setup_time=telemetry.elapsed)
@@ -260,8 +260,13 @@ class StreamTransfer(Transfer):
             self._pause = None
             self._telemetry.emit(SourceEvent.RESUMED)  # QEMU resumes as soon as we hang up
 
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.stage.close()
+
     def update(self) -> None:
-        telemetry, sender, changes = self._telemetry, self._sender, {}
+        telemetry, sender = self._telemetry, self._sender
+        changes: dict[str, float] = {}
         s = telemetry.statistics
         now, sent = time.monotonic(), telemetry.sent_bytes
         pages = 0
@@ -269,6 +274,7 @@ class StreamTransfer(Transfer):
             pages = sender.pages_gone()
             changes = {
                 **PageCounts.of(sender.encoder)._asdict(),
+                **sender.stage.counters(),
                 "xbzrle_active": sender.encoder.active,
                 "evictions": self._context.settings.cache.evictions,
             }

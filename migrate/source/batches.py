@@ -46,6 +46,11 @@ class PageCounts(NamedTuple):
             encoder.hits, encoder.misses, encoder.overflows, encoder.spared,
         )  # fmt: skip
 
+    @property
+    def in_batches(self) -> int:
+        """Pages that are in a batch."""
+        return self.duplicate + self.normal + self.xbzrle_pages
+
     def plus(self, more: PageCounts) -> PageCounts:
         return PageCounts(*map(add, self, more))
 

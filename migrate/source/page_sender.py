@@ -19,6 +19,7 @@ from migrate.policy.delta_switch import DeltaSwitch
 from migrate.policy.downtime import RoundCost
 from migrate.policy.working_set import WorkingSet
 from migrate.source.batches import BatchMaker, PageCounts, Turn
+from migrate.source.second_stage import SecondStage
 from migrate.source.settings import Settings
 from proto.codec.kernel import PageEncoder, PageHashes
 from proto.codec.pageset import PageSet
@@ -92,6 +93,7 @@ class PageSender:
     batches   -- walks the pages of a round
     working   -- the working set
     tuning    -- decides on deltas and their cache
+    stage     -- compresses batches
     round     -- number of the last round that was begun
     in_flight -- pages taken from the tracker and not acknowledged
     """
@@ -107,6 +109,7 @@ class PageSender:
         self.batches = BatchMaker(guest.memory, self.encoder)
         self.tracker = guest.track(self.encoder, lambda: settings.parameters.limits.downtime_limit)
         self.working = WorkingSet(page_size)
+        self.stage = SecondStage(active=agreement.zstd, level=settings.parameters.compress_level)
         self.round = 0
         self.in_flight = PageSet(settings.pages)
         self._settings = settings
@@ -122,6 +125,7 @@ class PageSender:
 
     def begin_round(self) -> None:
         self.round += 1
+        self.stage.begin_round()
         self.batches.begin_round(self.round)
 
     # -- in the worker thread
@@ -156,6 +160,10 @@ class PageSender:
         """Note that the destination holds the pages in flight."""
         self.in_flight = PageSet(self.pages)
 
+    def close(self) -> None:
+        self.tracker.close()
+        self.stage.close()
+
     def put_back(self) -> None:
         """Mark the pages in flight as dirty again: the round has failed."""
         self.tracker.put_back(self.in_flight)
@@ -165,6 +173,7 @@ class PageSender:
         """Return the counters for the statistics: they count pages that have been sent."""
         return {
             **self.batches.sent._asdict(),
+            **self.stage.counters(),
             "xbzrle_active": self.encoder.active,
             "evictions": self._settings.cache.evictions,
         }

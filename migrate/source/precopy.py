@@ -111,7 +111,7 @@ class PageTransfer(Transfer):
 
     def _report_setup(self, sender: PageSender, agreement: caps.Agreement, dirty: int) -> None:
         parameters, telemetry = self._context.parameters, self._context.telemetry
-        capabilities = {"xbzrle": agreement.xbzrle}
+        capabilities = {"xbzrle": agreement.xbzrle, caps.ZSTD: agreement.zstd}
         if parameters.auto_converge:
             capabilities[AUTO_CONVERGE] = True
         telemetry.change(
@@ -205,4 +205,4 @@ class PageTransfer(Transfer):
     def close(self) -> None:
         if self.precopy is not None:
             self.precopy.control.close()
-            self.precopy.sender.tracker.close()
+            self.precopy.sender.close()

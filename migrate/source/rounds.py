@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 
 from migrate.errors import MigrationError, MismatchError, PeerError
 from migrate.events import SourceEvent
@@ -19,9 +20,11 @@ from migrate.memory.dirty import DirtyTracker
 from migrate.policy.advice import switch_notice
 from migrate.policy.convergence import Verdict
 from migrate.policy.downtime import SIDES, PendingWork, RoundCost
+from migrate.source.batches import PageCounts
 from migrate.source.convergence_control import ConvergenceControl
 from migrate.source.page_sender import PageSender
 from migrate.source.pause import GuestPause
+from migrate.source.second_stage import Batch
 from migrate.source.transfer import Pause, TransferContext
 from migrate.statistics import Status
 from migrate.transport.channels import Channels
@@ -123,7 +126,7 @@ class PageRounds:
         sender, telemetry, context = self._sender, self._telemetry, self._context
         began = self._began = time.monotonic()
         self._sent_before = telemetry.sent_bytes
-        encoded_before = sender.batches.seconds
+        encoded_before, saved_before = sender.batches.seconds, sender.stage.saved
         sender.begin_round()
         telemetry.emit(SourceEvent.ROUND_BEGUN)
         pages = self._left = len(dirty)
@@ -147,7 +150,8 @@ class PageRounds:
         wall = max(time.monotonic() - began - ack.settle_seconds, 1e-9)
         telemetry.change(pages_per_second=pages / wall, mbps=sent * 8 / wall / 1e6)
         encoded = sender.batches.seconds - encoded_before
-        return RoundCost(pages, sent, wall, encoded, ack.apply_seconds)
+        saved = sender.stage.saved - saved_before
+        return RoundCost(pages, sent, wall, encoded, ack.apply_seconds, saved)
 
     async def _acknowledged(self) -> RoundAck:
         """Wait until the destination has applied the round, and learn from what it says."""
@@ -163,17 +167,26 @@ class PageRounds:
         """Send what this channel can take of a round."""
         context, sender = self._context, self._sender
         link = self._channels.links[channel]
+        stage, channels = sender.stage, len(self._channels.links)
+        # Batches that are being compressed; their memory is free again when the transport is done
+        # with it.
+        coming: deque[tuple[asyncio.Future[Batch], int, PageCounts]] = deque()
         turn = context.in_worker(sender.turn, dirty, channel)
         try:
             while True:
                 batch, done, over, counts = await turn
                 if not over:
                     turn = context.in_worker(sender.turn, dirty, channel)
-                if batch is not None:
-                    await link.send_batch(*batch)
-                    batch = None  # its memory is free again when the transport is done with it
-                self._left -= done
-                sender.count(counts)
+                if batch is None:
+                    self._count(done, counts)
+                else:
+                    coming.append((stage.start(*batch, channel, paused=last), done, counts))
+                    batch = None
+                while coming and (over or coming[0][0].done() or len(coming) > stage.depth):
+                    made, done, counts = coming.popleft()
+                    await stage.send(link, await stage.finish(made), counts.in_batches, channels)
+                    self._count(done, counts)
+                    del made
                 await context.confirm_cache(self._channels.link)
                 if not last:
                     self._control.check_time()
@@ -184,6 +197,11 @@ class PageRounds:
         finally:
             turn.cancel()
             self._telemetry.change(remaining=sender.bytes_of(self._left))
+
+    def _count(self, pages: int, counts: PageCounts) -> None:
+        """Count pages of the round that have been sent, or need not be."""
+        self._left -= pages
+        self._sender.count(counts)
 
     def _report_progress(self) -> None:
         """Report the numbers in the middle of a round."""

@@ -179,11 +179,14 @@ class Link(asyncio.BufferedProtocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.set_write_buffer_limits(high=high, low=high // SEND_LOW_SHARE)
 
-    def share_receiving(self, channels: int) -> None:
+    def share_receiving(self, channels: int, *, compressed: bool = False) -> None:
         """Let pages come: the peer is admitted, over `channels` channels.
 
         All channels together receive ahead, and hold in arenas, what a single one would.
+
+        compressed -- batches may be compressed
         """
+        self.session.reader.compressed = compressed
         self.session.reader.limit_bodies(channels)
         self._frames.limit = RECEIVE_AHEAD_BYTES // channels
 

@@ -239,6 +239,14 @@ class FrameRound(msgspec.Struct):
     last: bool = False
 
 
+class CompressedFacts(msgspec.Struct):
+    """Compressed batches: their bytes in the stream, and those of their content."""
+
+    batches: int = 0
+    bytes: int = 0
+    content_bytes: int = 0
+
+
 class FrameFacts(msgspec.Struct):
     """A stream of ours. received_pages: pages that came at least once, -1 if that is not known."""
 
@@ -255,6 +263,7 @@ class FrameFacts(msgspec.Struct):
     messages_left_out: int = 0
     rounds: list[FrameRound] = []
     rounds_left_out: int = 0
+    compressed: CompressedFacts = msgspec.field(default_factory=CompressedFacts)
     deltas: DeltaFacts = msgspec.field(default_factory=DeltaFacts)
     blocks: list[BlockFact] = []
     items: list[ItemFact] = []

@@ -25,8 +25,9 @@ from proto.survey.facts import (
     MessageFact,
     add_fault,
 )
-from proto.wire.errors import MessageError
-from proto.wire.frames import HEADER, HEADER_BYTES, MAGIC
+from proto.wire.compressed import BatchOpener
+from proto.wire.errors import DecodeError, MessageError
+from proto.wire.frames import COMPRESSED, HEADER, HEADER_BYTES, MAGIC
 from proto.wire.messages import (
     BODY_LIMITS,
     MAX_PAGES,
@@ -55,6 +56,7 @@ class FrameSurvey:
         self._kinds: dict[tuple[MessageType, int], FrameKind] = {}
         self._rounds: dict[int, FrameRound] = {}
         self._batches = BatchSurvey(0, 0, b"")
+        self._opener = BatchOpener()
         self._fault: Fault | None = None
 
     def feed(self, data: memoryview, start: int, end: int, base: int, *, last: bool = False) -> int:
@@ -125,7 +127,7 @@ class FrameSurvey:
 
     def _whole(self, at: int, frame: memoryview, following: memoryview) -> int:
         """Read a frame whose bytes are all there. Return how many bytes were read."""
-        _, number, _, channel, _, head, check = HEADER.unpack_from(frame)
+        _, number, flags, channel, _, head, check = HEADER.unpack_from(frame)
         kind, body = MessageType(number), frame[HEADER_BYTES:]
         seed = int.from_bytes(frame[4:12], "big")
         right = xxhash.xxh3_64_intdigest(body[:head], seed=seed) == check
@@ -137,7 +139,9 @@ class FrameSurvey:
                 return self._lose(at, what, f"the check {check:016x}", frame)
             add_fault(self.facts, Fault(at, what, f"the check {check:016x}"))
         self._count(kind, channel, len(frame))
-        if right and kind is MessageType.PAGES:
+        if right and flags == COMPRESSED:
+            self._compressed(at, body, len(frame))
+        elif right and kind is MessageType.PAGES:
             self._pages(at, body[:head], body[head:], len(frame))
         elif right:
             self._message(at, kind, channel, body)
@@ -186,6 +190,18 @@ class FrameSurvey:
         deltas.baseless += base_less
         if self.facts.blocks:
             self._item(ItemFact(at, "PAGES", size - HEADER_BYTES, zero + raw + delta))
+
+    def _compressed(self, at: int, body: memoryview, size: int) -> None:
+        try:
+            head, data = self._opener.decompress(body)
+        except DecodeError as error:
+            add_fault(self.facts, Fault(at + HEADER_BYTES, f"PAGES: {error}"))
+            return
+        compressed = self.facts.compressed
+        compressed.batches += 1
+        compressed.bytes += len(body)
+        compressed.content_bytes += len(head) + len(data)
+        self._pages(at, head, data, size)
 
     def _item(self, item: ItemFact) -> None:
         if len(self.facts.items) < MAX_LISTED:
@@ -266,11 +282,12 @@ def header_fault(header: memoryview) -> str:
     if number not in MessageType.__members__.values():
         return f"unknown frame type {number}"
     kind = MessageType(number)
-    if flags:
+    compressed = flags == COMPRESSED and kind is MessageType.PAGES
+    if flags and not compressed:
         return f"{kind.name}: flags {flags:#x} are not in use"
     if length > BODY_LIMITS[kind]:
         return f"{kind.name}: {length} bytes are over {BODY_LIMITS[kind]}"
-    if head > length or (head < length and kind is not MessageType.PAGES):
+    if head > length or (head < length and (kind is not MessageType.PAGES or compressed)):
         return f"{kind.name}: a head of {head} bytes in a body of {length}"
     return ""
 

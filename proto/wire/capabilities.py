@@ -17,7 +17,9 @@ from proto.wire.errors import CapabilityError, LocalError
 from proto.wire.messages import BATCH_BYTES, PROTOCOL_VERSION, Hello
 
 REQUIRED = frozenset({"page-hash-nh"})
-OPTIONAL = frozenset({"xbzrle", "xbzrle-merge"})
+# PAGES may be compressed (proto.wire.compressed).
+ZSTD = "zstd"
+OPTIONAL = frozenset({"xbzrle", "xbzrle-merge", ZSTD})
 # Required by a source that only measures the path; every destination here has it.
 PROBE = "probe"
 # Required by a source whose guest comes as QEMU's stream; every destination here can receive it.
@@ -51,6 +53,11 @@ class Agreement:
     def sparse(self) -> bool:
         """The digest is the sum that leaves out zeros, and HELD may leave them out."""
         return SPARSE in self.used
+
+    @property
+    def zstd(self) -> bool:
+        """PAGES may be compressed."""
+        return ZSTD in self.used
 
     @property
     def merge(self) -> bool:

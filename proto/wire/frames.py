@@ -3,7 +3,7 @@
     offset  bytes  field     (all integers big-endian)
     0       4      magic     "XBM1"
     4       1      type      proto.wire.messages.MessageType
-    5       1      flags     0
+    5       1      flags     0; or COMPRESSED, in PAGES alone (proto.wire.compressed)
     6       2      channel   of the connection: 0, or what JOIN named
     8       4      length    of the body, at most the limit of its type
     12      4      head      bytes of the body that the check covers: all, but for PAGES
@@ -11,7 +11,7 @@
 
 A body is a head and, in PAGES alone, data behind the head: raw pages. The check of the frame does
 not cover them. They have a check of their own in the head, which is made of the page hashes and so
-costs nothing.
+costs nothing. A compressed body is all head.
 
 `seal` writes a header and `FrameReader` reads headers: the two mirror each other. The reader
 receives straight into arenas and gives out bodies as views of them. So bulk data is copied once, by
@@ -34,6 +34,8 @@ from proto.wire.messages import BODY_LIMITS, MAX_BODY, MessageType, body_limits
 MAGIC = b"XBM1"
 HEADER = struct.Struct(">4sBBHIIQ")
 HEADER_BYTES = HEADER.size
+# The flag of a PAGES frame whose body is compressed.
+COMPRESSED = 1
 
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 ARENAS_KEPT = 2
@@ -46,8 +48,9 @@ def _check(seed: bytes | bytearray | memoryview, head: memoryview) -> int:
 
 
 def seal(
-    frame: bytearray | memoryview, message_type: MessageType, channel: int = 0, data_bytes: int = 0
-) -> None:
+    frame: bytearray | memoryview, message_type: MessageType, channel: int = 0, data_bytes: int = 0,
+    *, compressed: bool = False,
+) -> None:  # fmt: skip
     """Write the header into the first HEADER_BYTES of `frame`. The head is behind them already.
 
     data_bytes -- bytes of data that will be sent after `frame`
@@ -60,7 +63,8 @@ def seal(
         raise LocalError(
             f"{message_type.name}: a body of {length} bytes is over {BODY_LIMITS[message_type]}"
         )
-    HEADER.pack_into(frame, 0, MAGIC, message_type, 0, channel, length, head, 0)
+    flags = COMPRESSED if compressed else 0
+    HEADER.pack_into(frame, 0, MAGIC, message_type, flags, channel, length, head, 0)
     with memoryview(frame) as view:
         view[16:24] = _check(view[4:12], view[HEADER_BYTES:]).to_bytes(8, "big")
 
@@ -92,6 +96,7 @@ class Frame:
     type: MessageType
     head: memoryview
     data: memoryview
+    compressed: bool
     _arena: _Arena
 
     @property
@@ -119,6 +124,8 @@ class FrameReader:
     def __init__(self, largest: int = MAX_BODY) -> None:
         self.channel = 0
         """The channel that all frames must name. It may change between two frames."""
+        self.compressed = False
+        """Whether batches may be compressed. It may change between two frames."""
         self._limits = BODY_LIMITS
         self._largest = largest
         self._arena = _Arena(largest)
@@ -226,13 +233,14 @@ class FrameReader:
         except ValueError:
             raise FrameError(f"unknown frame type {number}") from None
         admit(kind)
-        if flags:
+        compressed = flags == COMPRESSED and kind is MessageType.PAGES and self.compressed
+        if flags and not compressed:
             raise FrameError(f"{kind.name}: flags {flags:#x} are not in use")
         if channel != self.channel and kind is not MessageType.ERROR:
             raise FrameError(f"{kind.name}: channel {channel} on the connection of {self.channel}")
         if length > self._limits[kind]:
             raise FrameError(f"{kind.name}: {length} bytes are over {self._limits[kind]}")
-        if head > length or (head < length and kind is not MessageType.PAGES):
+        if head > length or (head < length and (kind is not MessageType.PAGES or compressed)):
             raise FrameError(f"{kind.name}: a head of {head} bytes in a body of {length}")
         if length > self._largest:
             self._resize()
@@ -251,4 +259,5 @@ class FrameReader:
         self._checked, self._wanted = False, 1
         self._start += end
         self._arena.in_use.append(None)
-        return Frame(kind, view[HEADER_BYTES:data_at], view[data_at:end], self._arena)
+        head_view, data_view = view[HEADER_BYTES:data_at], view[data_at:end]
+        return Frame(kind, head_view, data_view, compressed, self._arena)

@@ -1,0 +1,161 @@
+"""The second stage: compress batches on their way to the channels, where that pays.
+
+    encoder --batch--> choose a level --> one of the threads --> channel
+                            |                                       ^
+                            +------------ as it is -----------------+
+
+Batches keep their order. While a batch is compressed, the next ones are encoded and compressed too:
+`depth` of them at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from migrate.policy.compression import CompressionPolicy, Kind, LinkMeter
+from migrate.transport.link import Link
+from proto.wire.compressed import BatchCompressor
+from proto.wire.frames import seal
+from proto.wire.messages import MessageType
+
+# More threads than this take the processors of the guest and of others.
+MAX_THREADS = 4
+# A compressed batch must be at most this share of what it was; else it is sent as it was.
+WORTH_SENDING = 0.97
+NOTHING = memoryview(b"")
+
+
+class Trial(NamedTuple):
+    """What it took to compress a batch: sizes in bytes."""
+
+    kind: Kind
+    level: int
+    before: int
+    after: int
+    seconds: float
+
+
+class Batch(NamedTuple):
+    """A sealed PAGES frame and its raw pages; they are as compressed if `compressed` is set."""
+
+    head: memoryview
+    data: memoryview
+    compressed: bool = False
+    trial: Trial | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire."""
+        return len(self.head) + len(self.data)
+
+
+class SecondStage:
+    """Compresses the batches of one migration.
+
+    pages, size, content -- compressed batches: their pages, and their bytes after and before
+    batches, busy        -- compressed batches, and how many of them their sender has waited for
+    """
+
+    def __init__(self, *, active: bool, level: int | None = None) -> None:
+        threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self.depth = threads if active else 0
+        self.pages = self.size = self.content = 0
+        self.batches = self.busy = 0
+        self.policy = CompressionPolicy(threads, level)
+        self.meter = LinkMeter()
+        self._active = active
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._compressors = threading.local()
+
+    def begin_round(self) -> None:
+        self.policy.begin_round()
+        self.meter.pause()
+
+    def start(
+        self, head: memoryview, data: memoryview, channel: int, *, paused: bool = False
+    ) -> asyncio.Future[Batch]:
+        """Begin to compress a sealed batch, if that pays. Its memory belongs to us now.
+
+        paused -- the guest is paused: there is nothing to encode meanwhile
+        """
+        loop = asyncio.get_running_loop()
+        kind = Kind.PAGES if len(data) >= len(head) else Kind.RECORDS
+        level = None
+        if self._active:
+            size = len(head) + len(data)
+            level = self.policy.choose(kind, size, self.meter.bandwidth, paused=paused)
+        if level is None:
+            done: asyncio.Future[Batch] = loop.create_future()
+            done.set_result(Batch(head, data))
+            return done
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "compress")
+        return loop.run_in_executor(self._pool, self._compress, kind, level, head, data, channel)
+
+    def _compress(
+        self, kind: Kind, level: int, head: memoryview, data: memoryview, channel: int
+    ) -> Batch:
+        """Return the batch as it is to be sent. Runs in a thread of the pool."""
+        compressor: BatchCompressor | None = getattr(self._compressors, str(level), None)
+        if compressor is None:
+            compressor = BatchCompressor(level)
+            setattr(self._compressors, str(level), compressor)
+        before = len(head) + len(data)
+        began = time.perf_counter()
+        frame = compressor.compress(head, data)
+        trial = Trial(kind, level, before, len(frame), time.perf_counter() - began)
+        if len(frame) > WORTH_SENDING * before:
+            return Batch(head, data, trial=trial)
+        seal(frame, MessageType.PAGES, channel, compressed=True)
+        return Batch(memoryview(frame), NOTHING, True, trial)
+
+    async def finish(self, coming: asyncio.Future[Batch]) -> Batch:
+        """Wait until a batch is compressed. A cancellation leaves the batch to another caller."""
+        if not coming.done():
+            self.busy += 1
+            await asyncio.wait({coming})
+        return coming.result()
+
+    async def send(self, link: Link, batch: Batch, pages: int, channels: int) -> None:
+        """Send a batch that is compressed, or as it was.
+
+        pages    -- that it holds
+        channels -- how many channels there are
+        """
+        if batch.trial is not None:
+            self.policy.learn(*batch.trial)
+        began = time.perf_counter()
+        await link.send_batch(batch.head, batch.data)
+        now = time.perf_counter()
+        self.meter.add(now, batch.size, now - began, channels)
+        if batch.compressed and batch.trial is not None:
+            self.batches += 1
+            self.pages += pages
+            self.size += batch.size
+            self.content += batch.trial.before
+
+    @property
+    def saved(self) -> int:
+        """Bytes that compression has saved."""
+        return self.content - self.size
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters for the statistics."""
+        return {
+            "compression_pages": self.pages,
+            "compression_busy": self.busy,
+            "compression_batches": self.batches,
+            "compressed_size": self.size,
+            "compressed_content": self.content,
+        }
+
+    def close(self) -> None:
+        """Let the threads end."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
