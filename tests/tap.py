@@ -81,6 +81,8 @@ class Tap:
 
     def _serve(self, near: socket.socket, far: socket.socket) -> None:
         readers = FrameReader(), FrameReader()
+        for reader in readers:
+            reader.compressed = True
         pumps = [
             threading.Thread(target=self._pump, args=(come, go, reader, readers), daemon=True)
             for (come, go), reader in zip(((near, far), (far, near)), readers, strict=True)

@@ -30,6 +30,7 @@ from migrate.memory.digest import Digest
 from migrate.ownership.journal import Journal
 from migrate.ownership.source_attempts import find_attempt, last_peer
 from migrate.ownership.stored_journals import journals
+from migrate.policy.compression import CompressionPolicy
 from migrate.source.options import SourceOptions
 from migrate.source.precopy import Source
 from migrate.source.transfer import MAX_PAUSES
@@ -653,11 +654,17 @@ def test_break_before_the_first_page_admits_another_source(moment: MessageType) 
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize(("channels", "cache"), [(1, 1 << 26), (3, 1 << 14)])
-async def test_migration_survives_twenty_breaks(channels, cache):
+@pytest.mark.parametrize(
+    ("channels", "cache", "compress"),
+    [(1, 1 << 26, False), (3, 1 << 14, False), (2, 1 << 26, True)],
+)
+async def test_migration_survives_twenty_breaks(channels, cache, compress, monkeypatch):
     """Migrate a bytearray under constant writes, over connections that break at random."""
     chance = random.Random(20 + channels)
     memory = bytearray(chance.randbytes(64 << 20))
+    if compress:  # each batch, whether it pays or not
+        memory[1::2] = bytes(32 << 20)
+        monkeypatch.setattr(CompressionPolicy, "choose", lambda *_, **__: 1)
     guest = migrate.BufferGuest(memory)
     ready: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
     receiving = asyncio.create_task(

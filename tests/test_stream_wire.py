@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from proto.wire.compressed import BatchCompressor
 from proto.wire.errors import ErrorCode
 from proto.wire.frames import HEADER_BYTES, seal
 from proto.wire.messages import (
@@ -40,7 +41,7 @@ from tests.programs import Program, destination
 
 STREAM = json.loads((Path(__file__).parent / "vectors/wire.json").read_text())["stream"]
 BLOCKS = Blocks(tuple((bytes.fromhex(name), pages) for name, pages in STREAM["blocks"]))
-HELLO = Hello(1, ("page-hash-nh", "stream"), ("xbzrle",))
+HELLO = Hello(1, ("page-hash-nh", "stream"), ("xbzrle", "zstd"))
 SEED = bytes.fromhex(STREAM["hash_seed"])
 COMPLETE = Complete(bytes.fromhex(STREAM["digest"]), bytes.fromhex(STREAM["state"]))
 PASSED_ON = b"".join(bytes.fromhex(item["passed_on"]) for item in STREAM["items"])
@@ -121,7 +122,7 @@ class Source:
             assert isinstance(link.receive(), Joined)
         return accept
 
-    def item(self, fields: dict[str, object], first: int = 0) -> None:
+    def item(self, fields: dict[str, object], first: int = 0, *, compressed: bool = False) -> None:
         channel = (self.sent - first) % self.channels
         self.sent += 1
         data = bytes.fromhex(str(fields["data"]))
@@ -129,7 +130,10 @@ class Source:
             frame = framed(Bytes(data, bool(fields["held"])), channel)
         else:
             made = bytearray(HEADER_BYTES) + bytes.fromhex(str(fields["head"]))
-            seal(made, MessageType.PAGES, channel, len(data))
+            if compressed:
+                made = BatchCompressor(1).compress(memoryview(made), memoryview(data))
+                data = b""
+            seal(made, MessageType.PAGES, channel, len(data), compressed=compressed)
             frame = bytes(made) + data
         self.links[channel].send(frame)
 
@@ -170,15 +174,15 @@ def there(qemu: Qemu, tmp_path: Path) -> Iterator[tuple[Program, str]]:
         program.wait()
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_stream_is_carried_and_handed_over(qemu, there, channels):
+@pytest.mark.parametrize(("channels", "compressed"), [(1, False), (2, True), (4, False)])
+def test_stream_is_carried_and_handed_over(qemu, there, channels, compressed):
     """Over channels that joined in reverse order. Held bytes wait for GO."""
     program, address = there
     source = Source(address, channels)
     source.greet()
     source.main.send(BLOCKS, CacheSize(1 << 16))
     for item in STREAM["items"]:
-        source.item(item["fields"])
+        source.item(item["fields"], compressed=compressed)
     source.hear(Taken, len(STREAM["items"]))
     qemu.until(PASSED_ON)
     assert qemu.came == PASSED_ON
