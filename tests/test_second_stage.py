@@ -83,6 +83,7 @@ async def test_each_level_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches at all levels, mixed with some that are not compressed, while a thread writes."""
     levels = itertools.cycle([1, None, -7, -5, 3, 9, 19])
     monkeypatch.setattr(CompressionPolicy, "choose", lambda *_, **__: next(levels))
+    monkeypatch.setattr(CompressionPolicy, "learn", lambda *_: None)
     memory = text(8 << 20)
     guest = migrate.BufferGuest(memory)
     address = asyncio.get_running_loop().create_future()
