@@ -119,6 +119,11 @@ class Statistics:
         return self.compression_busy / batches if batches else 0.0
 
     @property
+    def compression_saved(self) -> int:
+        """Bytes that compression has saved."""
+        return self.compressed_content - self.compressed_size
+
+    @property
     def compression_rate(self) -> float:
         """Bytes of batches per byte that they were compressed to."""
         size = self.compressed_size

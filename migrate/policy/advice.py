@@ -146,6 +146,17 @@ def switch_notice(deltas: DeltaSwitch) -> str:
     return f"deltas cost more than they save here: {costs}: they are switched off"
 
 
+def compression_notice(level: int | None, ratio: float) -> str:
+    """Return a sentence on compression that has just begun, or ended.
+
+    level -- of zstd; None: it has ended
+    ratio -- bytes that it leaves of a byte
+    """
+    if level is None:
+        return "compression does not pay any more: batches are sent as they are"
+    return f"batches are compressed: zstd at level {level} leaves {ratio:.0%} of their bytes"
+
+
 def abort_reason(
     policy: ConvergencePolicy, facts: AbortFacts, pending: PendingWork
 ) -> tuple[str, str]:  # fmt: skip

@@ -212,3 +212,10 @@ class CompressionPolicy:
     def level(self, kind: Kind) -> int | None:
         """Return the level in use; None if there is none."""
         return self._choices[kind].level
+
+    def in_use(self) -> tuple[int | None, float]:
+        """Return the level for most bytes of this round, and its ratio; (None, 1.0) without."""
+        choice = max(self._choices.values(), key=lambda one: one.bytes)
+        if choice.level is None:
+            return None, 1.0
+        return choice.level, choice.costs[choice.level].ratio

@@ -188,6 +188,8 @@ class StreamTransfer(Transfer):
             telemetry.emit(SourceEvent.ROUND_BEGUN)
         if telemetry.update_is_due():
             self.update()
+            if self._sender is not None and (notice := self._sender.stage.notice()):
+                telemetry.notice(notice)
             telemetry.emit(SourceEvent.PROGRESS)
 
     def _note_pause(self, began: float) -> Pause:

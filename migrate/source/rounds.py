@@ -192,6 +192,8 @@ class PageRounds:
                     self._control.check_time()
                 if self._telemetry.update_is_due():
                     self._report_progress()
+                    if notice := stage.notice():
+                        self._telemetry.notice(notice)
                 if over:
                     return
         finally:

@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from migrate.policy.advice import compression_notice
 from migrate.policy.compression import CompressionPolicy, Kind, LinkMeter
 from migrate.transport.link import Link
 from proto.wire.compressed import BatchCompressor
@@ -69,6 +70,7 @@ class SecondStage:
         self.policy = CompressionPolicy(threads, level)
         self.meter = LinkMeter()
         self._active = active
+        self._told: int | None = None
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._compressors = threading.local()
@@ -139,6 +141,14 @@ class SecondStage:
             self.pages += pages
             self.size += batch.size
             self.content += batch.trial.before
+
+    def notice(self) -> str:
+        """Return a sentence if compression has begun or ended since this was last asked, or ""."""
+        level, ratio = self.policy.in_use()
+        if (level is None) == (self._told is None):
+            return ""
+        self._told = level
+        return compression_notice(level, ratio)
 
     @property
     def saved(self) -> int:

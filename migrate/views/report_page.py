@@ -66,9 +66,11 @@ def tiles(s: Statistics) -> list[tuple[str, str, str]]:
         ("total time", milliseconds(s.total_time), f"{milliseconds(s.setup_time)} of it setup"),
         ("on the wire", format_size(s.transferred), f"{_multiple(s)} the guest's size"),
         ("saved by deltas", format_size(max(saved, 0)), f"{s.xbzrle_pages} pages as deltas"),
+        ("saved by compression", format_size(s.compression_saved),
+         f"{s.compression_pages} pages, rate {s.compression_rate:.2f}"),
         ("cache hits", percent(_hits(s)), f"{s.cache_hits} of {s.cache_hits + s.cache_miss}"),
         ("left to move", format_size(s.remaining), f"of {format_size(s.total)}"),
-    ]
+    ]  # fmt: skip
 
 
 def _multiple(s: Statistics) -> str:
@@ -82,7 +84,8 @@ def _hits(s: Statistics) -> float | None:
 def moved(s: Statistics) -> list[tuple[str, ...]]:
     """Return a row per kind of page: pages, their bytes in the guest, bytes on the wire."""
     size = s.page_size
-    rest = s.transferred - s.normal * size - s.xbzrle_bytes
+    saved = s.compression_saved
+    rest = s.transferred + saved - s.normal * size - s.xbzrle_bytes
     rest_name = "zero, and all framing"
     if s.status is not Status.COMPLETED:
         rest_name += ", and an incomplete batch"
@@ -93,6 +96,8 @@ def moved(s: Statistics) -> list[tuple[str, ...]]:
         (rest_name, f"{s.duplicate}", format_size(s.duplicate * size),
          format_size(max(rest, 0))),
         ("dirty, but equal: not sent", f"{s.skipped}", format_size(s.skipped * size), "0 B"),
+        *([("saved by compression", f"{s.compression_pages}", "", f"-{format_size(saved)}")]
+          if saved else []),
         ("total", f"{s.duplicate + s.normal + s.xbzrle_pages + s.skipped}",
          format_size((s.duplicate + s.normal + s.xbzrle_pages + s.skipped) * size),
          format_size(s.transferred)),
