@@ -13,6 +13,7 @@ from tests.bench import (
     carry,
     channels,
     codec,
+    compression,
     forecast,
     kvm,
     lossy,
@@ -32,6 +33,7 @@ class PartModule(Protocol):
 
 PARTS: dict[str, PartModule] = {
     "codec": codec,
+    "bytes": compression,
     "bulk": bulk,
     "scaling": scaling,
     "size": size,
