@@ -23,7 +23,7 @@ from tests.fuzz.targets import TARGETS
 HERE = Path(__file__).parent
 LENGTHS = {
     "frames": 4096, "pages": 4096, "delta": 4096, "rounds": 1500, "stream": 4096, "records": 2048,
-    "text": 1024,
+    "text": 1024, "compressed": 8192,
 }  # fmt: skip
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
     ":malloc_context_size=2:quarantine_size_mb=16",  # Python allocates all the time
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
-LINES = {"frames", "stream", "text"}  # whose Python code is under test, too
+LINES = {"frames", "stream", "text", "compressed"}  # whose Python code is under test, too
 MEGABYTES = 1500
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from proto import xbzrle
 from proto.wire.capabilities import OPTIONAL, answer, offer
+from proto.wire.compressed import SIZES, BatchCompressor
 from proto.wire.frames import HEADER_BYTES
 from proto.wire.messages import MessageType, pack
 from tests.fuzz import pages, rounds
@@ -258,9 +259,22 @@ def _texts() -> list[bytes]:
     ]
 
 
+def _compressed() -> list[bytes]:
+    found = []
+    for level in (-5, 1, 3, 19):
+        for head, data in ((b"records", PATTERN[:5000]), (b"", bytes(100_000)), (PATTERN, b"")):
+            made = BatchCompressor(level).compress(
+                memoryview(bytes(HEADER_BYTES) + head), memoryview(data)
+            )  # fmt: skip
+            body = bytes(made[HEADER_BYTES:])
+            found += [b"\x01\0\0\0" + body, b"\x01\0\x07\x01" + body[SIZES.size :]]
+    return found
+
+
 _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": _frames,
     "pages": _batches,
+    "compressed": _compressed,
     "delta": _deltas,
     "rounds": _rounds,
     "stream": _streams,
