@@ -75,6 +75,7 @@ class Link:
         self.congestion = congestion
         name = f"xbmigrate-{os.getpid()}-{next(_numbers)}"
         self.near, self.far, self.switch = f"{name}-near", f"{name}-far", f"{name}-switch"
+        self._limited: list[str] = []
         self._wire: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Link:
@@ -122,6 +123,13 @@ class Link:
         for host in OTHER:
             with contextlib.suppress(LeftOutError):
                 call("tc", "-n", self._namespace(host), "qdisc", "delete", "dev", "link0", "clsact")
+
+    def set_rate(self, rate: int) -> None:
+        """Pass on this many bits per second from now on. For a link that has a rate, not
+        per connection."""
+        self.rate = rate
+        text = "\n".join(self._limit(device) for device in self._limited)
+        call("tc", "-n", self.switch, "-batch", "-", text=text)
 
     def carried(self) -> int:
         """Bytes that the switch has handed to the hosts so far, both together."""
@@ -178,8 +186,8 @@ class Link:
         lines += [f"link set {name} up" for name in [*bridges, *itertools.chain(*bridges.values())]]
         call("ip", "-n", self.switch, "-batch", "-", text="\n".join(lines))
         if self.rate:
-            text = "\n".join(self._limit(device) for device in ways_out.values())
-            call("tc", "-n", self.switch, "-batch", "-", text=text)
+            self._limited = [*ways_out.values()]
+            self.set_rate(self.rate)
         if any(self.trouble):
             self._start_wire()
 
@@ -190,7 +198,7 @@ class Link:
             return classes(self.rate, waits, device)
         burst = min(max(self.rate // 800, 16 << 10), 256 << 10)
         return (
-            f"qdisc add dev {device} root tbf rate {self.rate}bit burst {burst} "
+            f"qdisc replace dev {device} root tbf rate {self.rate}bit burst {burst} "
             f"latency {waits * 1e3:.0f}ms"
         )
 
