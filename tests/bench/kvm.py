@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from tests import network
 from tests.bench import qemu, rivals
@@ -21,7 +19,7 @@ MIB = 1 << 20
 KVM = "/dev/kvm"
 # Guest, hot set, stride.
 ROWS = [(512, 128, 4096), (900, 384, 4096), (900, 700, 4096), (512, 128, 256)]
-LATER = Path(__file__).parents[1] / "machine" / "later.sh"
+HEAD = ("", "completed", "s", "downtime ms", "ours says ms", "MiB on the link", "memory")
 
 
 def run(options: Options) -> Part:
@@ -71,12 +69,12 @@ def run(options: Options) -> Part:
 def find_emulators(left_out: list[str]) -> dict[str, Emulator]:
     """The QEMUs by version: the installed one, and Debian's backport where it can be had."""
     found = {version(qemu.PROGRAM): Emulator(accel="kvm")}
-    later = subprocess.run([LATER], capture_output=True, text=True, check=False)
-    if later.returncode:
-        left_out.append(f"Debian's later QEMU is left out: {later.stderr.strip()}")
+    try:
+        emulator = qemu.later("kvm")
+    except LeftOutError as error:
+        left_out.append(str(error))
     else:
-        command = later.stdout.strip()
-        found[version(command)] = Emulator(command, "kvm")
+        found[version(emulator.command)] = emulator
     return found
 
 
@@ -97,8 +95,7 @@ def contenders(workload: Workload, emulator: Emulator) -> dict[str, Callable[[],
 
 def table(title: str, results: dict[str, list[Attempt]]) -> Table:
     """One row for each way, with the medians of the runs that completed."""
-    head = ("", "completed", "s", "downtime ms", "ours says ms", "MiB on the link", "memory")
-    return Table(head, [row(name, runs) for name, runs in results.items()], title)
+    return Table(HEAD, [row(name, runs) for name, runs in results.items()], title)
 
 
 def row(name: str, runs: list[Attempt]) -> list[str]:
