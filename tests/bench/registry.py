@@ -16,6 +16,7 @@ from tests.bench import (
     compression,
     forecast,
     kvm,
+    linux,
     lossy,
     rivals,
     scaling,
@@ -44,4 +45,5 @@ PARTS: dict[str, PartModule] = {
     "rivals": rivals,
     "carry": carry,
     "kvm": kvm,
+    "linux": linux,
 }
