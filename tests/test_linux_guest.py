@@ -1,14 +1,23 @@
 """A real Linux guest, with Redis and a checker of its memory, is moved and is well afterwards."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 
+from tests.bench import linux as bench
 from tests.bench import qemu
 from tests.bench.guest_files import shelf
-from tests.bench.linux import BOOT, CHECKED, Guest
+from tests.bench.linux import BOOT, CHECKED, Guest, Journey, Way
+from tests.bench.processes import ProgramError
 from tests.bench.qemu import Emulator
-from tests.bench.workload import Workload
+from tests.bench.workload import Attempt, Workload
 from tests.machine import between
 from tests.machine.linux import Linux, LinuxError, build, read
+from tests.network import Link
 from tests.requirements import need
 
 MIB = 1 << 20
@@ -77,3 +86,75 @@ def test_progress_needs_redis_and_the_checker() -> None:
     assert not any(read(LOG + line).went_on(before, 1, 904) for line in more)
     assert read(LOG + b"".join(more)).went_on(before, 1, 904)
     assert not read(LOG + b"".join(more)).went_on(before, 1, 905)
+
+
+# ---------------------------------------------------------------- one guest, many attempts
+
+
+class FakeGuest:
+    """Stands for a QEMU. `made` has all of them."""
+
+    made: ClassVar[list[FakeGuest]] = []
+
+    def __init__(self, *arguments: object) -> None:
+        self.host, self.incoming = arguments[4], "-incoming" in arguments
+        self.open = False
+        self.made.append(self)
+
+    def __enter__(self) -> FakeGuest:
+        self.open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False
+
+    def wait_for_more(self, timeout: float = 0.0) -> None:
+        pass
+
+    def arrived_from(self, near: FakeGuest) -> str:
+        return "equal"
+
+
+@pytest.fixture
+def journey(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Journey]:
+    monkeypatch.setattr(bench, "Guest", FakeGuest)
+    monkeypatch.setattr(FakeGuest, "made", [])
+    guest = Linux(tmp_path, size=MIB, checked=MIB, pace=0)
+    with Journey(guest, Emulator(), tmp_path, Link()) as journey:
+        yield journey
+    assert not any(guest.open for guest in FakeGuest.made)
+
+
+def moves(completed: bool) -> Way:
+    result = Attempt(completed, "", 1.0, 0, None, None, "-", {})
+    return lambda near, far, workload, link, address: result
+
+
+def fails(*_: object) -> Attempt:
+    raise ProgramError("QEMU has ended")
+
+
+def test_guest_boots_once_and_goes_to_and_fro(journey: Journey) -> None:
+    for _ in range(3):
+        assert journey.attempt(Workload(), moves(True)).memory == "equal"
+    first, *others = FakeGuest.made
+    assert not first.incoming
+    assert all(guest.incoming for guest in others)
+    hosts = [guest.host for guest in FakeGuest.made]
+    assert hosts[0] == hosts[2] != hosts[1] == hosts[3]
+    assert [guest.open for guest in FakeGuest.made] == [False, False, False, True]
+
+
+def test_guest_stays_where_it_is_if_an_attempt_gives_up(journey: Journey) -> None:
+    assert journey.attempt(Workload(), moves(False)).memory == "-"
+    assert journey.attempt(Workload(), moves(True)).completed
+    assert [guest.incoming for guest in FakeGuest.made] == [False, True, True]
+    assert FakeGuest.made[1].host == FakeGuest.made[2].host
+
+
+def test_guest_boots_again_after_an_attempt_that_fails(journey: Journey) -> None:
+    with pytest.raises(ProgramError):
+        journey.attempt(Workload(), fails)
+    assert not any(guest.open for guest in FakeGuest.made)
+    assert journey.attempt(Workload(), moves(True)).completed
+    assert [guest.incoming for guest in FakeGuest.made] == [False, True, False, True]

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,24 @@ def test_emulated_network_applies_its_settings() -> None:
             assert time.monotonic() - began >= 0.1
     with pytest.raises(LeftOutError, match="Cannot open network namespace"):
         call("ip", "-n", link.near, "link")
+
+
+def test_rate_of_a_link_in_use_changes() -> None:
+    with Link(rate=10**9) as link:
+        with link.inside("far"):
+            server = socket.create_server((FAR, 0))
+        with server, link.inside("near"), socket.create_connection(server.getsockname()) as sender:
+            receiver, _ = server.accept()
+            with receiver:
+                link.set_rate(16_000_000)
+                began = time.monotonic()
+                sending = threading.Thread(target=sender.sendall, args=(bytes(2 * MIB),))
+                sending.start()
+                left = 2 * MIB
+                while left:
+                    left -= len(receiver.recv(left))
+                sending.join()
+                assert time.monotonic() - began > 0.9  # 1.05 s, less what comes at once
 
 
 # ---------------------------------------------------------------- delay and loss

@@ -174,13 +174,15 @@ def run(options: Options) -> Part:
         "linux", "A real Linux guest, by QEMU and through xbmigrate",
         f"QEMU {version(emulator.command)} (TCG), {size_name(size)}: Debian's cloud kernel, Redis "
         "with redis-benchmark as its load, and a checker, a program that owns "
-        f"{size_name(CHECKED)} and checks each page before it writes a part of it again. The "
-        "guest boots once and then goes to and fro between two hosts (two network namespaces, "
-        "veth, tbf), each attempt from where the last one left it. The downtime limit is 300 ms, "
-        "QEMU's own page cache is as large as the guest, an attempt is given up after 60 s. "
-        f"{options.counted()} Times and downtimes are what QEMU reports. After each move all "
-        "memory is compared; then the guest runs on: Redis answers and has lost no increment, "
-        "the checker goes on and finds nothing wrong, and the kernel's log has no complaint.",
+        f"{size_name(CHECKED)} and checks each page before it writes a sixteenth of it again. What "
+        "the checker owns cannot be compressed; the values in Redis are all alike. The guest boots "
+        "once and then moves to and fro between two hosts (two network namespaces, veth, tbf), so "
+        "each attempt finds it a little older. The downtime limit is 300 ms, QEMU's own page cache "
+        f"is as large as the guest, an attempt is given up after 60 s. {options.counted()} Times "
+        "and downtimes are what QEMU reports. After each move the whole memory is compared while "
+        "both guests are stopped. Then the guest runs on: Redis answers and has lost no increment, "
+        "the checker has gone over all its pages and found none wrong, and the kernel has logged "
+        "no error. An attempt that fails any of this does not count as completed.",
         tables, {"rows": data}, found,
     )  # fmt: skip
 
