@@ -196,7 +196,8 @@ def contenders(journey: Journey, workload: Workload) -> dict[str, Callable[[], A
         "QEMU": partial(direct, [], {}),
         "QEMU, xbzrle": partial(direct, ["xbzrle"], cache),
         "QEMU, multifd, zstd": partial(direct, ["multifd"], {"multifd_compression": "zstd"}),
-        "through xbmigrate": through,
+        "through xbmigrate": partial(through, []),
+        "through xbmigrate, zstd off": partial(through, ["--capability", "zstd=off"]),
     }
     return {
         name: rivals.guarded(partial(journey.attempt, workload, way)) for name, way in ways.items()
@@ -210,5 +211,7 @@ def direct(
     return qemu.direct(near, far, workload, capabilities, link=link, address=address, **parameters)
 
 
-def through(near: Guest, far: Guest, workload: Workload, link: Link, address: str) -> Attempt:
-    return qemu.through(near, far, workload, link=link, address=address)
+def through(
+    options: list[str], near: Guest, far: Guest, workload: Workload, link: Link, address: str
+) -> Attempt:
+    return qemu.through(near, far, workload, options, link=link, address=address)
