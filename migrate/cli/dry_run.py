@@ -144,7 +144,8 @@ class DryRun:
 
         sampler = Sampler(
             guest, self._parameters.page_size, self._parameters.cache_size,
-            xbzrle=agreement.xbzrle, merge=agreement.merge, sleep=sleep,
+            xbzrle=agreement.xbzrle, merge=agreement.merge, zstd=agreement.zstd,
+            level=self._parameters.compress_level, sleep=sleep,
         )  # fmt: skip
         looking = asyncio.ensure_future(in_thread(sampler.take))
         try:

@@ -17,7 +17,7 @@ This module knows no clocks, threads or sentences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 
 # Zstandard's levels. On a real Linux guest (1 GiB, one core): -5 leaves 0.32 of a byte at 516 MB/s,
@@ -30,8 +30,6 @@ WEIGHT = 0.3
 # A level is measured again after this many batches of its kind. The wait doubles up to the longest
 # one while the choice stays the same: random pages then lose less than 1 % of the time.
 FIRST_WAIT, LONGEST_WAIT = 8, 512
-# Batches that are sent before what was measured of others is known.
-UNDER_WAY = 2
 # Shorter batches are not worth a thread's turn.
 MIN_BYTES = 4 << 10
 # The link is what all wait for if senders wait for it this share of the time.
@@ -47,6 +45,11 @@ class Kind(Enum):
 
     PAGES = auto()
     RECORDS = auto()
+
+    @classmethod
+    def of(cls, head: memoryview, data: memoryview) -> Kind:
+        """Return the kind of a batch with this head and these raw pages."""
+        return cls.PAGES if len(data) >= len(head) else cls.RECORDS
 
 
 @dataclass
@@ -69,14 +72,18 @@ class _Choice:
     """What is known of one kind of batches.
 
     level -- what pays; None: to send them as they are
-    queue -- levels that are to be measured now
+    asked -- the level that is being measured; None: none is
+    left  -- batches until the next measurement, after which there are `wait` more
+    turn  -- measurements so far
+    bytes -- of batches in this round
     """
 
     costs: dict[int, LevelCost]
     level: int | None = None
-    queue: list[int] = field(default_factory=list)
+    asked: int | None = None
     wait: int = FIRST_WAIT
     left: int = 0
+    turn: int = 0
     bytes: int = 0
 
 
@@ -138,7 +145,7 @@ class CompressionPolicy:
     def begin_round(self) -> None:
         """Measure all levels anew: the batches of another round may be of another nature."""
         for choice in self._choices.values():
-            choice.wait, choice.left, choice.bytes = FIRST_WAIT, 0, 0
+            choice.wait, choice.left, choice.bytes, choice.asked = FIRST_WAIT, 0, 0, None
 
     def choose(
         self, kind: Kind, size: int, bandwidth: float, *, paused: bool = False
@@ -149,37 +156,54 @@ class CompressionPolicy:
         paused    -- the guest is paused
         """
         choice = self._choices[kind]
-        choice.bytes += size
+        self.count(kind, size)
         if not bandwidth or size < MIN_BYTES:
             return None
         if paused:
             return self._best(choice, bandwidth, paused=True)[0]
-        if choice.queue:
-            return choice.queue.pop()
-        if choice.left:
-            choice.left -= 1
-            return choice.level
-        before = choice.level
-        choice.level, _ = self._best(choice, bandwidth, paused=False)
-        unknown = [level for level, cost in choice.costs.items() if not cost.measured]
+        level, _ = self._best(choice, bandwidth, paused=False)
+        before, choice.level = choice.level, level
+        choice.left -= choice.left > 0
+        if choice.left or choice.asked is not None:
+            return level
+        unknown = self._unknown(choice, bandwidth)
         if unknown:
-            choice.left, choice.queue = UNDER_WAY, unknown[::-1]
+            choice.asked = unknown[0]
         else:
-            if choice.level == before:
-                choice.wait = min(2 * choice.wait, LONGEST_WAIT)
-            choice.left, choice.queue = choice.wait, [self._next_to_measure(choice)]
-        return choice.queue.pop()
+            choice.wait = min(2 * choice.wait, LONGEST_WAIT) if level == before else FIRST_WAIT
+            choice.left = choice.wait
+            choice.asked = self._next_to_measure(choice)
+        return choice.asked
+
+    def _unknown(self, choice: _Choice, bandwidth: float) -> list[int]:
+        """Return the levels that were not measured, and may pay.
+
+        A level above one that is too slow for the link is slower still.
+        """
+        slow = [
+            level
+            for level, cost in choice.costs.items()
+            if cost.measured and cost.seconds * bandwidth > self._threads
+        ]
+        return [
+            level
+            for level, cost in choice.costs.items()
+            if not cost.measured and level < min(slow, default=level + 1)
+        ]
 
     def _next_to_measure(self, choice: _Choice) -> int:
-        """Return each level in turn, the one in use left out: it is measured all the time."""
-        levels = [level for level in choice.costs if level != choice.level] or list(choice.costs)
-        turn = choice.bytes // MIN_BYTES
-        return levels[turn % len(levels)]
+        """Return the known levels in turn, without the one in use: that is measured anyway."""
+        measured = [level for level, cost in choice.costs.items() if cost.measured]
+        levels = [level for level in measured if level != choice.level] or measured
+        choice.turn += 1
+        return levels[choice.turn % len(levels)]
 
     def learn(self, kind: Kind, level: int, before: int, after: int, seconds: float) -> None:
         """Take in what it took to compress a batch of `before` bytes to `after` bytes."""
-        if before:
-            self._choices[kind].costs[level].learn(after / before, seconds / before)
+        choice = self._choices[kind]
+        if choice.asked == level:
+            choice.asked = None
+        choice.costs[level].learn(after / before, seconds / before)
 
     def _best(
         self, choice: _Choice, bandwidth: float, *, paused: bool
@@ -208,6 +232,28 @@ class CompressionPolicy:
             choice.bytes / total * self._best(choice, bandwidth, paused=True)[1]
             for choice in self._choices.values()
         )
+
+    def share(self, bandwidth: float) -> tuple[float, float]:
+        """Return what compression leaves of the time and of the bytes of batches like these."""
+        total = sum(choice.bytes for choice in self._choices.values())
+        if not bandwidth or not total:
+            return 1.0, 1.0
+        time = ratio = 0.0
+        for choice in self._choices.values():
+            level, share = self._best(choice, bandwidth, paused=False)
+            weight = choice.bytes / total
+            time += weight * share
+            ratio += weight * (1.0 if level is None else choice.costs[level].ratio)
+        return time, ratio
+
+    def count(self, kind: Kind, size: int) -> None:
+        """Count a batch of `size` bytes as one of this round."""
+        self._choices[kind].bytes += size
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Return the levels to choose from."""
+        return tuple(self._choices[Kind.PAGES].costs)
 
     def level(self, kind: Kind) -> int | None:
         """Return the level in use; None if there is none."""

@@ -68,16 +68,22 @@ class _SimulatedSource:
         self.elapsed = SETUP_SECONDS + SETUP_TRIPS * way.round_trip
         self.sent = 0.0
 
-    def send_round(self, cost: Cost) -> RoundCost:
+        if sample.later_stage is not None:
+            self.model.compressed_share = sample.later_stage.pause_share(self.bandwidth)
+
+    def send_round(self, cost: Cost, number: int) -> RoundCost:
         """Send the dirty pages and scan; advance the clock."""
+        stage = self.sample.first_stage if number == 1 else self.sample.later_stage
+        time, ratio = stage.share(self.bandwidth) if stage is not None else (1.0, 1.0)
         # The destination is taken to decode as fast as we encode: its processor is unknown.
-        wall = max(cost.wire_bytes / self.bandwidth, cost.encode_seconds)
+        wall = max(time * cost.wire_bytes / self.bandwidth, cost.encode_seconds)
         wall += self.model.round_trip + ROUND_SECONDS
-        self.sent += cost.wire_bytes
+        sent = ratio * cost.wire_bytes
+        self.sent += sent
         self.elapsed += wall + self.sample.scan_seconds
         return RoundCost(
-            round(cost.pages), round(cost.wire_bytes), wall,
-            cost.encode_seconds, cost.encode_seconds,
+            round(cost.pages), round(sent), wall, cost.encode_seconds, cost.encode_seconds,
+            round(cost.wire_bytes - sent),
         )  # fmt: skip
 
     def pending(self, pages: float) -> PendingWork:
@@ -113,7 +119,7 @@ def simulate(
     cost = sample.first
     expected, number = 0.0, 0
     for number in range(1, MOST_ROUNDS + 1):
-        measured = source.send_round(cost)
+        measured = source.send_round(cost, number)
         source.model.learn(measured)
         seconds = measured.wall_seconds + sample.scan_seconds
         # A slowed guest writes for a shorter time.

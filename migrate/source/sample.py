@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from migrate.guests.guest import MemoryGuest
 from migrate.memory.digest import Digest
 from migrate.memory.dirty import DirtyTracker, Method, Scanner
+from migrate.policy.compression import CompressionPolicy, Kind
 from migrate.policy.downtime import SIDES
 from migrate.source.batches import TURN_PAGES
+from migrate.source.second_stage import usable_threads
 from proto.codec.kernel import PageCache, PageEncoder, PageHashes
 from proto.codec.pageset import PageSet
+from proto.wire.compressed import BatchCompressor
 from proto.wire.frames import HEADER_BYTES
 from proto.wire.messages import SEED_BYTES, batch_bytes
 
@@ -38,6 +41,8 @@ WARM_SECONDS = 0.3
 # A guest has written all that it writes when its dirty pages grow at less than this share of their
 # mean growth.
 SATURATED = 0.1
+# The encoder's number of the round in which all of the sample is fed.
+FIRST_ROUND = 2
 INTERVALS = (0.002, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -68,6 +73,8 @@ class Sample:
     whole_seconds -- to pass over the whole guest for the digest, on both sides
     check_seconds -- to look for other writers in the pause, beside the last round
     stops_guest   -- whether a writer is stopped for the last round: see PendingWork
+    first_stage   -- what compressing the batches of the first round costs; None: they are not
+    later_stage   -- the same of later rounds
     """
 
     pages: int
@@ -86,6 +93,8 @@ class Sample:
     check_seconds: float = 0.0
     stops_guest: bool = True
     tracking: Method = Method.COMPARE
+    first_stage: CompressionPolicy | None = None
+    later_stage: CompressionPolicy | None = None
 
     def dirty(self, seconds: float) -> float:
         """Return how many pages the guest writes in `seconds`.
@@ -137,16 +146,40 @@ class Sample:
         return Cost(pages, each(lambda c: c.wire_bytes), each(lambda c: c.encode_seconds))
 
 
+class _Trials:
+    """Compresses some of the batches that go by, at each level: the 1st, 2nd, 4th, 8th ..."""
+
+    def __init__(self, level: int | None) -> None:
+        self.policy = CompressionPolicy(usable_threads(), level)
+        self._compressors = {one: BatchCompressor(one) for one in self.policy.levels}
+        self._batches = 0
+
+    def add(self, head: memoryview, data: memoryview) -> float:
+        """Take a batch; return the CPU seconds that were spent on it."""
+        began = time.thread_time()
+        kind, size = Kind.of(head, data), len(head) + len(data)
+        self.policy.count(kind, size)
+        self._batches += 1
+        if self._batches & (self._batches - 1) == 0:
+            for level, compressor in self._compressors.items():
+                before = time.perf_counter()
+                made = compressor.compress(head, data)
+                self.policy.learn(kind, level, size, len(made), time.perf_counter() - before)
+        return time.thread_time() - began
+
+
 class Sampler:
     """Samples a running guest. Runs in a worker thread: it sleeps and computes.
 
-    xbzrle, merge -- as agreed with the destination
+    xbzrle, merge, zstd -- as agreed with the destination
+    level         -- the only level of zstd; None: any
     sleep, clock  -- the machine's, or a test's; an exception of `sleep` ends the sampling
     most          -- bytes to sample
     """
 
     def __init__(
         self, guest: MemoryGuest, page_size: int, cache_size: int, *, xbzrle: bool, merge: bool,
+        zstd: bool = False, level: int | None = None,
         sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic,
         most: int = SAMPLE_BYTES,
     ) -> None:  # fmt: skip
@@ -167,6 +200,8 @@ class Sampler:
         self._scanner = Scanner(self._memory, self._encoder)
         self._digest = Digest(self._memory, hashes, by_sum=True)
         self._seen = PageSet(self.pages)
+        # What compression costs in the first round, and in later ones.
+        self._trials = [_Trials(level), _Trials(level)] if zstd else []
         self._round = 0
         self._looked_at = 0.0
         self._scans: list[float] = []
@@ -216,7 +251,7 @@ class Sampler:
             self.pages, self._page_size, first, tuple(sorted(found, key=lambda i: i.seconds)),
             zero, scan, deltas, delta_bytes, hits, misses, overflows,
             1 / self._scale, SIDES * self._digest.whole_seconds, self._guest.check_seconds,
-            self._guest.stoppable,
+            self._guest.stoppable, Method.COMPARE, *(trials.policy for trials in self._trials),
         )  # fmt: skip
 
     def _all_of_them(self, began: float, last: Interval) -> Interval:
@@ -319,7 +354,7 @@ class Sampler:
 
     def _feed(self, dirty: PageSet) -> Cost:
         """Encode the pages and discard the result; return the cost, scaled to the whole guest."""
-        encoder, cursor, sent = self._encoder, 0, 0
+        encoder, cursor, sent, tried = self._encoder, 0, 0, 0.0
         began = time.thread_time()
         while cursor < self.pages:
             if self._memory.view is not None:
@@ -335,6 +370,9 @@ class Sampler:
             if encoder.full or (encoder.pending and cursor >= self.pages):
                 head, data = encoder.finish_batch()
                 sent += len(head) + len(data)
-        seconds = time.thread_time() - began
+                if self._trials:
+                    trials = self._trials[self._round > FIRST_ROUND]
+                    tried += trials.add(head, data)
+        seconds = time.thread_time() - began - tried
         scale = self._scale
         return Cost(len(dirty) * scale, sent * scale, seconds * scale)

@@ -55,6 +55,11 @@ class Batch(NamedTuple):
         return len(self.head) + len(self.data)
 
 
+def usable_threads() -> int:
+    """Return how many threads compress at the same time."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
 class SecondStage:
     """Compresses the batches of one migration.
 
@@ -63,7 +68,7 @@ class SecondStage:
     """
 
     def __init__(self, *, active: bool, level: int | None = None) -> None:
-        threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        threads = usable_threads()
         self.depth = threads if active else 0
         self.pages = self.size = self.content = 0
         self.batches = self.busy = 0
@@ -87,7 +92,7 @@ class SecondStage:
         paused -- the guest is paused: there is nothing to encode meanwhile
         """
         loop = asyncio.get_running_loop()
-        kind = Kind.PAGES if len(data) >= len(head) else Kind.RECORDS
+        kind = Kind.of(head, data)
         level = None
         if self._active:
             size = len(head) + len(data)

@@ -34,10 +34,10 @@ class PartModule(Protocol):
 
 PARTS: dict[str, PartModule] = {
     "codec": codec,
-    "bytes": compression,
     "bulk": bulk,
     "scaling": scaling,
     "size": size,
+    "bytes": compression,
     "channels": channels,
     "lossy": lossy,
     "tls": tls,
