@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from migrate.runtime.cancellation import cancel_once, finish, ignore_cancellation, release_frames
+from migrate.runtime.cancellation import (
+    cancel_once,
+    checked,
+    finish,
+    ignore_cancellation,
+    release_frames,
+)
 from migrate.runtime.threads import in_thread
 
 
@@ -181,3 +188,29 @@ async def test_in_thread_works_while_all_threads_of_the_loop_are_busy() -> None:
         release.set()
         await asyncio.gather(*busy)
     assert threading.active_count() <= before + 1
+
+
+@pytest.mark.asyncio
+async def test_work_is_checked_until_it_ends() -> None:
+    checks = itertools.count()
+    assert await checked(asyncio.sleep(0.05, "done"), lambda: next(checks), 0.001) == "done"
+    assert next(checks) > 2
+
+
+@pytest.mark.asyncio
+async def test_check_ends_the_work() -> None:
+    ended: list[bool] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    def check() -> None:
+        raise TimeoutError("over")
+
+    with pytest.raises(TimeoutError, match="over"):
+        await checked(work(), check, 0.01)
+    await asyncio.sleep(0)
+    assert ended == [True]

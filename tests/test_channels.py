@@ -15,10 +15,12 @@ import pytest
 
 import migrate
 from migrate.destination import channels as channels_module
+from migrate.destination.destination import Destination
 from migrate.destination.greeting import NoPlaceError
 from migrate.errors import (
     CancelledByPeer,
     MismatchError,
+    NotConvergedError,
     NotStartedError,
     PeerError,
     PeerLost,
@@ -35,6 +37,7 @@ from proto.wire.messages import (
     CacheSize,
     Complete,
     Error,
+    Go,
     GuestInfo,
     Hello,
     Join,
@@ -44,6 +47,7 @@ from proto.wire.messages import (
     Running,
     unpack,
 )
+from proto.wire.session import State
 from tests.by_hand import (
     CONTENT,
     PAGE,
@@ -533,3 +537,37 @@ async def test_send_buffers_of_all_channels_are_bounded(channels):
             assert sum(queued()) <= channels * each
         assert source.sent_bytes < 64 << 20
         running.cancel()
+
+
+@pytest.mark.asyncio
+async def test_destination_that_never_confirms_a_round_is_given_up() -> None:
+    """It answers PINGs, so it is not lost; --timeout holds all the same."""
+    async with hand_destination(1, limits=migrate.Limits(timeout=1.0)) as (hand, source, running):
+        await hand.accept()
+        await hand.links[0].receive_message()
+        await hand.take_round(0)
+        with pytest.raises(NotConvergedError, match="--timeout"):
+            await running
+        await assert_kept(source)
+
+
+@pytest.mark.asyncio
+async def test_cancellation_while_a_peer_is_refused_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fail, failing = Destination._fail, asyncio.Event()
+
+    async def slowly(self: Destination, error: BaseException) -> BaseException | None:
+        failing.set()
+        await asyncio.sleep(0.1)
+        return await fail(self, error)
+
+    monkeypatch.setattr(Destination, "_fail", slowly)
+    async with hand_source(1) as hand:
+        main = hand.links[0]
+        main.session.state = State.PREPARED  # or it would not let us say GO
+        await main.send(Go())
+        await failing.wait()
+        hand.running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hand.running

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import struct
 import time
 from collections.abc import Iterator
@@ -331,3 +332,17 @@ def test_repeated_failed_guests_do_not_fill_the_log() -> None:
     program.wait()
     assert program.err.count("receiving a demo guest") <= 2 * LINES
     assert "more lines about guests" in program.err
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.02, 0.1])
+def test_sigterm_counts_while_a_peer_is_refused(there, moment: float) -> None:
+    """It comes as the destination cleans up after a peer that broke the protocol."""
+    program, address = there
+    peer = Peer(address)
+    peer.describe()
+    peer.send(Go())
+    assert peer.reason()
+    time.sleep(moment)
+    program.process.send_signal(signal.SIGTERM)
+    assert program.wait() in (3, 128 + signal.SIGTERM), program.err
+    peer.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import stat
@@ -107,7 +108,7 @@ def framed(message: Message) -> bytearray:
 
 
 @contextlib.asynccontextmanager
-async def raw_peer():
+async def raw_peer(peer_timeout=20):
     """A link of a source to a bare server: what the test writes is what the link hears."""
     came: asyncio.Queue = asyncio.Queue()
 
@@ -117,7 +118,7 @@ async def raw_peer():
     async with asyncio.timeout(60):
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         address = Address(*server.sockets[0].getsockname()[:2])
-        source = await connect(address, peer_timeout=20)
+        source = await connect(address, peer_timeout=peer_timeout)
         reader, writer = await came.get()
         try:
             yield source, reader, writer
@@ -817,3 +818,22 @@ async def test_wait_for_the_peer_to_close_is_bounded():
 async def test_any_peer_timeout_can_be_set(seconds):
     async with pair(peer_timeout=seconds) as (source, destination):
         await greet(source, destination)
+
+
+@pytest.mark.asyncio
+async def test_peer_that_answers_no_ping_is_lost_though_it_speaks():
+    async with raw_peer(peer_timeout=0.5) as (source, _, writer):
+        await source.send(capabilities.offer(frozenset()))
+        hello = Hello(1, ("page-hash-nh",), ())
+        writer.write(framed(hello))
+        assert await source.receive_message() == hello
+
+        async def speak() -> None:
+            for token in itertools.count():
+                writer.write(framed(Ping(token)))
+                await asyncio.sleep(0.1)
+
+        speaking = asyncio.create_task(speak())
+        with pytest.raises(PeerLost, match="has not answered a PING in 0.5 s"):
+            await source.round_trip()
+        speaking.cancel()

@@ -26,7 +26,7 @@ from migrate.cli.destination_places import Places
 from migrate.cli.on_complete import run_on_complete
 from migrate.cli.program import monitored, run
 from migrate.cli.stop import StopRequests, this_task
-from migrate.errors import ConnectError, MigrationError, PeerError
+from migrate.errors import ConnectError, MigrationError
 from migrate.events import DestinationEvent
 from migrate.output.run import run_program
 from migrate.ownership.stored_journals import damaged
@@ -194,9 +194,7 @@ class DestinationProgram:
                 await destination.run()
                 return destination
             except MigrationError as error:
-                # The failure of a source ends this program. A peer that breaks the protocol is no
-                # source: the true one may come yet.
-                if destination.started and type(error) is not PeerError:
+                if not destination.was_refused(error):
                     raise
                 self.output.refused(destination.link.peer_name, error)
                 self.monitor.destination = None

@@ -94,6 +94,7 @@ class Destination:
         self._worker = ThreadPoolExecutor(1, "apply")
         self._observer = SafeObserver(options.observer, self._leave)
         self._task: asyncio.Task[object] | None = None
+        self._cancelled = False
 
     @property
     def link(self) -> Link:
@@ -127,9 +128,23 @@ class Destination:
         for what KEPT means. From GO on the guest is ours, and a cancellation changes nothing.
         """
         try:
-            return await cancel_once(self._run())
+            return await cancel_once(self._run(), self._note_cancellation)
+        except MigrationError as error:
+            if self._cancelled and self.was_refused(error):
+                raise asyncio.CancelledError from error  # else our caller would await another guest
+            raise
         finally:
             self._observer.raise_exit()
+
+    def _note_cancellation(self) -> None:
+        self._cancelled = True
+
+    def was_refused(self, error: MigrationError) -> bool:
+        """Return whether the peer was refused with `error`: the true source may come yet.
+
+        The failure of a source ends the program; a peer that breaks the protocol is no source.
+        """
+        return not self.started or type(error) is PeerError
 
     def resume_with(self, introduction: Introduction) -> bool:
         """Go on over a new connection if its source resumes this migration; return whether it does.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import xxhash
@@ -23,6 +23,7 @@ from migrate.errors import PeerError
 from migrate.policy.working_set import WorkingSet
 from migrate.qemu.send_window import SendWindow
 from migrate.qemu.stream.intake import Intake, Item
+from migrate.runtime.cancellation import checked
 from migrate.source.batches import PageCounts
 from migrate.source.page_sender import new_encoder
 from migrate.source.second_stage import Batch, SecondStage
@@ -61,12 +62,15 @@ class _Outgoing:
 class ItemSender:
     """Made when a destination has accepted the guest for the first time.
 
+    check    -- raises an error if the migration has used up its time
+
     all_read -- QEMU's stream is over, and all items have been made
     count    -- items sent; after a break, those that the destination has taken
     """
 
     def __init__(
-        self, intake: Intake, context: TransferContext, agreement: caps.Agreement
+        self, intake: Intake, context: TransferContext, agreement: caps.Agreement,
+        check: Callable[[], object],
     ) -> None:  # fmt: skip
         settings = context.settings
         hashes = PageHashes(settings.pages, settings.parameters.page_size, context.seed)
@@ -79,6 +83,7 @@ class ItemSender:
         self.all_read = False
         self.count = 0
         self._intake = intake
+        self._check = check
         self._context = context
         self._items: Iterator[Item | None] = intake.items(self.encoder)
         self._sampled = self._round = intake.rounds
@@ -160,7 +165,7 @@ class ItemSender:
             size = outgoing.size
             while self._kept_bytes and self._kept_bytes + size > self._window.most:
                 self._taken.clear()
-                await self._taken.wait()
+                await checked(self._taken.wait(), self._check)
             channel = self._channel
             link = channels.links[channel]
             self._channel = (channel + 1) % len(channels.links)

@@ -118,7 +118,7 @@ class StreamTransfer(Transfer):
             # the cache: so the cache holds as much as it may. It takes memory as pages come.
             size = settings.cache.wanted = settings.cache.useful(settings.parameters.cache_max)
             settings.parameters = replace(settings.parameters, cache_size=size)
-        return ItemSender(self._guest.intake, self._context, agreement)
+        return ItemSender(self._guest.intake, self._context, agreement, self._check_unpaused)
 
     async def _resume(self, sender: ItemSender, channels: Channels, *, held: bool) -> None:
         """Go on after a break, from what the destination has taken."""
@@ -178,8 +178,7 @@ class StreamTransfer(Transfer):
         if intake.stopped_at is not None and self._pause is None:
             self._note_pause(intake.stopped_at)
         await self._context.confirm_cache(link)
-        if self._pause is None:
-            self.check_time()
+        self._check_unpaused()
         if intake.rounds - 1 > telemetry.statistics.dirty_sync_count:
             telemetry.change(dirty_sync_count=intake.rounds - 1)
             self.update()
@@ -227,6 +226,10 @@ class StreamTransfer(Transfer):
                 f"the guest runs at the destination, but {error}: it may run here too. Stop one of "
                 "them at once"
             ) from None
+
+    def _check_unpaused(self) -> None:
+        if self._pause is None:
+            self.check_time()
 
     def check_time(self) -> None:
         limits, elapsed = self._context.parameters.limits, self._telemetry.elapsed

@@ -3,6 +3,7 @@
 asyncio can cancel a task at every await, and again later.
 
     finish(work)               work that must not stop half-way: the cancellation is raised after it
+    checked(work, check)       work that a limit of time may end, which may change meanwhile
     ignore_cancellation(work)  work whose outcome matters more than a cancellation
     cancel_once(work)          a whole operation: it sees one cancellation, however often its caller
                                is cancelled, so that it can undo its steps undisturbed; if it has a
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+# How often `checked` checks, in seconds.
+CHECK_SECONDS = 0.5
 
 
 async def finish(work: Awaitable[T]) -> T:
@@ -42,6 +45,20 @@ async def finish(work: Awaitable[T]) -> T:
         return _result(task)
     finally:
         del task  # an exception refers to this frame; together they would be a cycle
+
+
+async def checked(
+    work: Awaitable[T], check: Callable[[], object], seconds: float = CHECK_SECONDS
+) -> T:  # fmt: skip
+    """Return or raise what comes of `work`; call `check`, which may raise, each `seconds`."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=seconds))[0]:
+            check()
+        return task.result()
+    finally:
+        task.cancel()
+        del task
 
 
 async def ignore_cancellation(work: Awaitable[T]) -> T:

@@ -20,6 +20,7 @@ from migrate.memory.dirty import DirtyTracker
 from migrate.policy.advice import switch_notice
 from migrate.policy.convergence import Verdict
 from migrate.policy.downtime import SIDES, PendingWork, RoundCost
+from migrate.runtime.cancellation import checked
 from migrate.source.batches import PageCounts
 from migrate.source.convergence_control import ConvergenceControl
 from migrate.source.page_sender import PageSender
@@ -155,7 +156,7 @@ class PageRounds:
 
     async def _acknowledged(self) -> RoundAck:
         """Wait until the destination has applied the round, and learn from what it says."""
-        ack = await self._channels.expect(RoundAck)
+        ack = await checked(self._channels.expect(RoundAck), self._control.check_time)
         if ack.number != self._sender.round:
             raise PeerError(f"ROUND_ACK for round {ack.number}; expected {self._sender.round}")
         self._sender.acknowledged()

@@ -428,13 +428,21 @@ class Link(asyncio.BufferedProtocol):
             self._pings.answered(message.token, time.monotonic())
 
     async def round_trip(self) -> float:
-        """Return the seconds from a PING to its PONG. Raise as `receive` and `send`."""
+        """Return the seconds from a PING to its PONG. Raise as `receive` and `send`.
+
+        Raises PeerLost if no PONG comes for as long as the peer may be silent.
+        """
         token = self._pings.next_token()
         waiter = self._pings.expect(token)
         began = time.monotonic()
         try:
-            await self.send(Ping(token))
-            return await waiter - began
+            async with asyncio.timeout(self._peer_timeout):
+                await self.send(Ping(token))
+                return await waiter - began
+        except TimeoutError:
+            raise PeerLost(
+                f"{self.peer_name} has not answered a PING in {self._peer_timeout:g} s"
+            ) from None
         finally:
             self._pings.forget(token)
             if waiter.done() and not waiter.cancelled():
