@@ -77,9 +77,7 @@ class ItemSender:
         self.encoder = new_encoder(settings, hashes, agreement)
         self.encoder.begin_round(intake.rounds)
         self.working = WorkingSet(settings.parameters.page_size)
-        self.stage = SecondStage(
-            active=agreement.zstd, level=settings.parameters.compress_level
-        )  # fmt: skip
+        self.stage = SecondStage(settings, agreement)
         self.all_read = False
         self.count = 0
         self._intake = intake

@@ -62,7 +62,7 @@ class ConvergenceControl:
         seconds -- from the beginning of the round until its dirty pages were taken
         """
         stage = self._sender.stage
-        self.model.compressed_share = stage.policy.pause_share(stage.meter.bandwidth)
+        self.model.compressed_share = stage.policy.pause_share(stage.bandwidth)
         await self._slow_down(cost, pending, seconds)
         self._policy.limits = self._limits
         number = self._sender.round

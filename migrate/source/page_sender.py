@@ -109,7 +109,7 @@ class PageSender:
         self.batches = BatchMaker(guest.memory, self.encoder)
         self.tracker = guest.track(self.encoder, lambda: settings.parameters.limits.downtime_limit)
         self.working = WorkingSet(page_size)
-        self.stage = SecondStage(active=agreement.zstd, level=settings.parameters.compress_level)
+        self.stage = SecondStage(settings, agreement)
         self.round = 0
         self.in_flight = PageSet(settings.pages)
         self._settings = settings

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 from migrate.policy.advice import compression_notice
 from migrate.policy.compression import CompressionPolicy, Kind, LinkMeter
+from migrate.source.settings import Settings
 from migrate.transport.link import Link
+from proto.wire import capabilities as caps
 from proto.wire.compressed import BatchCompressor
 from proto.wire.frames import seal
 from proto.wire.messages import MessageType
@@ -63,22 +65,30 @@ def usable_threads() -> int:
 class SecondStage:
     """Compresses the batches of one migration.
 
+    depth                -- batches that may wait until they are compressed; 0 without compression
     pages, size, content -- compressed batches: their pages, and their bytes after and before
     batches, busy        -- compressed batches, and how many of them their sender has waited for
     """
 
-    def __init__(self, *, active: bool, level: int | None = None) -> None:
+    def __init__(self, settings: Settings, agreement: caps.Agreement) -> None:
         threads = usable_threads()
-        self.depth = threads if active else 0
+        self.depth = threads if agreement.zstd else 0
         self.pages = self.size = self.content = 0
         self.batches = self.busy = 0
-        self.policy = CompressionPolicy(threads, level)
+        self.policy = CompressionPolicy(threads, settings.parameters.compress_level)
         self.meter = LinkMeter()
-        self._active = active
+        self._settings = settings
         self._told: int | None = None
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
         self._compressors = threading.local()
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that the link carries, or may carry; 0.0 when that is unknown."""
+        limit = float(self._settings.parameters.limits.max_bandwidth)
+        measured = self.meter.bandwidth
+        return min(limit, measured) if limit and measured else limit or measured
 
     def begin_round(self) -> None:
         self.policy.begin_round()
@@ -94,9 +104,9 @@ class SecondStage:
         loop = asyncio.get_running_loop()
         kind = Kind.of(head, data)
         level = None
-        if self._active:
+        if self.depth:
             size = len(head) + len(data)
-            level = self.policy.choose(kind, size, self.meter.bandwidth, paused=paused)
+            level = self.policy.choose(kind, size, self.bandwidth, paused=paused)
         if level is None:
             done: asyncio.Future[Batch] = loop.create_future()
             done.set_result(Batch(head, data))
