@@ -7,14 +7,27 @@ import itertools
 import json
 import os
 import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import migrate
 from migrate.policy.compression import CompressionPolicy
+from migrate.qemu.item_sender import ItemSender
+from migrate.qemu.stream.intake import Item
+from migrate.source.settings import Settings
 from migrate.statistics import info_migrate, query_migrate
+from migrate.transport.rate_limit import RateLimit
+from proto.codec.kernel import PageEncoder
+from proto.codec.pageset import PageSet
+from proto.wire.capabilities import Agreement
+from proto.wire.compressed import BatchCompressor, BatchOpener
+from proto.wire.frames import HEADER_BYTES
 from tests.programs import Program, destination
 
 SIZE = 24 << 20
@@ -142,3 +155,63 @@ def test_a_wrong_level_is_refused() -> None:
         source = Program("migrate-src", "--compress-level", level, "tcp:127.0.0.1:1")
         assert source.wait() == 2
         assert says in source.err
+
+
+class Stream:
+    """Stands for a QEMU's stream: some batches of pages, and nothing behind them."""
+
+    rounds = 1
+    stopped_at = None
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def items(self, encoder: PageEncoder) -> Iterator[Item]:
+        memory, dirty = memoryview(text(self._count * 4096)), PageSet.full(self._count).bits
+        for page in range(self._count):
+            encoder.feed_memory(memory, dirty, page, page + 1, 1)
+            yield Item(*encoder.finish_batch())
+
+
+class Sink:
+    """Stands for a link, and notes what goes over it."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[bytes, bytes]] = []
+
+    async def send_batch(self, head: memoryview, data: memoryview) -> None:
+        self.batches.append((bytes(head), bytes(data)))
+
+
+@pytest.mark.asyncio
+async def test_the_last_batches_of_a_stream_are_sent_though_they_are_still_compressed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compress = BatchCompressor.compress
+
+    def slowly(self: BatchCompressor, head: memoryview, data: memoryview) -> bytearray:
+        time.sleep(0.05)
+        return compress(self, head, data)
+
+    monkeypatch.setattr(BatchCompressor, "compress", slowly)
+    monkeypatch.setattr(CompressionPolicy, "choose", lambda *_, **__: 1)
+    count = 7
+    limit = RateLimit()
+    settings = Settings(count * 4096, migrate.Parameters(), limit, lambda _text: None)
+    with ThreadPoolExecutor(1) as worker:
+        context: Any = SimpleNamespace(
+            settings=settings, parameters=settings.parameters, seed=bytes(16),
+            in_worker=lambda work: asyncio.get_running_loop().run_in_executor(worker, work),
+        )  # fmt: skip
+        stream: Any = Stream(count)
+        agreement = Agreement(frozenset({"xbzrle", "zstd"}))
+        sender = ItemSender(stream, context, agreement, lambda: None)
+        sink: Any = Sink()
+        channels: Any = SimpleNamespace(links=[sink])
+        await sender.send_all(channels, lambda: asyncio.sleep(0))
+        sender.stage.close()
+    assert len(sink.batches) == sender.count == count
+    opener = BatchOpener()
+    bodies = [memoryview(head)[HEADER_BYTES:] for head, _ in sink.batches]
+    pages = b"".join(bytes(opener.decompress(body)[1]) for body in bodies)
+    assert pages == text(count * 4096)

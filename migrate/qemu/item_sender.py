@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import xxhash
@@ -110,7 +110,18 @@ class ItemSender:
         encoder = self.encoder
         return encoder.unchanged + encoder.raw + encoder.delta + zeros * encoder.zero
 
-    async def make_next(self) -> None:
+    async def send_all(self, channels: Channels, look: Callable[[], Awaitable[None]]) -> None:
+        """Send item after item until the stream is over; the next one is made while one is sent.
+
+        look -- awaited after each
+        """
+        await self._send(channels)
+        while not self.all_read:
+            await self._make_next()
+            await self._send(channels)
+            await look()
+
+    async def _make_next(self) -> None:
         """Wait for the worker, which may have made another item, or seen the end of the stream."""
         if self._turn is None:
             self._turn = self._context.in_worker(self._make)
@@ -152,7 +163,7 @@ class ItemSender:
         before, self._made = self._made, counts
         return item, counts.since(before).in_batches
 
-    async def send(self, channels: Channels) -> None:
+    async def _send(self, channels: Channels) -> None:
         """Send what is unsent, as far as the window allows it."""
         while self._unsent:
             outgoing = self._unsent[0]

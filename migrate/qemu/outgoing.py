@@ -144,7 +144,7 @@ class StreamTransfer(Transfer):
             )  # fmt: skip
             beside.append(asyncio.create_task(control.run()))
         try:
-            await self._carry(sender, channels)
+            await sender.send_all(channels, partial(self._look_around, channels.link))
             self._telemetry.change(dirty_sync_count=self._guest.intake.rounds)
             await self._prove(sender, channels)
         finally:
@@ -161,16 +161,6 @@ class StreamTransfer(Transfer):
                 expected_downtime=expected or self._telemetry.statistics.expected_downtime,
                 downtime_aim=aim,
             )
-
-    async def _carry(self, sender: ItemSender, channels: Channels) -> None:
-        """Send item after item; the next one is made while one is sent."""
-        await sender.send(channels)
-        while not sender.all_read:
-            await sender.make_next()
-            if sender.all_read:
-                return
-            await sender.send(channels)
-            await self._look_around(channels.link)
 
     async def _look_around(self, link: Link) -> None:
         """Note what has changed since the last item: the guest, the cache, the time, the round."""
