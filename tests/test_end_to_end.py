@@ -697,7 +697,7 @@ def test_page_is_sent_once_per_round_over_all_channels(channels: int, page_size:
     guest = "demo:12m,hot=5m,stride=1024,fill=random"
     source = Program(
         "migrate-src", "--guest", guest, "--page-size", str(page_size), "--channels",
-        str(channels), "--max-bandwidth", "24m", tap.address,
+        str(channels), "--max-bandwidth", "24m", "--capability", "zstd=off", tap.address,
     )  # fmt: skip
     assert source.wait() == 0, source.err
     assert receiver.wait() == 0, receiver.err

@@ -175,6 +175,7 @@ class PageRounds:
         turn = context.in_worker(sender.turn, dirty, channel)
         try:
             while True:
+                left = self._left
                 batch, done, over, counts = await turn
                 if not over:
                     turn = context.in_worker(sender.turn, dirty, channel)
@@ -191,7 +192,7 @@ class PageRounds:
                 await context.confirm_cache(self._channels.link)
                 if not last:
                     self._control.check_time()
-                if self._telemetry.update_is_due():
+                if self._left < left and self._telemetry.update_is_due():
                     self._report_progress()
                     if notice := stage.notice():
                         self._telemetry.notice(notice)
