@@ -9,7 +9,7 @@ demo: build
 
 # Most tests wait for others: three run at a time. Of xdist's ways to share them out, loadfile waits
 # for ever once a worker has died; worksteal goes on.
-PYTEST = $(BIN)/pytest -q -rs -n 3 --dist worksteal
+PYTEST = $(BIN)/pytest -q -rfEs -n 3 --dist worksteal
 
 # The quick ones; the markers are explained in pyproject.toml.
 test: build
