@@ -100,10 +100,10 @@ def run(directory: Path, *words: str) -> tuple[int, str]:
     # A file: processes that are left behind keep a pipe open.
     with (directory / "printed").open("w+") as printed:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-rfEp",
+            [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml",
              "-p", "no:cacheprovider", "-o", "timeout=4", "-o", "worker_grace=2",
              # Newer Pythons warn of a fork beside threads.
-             "-W", "ignore::DeprecationWarning", *words, directory],
+             "-W", "ignore::DeprecationWarning", *words, "-rfEp", directory],
             cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT, check=False,
             timeout=250,
         )  # fmt: skip
