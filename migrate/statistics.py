@@ -110,10 +110,6 @@ class Statistics:
         return self.capabilities.get("xbzrle", False)
 
     @property
-    def zstd(self) -> bool:
-        return self.capabilities.get("zstd", False)
-
-    @property
     def compression_busy_rate(self) -> float:
         batches = self.compression_batches
         return self.compression_busy / batches if batches else 0.0

@@ -128,8 +128,8 @@ def _add_policy(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--compress-level", default="auto", metavar="N|auto",
-        help="level of zstd, -7 to 19, for what compresses fast enough for the link (default: "
-        "auto, the level that sends most)",
+        help="level of zstd, -7 to 19, used if it pays on this link (default: auto, the level that "
+        "pays most)",
     )  # fmt: skip
     parser.add_argument(
         "--downtime-limit", default="300", metavar="MS",

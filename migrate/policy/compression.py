@@ -225,22 +225,16 @@ class CompressionPolicy:
 
         It is that of batches like those of this round.
         """
-        total = sum(choice.bytes for choice in self._choices.values())
-        if not bandwidth or not total:
-            return 1.0
-        return sum(
-            choice.bytes / total * self._best(choice, bandwidth, paused=True)[1]
-            for choice in self._choices.values()
-        )
+        return self.share(bandwidth, paused=True)[0]
 
-    def share(self, bandwidth: float) -> tuple[float, float]:
+    def share(self, bandwidth: float, *, paused: bool = False) -> tuple[float, float]:
         """Return what compression leaves of the time and of the bytes of batches like these."""
         total = sum(choice.bytes for choice in self._choices.values())
         if not bandwidth or not total:
             return 1.0, 1.0
         time = ratio = 0.0
         for choice in self._choices.values():
-            level, share = self._best(choice, bandwidth, paused=False)
+            level, share = self._best(choice, bandwidth, paused=paused)
             weight = choice.bytes / total
             time += weight * share
             ratio += weight * (1.0 if level is None else choice.costs[level].ratio)

@@ -76,6 +76,7 @@ class _Attempt:
     """
 
     channels: ReceivingChannels
+    opener: BatchOpener
     writer: RamWriter
     queue: asyncio.Queue[Frame]
     complete: asyncio.Future[Complete]
@@ -91,7 +92,6 @@ class StreamReceiver(Receiver):
         self._place = reception.place
         self._info: GuestInfo | None = None
         self._writer: RamWriter | None = None
-        self._opener = BatchOpener(0)
         self._records = private_buffer(RECORD_BYTES)
         self._digest = xxhash.xxh3_128()
         self._items = 0  # sent to the loader
@@ -108,14 +108,14 @@ class StreamReceiver(Receiver):
         if (info.hash_seed, info.channels) != (ours.hash_seed, ours.channels):
             raise PeerError("the stream goes on with another seed, or over other channels")
         self._info = info
-        self._opener = BatchOpener(body_limits(channels.count, 0)[MessageType.PAGES])
         if resumes:
             await channels.link.send(Taken(self._items))
         if self._writer is None or not self._items:
             self._writer = await self._begin(channels.link, info)
         self._returned.restart(resumes=resumes)
         attempt = _Attempt(
-            channels, self._writer, asyncio.Queue(QUEUED_ITEMS),
+            channels, BatchOpener(body_limits(channels.count, 0)[MessageType.PAGES]),
+            self._writer, asyncio.Queue(QUEUED_ITEMS),
             asyncio.get_running_loop().create_future(), self._items,
         )  # fmt: skip
         sequence = asyncio.create_task(self._sequence(attempt))
@@ -201,7 +201,7 @@ class StreamReceiver(Receiver):
     async def _take(self, frame: Frame, attempt: _Attempt) -> None:
         """Give the loader one item, and confirm it to the source."""
         loop, writer, arrival = asyncio.get_running_loop(), attempt.writer, self._arrival
-        await loop.run_in_executor(self._worker, self._write, frame, writer)
+        await loop.run_in_executor(self._worker, self._write, frame, attempt)
         self._items += 1
         self.progress += 1
         arrival.zero, arrival.raw, arrival.delta = writer.zero, writer.raw, writer.delta
@@ -231,12 +231,12 @@ class StreamReceiver(Receiver):
             finally:
                 getting.cancel()
 
-    def _write(self, frame: Frame, writer: RamWriter) -> None:
+    def _write(self, frame: Frame, attempt: _Attempt) -> None:
         """Check an item, and send it to the loader. Runs in the worker thread."""
-        loader = self._place.loader
+        loader, writer = self._place.loader, attempt.writer
         try:
             if frame.type is MessageType.PAGES:
-                head, data = self._opener.open(frame)
+                head, data = attempt.opener.open(frame)
                 writer.begin(head, data)
                 self._digest.update(head)
                 while count := writer.fill(self._records):

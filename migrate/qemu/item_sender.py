@@ -50,8 +50,9 @@ class _Outgoing:
         self.pages = pages
 
     @property
-    def ready(self) -> bool:
-        return self.coming is None or self.coming.done()
+    def pending(self) -> set[asyncio.Future[Any]]:
+        """What must be awaited before it can be sent."""
+        return set() if self.coming is None or self.coming.done() else {self.coming}
 
     @property
     def size(self) -> int:
@@ -84,7 +85,7 @@ class ItemSender:
         self._check = check
         self._context = context
         self._items: Iterator[Item | None] = intake.items(self.encoder)
-        self._sampled = self._round = intake.rounds
+        self._sampled = intake.rounds
         # The item that the worker makes; it outlives an attempt.
         self._turn: asyncio.Future[tuple[object, int]] | None = None
         self._made = PageCounts()
@@ -125,11 +126,8 @@ class ItemSender:
         """Wait for the worker, which may have made another item, or seen the end of the stream."""
         if self._turn is None:
             self._turn = self._context.in_worker(self._make)
-        waited: set[asyncio.Future[Any]] = {self._turn}
-        if self._unsent and not self._unsent[0].ready:
-            assert self._unsent[0].coming is not None
-            waited.add(self._unsent[0].coming)
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        compressed = self._unsent[0].pending if self._unsent else set()
+        await asyncio.wait({self._turn, *compressed}, return_when=asyncio.FIRST_COMPLETED)
         if not self._turn.done():
             return
         made, pages = self._turn.result()
@@ -138,9 +136,6 @@ class ItemSender:
             self.all_read = True
         elif isinstance(made, Item):
             self._turn = self._context.in_worker(self._make)  # while this one is sent
-            if self._intake.rounds > self._round:
-                self._round = self._intake.rounds
-                self.stage.begin_round()
             coming = None
             if made.head is not None and made.data is not None:
                 paused = self._intake.stopped_at is not None
@@ -167,7 +162,7 @@ class ItemSender:
         """Send what is unsent, as far as the window allows it."""
         while self._unsent:
             outgoing = self._unsent[0]
-            if not outgoing.ready and len(self._unsent) <= self.stage.depth and not self.all_read:
+            if outgoing.pending and len(self._unsent) <= self.stage.depth and not self.all_read:
                 return
             if outgoing.coming is not None:
                 await self.stage.finish(outgoing.coming)
@@ -219,7 +214,7 @@ class ItemSender:
         self._unsent.extendleft(reversed(self._kept))
         self._kept.clear()
         self.count, self._kept_bytes, self._channel = items, 0, 0
-        return sum(one.size if one.ready else one.item.size for one in self._unsent)
+        return sum(one.item.size if one.pending else one.size for one in self._unsent)
 
     def _drop_oldest(self) -> None:
         self._kept_bytes -= self._kept.popleft().size

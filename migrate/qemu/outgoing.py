@@ -31,6 +31,7 @@ from migrate.qemu.returned import ReturnedPieces
 from migrate.qemu.stream.intake import StreamLost
 from migrate.qemu.stream.return_path import LOAD_SECONDS
 from migrate.qemu.switchover import SwitchoverControl
+from migrate.runtime.cancellation import checked
 from migrate.source.attempt import Admission, Attempt
 from migrate.source.batches import PageCounts
 from migrate.source.migration import Migration
@@ -102,9 +103,10 @@ class StreamTransfer(Transfer):
         await channels.link.send(CacheSize(cache_size))
         attempt.begin()
         telemetry.change(
-            capabilities={"xbzrle": agreement.xbzrle, caps.ZSTD: agreement.zstd},
-            channels=context.parameters.channels, cache_size=cache_size,
-        )  # fmt: skip
+            capabilities=agreement.reported,
+            channels=context.parameters.channels,
+            cache_size=cache_size,
+        )
         if not admission.resumes:
             telemetry.change(setup_time=telemetry.elapsed)
         telemetry.set_status(Status.ACTIVE if self._pause is None else Status.DEVICE)
@@ -171,6 +173,8 @@ class StreamTransfer(Transfer):
         self._check_unpaused()
         if intake.rounds - 1 > telemetry.statistics.dirty_sync_count:
             telemetry.change(dirty_sync_count=intake.rounds - 1)
+            if self._sender is not None:
+                self._sender.stage.begin_round()
             self.update()
             if self._guest.machine is not None:  # it says how much is dirty after the round
                 telemetry.emit(SourceEvent.ROUND_DONE)
@@ -193,19 +197,17 @@ class StreamTransfer(Transfer):
         intake = self._guest.intake
         state = sender.count.to_bytes(8, "big") + bytes([intake.return_path])
         await channels.link.send(Complete(sender.digest, state))
-        ready = asyncio.ensure_future(channels.expect(Ready))
         until = time.monotonic() + LOAD_SECONDS
-        try:
-            while not ready.done():
-                await asyncio.wait({ready}, timeout=WATCH_SECONDS)
-                self._guest.check_alive()
-                if time.monotonic() > until:
-                    raise MigrationError(
-                        f"the QEMU over there has not loaded the guest in {LOAD_SECONDS:g} s"
-                    )
-            ready.result()
-        finally:
-            ready.cancel()
+
+        def check() -> None:
+            self._guest.check_alive()
+            if time.monotonic() > until:
+                raise MigrationError(
+                    f"the QEMU over there has not loaded the guest in {LOAD_SECONDS:g} s"
+                )
+
+        await checked(channels.expect(Ready), check, WATCH_SECONDS)
+        check()
 
     def check_running(self) -> None:
         try:

@@ -67,7 +67,6 @@ class _SimulatedSource:
             self.bandwidth = min(self.bandwidth, limits.max_bandwidth)
         self.elapsed = SETUP_SECONDS + SETUP_TRIPS * way.round_trip
         self.sent = 0.0
-
         if sample.later_stage is not None:
             self.model.compressed_share = sample.later_stage.pause_share(self.bandwidth)
 

@@ -111,7 +111,7 @@ class PageTransfer(Transfer):
 
     def _report_setup(self, sender: PageSender, agreement: caps.Agreement, dirty: int) -> None:
         parameters, telemetry = self._context.parameters, self._context.telemetry
-        capabilities = {"xbzrle": agreement.xbzrle, caps.ZSTD: agreement.zstd}
+        capabilities = agreement.reported
         if parameters.auto_converge:
             capabilities[AUTO_CONVERGE] = True
         telemetry.change(

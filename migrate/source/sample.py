@@ -26,7 +26,7 @@ from migrate.memory.dirty import DirtyTracker, Method, Scanner
 from migrate.policy.compression import CompressionPolicy, Kind
 from migrate.policy.downtime import SIDES
 from migrate.source.batches import TURN_PAGES
-from migrate.source.second_stage import usable_threads
+from migrate.source.second_stage import try_level, usable_threads
 from proto.codec.kernel import PageCache, PageEncoder, PageHashes
 from proto.codec.pageset import PageSet
 from proto.wire.compressed import BatchCompressor
@@ -157,14 +157,13 @@ class _Trials:
     def add(self, head: memoryview, data: memoryview) -> float:
         """Take a batch; return the CPU seconds that were spent on it."""
         began = time.thread_time()
-        kind, size = Kind.of(head, data), len(head) + len(data)
-        self.policy.count(kind, size)
+        kind = Kind.of(head, data)
+        self.policy.count(kind, len(head) + len(data))
         self._batches += 1
         if self._batches & (self._batches - 1) == 0:
             for level, compressor in self._compressors.items():
-                before = time.perf_counter()
-                made = compressor.compress(head, data)
-                self.policy.learn(kind, level, size, len(made), time.perf_counter() - before)
+                _, trial = try_level(compressor, kind, level, head, data)
+                self.policy.learn(*trial)
         return time.thread_time() - began
 
 

@@ -43,6 +43,16 @@ class Trial(NamedTuple):
     seconds: float
 
 
+def try_level(
+    compressor: BatchCompressor, kind: Kind, level: int, head: memoryview, data: memoryview
+) -> tuple[bytearray, Trial]:
+    """Compress a batch; return the head of its frame, not sealed, and what it took."""
+    began = time.perf_counter()
+    frame = compressor.compress(head, data)
+    seconds = time.perf_counter() - began
+    return frame, Trial(kind, level, len(head) + len(data), len(frame), seconds)
+
+
 class Batch(NamedTuple):
     """A sealed PAGES frame and its raw pages; they are as compressed if `compressed` is set."""
 
@@ -81,7 +91,8 @@ class SecondStage:
         self._told: int | None = None
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._compressors = threading.local()
+        # One for each thread and level: two threads must not use the same one.
+        self._compressors: dict[tuple[int, int], BatchCompressor] = {}
 
     @property
     def bandwidth(self) -> float:
@@ -119,15 +130,11 @@ class SecondStage:
         self, kind: Kind, level: int, head: memoryview, data: memoryview, channel: int
     ) -> Batch:
         """Return the batch as it is to be sent. Runs in a thread of the pool."""
-        compressor: BatchCompressor | None = getattr(self._compressors, str(level), None)
-        if compressor is None:
-            compressor = BatchCompressor(level)
-            setattr(self._compressors, str(level), compressor)
-        before = len(head) + len(data)
-        began = time.perf_counter()
-        frame = compressor.compress(head, data)
-        trial = Trial(kind, level, before, len(frame), time.perf_counter() - began)
-        if len(frame) > WORTH_SENDING * before:
+        key = threading.get_ident(), level
+        compressor = self._compressors.get(key) or BatchCompressor(level)
+        self._compressors[key] = compressor
+        frame, trial = try_level(compressor, kind, level, head, data)
+        if trial.after > WORTH_SENDING * trial.before:
             return Batch(head, data, trial=trial)
         seal(frame, MessageType.PAGES, channel, compressed=True)
         return Batch(memoryview(frame), NOTHING, True, trial)

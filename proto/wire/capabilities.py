@@ -60,6 +60,11 @@ class Agreement:
         return ZSTD in self.used
 
     @property
+    def reported(self) -> dict[str, bool]:
+        """What a source tells its user."""
+        return {"xbzrle": self.xbzrle, ZSTD: self.zstd}
+
+    @property
     def merge(self) -> bool:
         """Deltas close short gaps. Means nothing without xbzrle."""
         return self.xbzrle and "xbzrle-merge" in self.used

@@ -52,7 +52,7 @@ def run(options: Options) -> Part:
     head = ("guest, link", "MiB", "without", "ratio", "s", "without", "ratio", "CPU s", "without")
     return Part(
         "bytes", f"Compression, {size_name(size)}",
-        "Files in a tmpfs that nobody writes, moved over loopback with `--max-bandwidth`, with "
+        "Files in a tmpfs, at rest, moved over loopback with `--max-bandwidth`, with "
         "`--capability zstd=on` and `off` in turn. The log has lines of a date, numbers and words; "
         "the database is LMDB's, with JSON objects of 100 to 400 bytes under random keys. CPU: "
         f"user and system seconds of both programs. {options.counted()}",

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -180,18 +180,25 @@ class Machine(Running):
 
 def attempt(workload: Workload, *capabilities: str, emulator: Emulator = TCG) -> Attempt:
     """Move the guest by QEMU alone; see `direct`."""
-    with _pair(workload, emulator) as (near, far, link):
-        rate = near.rate()
-        done = direct(near, far, workload, capabilities, link=link)
-        memory = far.arrived_from(near) if done.completed else "-"
-    return replace(done, memory=memory, detail={"rate": rate, **done.detail})
+    return _checked(workload, emulator, lambda near, far, link: direct(
+        near, far, workload, capabilities, link=link
+    ))  # fmt: skip
 
 
 def carried(workload: Workload, *options: str, emulator: Emulator = TCG) -> Attempt:
     """Move the same guest by our two programs, with these options of migrate-src."""
+    return _checked(workload, emulator, lambda near, far, link: through(
+        near, far, workload, options, link=link
+    ))  # fmt: skip
+
+
+def _checked(
+    workload: Workload, emulator: Emulator, move: Callable[[Machine, Machine, Link], Attempt]
+) -> Attempt:
+    """Move the guest between two machines of its own; add its pace, and what became of it."""
     with _pair(workload, emulator) as (near, far, link):
         rate = near.rate()
-        done = through(near, far, workload, options, link=link)
+        done = move(near, far, link)
         memory = far.arrived_from(near) if done.completed else "-"
     return replace(done, memory=memory, detail={"rate": rate, **done.detail})
 
